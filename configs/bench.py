@@ -1,0 +1,12 @@
+"""What `python train.py bench` times: one phase, an untied head, clipping at 1.0, causal rows of one segment.
+
+The sizes are those of the PyTorch peer's defaults; give others as --layers, --embed, --batch and so on.
+"""
+from model import ModelConfig
+from train import Config, Phase, Schedule
+
+config = Config(
+    model=ModelConfig(layers=6, embed=384, heads=6, kv_heads=6, head_dim=64, mlp=1024, vocab=4096, tied=False),
+    phases=(Phase(steps=1_000, batch=16, seq=256),),
+    schedule=Schedule(shape="constant", peak=1e-3),
+)

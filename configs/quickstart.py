@@ -1,0 +1,23 @@
+"""The quickstart: a small Llama on the source of Python's standard library, shallow first, then stacked to twice the depth.
+
+Shows growth by stacking within one run. About three minutes on two CPU cores: python train.py
+"""
+from functools import partial
+
+from data import DataConfig, Source, stdlib
+from model import ModelConfig, stack
+from train import Config, Phase, Schedule
+
+config = Config(
+    model=ModelConfig(layers=2, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),
+    data=DataConfig(sources={"stdlib": Source(stdlib)}, shard_tokens=1_048_576),
+    phases=(
+        Phase(steps=200, batch=16, seq=256),
+        Phase(steps=400, batch=16, seq=256, edits=(partial(stack, times=2),)),
+    ),
+    schedule=Schedule(shape="wsd", peak=6e-3, warmup=20, decay=0.4, final=0.05),
+    eval_every=100,
+    eval_tokens=32_768,
+    save_every=50,
+    prompts=("def ", "class ", "import os\n"),
+)

@@ -1,0 +1,468 @@
+"""The transformer: one table of named parameters, the forward pass, attention, generation, and edits of a model.
+
+Everything about the parameters is derived from `table(config)`: initialisation, counts, FLOPs, sharding, optimiser
+groups, growth and forgetting. A model is a flat dictionary `{name: array}`; those with a leading `layers` axis are
+blocks, stacked and run by `lax.scan`. Axis letters in einsum strings and comments:
+
+    b batch   t, s position   l layer   d embed   k kv head   g query head of a kv head   h head_dim   f mlp   v vocab
+"""
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped-query attention, SwiGLU) and how it is computed."""
+
+    layers: int = 4  # blocks
+    embed: int = 128  # width of the residual stream
+    heads: int = 4  # query heads
+    kv_heads: int = 4  # key and value heads; each serves heads / kv_heads query heads
+    head_dim: int = 32  # width of one head; even, since RoPE rotates pairs
+    mlp: int = 344  # hidden width of the SwiGLU
+    vocab: int = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as the given tokenizer has
+    tied: bool = True  # the head is the transposed embedding table
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # epsilon of RMSNorm
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
+    param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
+    attention: Literal["reference", "xla"] = "xla"  # implementation
+    unroll: int = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    logits_mib: int = 256  # the loss is computed in chunks of the sequence whose float32 logits fit in this
+
+
+# ------------------------------------------------------------------------------------------------- the parameter table
+
+
+class Param(NamedTuple):
+    """One row of the table: named axes, shape, and the standard deviation of its normal draw (None: ones)."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    std: float | None
+
+    @property
+    def group(self) -> str:
+        """Optimiser group: embed (lookup table), head (untied output), matrix (decays), vector (does not)."""
+        if "vocab" in self.axes:
+            return "embed" if self.axes[0] == "vocab" else "head"
+        return "matrix" if len(self.axes) - self.axes.count("layers") > 1 else "vector"
+
+
+def table(config: ModelConfig) -> dict[str, Param]:
+    """Every parameter of the model, by name. Output projections are scaled by 1/sqrt(2 layers) (GPT-2)."""
+    c = config
+    size = dict(layers=c.layers, vocab=c.vocab, embed=c.embed, kv_heads=c.kv_heads,
+                q_per_kv=c.heads // c.kv_heads, head_dim=c.head_dim, mlp=c.mlp)
+    depth = 1 / math.sqrt(2 * c.layers)
+
+    def param(axes: str, std: float | None) -> Param:
+        names = tuple(axes.split())
+        return Param(names, tuple(size[a] for a in names), std)
+
+    rows = {
+        "embed": param("vocab embed", 0.02),
+        "attn_norm": param("layers embed", None),
+        "q": param("layers embed kv_heads q_per_kv head_dim", c.embed**-0.5),
+        "k": param("layers embed kv_heads head_dim", c.embed**-0.5),
+        "v": param("layers embed kv_heads head_dim", c.embed**-0.5),
+        "o": param("layers kv_heads q_per_kv head_dim embed", (c.heads * c.head_dim) ** -0.5 * depth),
+        "mlp_norm": param("layers embed", None),
+        "gate": param("layers embed mlp", c.embed**-0.5),
+        "up": param("layers embed mlp", c.embed**-0.5),
+        "down": param("layers mlp embed", c.mlp**-0.5 * depth),
+        "norm": param("embed", None),
+    }
+    return rows if c.tied else rows | {"head": param("embed vocab", c.embed**-0.5)}
+
+
+def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
+    """The initial value of one parameter: a function of (key, name) alone, the same on any number of devices."""
+    if param.std is None:
+        return jnp.ones(param.shape, dtype)
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return param.std * jax.random.normal(key, param.shape, dtype)
+
+
+def init(config: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
+    """All parameters, drawn from the table in `config.param_dtype`."""
+    return {name: draw(name, p, key, config.param_dtype) for name, p in table(config).items()}
+
+
+def init_shape(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `init` gives, as shapes."""
+    return {name: jax.ShapeDtypeStruct(p.shape, config.param_dtype) for name, p in table(config).items()}
+
+
+def groups(config: ModelConfig) -> dict[str, list[str]]:
+    """Optimiser groups in the table's order: `{group: [parameter names]}`."""
+    out: dict[str, list[str]] = {}
+    for name, p in table(config).items():
+        out.setdefault(p.group, []).append(name)
+    return out
+
+
+def count(config: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(math.prod(p.shape) for p in table(config).values())
+
+
+def flops_per_token(config: ModelConfig, seq: int) -> int:
+    """Model FLOPs of training on one token: 6 (matmul parameters, head included) + 6 layers heads head_dim seq.
+
+    Causal attention is counted once (PaLM, appendix B, halved for causality); rematerialisation is not counted.
+    """
+    matmul = sum(math.prod(p.shape) for p in table(config).values() if p.group in ("matrix", "head"))
+    matmul += config.vocab * config.embed if config.tied else 0
+    return 6 * matmul + 6 * config.layers * config.heads * config.head_dim * seq
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees, always within its own segment. It has no defaults: whoever attends must say.
+
+    causal: keys at or before the query. prefix: these, and every key that `prefix` marks. bidirectional: all.
+    window: a query sees the `window` nearest keys at or before it (and as many after it, when bidirectional); 0 is all.
+    """
+
+    kind: Literal["causal", "prefix", "bidirectional"]
+    window: int
+
+    def __post_init__(self):
+        if self.kind not in ("causal", "prefix", "bidirectional") or self.window < 0:
+            raise ValueError(f"mask {self}: kind is causal, prefix or bidirectional, and window is 0 or more")
+
+
+def allowed(mask: Mask, q_index, k_index, q_segment, k_segment, k_prefix=None) -> jax.Array:
+    """[b, t, s] bool: may the query at `q_index` [t] see the key at `k_index` [s]? Segments are [b, t] and [b, s]."""
+    ahead = k_index[None, :] - q_index[:, None]  # [t, s], positive in the future
+    see = jnp.ones_like(ahead, bool) if mask.kind == "bidirectional" else ahead <= 0
+    see = see[None]
+    if mask.kind == "prefix":
+        if k_prefix is None:
+            raise ValueError("a prefix mask needs the batch key `prefix` [b, t]")
+        see = see | (k_prefix[:, None, :] > 0)
+    if mask.window:
+        see = see & (abs(ahead) < mask.window)[None]
+    return see & (q_segment[:, :, None] == k_segment[:, None, :])
+
+
+def attend(q, k, v, see) -> jax.Array:
+    """Softmax attention of q [b t k g h] to k, v [b s k h] where `see` [b t s]; scores in float32 or wider."""
+    b, t, kv, g, h = q.shape
+    q = (q * h**-0.5).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)  # the heads of a group share keys
+    out = softmax_mix(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), see[:, None])
+    return out.reshape(b, kv, g, t, h).transpose(0, 3, 1, 2, 4)
+
+
+@jax.custom_vjp
+def softmax_mix(q, k, v, see):
+    """softmax(q kᵀ where see) v for q [b k gt h], k and v [b k s h], see [b 1 t s].
+
+    Its own gradient, because the row sums of share · d(share) equal those of out · d(out) (FlashAttention, Dao et al.
+    2022, B.2), which are h wide where the former are s wide.
+    """
+    return softmax_mix_forward(q, k, v, see)[0]
+
+
+def softmax_mix_forward(q, k, v, see):
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
+    see = jnp.tile(see, (1, 1, q.shape[2] // see.shape[2], 1))
+    share = jax.nn.softmax(jnp.where(see, scores, jnp.finfo(wide).min)).astype(v.dtype)  # an empty row stays finite
+    out = jnp.einsum("bkts,bksh->bkth", share, v)
+    return out, (q, k, v, share, out)
+
+
+def softmax_mix_backward(kept, d_out):
+    q, k, v, share, out = kept
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    d_share = jnp.einsum("bkth,bksh->bkts", d_out, v, preferred_element_type=wide)
+    rows = jnp.sum((d_out * out).astype(wide), -1, keepdims=True)
+    d_scores = (share * (d_share - rows)).astype(q.dtype)
+    d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k)
+    d_k = jnp.einsum("bkts,bkth->bksh", d_scores, q)
+    return d_q, d_k, jnp.einsum("bkts,bkth->bksh", share, d_out), None
+
+
+softmax_mix.defvjp(softmax_mix_forward, softmax_mix_backward)
+
+
+def attention(q, k, v, mask: Mask, segments, prefix=None, implementation: str = "xla") -> jax.Array:
+    """Self-attention of q [b t k g h] to k, v [b t k h] under a mask specification and segments [b, t].
+
+    reference: the whole [t, t] square. xla: in blocks of queries, each with only the keys that its block can see,
+    so that a causal row costs about half the square.
+    """
+    length = q.shape[1]
+    index = jnp.arange(length)
+    block = length
+    if implementation == "xla" and mask.kind == "causal":
+        block = next((b for b in (128, 64) if length > b and length % b == 0), length)
+    out = []
+    for start in range(0, length, block):
+        end = start + block
+        first = max(0, start - mask.window + 1) if mask.window and block < length else 0
+        last = end if block < length else length
+        keys = slice(first, last)
+        see = allowed(mask, index[start:end], index[keys], segments[:, start:end], segments[:, keys],
+                      None if prefix is None else prefix[:, keys])
+        out.append(attend(q[:, start:end], k[:, keys], v[:, keys], see))
+    return jnp.concatenate(out, axis=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+def rms_norm(x, gain, eps):
+    """x / rms(x) · gain over the last axis, the mean square in float32 or wider (Zhang & Sennrich 2019)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype) * gain.astype(x.dtype)
+
+
+def rope(positions, config: ModelConfig):
+    """Cosine and sine [b t h/2] of the rotary angles (RoFormer), in float32 or wider."""
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    inverse = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=wide) / config.head_dim)
+    angle = positions[..., None].astype(wide) * inverse
+    return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotate x [b t ... h] by its position; the pairs are (i, i + h/2), as in Llama checkpoints."""
+    shape = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def dense(x, w, inputs: int = 1):
+    """x [b t i...] times w [i... o...] with `inputs` axes summed: [b t o...].
+
+    As one two-dimensional product, since XLA on CPU writes a transposed copy of the activations to get the gradient
+    of `w` from a product with two batch axes.
+    """
+    rows = math.prod(x.shape[:2])
+    y = x.reshape(rows, -1) @ w.reshape(math.prod(w.shape[:inputs]), -1)
+    return y.reshape(*x.shape[:2], *w.shape[inputs:])
+
+
+def block(x, w, angles, attend_fn: Callable, config: ModelConfig):
+    """One transformer block: x [b t d], its weights `w`, and `attend_fn(q, k, v) -> (output, aux)`."""
+    w = {name: value.astype(config.dtype) for name, value in w.items()}
+    n = rms_norm(x, w["attn_norm"], config.norm_eps)
+    q = rotate(dense(n, w["q"]), *angles)
+    k = rotate(dense(n, w["k"]), *angles)
+    v = dense(n, w["v"])
+    out, aux = attend_fn(q, k, v)
+    x = x + dense(out, w["o"], 3)
+    n = rms_norm(x, w["mlp_norm"], config.norm_eps)
+    gated = jax.nn.silu(dense(n, w["gate"])) * dense(n, w["up"])
+    return x + dense(gated, w["down"]), aux
+
+
+def blocks(params, config: ModelConfig) -> dict[str, jax.Array]:
+    """The parameters stacked on a leading `layers` axis."""
+    return {name: params[name] for name, p in table(config).items() if p.axes[0] == "layers"}
+
+
+def hidden(params, tokens, segments, positions, mask: Mask, config: ModelConfig, prefix=None) -> jax.Array:
+    """Final normalised states [b t d] of tokens [b t], in `config.dtype`."""
+    angles = rope(positions, config)
+
+    def layer(x, w):
+        return block(x, w, angles, lambda q, k, v: (
+            attention(q, k, v, mask, segments, prefix, config.attention), None), config)
+
+    layer = jax.checkpoint(layer) if config.remat else layer
+    x = params["embed"][tokens].astype(config.dtype)
+    x, _ = lax.scan(layer, x, blocks(params, config), unroll=config.unroll or config.layers)
+    return rms_norm(x, params["norm"], config.norm_eps)
+
+
+def logits(params, states, config: ModelConfig) -> jax.Array:
+    """[b t v] in float32 or wider, from final states [b t d]."""
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    head = params["embed"].T if config.tied else params["head"]
+    flat = states.reshape(-1, config.embed)  # two-dimensional for the reason given at `dense`
+    out = jnp.matmul(flat, head.astype(config.dtype), preferred_element_type=wide)
+    return out.reshape(*states.shape[:2], config.vocab)
+
+
+@jax.custom_vjp
+def nll(logits, targets):
+    """Negative log-likelihood [b t] of targets [b t] under logits [b t v].
+
+    Its own gradient, (softmax - one hot) · cotangent, is one pass over the logits; autodiff would make several.
+    """
+    return nll_forward(logits, targets)[0]
+
+
+def nll_forward(logits, targets):
+    norm = jax.nn.logsumexp(logits, -1)
+    return norm - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], (logits, targets, norm)
+
+
+def nll_backward(kept, d_out):
+    logits, targets, norm = kept
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return (jnp.exp(logits - norm[..., None]) - hit) * d_out[..., None], None
+
+
+nll.defvjp(nll_forward, nll_backward)
+
+
+def cross_entropy(logits, batch, extras) -> jax.Array:
+    """The plain `token_loss`: nats [b, t] of `batch["targets"]` under logits [b t v]."""
+    return nll(logits, batch["targets"])
+
+
+def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable = cross_entropy, extras=None):
+    """Loss of every position, float32 or wider [b, t], unweighted; logits exist one chunk of the sequence at a time."""
+    states = hidden(params, batch["tokens"], batch["segments"], batch["positions"], mask, config, batch.get("prefix"))
+    b, t = batch["tokens"].shape
+    fit = max(1, config.logits_mib * 2**20 // (4 * b * config.vocab))
+    chunk = next(c for c in range(min(t, fit), 0, -1) if t % c == 0)
+    if chunk == t:
+        return token_loss(logits(params, states, config), batch, extras)
+
+    def split(x):  # [b, t, ...] -> [chunks, b, chunk, ...]
+        return jnp.moveaxis(x.reshape(b, t // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint  # the backward pass computes a chunk's logits again
+    def one(states, part):
+        return token_loss(logits(params, states, config), part, extras)
+
+    out = lax.map(lambda xs: one(*xs), (split(states), {name: split(x) for name, x in batch.items()}))
+    return jnp.moveaxis(out, 0, 1).reshape(b, t)
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+def decode(params, tokens, cache, start, config: ModelConfig):
+    """Logits [b t v] of tokens [b t] at positions start.., given keys and values of what came before.
+
+    `cache` is a pair [l b s k h] of which the first `start` positions are filled; it comes back with t more.
+    """
+    b, t = tokens.shape
+    index = start + jnp.arange(t)
+    angles = rope(jnp.broadcast_to(index, (b, t)), config)
+    see = jnp.broadcast_to(jnp.arange(cache[0].shape[2]) <= index[:, None], (b, t, cache[0].shape[2]))
+
+    def layer(x, xs):
+        w, k_cache, v_cache = xs
+
+        def cached(q, k, v):
+            keys = lax.dynamic_update_slice_in_dim(k_cache, k, start, axis=1)
+            values = lax.dynamic_update_slice_in_dim(v_cache, v, start, axis=1)
+            return attend(q, keys, values, see), (keys, values)
+
+        return block(x, w, angles, cached, config)
+
+    x = params["embed"][tokens].astype(config.dtype)
+    x, cache = lax.scan(layer, x, (blocks(params, config), *cache))
+    return logits(params, rms_norm(x, params["norm"], config.norm_eps), config), cache
+
+
+@partial(jax.jit, static_argnames=("config", "length"))
+def generate(params, prompt, prompt_length, length: int, temperature, key, config: ModelConfig) -> jax.Array:
+    """Sample ids [b, length] after prompt [b, p], of which the first `prompt_length` ids count (the rest is padding).
+
+    temperature 0 takes the likeliest piece. One executable serves every prompt of the same padded length.
+    """
+    b, p = prompt.shape
+    cache = (jnp.zeros((config.layers, b, p + length, config.kv_heads, config.head_dim), config.dtype),) * 2
+
+    def pick(scores, i):
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), scores / jnp.maximum(temperature, 1e-6))
+        return jnp.where(temperature > 0, drawn, jnp.argmax(scores, -1))
+
+    scores, cache = decode(params, prompt, cache, 0, config)  # padding is overwritten before anything sees it
+    first = pick(jnp.take(scores, prompt_length - 1, axis=1), 0)
+
+    def step(carry, i):
+        last, cache = carry
+        scores, cache = decode(params, last[:, None], cache, prompt_length + i - 1, config)
+        return (pick(scores[:, 0], i), cache), last
+
+    (last, _), out = lax.scan(step, (first, cache), jnp.arange(1, length))
+    return jnp.concatenate([out.T.reshape(b, length - 1), last[:, None]], axis=1)
+
+
+# --------------------------------------------------------------------------------------------------------------- edits
+
+
+class Model(NamedTuple):
+    """What an edit changes: a shape and the parameters of that shape. The optimiser follows by the edit's policy."""
+
+    config: ModelConfig
+    params: dict[str, jax.Array]
+
+
+class Context(NamedTuple):
+    """What an edit may use besides the model."""
+
+    key: jax.Array  # drawn from (seed, step, index of the edit)
+    step: int  # steps taken
+    tokenizer: Any  # of the run
+    batches: Callable[[int], list[dict]]  # the first n batches of the training data, for calibration
+    load: Callable[[str], tuple]  # another run's (params, config, tokenizer, apply)
+
+
+class Edited(NamedTuple):
+    """The edited model, what becomes of the optimiser, and whether the model computes the same function as before.
+
+    policy: for each optimiser group "keep", "reset", or a function that maps any tree shaped like the group's
+    parameters ({name: array}, such as Adam's moments) to its new shape; counts are then kept. A group left out is kept.
+    """
+
+    model: Model
+    policy: dict[str, str | Callable[[dict], dict]]
+    preserves: bool
+
+
+def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...] | None = None,
+          moments: Literal["reset", "map"] = "reset") -> Edited:
+    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any list of layers to take in order.
+
+    The copies keep the output scale of the shallow model. moments: "reset" starts every group's optimiser afresh, as
+    the paper does; "map" copies the blocks' moments along with the blocks. Raises ValueError for a layer that is not.
+    """
+    old = model.config
+    index = list(layers) if layers is not None else list(range(old.layers)) * times
+    if not index or not all(0 <= i < old.layers for i in index):
+        raise ValueError(f"stack: layers is {index}, but the model has layers 0 to {old.layers - 1}")
+    if moments not in ("reset", "map"):
+        raise ValueError(f'stack: moments is {moments!r}, allowed are "reset" and "map"')
+    rows = table(old)
+
+    def take(tree: dict) -> dict:
+        return {n: x[jnp.array(index)] if rows[n].axes[0] == "layers" else x for n, x in tree.items()}
+
+    policy = {group: take if moments == "map" else "reset" for group in groups(old)}
+    return Edited(Model(replace(old, layers=len(index)), take(model.params)), policy, preserves=False)
+
+
+def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edited:
+    """Active forgetting (Chen et al. 2023): draw the embeddings again and start their optimiser, count and all, afresh.
+
+    A tied head goes with them; an untied one where `head` says so. The body and its optimiser are untouched.
+    """
+    gone = {"embed", "head"} if head else {"embed"}
+    fresh = {n: draw(n, p, context.key, model.params[n].dtype)
+             for n, p in table(model.config).items() if p.group in gone}
+    return Edited(Model(model.config, model.params | fresh), dict.fromkeys(gone & set(groups(model.config)), "reset"),
+                  preserves=False)
