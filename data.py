@@ -818,3 +818,20 @@ def held_out(cache: Cache, split: str, tokenizer: Tokenizer, seq: int, batch: in
 
     return HeldOut([f[1] for f in found], np.array([f[5] for f in found], np.int64),
                    lambda: (tokenizer.decode(ids(d)).encode("utf-8") for d in range(len(found))), batches)
+
+
+def bits_per_byte(losses: Callable, held: HeldOut) -> dict[str, float]:
+    """`loss` (nats per token) and `bpb` of held-out documents with the latter's standard error `bpb_se`.
+
+    losses: arrays -> [b, t]. The standard error is that of a ratio of sums over documents.
+    """
+    nats, tokens = np.zeros(len(held.paths)), 0
+    for arrays, document in held.batches():
+        counted = document >= 0
+        np.add.at(nats, document[counted], np.asarray(losses(arrays), np.float64)[counted])
+        tokens += int(counted.sum())
+    n, size, bits = len(nats), float(held.bytes.sum()), nats / math.log(2)
+    bpb = float(bits.sum()) / size
+    spread = float(np.sum((bits - bpb * held.bytes) ** 2))
+    return dict(loss=float(nats.sum()) / tokens, bpb=bpb,
+                bpb_se=math.sqrt(spread * n / (n - 1)) / size if n > 1 else math.nan)

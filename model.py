@@ -13,9 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.linen import logical_to_mesh_axes
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class ModelConfig:
     unroll: int = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     logits_mib: int = 256  # the loss is computed in chunks of the sequence whose float32 logits fit in this
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; -1 takes what is left."""
+
+    data: int = -1  # rows of the batch
+    fsdp: int = 1  # rows of the batch, and parameters along `embed`
+    tensor: int = 1  # parameters along `vocab`, `mlp` and `kv_heads`
 
 
 # ------------------------------------------------------------------------------------------------- the parameter table
@@ -124,6 +138,37 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     matmul = sum(math.prod(p.shape) for p in table(config).values() if p.group in ("matrix", "head"))
     matmul += config.vocab * config.embed if config.tied else 0
     return 6 * matmul + 6 * config.layers * config.heads * config.head_dim * seq
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """The devices as a grid with axes data, fsdp and tensor."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(s for s in sizes if s > 0)
+    rest = sizes.count(-1)
+    if rest > 1 or any(s == 0 or s < -1 for s in sizes) or len(devices) % known or (not rest and known != len(devices)):
+        raise ValueError(f"mesh is data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]}, which does not fit the "
+                         f"{len(devices)} devices here; allowed are sizes whose product is that, one of them -1 for the rest")
+    grid = np.array(devices).reshape([s if s > 0 else len(devices) // known for s in sizes])
+    return Mesh(grid, ("data", "fsdp", "tensor"))
+
+
+# Named axes to mesh axes. `logical_to_mesh_axes` would copy an unknown axis to every device in silence: here it raises.
+RULES = {"layers": None, "vocab": "tensor", "embed": "fsdp", "kv_heads": "tensor", "q_per_kv": None,
+         "head_dim": None, "mlp": "tensor"}
+
+
+def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each parameter lives on a mesh. Raises ValueError for an axis that the mesh does not divide."""
+    out = {}
+    for name, p in table(config).items():
+        spec = logical_to_mesh_axes(p.axes, tuple((axis, RULES[axis]) for axis in p.axes))
+        for axis, size, on in zip(p.axes, p.shape, spec, strict=True):
+            if on is not None and size % mesh.shape[on]:
+                raise ValueError(f"axis {axis} of parameter {name} is {size}, which mesh.{on} ({mesh.shape[on]}) "
+                                 "does not divide")
+        out[name] = NamedSharding(mesh, spec)
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -324,9 +369,20 @@ def nll_backward(kept, d_out):
 nll.defvjp(nll_forward, nll_backward)
 
 
+def apply(params, ids, config: ModelConfig) -> jax.Array:
+    """Logits [b t v] of ids [b t], each row one causal segment."""
+    one = jnp.ones_like(ids)
+    return logits(params, hidden(params, ids, one, jnp.cumsum(one, 1) - 1, Mask("causal", 0), config), config)
+
+
 def cross_entropy(logits, batch, extras) -> jax.Array:
     """The plain `token_loss`: nats [b, t] of `batch["targets"]` under logits [b t v]."""
     return nll(logits, batch["targets"])
+
+
+def weighted_mean(losses, batch):
+    """The plain `reduce`: ((numerator, denominator), metrics) of losses [b t] weighted by `batch["weights"]`."""
+    return (jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])), {}
 
 
 def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable = cross_entropy, extras=None):
@@ -347,6 +403,154 @@ def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable 
 
     out = lax.map(lambda xs: one(*xs), (split(states), {name: split(x) for name, x in batch.items()}))
     return jnp.moveaxis(out, 0, 1).reshape(b, t)
+
+
+# ------------------------------------------------------------------------------------------ optimiser and the step
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the consumed budget: a linear warm-up to the peak, then a shape."""
+
+    shape: Literal["constant", "cosine", "wsd"] = "wsd"  # wsd: stable, then a linear decay
+    peak: float = 3e-3  # rate after the warm-up
+    warmup: int = 20  # steps
+    decay: float = 0.2  # wsd: the share of the budget at the end over which the rate falls
+    final: float = 0.1  # the rate at the end, as a share of the peak (cosine and wsd)
+    budget: Literal["flops", "tokens"] = "flops"  # what is consumed; tokens are batch x seq, padding included
+
+
+def curve(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.ndarray:
+    """The rate at steps start+1 .. start+steps, where `spent` [s] is the budget consumed after s steps.
+
+    A step's rate belongs to the budget consumed with that step, so a row's own figures give its rate.
+    """
+    used = (spent[start + 1:start + steps + 1] - spent[start]).astype(float)
+    total = float(spent[start + steps] - spent[start])
+    warm = used[min(schedule.warmup, steps) - 1] if schedule.warmup else 0.0
+    rise = np.minimum(1.0, used / warm) if warm else np.ones(steps)
+    if schedule.shape == "cosine":
+        through = np.clip((used - warm) / max(total - warm, 1e-9), 0, 1)
+        fall = schedule.final + (1 - schedule.final) * 0.5 * (1 + np.cos(np.pi * through))
+    elif schedule.shape == "wsd":
+        through = np.clip((used / total - (1 - schedule.decay)) / schedule.decay, 0, 1)
+        fall = 1 - (1 - schedule.final) * through
+    else:
+        fall = np.ones(steps)
+    return schedule.peak * rise * fall
+
+
+def adamw(table: dict[str, Param], b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
+          weight_decay: float = 0.1) -> dict[str, optax.GradientTransformation]:
+    """AdamW (Loshchilov & Hutter 2019) for each group of the table; matrices decay, embeddings and gains do not.
+
+    Returns unscaled descent directions; the step multiplies each group's by its rate.
+    """
+    decay = {"matrix": weight_decay, "head": weight_decay}
+    return {group: optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(decay.get(group, 0.0)))
+            for group in dict.fromkeys(p.group for p in table.values())}
+
+
+def first_opt(params, config: ModelConfig, optimizer: Callable) -> dict[str, Any]:
+    """The state {group: optax state} that an optimiser `table -> {group: transformation}` begins with."""
+    transforms = optimizer(table(config))
+    return {group: transforms[group].init({n: params[n] for n in names}) for group, names in groups(config).items()}
+
+
+class State(flax.struct.PyTreeNode):
+    """What a step changes."""
+
+    params: dict[str, jax.Array]
+    opt: dict[str, Any]  # {optimiser group: optax state}
+    step: jax.Array  # int32, batches consumed
+    skipped: jax.Array  # int32, updates in a row left out for a non-finite loss or gradient
+
+
+def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
+    """Shapes, dtypes and places of a state: the optimiser's mirrors of parameters live where these do."""
+    def place(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    where, whole = shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    params = {name: place(x, where[name]) for name, x in init_shape(config).items()}
+    opt = jax.eval_shape(lambda p: first_opt(p, config, optimizer), params)
+    opt = {group: mirrored(opt[group], names, lambda x: {n: place(x[n], where[n]) for n in x},
+                           lambda x: place(x, whole)) for group, names in groups(config).items()}
+    return State(params, opt, *2 * (jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),))
+
+
+def places(like: State) -> State:
+    """The shardings of `state_like`."""
+    return jax.tree.map(lambda x: x.sharding, like)
+
+
+def first_state(config: ModelConfig, optimizer: Callable, mesh: Mesh, key: jax.Array) -> State:
+    """The state before any step, born sharded."""
+    def make():
+        params = init(config, key)
+        return State(params, first_opt(params, config, optimizer), jnp.int32(0), jnp.int32(0))
+
+    return jax.jit(make, out_shardings=places(state_like(config, optimizer, mesh)))()
+
+
+def effective(weights: Callable | None, params, step, batch) -> dict[str, jax.Array]:
+    """The parameters that the forward pass uses: through a config's `weights`, where it has one."""
+    return weights(params, step, batch) if weights else params
+
+
+def make_step(run, config: ModelConfig) -> Callable:
+    """`step(state, batch, rates, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
+
+    run: has optimizer, weights, token_loss, reduce and clip (a `train.Config`). rates: {group: float32}, at run time.
+    An update whose loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
+    """
+    transforms, members = run.optimizer(table(config)), groups(config)
+
+    def loss(params, batch, step, mask):
+        used = effective(run.weights, params, step, batch)
+        each = losses(used, batch, mask, config, run.token_loss, {"step": step})
+        (numerator, denominator), metrics = run.reduce(each, batch)
+        return numerator / jnp.maximum(denominator, 1e-9), metrics
+
+    def step(state: State, batch, rates, mask: Mask):
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = value_and_grad(state.params, batch, state.step, mask)
+        square = {g: sum(jnp.sum(jnp.square(grads[n]), dtype=value.dtype) for n in names)
+                  for g, names in members.items()}
+        norm = jnp.sqrt(sum(square.values()))
+        scale = jnp.minimum(1.0, run.clip / jnp.maximum(norm, 1e-9)) if run.clip else 1.0
+        params, opt = {}, {}
+        for group, names in members.items():
+            clipped = {n: grads[n] * scale for n in names}
+            old = {n: state.params[n] for n in names}
+            direction, opt[group] = transforms[group].update(clipped, state.opt[group], old)
+            params |= {n: old[n] - (rates[group] * direction[n]).astype(old[n].dtype) for n in names}
+            metrics[f"{group}/grad_norm"] = jnp.sqrt(square[group])
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt),
+                                   (state.params, state.opt))
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics |= {"train/loss": value, "train/grad_norm": norm, "skipped": skipped}
+        return State(params, opt, state.step + 1, skipped), metrics
+
+    return step
+
+
+def compile_step(run, config: ModelConfig, mesh: Mesh, state: State, batch, rates, mask: Mask):
+    """The step as an executable `(state, batch, rates) -> (state, metrics)` that takes over its first argument's memory."""
+    step = jax.jit(make_step(run, config), static_argnames="mask", donate_argnums=0,
+                   out_shardings=(places(state_like(config, run.optimizer, mesh)), None))
+    return step.lower(state, batch, rates, mask=mask).compile()
+
+
+@partial(jax.jit, static_argnames="config")
+def probe(before, after, config: ModelConfig) -> dict[str, jax.Array]:
+    """How far an update moved each optimiser group's parameters, as a share of their norm."""
+    def norm(trees, names):
+        return jnp.sqrt(sum(jnp.sum(jnp.square(trees[n]), dtype=jnp.float32) for n in names))
+    moved = jax.tree.map(jnp.subtract, after, before)
+    return {f"{group}/update_ratio": norm(moved, names) / norm(before, names)
+            for group, names in groups(config).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -434,6 +638,31 @@ class Edited(NamedTuple):
     preserves: bool
 
 
+def mirrored(tree, names, change: Callable, other: Callable = lambda x: x):
+    """Apply `change` to every dictionary in an optimiser state that has one entry per parameter, `other` to the rest."""
+    def mirror(x):
+        return isinstance(x, dict) and set(x) == set(names)
+
+    return jax.tree.map(lambda x: change(x) if mirror(x) else other(x), tree, is_leaf=mirror)
+
+
+def carry(opt: dict, first: dict, edited: Edited, old: ModelConfig) -> dict:
+    """The optimiser state {group: state} after an edit; `first` is a fresh one for the edited parameters.
+
+    Raises ValueError where an edit's policy leaves a state that does not fit its parameters.
+    """
+    out, before = {}, groups(old)
+    for group, fresh in first.items():
+        policy = edited.policy.get(group, "keep") if group in before else "reset"
+        if policy == "reset":
+            out[group] = fresh
+        else:
+            out[group] = opt[group] if policy == "keep" else mirrored(opt[group], before[group], policy)
+        if jax.tree.map(jnp.shape, out[group]) != jax.tree.map(jnp.shape, fresh):
+            raise ValueError(f"an edit's policy {policy!r} for the optimiser group {group!r} does not fit its parameters")
+    return out
+
+
 def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...] | None = None,
           moments: Literal["reset", "map"] = "reset") -> Edited:
     """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any list of layers to take in order.
@@ -466,3 +695,15 @@ def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edite
              for n, p in table(model.config).items() if p.group in gone}
     return Edited(Model(model.config, model.params | fresh), dict.fromkeys(gone & set(groups(model.config)), "reset"),
                   preserves=False)
+
+
+def apply_edits(edits: list[Callable], state: State, config: ModelConfig, optimizer: Callable, mesh: Mesh,
+                context: Context) -> tuple[State, ModelConfig]:
+    """The state and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
+    for i, edit in enumerate(edits):
+        edited = edit(Model(config, state.params), context._replace(key=jax.random.fold_in(context.key, i)))
+        new, params = edited.model
+        opt = carry(state.opt, first_opt(params, new, optimizer), edited, config)
+        state, config = state.replace(params=params, opt=opt), new
+        state = jax.device_put(state, places(state_like(config, optimizer, mesh)))
+    return state, config

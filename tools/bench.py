@@ -25,16 +25,16 @@ SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(train.ModelConfig
 
 def measure(config: train.Config, seconds: float) -> dict:
     """Steps of the first phase until `seconds` are over: rates, compile time in s, memory of the step in GiB."""
-    mesh, shape, phase = train.make_mesh(config.mesh), config.model, config.phases[0]
+    mesh, shape, phase = model.make_mesh(config.mesh), config.model, config.phases[0]
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.vocab, (8, phase.batch, phase.seq + 1), dtype=np.int32)
     ones = np.ones((phase.batch, phase.seq), np.int32)
     batches = [train.put(dict(tokens=t[:, :-1], targets=t[:, 1:], segments=ones, positions=np.cumsum(ones, 1) - 1,
                               weights=ones.astype(np.float32), source=ones * 0), mesh) for t in tokens]
-    state = train.first_state(config, mesh)
+    state = model.first_state(shape, config.optimizer, mesh, jax.random.key(config.seed))
     rates = dict.fromkeys(model.groups(shape), np.float32(config.schedule.peak))
     begun = time.perf_counter()
-    step = train.compiled(config, shape, mesh, state, batches[0], rates, model.Mask("causal", 0))
+    step = model.compile_step(config, shape, mesh, state, batches[0], rates, model.Mask("causal", 0))
     compile_s = time.perf_counter() - begun
     times, last, count = [], None, 0
     for _ in range(3):

@@ -5,11 +5,9 @@ import lzma
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import data
-import model
 import train
 
 
@@ -57,7 +55,9 @@ def main(arguments: list[str]) -> dict:
         caches = {name: data.build(name, config.data, tokenizer, config.seed) for name in config.data.sources}
         held = {name: data.held_out(cache, "test", tokenizer, phase.seq, phase.batch, config.overlap)
                 for name, cache in caches.items()}
-        result = train.evaluate(losses, params, 0, held, ".test")
+        for name, h in held.items():
+            found = data.bits_per_byte(lambda arrays: losses(params, 0, arrays), h)
+            result |= {f"eval/{name}.test/{k}": v for k, v in found.items()}
         texts = [t for h in held.values() for t in h.texts()]
         result |= compressed(texts) | {"held_out_paths": [p for h in held.values() for p in h.paths]}
         for name, h in held.items():

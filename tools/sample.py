@@ -11,7 +11,7 @@ def continuation(params, config: train.Config, tokenizer, prompt: str, tokens: i
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     padded = np.full((1, max(32, 1 << (len(ids) - 1).bit_length())), tokenizer.eos, np.int32)
     padded[0, :len(ids)] = ids
-    params = train.effective(config, params, 0, dict(tokens=padded))
+    params = model.effective(config.weights, params, 0, dict(tokens=padded))
     out = np.asarray(model.generate(params, padded, len(ids), tokens, temperature, jax.random.key(seed), config.model))[0]
     ended = np.flatnonzero(out == tokenizer.eos)
     return tokenizer.decode(out[:ended[0]] if len(ended) else out)

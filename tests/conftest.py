@@ -1,0 +1,74 @@
+"""What the tests share: eight simulated devices, a cache directory of their own, a small corpus and a tiny model."""
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"  # all of these before jax is imported
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="coppice-tests-")
+
+import data
+import model
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+hypothesis.settings.register_profile("coppice", deadline=None, max_examples=100, derandomize=True, database=None)
+hypothesis.settings.load_profile("coppice")
+
+WORDS = ("the tree is cut back so that it grows again stronger; roots stay and shoots rise from stool each spring "
+         "def return import self for in if else None print(x) \u00e9t\u00e9 \u6a39\u6728 = + - # \"quoted\" 1984 42").split(" ")
+
+
+def prose(seed: int, size: int) -> str:
+    """About `size` characters of words, lines and indentation, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    words = rng.choice(WORDS, size // 4 + 1).tolist()
+    gaps = rng.choice([" ", " ", " ", " ", "\n", "\n    ", "\t"], len(words)).tolist()
+    return "".join(w + g for w, g in zip(words, gaps, strict=True))[:size]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A directory of 40 text files of 12 to 4,000 characters, some below a subdirectory.
+
+    At the default shares of `DataConfig` each split has documents.
+    """
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "below").mkdir()
+    for i, size in enumerate(np.geomspace(12, 4_000, 40).astype(int).tolist()):
+        place = root / "below" if i % 5 == 0 else root
+        (place / f"tree-{i:02d}.txt").write_text(prose(i, size), "utf-8", newline="")
+    return root
+
+
+@pytest.fixture(scope="session")
+def data_config(corpus) -> data.DataConfig:
+    """One source, the corpus, in bytes."""
+    return data.DataConfig(sources={"corpus": data.Source(partial(data.text, path=str(corpus)))}, tokenizer="bytes",
+                           dev=0.1, test=0.1)
+
+
+@pytest.fixture(scope="session")
+def pieces(corpus) -> data.SentencePiece:
+    """A SentencePiece tokenizer of 320 pieces, trained on the corpus."""
+    return data.SentencePiece(data.train_bpe([f.read_text("utf-8") for f in sorted(corpus.rglob("*.txt"))], 320))
+
+
+@pytest.fixture(scope="session")
+def cache(data_config) -> data.Cache:
+    """The corpus in bytes, built."""
+    return data.build("corpus", data_config, data.Bytes(), 0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> model.ModelConfig:
+    """A model of two blocks over bytes, computed in float32."""
+    return model.ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)

@@ -1,0 +1,1007 @@
+"""train.py in this process: configs, schedules, the step, meshes, edits, and each extension point once in a tiny run."""
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import data
+import jax
+import jax.numpy as jnp
+import model
+import numpy as np
+import optax
+import pytest
+import train
+from data import DataConfig, Document, InputError, Source
+from model import Edited, Mask, Model, ModelConfig, reset_embeddings, stack
+from train import Config, Edit, MeshConfig, Phase, Schedule
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)
+CAUSAL = Mask("causal", 0)
+
+# ------------------------------------------------------------------- functions that the configs below are made of
+
+WORDS = "def return self tree loss stack layer import class of".split()
+
+
+def verses(count: int = 60, name: str = "verse"):
+    """Documents that are always the same: short lines of words, in an order drawn from their number."""
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        yield Document(f"{name}/{i}", " ".join(rng.choice(WORDS, 40)), {"number": i})
+
+
+def in_front(document, rng):
+    """A `prepare`: the path before the text."""
+    return replace(document, text=f"<{document.path}>{document.text}")
+
+
+def odd_only(document, tokens):
+    """A `score`: the document's number; the even ones are left out."""
+    return float(document.meta["number"]) if document.meta["number"] % 2 else -math.inf
+
+
+def one_each(lengths, seq):
+    """A `packing`: a row for the start of each document, and nothing else in it."""
+    n = len(lengths)
+    zero = np.zeros(n, np.int64)
+    return np.stack([np.arange(n), zero + 1, np.arange(n), zero, np.minimum(lengths, seq), zero], axis=1)
+
+
+def first_then_second(progress, dev_losses):
+    """A `mixture`: source `a` in the first half of the phase, `b` in the second."""
+    return {"a": float(progress < 0.5), "b": float(progress >= 0.5)}
+
+
+def second_half(row, rng):
+    """An `objective`: no loss on the first half of a row, and a key of its own."""
+    half = np.arange(len(row["tokens"])) >= len(row["tokens"]) // 2
+    return row | {"weights": row["weights"] * half, "mine": np.full(len(half), 7, np.int32)}, dict(kind="causal", window=0)
+
+
+def same_weights(params, step, batch):
+    """A `weights` that scales by one."""
+    return {name: x * jnp.where(step >= 0, 1.0, 2.0).astype(x.dtype) for name, x in params.items()}
+
+
+def no_embedding(params, step, batch):
+    """A `weights` under which every logit is zero."""
+    return params | {"embed": params["embed"] * 0}
+
+
+def doubled(logits, batch, extras):
+    """A `token_loss`: twice the plain one."""
+    return 2 * model.cross_entropy(logits, batch, extras)
+
+
+def undefined(logits, batch, extras, first=1, last=1):
+    """A `token_loss` that is not finite from step `first` to `last` (counted from 1)."""
+    losses = model.cross_entropy(logits, batch, extras)
+    step = extras["step"] + 1
+    return jnp.where((step >= first) & (step <= last), jnp.nan, losses)
+
+
+def counted(losses, batch):
+    """A `reduce` with metrics of its own."""
+    total = jnp.sum(batch["weights"])
+    return (jnp.sum(losses * batch["weights"]), total), {"own/targets": total, "own/largest": jnp.max(losses)}
+
+
+def silence(model, context):
+    """An `edit`: final gains of zero, so that every logit is zero."""
+    return Edited(Model(model.config, model.params | {"norm": model.params["norm"] * 0}), {"vector": "reset"}, False)
+
+
+def bad_policy(model, context):
+    """An `edit` that keeps an optimiser state that no longer fits."""
+    return Edited(stack(model, context).model, {"matrix": "keep"}, False)
+
+
+def plain_descent(table):
+    """An `optimizer`: the gradient itself."""
+    return {group: optax.identity() for group in dict.fromkeys(p.group for p in table.values())}
+
+
+def answer(params, apply):
+    """An `evals`: a constant, and a figure that needs the model."""
+    return {"own/answer": 42.0, "own/logits": float(jnp.mean(apply(params, np.zeros((1, 4), np.int32)).shape[-1]))}
+
+
+def stop_now(params, apply):
+    """An `evals` that sends SIGTERM to this process, as a scheduler might in the middle of an evaluation."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {"own/stopped": 1.0}
+
+
+class Thing:
+    """Callable, but no function."""
+
+    def __call__(self, *_):
+        """Nothing."""
+
+
+def tiny_config(tmp_path="", **changes) -> Config:
+    """A run of 4 + 4 steps with a stack, on documents made here."""
+    config = Config(
+        name="tiny", runs=str(tmp_path), model=TINY,
+        data=DataConfig(sources={"verse": Source(verses)}, tokenizer="bytes", dev=0.15, test=0.15),
+        phases=(Phase(steps=4, batch=8, seq=32), Phase(steps=4, batch=8, seq=32, edits=(stack,))),
+        schedule=Schedule(shape="wsd", peak=1e-2, warmup=2, decay=0.5, final=0.1),
+        overlap=8, eval_every=100, eval_tokens=200, save_every=100, keep=20, sample_tokens=3)
+    return replace(config, **changes)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs started in this process see one device."""
+    whole = train.make_mesh
+    monkeypatch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
+
+
+def rows_of(run: Path) -> list[dict]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def random_batch(seed: int = 0, batch: int = 8, seq: int = 16) -> dict[str, np.ndarray]:
+    """Rows of one segment of random ids."""
+    tokens = np.random.default_rng(seed).integers(0, 256, (batch, seq + 1), dtype=np.int32)
+    ones = np.ones((batch, seq), np.int32)
+    return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=ones, positions=np.cumsum(ones, 1, dtype=np.int32) - 1,
+                weights=ones.astype(np.float32), source=ones * 0)
+
+
+def single():
+    """A mesh of one device."""
+    return train.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+
+def stepper(config: Config, shape: ModelConfig = TINY):
+    """`(state, batch, rate or {group: rate}) -> (state, metrics)`, jitted."""
+    step = jax.jit(train.make_step(config, shape), static_argnames="mask")
+
+    def take(state, batch, rates):
+        rates = rates if isinstance(rates, dict) else dict.fromkeys(model.groups(shape), rates)
+        return step(state, batch, {g: np.float32(r) for g, r in rates.items()}, mask=CAUSAL)
+
+    return take
+
+
+def context(seed: int = 0) -> model.Context:
+    """What an edit is given, without a run around it."""
+    return model.Context(jax.random.key(seed), 0, None, lambda n: [], train.load)
+
+
+def same_bits(a, b) -> bool:
+    """Are two trees of arrays equal bit for bit?"""
+    a, b = jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b))
+    return len(a) == len(b) and all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+                                    for x, y in zip(map(np.asarray, a), map(np.asarray, b), strict=True))
+
+
+def counts(opt) -> set[int]:
+    """Every step count in an optimiser state."""
+    return {int(x) for path, x in jax.tree_util.tree_leaves_with_path(opt) if "count" in jax.tree_util.keystr(path)}
+
+
+# ------------------------------------------------------------------------------------------ schedules and budgets
+
+
+def course_of(config: Config) -> train.Course:
+    """The course of a config whose vocabulary is known."""
+    return train.plot_course(config, train.shapes(config, context()))
+
+
+def one_phase(steps=40, **schedule) -> Config:
+    """A config of one phase and the schedule's fields."""
+    return tiny_config(phases=(Phase(steps=steps, batch=8, seq=32),), schedule=Schedule(**schedule))
+
+
+def test_warmup_is_linear_in_steps_of_equal_cost():
+    """Rate s is s/warmup of the peak, and the peak at the last step of the warm-up."""
+    rates = course_of(one_phase(shape="constant", peak=0.5, warmup=10)).rates["matrix"]
+    np.testing.assert_allclose(rates[1:11], 0.5 * np.arange(1, 11) / 10, rtol=1e-12)
+    np.testing.assert_allclose(rates[10:], 0.5, rtol=1e-12)
+    assert (course_of(one_phase(shape="constant", peak=0.5, warmup=0)).rates["matrix"][1:] == 0.5).all()
+
+
+def test_wsd_is_flat_and_then_linear_to_the_final_rate():
+    """The closed form at every step."""
+    rates = course_of(one_phase(shape="wsd", peak=0.5, warmup=4, decay=0.25, final=0.2)).rates["embed"]
+    np.testing.assert_allclose(rates[4:31], 0.5, rtol=1e-12)
+    np.testing.assert_allclose(rates[30:], 0.5 * (1 - 0.8 * np.arange(11) / 10), rtol=1e-9)
+    assert rates[-1] == pytest.approx(0.1, rel=1e-9)
+
+
+def test_cosine_falls_from_the_peak_to_the_final_rate():
+    """The closed form at every step after the warm-up."""
+    rates = course_of(one_phase(shape="cosine", peak=0.5, warmup=4, final=0.2)).rates["vector"]
+    through = np.arange(37) / 36
+    np.testing.assert_allclose(rates[4:], 0.5 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * through))), rtol=1e-9)
+
+
+def by_hand(schedule: Schedule, used: np.ndarray, warm: float) -> np.ndarray:
+    """The rate as a function of the consumed share of the budget, written out again."""
+    x = used / used[-1]
+    if schedule.shape == "wsd":
+        shape = np.where(x > 1 - schedule.decay, 1 - (1 - schedule.final) * (x - 1 + schedule.decay) / schedule.decay, 1)
+    else:
+        y = np.maximum(0, (used - warm) / (used[-1] - warm))
+        shape = schedule.final + (1 - schedule.final) * (1 + np.cos(np.pi * y)) / 2
+    return schedule.peak * np.minimum(1, used / warm) * shape
+
+
+@pytest.mark.parametrize("budget", ["flops", "tokens"])
+@pytest.mark.parametrize("shape", ["wsd", "cosine"])
+def test_rate_belongs_to_the_budget_of_its_own_row(shape, budget):
+    """Across a stack and a longer sequence, the rate of step s follows from what metrics row s says was consumed."""
+    schedule = Schedule(shape=shape, peak=1e-2, warmup=6, decay=0.4, final=0.05, budget=budget)
+    course = course_of(tiny_config(schedule=schedule, phases=(
+        Phase(steps=25, batch=8, seq=16), Phase(steps=25, batch=4, seq=64, edits=(stack,)))))
+    used = (course.flops if budget == "flops" else course.tokens)[1:].astype(float)
+    assert len(set(np.diff(used).round())) == 2
+    np.testing.assert_allclose(course.rates["matrix"][1:], by_hand(schedule, used, used[5]), rtol=1e-9)
+
+
+def test_cheaper_first_phase_ends_at_the_same_rate():
+    """Stacked and deep from the start: the same rate at the same share of the budget, and at the end."""
+    schedule = Schedule(shape="wsd", peak=1e-2, warmup=1, decay=0.5, final=0.1)
+    grown = course_of(tiny_config(schedule=schedule, phases=(
+        Phase(steps=60, batch=8, seq=32), Phase(steps=60, batch=8, seq=32, edits=(stack,)))))
+    deep = course_of(tiny_config(schedule=schedule, model=replace(TINY, layers=4), phases=(
+        Phase(steps=90, batch=8, seq=32),)))
+    assert grown.rates["matrix"][-1] == pytest.approx(deep.rates["matrix"][-1], rel=1e-9)
+    assert grown.rates["matrix"][-1] == pytest.approx(1e-3, rel=1e-9)
+    share = grown.flops[10:] / grown.flops[-1]
+    np.testing.assert_allclose(np.interp(share, deep.flops / deep.flops[-1], deep.rates["matrix"]),
+                               grown.rates["matrix"][10:], rtol=2e-3)
+
+
+def test_phase_schedule_warms_up_again_over_its_own_budget():
+    """A phase's own schedule starts and ends within it, and leaves the other phase's rates alone."""
+    own = Schedule(shape="cosine", peak=2e-2, warmup=5, final=0.5)
+    phases = (Phase(steps=20, batch=8, seq=32), Phase(steps=20, batch=8, seq=32, schedule=own))
+    course = course_of(tiny_config(phases=phases))
+    plain = course_of(tiny_config(phases=(phases[0], replace(phases[1], schedule=None))))
+    rates = course.rates["matrix"]
+    np.testing.assert_allclose(rates[21:26], 2e-2 * np.arange(1, 6) / 5, rtol=1e-9)
+    assert rates[40] == pytest.approx(1e-2, rel=1e-9)
+    np.testing.assert_array_equal(rates[:21], plain.rates["matrix"][:21])
+
+
+def test_a_group_with_factor_zero_is_frozen_bit_for_bit():
+    """Neither gradient nor weight decay moves it; the other groups move, at their own factor."""
+    phases = (Phase(steps=4, batch=8, seq=16, rates={"matrix": 0.0, "vector": 0.5}),)
+    config = tiny_config(phases=phases, schedule=Schedule(shape="constant", peak=1e-2, warmup=0))
+    course, take = course_of(config), stepper(config)
+    assert course.rates["vector"][1] == 0.5 * course.rates["embed"][1] > 0
+    first = state = train.first_state(config, single())
+    for s in range(1, 4):
+        state, _ = take(state, random_batch(s), {g: r[s] for g, r in course.rates.items()})
+    for group, names in model.groups(TINY).items():
+        for name in names:
+            assert same_bits(first.params[name], state.params[name]) == (group == "matrix"), name
+
+
+def test_rates_of_an_unknown_group_are_refused():
+    """The sentence names the field and the groups there are."""
+    with pytest.raises(InputError, match=r"phases\.0\.rates.*matrx.*matrix"):
+        course_of(tiny_config(phases=(Phase(rates={"matrx": 1.0}),)))
+
+
+def test_flops_in_closed_form_across_a_stack():
+    """6 (matmul parameters with the head) + 6 layers heads head_dim seq a token, by hand, in both phases."""
+    course = course_of(tiny_config(phases=(Phase(steps=3, batch=8, seq=32),
+                                           Phase(steps=2, batch=4, seq=16, edits=(stack,)))))
+    layer = 32 * 4 * 8 * 2 + 2 * 32 * 2 * 8 + 3 * 32 * 48  # q and o, k and v, the MLP
+    shallow, deep = 6 * (2 * layer + 258 * 32) + 6 * 2 * 32 * 32, 6 * (4 * layer + 258 * 32) + 6 * 4 * 32 * 16
+    np.testing.assert_allclose(course.flops, np.cumsum([0, *[8 * 32 * shallow] * 3, *[4 * 16 * deep] * 2]), rtol=1e-12)
+    np.testing.assert_array_equal(course.tokens, np.cumsum([0, *[8 * 32] * 3, *[4 * 16] * 2]))
+    assert [m.layers for m in course.models] == [2, 4] and course.ends.tolist() == [3, 5]
+
+
+# -------------------------------------------------------------------------------------------------- edits in time
+
+
+def test_edits_are_due_when_the_design_says():
+    """A phase's own after the step before it; recurring ones every so many steps until their end, never at a phase's last."""
+    twice = partial(stack, times=2)
+    config = tiny_config(phases=(
+        Phase(steps=4, edits=(silence,)), Phase(steps=6, edits=(twice, silence), repeat=(
+            Edit(reset_embeddings, every=2, until=4), Edit(silence, every=3)))))
+    course = course_of(config)
+    found = {s: train.due(config, course, s) for s in range(11)}
+    assert {s: e for s, e in found.items() if e} == {
+        0: [silence], 4: [twice, silence], 6: [reset_embeddings], 7: [silence], 8: [reset_embeddings]}
+
+
+def test_recurring_edit_without_an_end_goes_on():
+    """`until` 0 is for ever, but for the phase's last step."""
+    config = tiny_config(phases=(Phase(steps=10, repeat=(Edit(reset_embeddings, every=5),)),
+                                 Phase(steps=11, repeat=(Edit(reset_embeddings, every=5),))))
+    assert [s for s in range(22) if train.due(config, course_of(config), s)] == [5, 15, 20]
+
+
+# ----------------------------------------------------------------------------------------- bad configs, before any work
+
+
+def phases_with(**changes) -> tuple[Phase, ...]:
+    """Two phases, the second changed."""
+    return (Phase(batch=8, seq=128), replace(Phase(batch=8, seq=128), **changes))
+
+
+def model_with(**changes) -> dict:
+    """A changed model."""
+    return dict(model=replace(TINY, **changes))
+
+
+def data_with(**changes) -> dict:
+    """Changed data."""
+    return dict(data=replace(tiny_config().data, **changes))
+
+
+def inner():
+    """A function that is not at the top level of a file."""
+    def hidden(table):
+        return plain_descent(table)
+    return hidden
+
+
+BAD = {  # case: (changes of the config, what the sentence must hold)
+    "heads": (model_with(heads=5), ["model.heads", "5", "model.kv_heads", "2"]),
+    "odd head_dim": (model_with(head_dim=7), ["model.head_dim", "7", "even"]),
+    "no layers": (model_with(layers=0), ["model.layers", "0", "more than 0"]),
+    "negative mlp": (model_with(mlp=-3), ["model.mlp", "-3", "more than 0"]),
+    "no kv heads": (model_with(kv_heads=0), ["model.kv_heads", "0", "more than 0"]),
+    "negative vocab": (model_with(vocab=-1), ["model.vocab", "-1", "0 or more"]),
+    "float for int": (model_with(embed=32.0), ["model.embed", "32.0", "int"]),
+    "bool for int": (model_with(layers=True), ["model.layers", "True", "int"]),
+    "word for bool": (model_with(tied="yes"), ["model.tied", "'yes'", "bool"]),
+    "unknown dtype": (model_with(dtype="float16"), ["model.dtype", "float16", "bfloat16", "float32"]),
+    "unroll": (model_with(unroll=3), ["model.unroll", "3", "model.layers", "2"]),
+    "no phases": (dict(phases=()), ["phases", "empty"]),
+    "list of phases": (dict(phases=[Phase()]), ["phases", "list", "tuple"]),
+    "no steps": (dict(phases=phases_with(steps=0)), ["phases.1.steps", "0", "more than 0"]),
+    "no batch": (dict(phases=phases_with(batch=0)), ["phases.1.batch", "0", "more than 0"]),
+    "negative seq": (dict(phases=phases_with(seq=-128)), ["phases.1.seq", "-128", "more than 0"]),
+    "overlap": (dict(overlap=128), ["overlap", "128", "phases.0.seq", "less than"]),
+    "mixture of a stranger": (dict(phases=phases_with(mixture={"vers": 1.0})), ["phases.1.mixture", "vers", "verse"]),
+    "mixture of nothing": (dict(phases=phases_with(mixture={"verse": 0.0})), ["phases.1.mixture", "0.0", "verse"]),
+    "negative mixture": (dict(phases=phases_with(mixture={"verse": -1.0})), ["phases.1.mixture", "-1.0", "0"]),
+    "word in a mixture": (dict(phases=phases_with(mixture={"verse": "much"})), ["phases.1.mixture.verse", "much", "float"]),
+    "lambda": (dict(optimizer=lambda table: {}), ["optimizer", "lambda", "top level"]),
+    "inner function": (dict(optimizer=inner()), ["optimizer", "inner", "top level"]),
+    "no function": (dict(token_loss=3), ["token_loss", "3", "function"]),
+    "callable object": (dict(reduce=Thing()), ["reduce", "Thing", "function"]),
+    "builtin": (dict(token_loss=abs), ["token_loss", "abs", "file"]),
+    "partial of an object": (dict(optimizer=partial(train.adamw, b1=np.zeros(2))), ["optimizer", "adamw", "JSON"]),
+    "partial of a lambda": (dict(phases=phases_with(edits=(partial(stack, times=lambda: 2),))),
+                            ["phases.1.edits.0", "stack", "JSON"]),
+    "partial by position": (dict(optimizer=partial(train.adamw, 0.9)), ["optimizer", "adamw", "keywords"]),
+    "lambda as an edit": (dict(phases=phases_with(edits=(lambda m, c: m,))), ["phases.1.edits.0", "lambda", "top level"]),
+    "no sources": (data_with(sources={}), ["data.sources", "empty"]),
+    "splits of everything": (data_with(dev=0.5, test=0.5), ["data.dev", "data.test", "0.5"]),
+    "negative split": (data_with(dev=-0.1), ["data.dev", "-0.1"]),
+    "no shard": (data_with(shard_tokens=0), ["data.shard_tokens", "0", "more than 0"]),
+    "negative clip": (dict(clip=-1.0), ["clip", "-1.0", "0 or more"]),
+    "no peak": (dict(schedule=Schedule(peak=0.0)), ["schedule.peak", "0.0", "more than 0"]),
+    "unknown shape": (dict(schedule=Schedule(shape="linear")), ["schedule.shape", "linear", "wsd"]),
+    "no decay": (dict(schedule=Schedule(decay=0.0)), ["schedule.decay", "0.0", "above 0"]),
+    "a phase's peak": (dict(phases=phases_with(schedule=Schedule(peak=-1.0))), ["phases.1.schedule.peak", "-1.0"]),
+    "a phase's warm-up": (dict(phases=phases_with(schedule=Schedule(warmup=-1))), ["phases.1.schedule.warmup", "-1"]),
+    "a phase's decay": (dict(phases=phases_with(schedule=Schedule(decay=2.0))), ["phases.1.schedule.decay", "2.0"]),
+    "recurring never": (dict(phases=phases_with(repeat=(Edit(reset_embeddings, every=0),))), ["phases.1.repeat.0.every", "0"]),
+    "rate that is not a number": (dict(schedule=Schedule(peak=math.nan)), ["schedule.peak", "nan"]),
+    "negative temperature": (dict(sample_temperature=-1.0), ["sample_temperature", "-1.0"]),
+    "no checkpoints": (dict(keep=0), ["keep", "0", "more than 0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_check_refuses_in_one_sentence(case):
+    """Each bad config is an InputError of one line that names the field, what was found, and what is allowed."""
+    changes, words = BAD[case]
+    with pytest.raises(InputError) as caught:
+        train.check(tiny_config(**changes))
+    sentence = str(caught.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence and "allowed" in sentence + " allowed" * (case in ("heads", "no phases", "no sources",
+                                                                                  "unroll")), sentence
+
+
+def test_check_lets_good_configs_pass():
+    """What is shipped, the defaults, and every kind of field filled in."""
+    train.check(Config())
+    train.check(tiny_config())
+    train.check(everything())
+
+
+def test_mesh_sizes_that_do_not_divide_are_refused():
+    """The sentence names the mesh, the sizes and the devices."""
+    for sizes in (dict(data=3), dict(data=-1, fsdp=-1), dict(data=2), dict(data=0), dict(tensor=5), dict(data=-2)):
+        with pytest.raises(InputError, match="mesh.*8 devices.*allowed"):
+            train.make_mesh(MeshConfig(**sizes))
+    assert dict(train.make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_batch_that_the_devices_do_not_divide_is_refused():
+    """Before anything is read."""
+    with pytest.raises(InputError, match=r"phases\.1\.batch is 12.*8 devices.*divide"):
+        train.Run(tiny_config(phases=(Phase(batch=8), Phase(batch=12))))
+
+
+def test_width_that_the_mesh_does_not_divide_is_refused():
+    """A size that `mesh.tensor` does not divide is an error, not a copy."""
+    with pytest.raises(InputError, match=r"kv_heads.*2.*mesh\.tensor.*8.*divide"):
+        train.Run(tiny_config(mesh=MeshConfig(data=1, tensor=8)))
+
+
+def test_edit_that_leaves_a_misfit_optimiser_is_refused():
+    """The sentence names the edit, the policy and the group."""
+    config = tiny_config()
+    with pytest.raises(InputError, match="bad_policy.*keep.*matrix"):
+        train.apply_edits([bad_policy], train.first_state(config, single()), TINY, config, single(), context())
+
+
+def test_edit_of_layers_that_are_not_there_is_refused():
+    """An edit's ValueError is the config's fault."""
+    with pytest.raises(InputError, match="stack: layers is .*7.*layers 0 to 1"):
+        train.shapes(tiny_config(phases=(Phase(edits=(partial(stack, layers=(0, 7)),)),)), context())
+
+
+# ----------------------------------------------------------------------------------------------- configs in and out
+
+
+def everything() -> Config:
+    """A config with something in every field that can hold a function or a nested value."""
+    return tiny_config(
+        data=DataConfig(sources={"a": Source(partial(verses, count=9), in_front, odd_only), "b": Source(verses)}),
+        phases=(Phase(mixture={"a": 0.5, "b": 2.0}, repeat=(Edit(partial(reset_embeddings, head=False), 7, 70),)),
+                Phase(mixture=first_then_second, packing=one_each, objective=second_half, edits=(silence, partial(
+                    stack, layers=[0, 1, 1])), schedule=Schedule(shape="cosine"), rates={"embed": 2.0})),
+        optimizer=partial(train.adamw, b2=0.99), weights=same_weights, token_loss=partial(undefined, first=2),
+        reduce=counted, evals=(answer,), prompts=("a", "b"), mesh=MeshConfig(tensor=2))
+
+
+def alike(a, b) -> bool:
+    """Equality of config values, functions by their code, and partials by function and arguments."""
+    if isinstance(a, partial):
+        return isinstance(b, partial) and alike(a.func, b.func) and a.keywords == b.keywords
+    if callable(a):
+        return a.__qualname__ == b.__qualname__ and a.__code__.co_code == b.__code__.co_code
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and all(alike(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, tuple):
+        return type(b) is tuple and len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "configs").glob("*.py")) + ["everything"])
+def test_configs_survive_json(file):
+    """Through text and back: the same config, and the same JSON again."""
+    config = everything() if file == "everything" else train.load_config(str(ROOT / "configs" / file))
+    written = json.dumps(train.to_json(config))
+    back = train.from_json(Config, json.loads(written))
+    assert alike(config, back)
+    assert json.dumps(train.to_json(back)) == written
+    train.check(back)
+
+
+def test_json_names_functions_by_file_and_arguments():
+    """A function is its `file:name`, its arguments, and a hash of its source, which changes with it."""
+    written = train.to_json(everything())
+    assert written["optimizer"]["function"] == "train.py:adamw" and written["optimizer"]["arguments"] == {"b2": 0.99}
+    assert written["phases"][1]["edits"][0]["function"] == "tests/test_train.py:silence"
+    assert len({json.dumps(train.to_json(f)["source"]) for f in (silence, bad_policy, answer)}) == 3
+
+
+def shipped(*arguments: str) -> Config:
+    """The quickstart under some overrides."""
+    config, file = train.parse([str(ROOT / "configs/quickstart.py"), *arguments])
+    assert file.endswith("quickstart.py") and config.name
+    return config
+
+
+def test_overrides_reach_every_kind_of_field():
+    """Tuples by number, dictionaries by key, arguments of partials, dashes for underscores, and `=`."""
+    assert shipped("--phases.1.edits.0.times", "3").phases[1].edits[0].keywords["times"] == 3
+    assert shipped("--phases.1.edits.0.moments", "map").phases[1].edits[0].keywords["moments"] == "map"
+    changed = shipped("--phases.0.steps", "7", "--phases.1.batch=4")
+    assert (changed.phases[0].steps, changed.phases[1].batch, changed.phases[1].steps) == (7, 4, shipped().phases[1].steps)
+    assert shipped("--model.kv-heads", "3").model.kv_heads == 3
+    assert shipped("--model.tied", "false").model.tied is False
+    assert shipped("--clip", "0").clip == 0.0 and type(shipped("--clip", "0").clip) is float
+    assert shipped("--schedule.peak", "1e-4").schedule.peak == 1e-4
+    assert shipped("--mesh.data", "-1").mesh.data == -1
+    assert shipped("--prompts.0=--x").prompts[0] == "--x"
+    assert shipped("--data.sources.stdlib.documents", "x").data.sources["stdlib"].documents == "x"  # for check to refuse
+    assert shipped("--name", "7").name == "7"
+    assert shipped().name == "quickstart"
+    train.check(changed)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model.layrs", "3"], ["--model.layrs", "did you mean 'layers'"]),
+    (["--modle.layers", "3"], ["--modle.layers", "did you mean 'model'"]),
+    (["--phases.2.steps", "3"], ["--phases.2.steps", "'2'", "0, 1"]),
+    (["--phases.1.edits.0.tims", "3"], ["tims", "did you mean 'times'"]),
+    (["--data.sources.stdlb.prepare", "x"], ["stdlb", "did you mean 'stdlib'"]),
+    (["--phases.0.schedule.peak", "1"], ["--phases.0.schedule.peak", "'peak'"]),
+    (["--model.layers"], ["--model.layers", "needs a value"]),
+    (["--model.layers", "--clip", "1"], ["--model.layers", "needs a value"]),
+    (["stray"], ["'stray'", "--path.to.field VALUE"]),
+])
+def test_overrides_that_name_no_field(arguments, words):
+    """One sentence that names the flag, and the nearest field where there is one."""
+    with pytest.raises(InputError) as caught:
+        shipped(*arguments)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model.layers", "two"], ["model.layers", "'two'", "int"]),
+    (["--model.layers", "2.5"], ["model.layers", "2.5", "int"]),
+    (["--phases.0.steps", "(1,2)"], ["phases.0.steps", "(1, 2)", "int"]),
+    (["--schedule.shape", "wds"], ["schedule.shape", "'wds'", "'wsd'"]),
+    (["--optimizer", "adam"], ["optimizer", "'adam'", "function"]),
+    (["--weights", "thin"], ["weights", "'thin'", "function"]),
+    (["--model.heads", "4"], ["model.heads", "4", "model.kv_heads", "6"]),
+])
+def test_overrides_of_a_wrong_type_are_refused_by_check(arguments, words):
+    """By the field's path, as if the config file had held it."""
+    with pytest.raises(InputError) as caught:
+        train.check(shipped(*arguments))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------- the step
+
+
+def test_clipping_in_closed_form():
+    """With the gradient itself as direction, a clipped update is the unclipped one times clip over norm."""
+    config = tiny_config(optimizer=plain_descent, clip=0.0)
+    state, batch = train.first_state(config, single()), random_batch()
+    free, metrics = stepper(config)(state, batch, 0.1)
+    norm = float(metrics["train/grad_norm"])
+    squares = [float(v) ** 2 for k, v in metrics.items() if k.endswith("/grad_norm") and k != "train/grad_norm"]
+    assert norm > 0.5 and math.sqrt(sum(squares)) == pytest.approx(norm, rel=1e-5)
+    for clip in (0.25, 100.0):
+        cut, _ = stepper(replace(config, clip=clip))(state, batch, 0.1)
+        for name in state.params:
+            np.testing.assert_allclose(cut.params[name] - state.params[name],
+                                       (free.params[name] - state.params[name]) * min(1.0, clip / norm), atol=3e-7)
+
+
+def test_adamw_is_that_of_optax():
+    """Four steps with changing rates: the matrices as optax.adamw moves them, the others without decay."""
+    config = tiny_config(clip=0.0, optimizer=partial(train.adamw, b2=0.98, weight_decay=0.2))
+    take, state = stepper(config), train.first_state(config, single())
+    rates = [1e-2, 2e-2, 5e-3, 1e-3]
+    theirs = {group: optax.adamw(lambda count: jnp.array(rates)[count], 0.9, 0.98, 1e-8,
+                                 weight_decay=0.2 if group == "matrix" else 0.0) for group in model.groups(TINY)}
+    params = dict(state.params)
+    opt = {g: theirs[g].init({n: params[n] for n in names}) for g, names in model.groups(TINY).items()}
+
+    @jax.jit
+    def gradient(params, batch):
+        return jax.grad(lambda p: jnp.mean(model.losses(p, batch, CAUSAL, TINY)))(params)
+
+    for s, rate in enumerate(rates):
+        batch = random_batch(s)
+        state, _ = take(state, batch, rate)
+        grads = gradient(params, batch)
+        for group, names in model.groups(TINY).items():
+            mine = {n: params[n] for n in names}
+            updates, opt[group] = theirs[group].update({n: grads[n] for n in names}, opt[group], mine)
+            params |= optax.apply_updates(mine, updates)
+    for name, expected in params.items():
+        np.testing.assert_allclose(state.params[name], expected, atol=1e-6, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("how", ["loss", "weights"])
+def test_update_that_is_not_finite_is_left_out(how):
+    """Parameters and optimiser stay bit for bit; the step advances; the count rises, and falls to 0 after a good one."""
+    config = tiny_config(token_loss=partial(undefined, first=2, last=3)) if how == "loss" else tiny_config()
+    take = stepper(config)
+    good, _ = take(train.first_state(config, single()), random_batch(), 1e-2)
+    bad = random_batch(1)
+    if how == "weights":
+        bad["weights"][3, 5] = np.inf
+    first, metrics = take(good, bad, 1e-2)
+    second, _ = take(first, bad, 1e-2)
+    assert not math.isfinite(metrics["train/loss"]) and int(metrics["skipped"]) == 1
+    assert same_bits((good.params, good.opt), (second.params, second.opt))
+    assert [int(s.step) for s in (good, first, second)] == [1, 2, 3]
+    assert [int(s.skipped) for s in (good, first, second)] == [0, 1, 2]
+    third, metrics = take(second, random_batch(2), 1e-2)
+    assert int(third.skipped) == 0 and math.isfinite(metrics["train/loss"]) and int(third.step) == 4
+    assert not same_bits(second.params["q"], third.params["q"])
+    assert counts(third.opt) == {2}
+
+
+def test_run_stops_after_too_many_updates_that_are_not_finite(tmp_path, one_device):
+    """An InputError that names the step; rows up to it are there, with null for the loss; it does so again when resumed."""
+    config = tiny_config(tmp_path, token_loss=partial(undefined, first=3, last=99), max_skipped=3, save_every=2,
+                         phases=(Phase(steps=20, batch=8, seq=32),))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"not finite at step 5\b.*2 steps before"):
+            train.Run(config, __file__).train()
+        rows = [r for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
+        assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
+        assert [r["train/loss"] is None for r in rows] == [False, False, True, True, True]
+        assert [r["train/skipped"] for r in rows] == [0, 0, 1, 2, 3]
+
+
+def test_single_bad_step_does_not_stop_a_run(tmp_path, one_device):
+    """The step is left out and counted, and the run ends well."""
+    config = tiny_config(tmp_path, token_loss=partial(undefined, first=3, last=3), max_skipped=2)
+    train.Run(config, __file__).train()
+    rows = [r for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
+    assert [r["train/skipped"] for r in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert [r["step"] for r in rows if r["train/loss"] is None] == [3]
+
+
+# ------------------------------------------------------------------------------------- edits and the optimiser state
+
+
+def taken(config: Config, steps: int, mesh=None, shape: ModelConfig = TINY) -> train.State:
+    """The state after some steps on random rows."""
+    state, take = train.first_state(config, mesh or single()), stepper(config, shape)
+    for s in range(steps):
+        state, _ = take(state, random_batch(s), 1e-2)
+    return state
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_reset_of_the_embeddings_leaves_the_body_alone(tied):
+    """Embeddings (and head) are drawn anew and their optimiser starts at count 0; all else is bit-equal and counts on."""
+    shape = replace(TINY, tied=tied)
+    config = tiny_config(model=shape)
+    state = taken(config, 3, shape=shape)
+    after, same = train.apply_edits([reset_embeddings], state, shape, config, single(), context(5))
+    assert same == shape
+    gone = {"embed"} if tied else {"embed", "head"}
+    for name in state.params:
+        assert same_bits(state.params[name], after.params[name]) == (name not in gone), name
+    for group in model.groups(shape):
+        assert same_bits(state.opt[group], after.opt[group]) == (group not in gone), group
+        assert counts(after.opt[group]) == ({0} if group in gone else {3})
+    assert int(after.step) == 3
+    onward, _ = stepper(config, shape)(after, random_batch(9), 1e-2)
+    assert counts(onward.opt["embed"]) == {1} and counts(onward.opt["matrix"]) == counts(onward.opt["vector"]) == {4}
+
+
+@pytest.mark.parametrize("moments", ["map", "reset"])
+def test_stack_maps_or_resets_the_moments(moments):
+    """Blocks come twice in order; moments come twice too and counts stay, or all of it starts afresh."""
+    config = tiny_config()
+    state = taken(config, 2)
+    after, shape = train.apply_edits([partial(stack, moments=moments)], state, TINY, config, single(), context())
+    assert shape == replace(TINY, layers=4)
+    for name, row in model.table(TINY).items():
+        old, new = np.asarray(state.params[name]), np.asarray(after.params[name])
+        np.testing.assert_array_equal(new, np.concatenate([old, old]) if row.axes[0] == "layers" else old)
+    for group, names in model.groups(TINY).items():
+        assert counts(after.opt[group]) == ({2} if moments == "map" else {0})
+        old, new = (optax.tree.get(s.opt[group], "mu") for s in (state, after))
+        for name in names:
+            mapped = np.concatenate([old[name], old[name]]) if model.table(TINY)[name].axes[0] == "layers" else old[name]
+            np.testing.assert_array_equal(new[name], mapped if moments == "map" else np.zeros_like(mapped))
+    assert np.any(np.asarray(optax.tree.get(state.opt["matrix"], "mu")["q"]))
+
+
+# --------------------------------------------------------------------------------------------------------- devices
+
+
+MESHES = {"data 8": MeshConfig(), "data 2 fsdp 2 tensor 2": MeshConfig(data=2, fsdp=2, tensor=2)}
+
+
+def trajectory(mesh) -> np.ndarray:
+    """Losses of five steps on a mesh, with a stack after the third."""
+    config, shape, out = tiny_config(), TINY, []
+    state = train.first_state(config, mesh)
+    for s in range(5):
+        if s == 3:
+            state, shape = train.apply_edits([partial(stack, moments="map")], state, shape, config, mesh, context())
+        arrays = train.put(random_batch(s), mesh)
+        rates = dict.fromkeys(model.groups(shape), np.float32(1e-2))
+        if s in (0, 3):
+            step = train.compiled(config, shape, mesh, state, arrays, rates, CAUSAL)
+        state, metrics = step(state, arrays, rates)
+        out.append(float(metrics["train/loss"]))
+    return np.array(out)
+
+
+@functools.cache
+def losses_on_one() -> np.ndarray:
+    """The trajectory on one device."""
+    return trajectory(single())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_give_the_losses_of_one(mesh):
+    """Float32 losses to 1e-4 relative, through a stack, with parameters and batch spread in two ways."""
+    assert jax.device_count() == 8
+    np.testing.assert_allclose(trajectory(train.make_mesh(MESHES[mesh])), losses_on_one(), rtol=1e-4)
+    assert losses_on_one()[-1] < losses_on_one()[0] - 0.02
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_is_drawn_does_not_depend_on_the_devices(mesh):
+    """The first parameters, and embeddings drawn anew, are bit-equal on one device and on eight."""
+    config, many = tiny_config(), train.make_mesh(MESHES[mesh])
+    one, eight = train.first_state(config, single()), train.first_state(config, many)
+    assert same_bits(one.params, eight.params)
+    assert len(eight.params["q"].sharding.device_set) == 8
+    a, _ = train.apply_edits([reset_embeddings], one, TINY, config, single(), context(3))
+    b, _ = train.apply_edits([reset_embeddings], eight, TINY, config, many, context(3))
+    assert same_bits(a.params, b.params) and not same_bits(a.params["embed"], one.params["embed"])
+    assert b.params["embed"].sharding == train.shardings(TINY, many)["embed"]
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+# Losses of the first three steps of `tiny_config`, on one CPU device in float32. They change when initialisation, data
+# order, packing, the model or the optimiser does: then either the change was not meant to alter what a run computes and
+# is wrong, or it was, and these are to be replaced in the same commit.
+GOLDEN = [0.0, 0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(directory, summary, {step at the time: compilations}) of the tiny run, evaluated at every second step."""
+    tmp_path = tmp_path_factory.mktemp("plain")
+    seen, run = [], None
+
+    def listener(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration" and run is not None:
+            seen.append(int(run.state.step) if hasattr(run, "state") else 0)
+
+    whole = train.make_mesh
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
+        run = train.Run(tiny_config(tmp_path, phases=(Phase(steps=8, batch=8, seq=32), Phase(
+            steps=8, batch=8, seq=32, edits=(stack,))), eval_every=2, save_every=3), __file__)
+        summary = run.train()
+    jax.monitoring.unregister_event_duration_listener(listener)
+    return tmp_path / "tiny", summary, seen
+
+
+def test_golden_losses(plain):
+    """The first three steps, to 1e-5."""
+    losses = [r["train/loss"] for r in rows_of(plain[0]) if "train/loss" in r]
+    np.testing.assert_allclose(losses[:3], GOLDEN, atol=1e-5)
+
+
+def test_nothing_recompiles_after_a_phases_second_step(plain):
+    """Steps 3 to 8 of each phase, their evaluations and their checkpoints, compile nothing."""
+    seen = plain[2]
+    assert {0, 8} <= set(seen)  # each phase's first step did: the listener hears
+    late = [s for s in seen if 3 <= s <= 7 or 11 <= s <= 15]
+    assert not late, f"compiled when the run had taken {sorted(set(late))} steps ({len(late)} times)"
+
+
+def test_rows_hold_what_the_design_names(plain):
+    """A train row per step with every promised figure, on the course; evaluations without a loss."""
+    rows = rows_of(plain[0])
+    steps = [r for r in rows if "train/loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 17))
+    for row in steps:
+        assert {"train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/flops", "data/waste", "data/truncated",
+                "phase", "model/params", "matrix/grad_norm"} <= row.keys()
+    course = course_of(tiny_config(phases=(Phase(steps=8, batch=8, seq=32),
+                                           Phase(steps=8, batch=8, seq=32, edits=(stack,)))))
+    np.testing.assert_allclose([r["train/lr"] for r in steps], course.rates["matrix"][1:], rtol=1e-6)
+    np.testing.assert_allclose([r["train/flops"] for r in steps], course.flops[1:], rtol=1e-12)
+    assert [r["train/tokens"] for r in steps] == course.tokens[1:].tolist()
+    assert any("perf/tokens_per_s" in r and "perf/step_ms" in r and "perf/host_stall" in r for r in steps)
+    assert {r["model/params"] for r in steps[:8]} == {model.count(TINY)}
+    assert {r["model/params"] for r in steps[8:]} == {model.count(replace(TINY, layers=4))}
+    assert [r["phase"] for r in steps] == [0] * 8 + [1] * 8
+    assert all("matrix/update_ratio" in r for r in steps[8:10])  # norms around the edit
+    held = [r for r in rows if "train/loss" not in r]
+    assert [r["step"] for r in held] == [2, 4, 6, 8, 10, 12, 14, 16, 16]
+    assert all({"eval/verse/loss", "eval/verse/bpb", "eval/verse/bpb_se"} <= r.keys() for r in held[:-1])
+    assert "eval/verse.test/bpb" in held[-1] and held[-1] is not rows[0]
+
+
+def test_checkpoints_precede_the_edits_due(plain):
+    """The one at a phase's end is of the shape before the edit, the next of the one after; load gives each its own."""
+    for step, layers in ((3, 2), (8, 2), (9, 4), (16, 4)):
+        params, config, tokenizer, apply = train.load(str(plain[0]), step)
+        assert config.model.layers == layers == params["q"].shape[0]
+    ids = np.array([tokenizer.encode("def loss"), tokenizer.encode("of stack")])
+    assert apply(params, ids).shape == (2, 8, 258)
+
+
+def test_edited_run_starts_each_phase_from_the_function_of_the_last(plain):
+    """The summary is the last row's figures and the final evaluation, and the loss fell."""
+    rows = [r for r in rows_of(plain[0]) if "train/loss" in r]
+    assert plain[1]["step"] == 16 and plain[1]["train/loss"] == rows[-1]["train/loss"] < rows[0]["train/loss"]
+    assert plain[1]["eval/verse.test/bpb"] > 0 and plain[1]["gzip_bpb"] > 0 and plain[1]["xz_bpb"] > 0
+
+
+def test_running_a_complete_run_again_changes_nothing(plain, one_device):
+    """Not one byte of its metrics, and the same summary."""
+    before = {p.name: p.read_bytes() for p in plain[0].iterdir() if p.is_file()}
+    config = tiny_config(plain[0].parent, phases=(Phase(steps=8, batch=8, seq=32), Phase(
+        steps=8, batch=8, seq=32, edits=(stack,))), eval_every=2, save_every=3)
+    assert train.Run(config, __file__).train() == plain[1]
+    after = {p.name: p.read_bytes() for p in plain[0].iterdir() if p.is_file()}
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_run_that_lost_its_config_is_not_taken_for_resumed(tmp_path, one_device):
+    """Checkpoints without a config.json: refuse, or start again; never a fresh model under an old step's number."""
+    config = tiny_config(tmp_path, phases=(Phase(steps=4, batch=8, seq=32),), save_every=2)
+    train.Run(config, __file__).train()
+    (tmp_path / "tiny/config.json").unlink()
+    run = train.Run(replace(config, phases=(Phase(steps=6, batch=8, seq=32),)), __file__)
+    try:
+        run.train()
+    except InputError as error:
+        assert "config.json" in str(error)
+    else:
+        steps = [r["train/loss"] for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
+        assert len(steps) == 6 and steps[4] < steps[0]
+
+
+def test_sigterm_during_an_evaluation_loses_no_step(tmp_path, one_device):
+    """What the message says is saved is saved: the run goes on from that step, and its rows are all there."""
+    config = tiny_config(tmp_path, eval_every=3, evals=(stop_now,))
+    with pytest.raises(train.Stopped, match="step 3 is saved"):
+        train.Run(config, __file__).train()
+    params, *_ = train.load(str(tmp_path / "tiny"), 3)
+    assert params["q"].shape[0] == 2
+    train.Run(replace(config, evals=()), __file__).train()
+    rows = rows_of(tmp_path / "tiny")
+    assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 9))
+    assert [r["step"] for r in rows if "eval/verse/bpb" in r] == [3, 4, 6, 8]
+
+
+def test_steps_since_the_last_reset_survive_a_stop(tmp_path, one_device):
+    """Checkpoint metadata holds them, the same whether or not the run was interrupted."""
+    config = tiny_config(tmp_path, save_every=2, eval_every=5, phases=(Phase(
+        steps=12, batch=8, seq=32, repeat=(Edit(reset_embeddings, every=4, until=4),)),))
+
+    def since(name):
+        checkpoints = train.Checkpoints(tmp_path / name / "checkpoints")
+        return {s: checkpoints.meta(s)["since_reset"] for s in checkpoints.steps()}
+
+    with pytest.raises(train.Stopped):
+        train.Run(replace(config, name="broken", evals=(stop_now,)), __file__).train()
+    train.Run(replace(config, name="broken"), __file__).train()
+    train.Run(replace(config, name="whole"), __file__).train()
+    whole, broken = since("whole"), since("broken")
+    assert whole == {2: None, 4: None, 6: 2, 8: 4, 10: 6, 12: 8}
+    assert {s: broken[s] for s in whole} == whole
+
+
+def test_extended_run_killed_at_its_very_end_is_concluded(tmp_path, one_device, monkeypatch):
+    """A summary of the shorter run is not taken for one of the longer."""
+    config = tiny_config(tmp_path, schedule=Schedule(shape="constant", warmup=2), phases=(Phase(steps=4, batch=8, seq=32),))
+    longer = replace(config, phases=(Phase(steps=6, batch=8, seq=32),))
+    assert train.Run(config, __file__).train()["step"] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "verb", lambda name, arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.Run(longer, __file__).train()
+    summary = train.Run(longer, __file__).train()
+    assert summary["step"] == 6
+    last = rows_of(tmp_path / "tiny")[-1]
+    assert last["step"] == 6 and "eval/verse.test/bpb" in last
+
+
+# ------------------------------------------------------------------------------------------------- extension points
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """(Run, directory) of a run that uses every extension point at once, and has ended."""
+    tmp_path = tmp_path_factory.mktemp("extended")
+    sources = {"a": Source(partial(verses, name="a"), in_front, odd_only), "b": Source(partial(verses, count=50, name="b"))}
+    phase = Phase(steps=4, batch=8, seq=64, mixture=first_then_second, packing=one_each, objective=second_half)
+    config = tiny_config(
+        tmp_path, data=DataConfig(sources=sources, tokenizer="bytes", dev=0.2, test=0.2),
+        phases=(phase, replace(phase, edits=(silence,))), schedule=Schedule(shape="constant", peak=1e-3, warmup=0),
+        weights=same_weights, token_loss=doubled, reduce=counted, evals=(answer,), optimizer=plain_descent)
+    whole = train.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
+        run = train.Run(config, __file__)
+        run.train()
+    return run, tmp_path / "tiny"
+
+
+def documents_of(cache: data.Cache) -> list[tuple[dict, str, int, float]]:
+    """(path and meta, text, split, score) of every document of a cache."""
+    out = []
+    for i in range(cache.total["shards"]):
+        shard = cache.shard(i)
+        for n, facts in enumerate(shard.documents()):
+            text = bytes(shard.tokens[shard.offsets[n]:shard.offsets[n + 1]].astype(np.uint8)).decode()
+            out.append((facts, text, int(shard.split[n]), float(shard.score[n])))
+    return out
+
+
+def test_prepare_changes_training_documents_alone(extended):
+    """The path stands before training documents; what is held out stays as it is."""
+    found = documents_of(extended[0].caches["a"])
+    assert {split for _, _, split, _ in found} == {0, 1, 2}
+    assert all(text.startswith(f"<{facts['path']}>") == (split == 0) for facts, text, split, _ in found)
+
+
+def test_score_is_kept_and_deselects(extended):
+    """-inf leaves a document out; the score of the others is in the cache; without a function it is NaN."""
+    found = documents_of(extended[0].caches["a"])
+    assert sorted(facts["meta"]["number"] for facts, *_ in found) == list(range(1, 60, 2))
+    assert all(score == facts["meta"]["number"] for facts, _, _, score in found)
+    assert extended[0].caches["a"].total["counts"]["skipped: deselected"] == 30
+    assert all(math.isnan(score) for *_, score in documents_of(extended[0].caches["b"]))
+
+
+def test_packing_and_mixture_make_the_rows(extended):
+    """One segment from a document's start in each row; source a in the first half of a phase and b in the second."""
+    for step, source in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 0), (8, 1)):
+        arrays = extended[0].loader.batch(step).arrays
+        assert (arrays["source"] == source).all()
+        assert (arrays["tokens"][:, 0] == 256).all() and set(np.unique(arrays["segments"])) <= {0, 1}
+
+
+def test_objective_weights_reduce_and_token_loss_reach_the_loss(extended):
+    """Rows carry weights on their second half alone, which `reduce` reports; the loss is twice the plain one."""
+    run, directory = extended
+    rows = [r for r in rows_of(directory) if "train/loss" in r]
+    for step in (1, 5):
+        arrays = run.loader.batch(step).arrays
+        assert (arrays["mine"] == 7).all() and not arrays["weights"][:, :32].any()
+        assert rows[step - 1]["own/targets"] == arrays["weights"].sum() > 0
+    assert all(r["own/largest"] >= r["train/loss"] > 0 for r in rows)
+    assert rows[0]["train/loss"] == pytest.approx(2 * math.log(258), rel=0.03)
+
+
+def test_edit_is_applied_at_its_phase(extended):
+    """Gains of zero make every logit zero: the loss of the phase's first step is the uniform one."""
+    rows = [r for r in rows_of(extended[1]) if "train/loss" in r]
+    assert rows[4]["train/loss"] == pytest.approx(2 * math.log(258), rel=1e-6)
+    assert abs(rows[0]["train/loss"] - 2 * math.log(258)) > 1e-3
+
+
+def test_evals_land_in_evaluation_rows(extended):
+    """At every evaluation, with a working `apply`."""
+    rows = [r for r in rows_of(extended[1]) if "own/answer" in r]
+    assert [r["step"] for r in rows] == [4, 8]
+    assert all(r["own/answer"] == 42 and r["own/logits"] == 258 and "train/loss" not in r for r in rows)
+
+
+def test_optimizer_of_the_config_is_the_one_used():
+    """Plain descent with rate r moves a parameter by r times its gradient, whose norm is a metric."""
+    config = tiny_config(optimizer=plain_descent, clip=0.0)
+    state = train.first_state(config, single())
+    after, metrics = stepper(config)(state, random_batch(), 0.5)
+    moved = math.sqrt(sum(float(jnp.sum((after.params[n] - state.params[n]) ** 2)) for n in state.params))
+    assert moved == pytest.approx(0.5 * float(metrics["train/grad_norm"]), rel=1e-4)
+
+
+def test_weights_are_used_in_training_and_in_evaluation():
+    """Scaled by one they change nothing; without the embeddings the loss is that of the uniform distribution."""
+    state, batch = train.first_state(tiny_config(), single()), random_batch()
+    losses = {}
+    for name, function in (("none", None), ("same", same_weights), ("gone", no_embedding)):
+        config = tiny_config(weights=function)
+        losses[name] = float(stepper(config)(state, batch, 1e-2)[1]["train/loss"])
+    assert losses["same"] == losses["none"]
+    assert losses["gone"] == pytest.approx(math.log(258), rel=1e-6) and abs(losses["none"] - losses["gone"]) > 1e-3
+    held, apply = train.evaluators(config, TINY)
+    np.testing.assert_allclose(held(state.params, 0, batch), math.log(258), rtol=1e-6)
+    assert not np.any(apply(state.params, batch["tokens"]))
