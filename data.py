@@ -42,7 +42,7 @@ class InputError(Exception):
     """Something a user can mend; the message is the one sentence that says what and how."""
 
 
-# -------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------------------------------------- sources
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What a source yields in place of a document that it cannot give; these are counted by `kind` and reported."""
+    """What a source yields in place of a document that it cannot give; counted by `kind` and reported."""
 
     path: str
     kind: str
@@ -73,10 +73,9 @@ def read(path: Path, name: str) -> Document | Skipped:
 
 
 def stdlib() -> Iterator[Document | Skipped]:
-    """The source of the running Python's standard library: a document per module, by path relative to the library.
+    """The running Python's standard library: a document per module, by path relative to the library.
 
-    Metadata: `module`, the dotted path, and `domain`, its top-level package. Tests, encodings, idlelib and lib2to3
-    are left out.
+    Metadata: `module`, dotted, and `domain`, its top-level package. No tests, encodings, idlelib or lib2to3.
     """
     root = Path(sysconfig.get_path("stdlib"))
     out = {"idlelib", "lib2to3", "encodings", "__pycache__", "site-packages", "dist-packages"}
@@ -100,7 +99,7 @@ def text(path: str, separator: str = "") -> Iterator[Document | Skipped]:
     if not root.exists():
         raise InputError(f"source path {str(root)!r} does not exist; give a text file or a directory of them")
     files = [root] if root.is_file() else sorted(
-        p for p in root.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(root).parts))
+        p for p in root.rglob("*") if p.is_file() and not any(q[0] == "." for q in p.relative_to(root).parts))
     for file in files:
         document = read(file, file.name if root.is_file() else file.relative_to(root).as_posix())
         if isinstance(document, Skipped) or not separator:
@@ -113,11 +112,11 @@ def text(path: str, separator: str = "") -> Iterator[Document | Skipped]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from and what is done to each before packing. The functions are set in config files."""
+    """Where documents come from and what is done to each before packing: functions, set in config files."""
 
     documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...), or your own
     prepare: Callable | None = None  # (document, rng) -> document or list of them; training documents only
-    score: Callable | None = None  # (document, tokens) -> float, kept in the cache; -inf leaves the document out
+    score: Callable | None = None  # (document, tokens) -> float, kept in the cache; -inf leaves it out
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})  # by name
-    tokenizer: str = "bpe"  # "bpe": trained on the sources to model.vocab pieces; "bytes"; or a SentencePiece file
+    tokenizer: str = "bpe"  # "bpe": trained to model.vocab pieces; "bytes"; or a SentencePiece file
     sample_mib: float = 8.0  # the tokenizer is trained on at most this much text
     dev: float = 0.05  # share of documents for steering, tuning and selection
     test: float = 0.05  # share of documents for what is reported
@@ -139,10 +138,10 @@ def split_of(path: str, dev: float, test: float) -> int:
     return 2 if u < test else 1 if u < test + dev else 0
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 
-# SentencePiece decodes U+2581 as a space and drops training texts with U+2585 (its own unknown mark): both are written
-# as pairs that begin with U+0010, which is escaped itself, so that every string comes back as it was.
+# SentencePiece decodes U+2581 as a space and drops training texts with U+2585 (its unknown mark): both become
+# pairs that begin with U+0010, which is escaped itself, so that every string comes back as it was.
 ESCAPES = {"\x10": "\x10e", "\u2581": "\x10b", "\u2585": "\x10c"}
 UNESCAPES = {pair: char for char, pair in ESCAPES.items()}
 
@@ -216,33 +215,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
     """Train a BPE model with byte fallback and no normalisation; the same bytes for the same texts.
 
-    Pieces may hold spaces, newlines and several scripts, which code wants: 3.7 bytes a token at 4096 pieces on the
+    Pieces may hold spaces, newlines and several scripts, which code wants: 4096 give 3.7 bytes a token on the
     standard library, where pieces that stop at spaces give 3.3.
     """
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(escape(t) for t in texts), model_writer=out, model_type="bpe", vocab_size=vocab,
-            byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_by_unicode_script=False,
-            split_by_whitespace=False, character_coverage=0.9995, max_sentence_length=2**30, unk_id=0, bos_id=1,
-            eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+            sentence_iterator=(escape(t) for t in texts), model_writer=out, model_type="bpe", unk_id=0,
+            bos_id=1, eos_id=2, pad_id=-1, vocab_size=vocab, byte_fallback=True, add_dummy_prefix=False,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, split_by_whitespace=False,
+            allow_whitespace_only_pieces=True, split_by_unicode_script=False, character_coverage=0.9995,
+            max_sentence_length=2**30, num_threads=1, minloglevel=2)
     except RuntimeError as error:
-        most, least = re.search(r"<= (\d+)", str(error)), re.search(r"required_chars\. \d+ vs (\d+)", str(error))
-        if most:
-            raise InputError(f"model.vocab is {vocab}, but this corpus can give at most {most[1]} pieces") from None
-        if least or vocab < 260:
-            least = least[1] if least else 260
-            raise InputError(f"model.vocab is {vocab}, but this corpus needs at least {least} pieces") from None
-        raise InputError("the tokenizer has no text to learn from: the training split is empty") from None
+        most, least = (re.search(r, str(error)) for r in (r"<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
+        problem = "the tokenizer has no text to learn from: the training split is empty"
+        if most or least or vocab < 260:
+            limit = f"can give at most {most[1]}" if most else f"needs at least {least[1] if least else 260}"
+            problem = f"model.vocab is {vocab}, but this corpus {limit} pieces"
+        raise InputError(problem) from None
     return out.getvalue()
 
 
 def sample(config: DataConfig) -> list[str]:
-    """Training texts for the tokenizer: of each source, those of lowest path hash that fit its share of `sample_mib`.
-
-    At most 64 times the sample is read, so that a corpus without end has a tokenizer too.
-    """
+    """Texts for the tokenizer: of each source, those of lowest path hash within its share of `sample_mib`."""
     share = int(config.sample_mib * 2**20 / len(config.sources))
     texts = []
     for source in config.sources.values():
@@ -250,12 +245,12 @@ def sample(config: DataConfig) -> list[str]:
         for number, document in enumerate(source.documents()):
             if isinstance(document, Skipped) or split_of(document.path, config.dev, config.test):
                 continue
-            rank = -int.from_bytes(hashlib.blake2b(document.path.encode("utf-8", "replace"), digest_size=8).digest())
-            heapq.heappush(heap, (rank, number, document.text))
+            rank = hashlib.blake2b(document.path.encode("utf-8", "replace"), digest_size=8).digest()
+            heapq.heappush(heap, (-int.from_bytes(rank), number, document.text))
             held, seen = held + len(document.text), seen + len(document.text)
             while held > share and len(heap) > 1:
                 held -= len(heapq.heappop(heap)[2])
-            if seen > 64 * share:
+            if seen > 64 * share:  # so that a corpus without end has a tokenizer too
                 break
         texts += [t[:share] for _, _, t in sorted(heap, reverse=True)]
     return texts
@@ -267,7 +262,7 @@ def cache_home() -> Path:
 
 
 def make_tokenizer(config: DataConfig, vocab: int) -> Tokenizer:
-    """The tokenizer that the config names; a "bpe" one of `vocab` pieces is trained once and kept in the cache."""
+    """The tokenizer that the config names; a "bpe" one of `vocab` pieces is trained once and cached."""
     if config.tokenizer == "bytes":
         return Bytes()
     if config.tokenizer != "bpe":
@@ -286,7 +281,7 @@ def make_tokenizer(config: DataConfig, vocab: int) -> Tokenizer:
     return load_tokenizer(path)
 
 
-# ------------------------------------------------------------------------------------------------- the token cache
+# -------------------------------------------------------------------------------------------- the token cache
 
 
 def digest(value: Any) -> str:
@@ -297,8 +292,8 @@ def digest(value: Any) -> str:
 def identity(function: Callable | None) -> Any:
     """What a function of a config computes, as JSON: its source, its arguments, and the files these name.
 
-    A file stands for its path, size and time of change, so that an edited corpus is read again. The interpreter's
-    version stands for the standard library.
+    A file stands for its path, size and time of change, so that an edited corpus is read again; the
+    interpreter's version stands for the standard library.
     """
     if function is None:
         return None
@@ -315,17 +310,15 @@ def identity(function: Callable | None) -> Any:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str = ""):
-    """Hold an exclusive lock on `path`, waiting for it, or where `busy` says what it guards, refusing to wait.
-
-    The system drops the lock when the process ends, however it ends.
-    """
+    """Hold an exclusive lock on `path`: wait for it or, where `busy` says what it guards, refuse to wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w") as file:  # the system drops the lock when the process ends, however it ends
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if busy:
-                raise InputError(f"{busy} is being trained by another process; wait for it, or use another --name") from None
+                raise InputError(f"{busy} is being trained by another process; "
+                                 "wait for it, or use another --name") from None
             print(f"waiting for another process that is building {path.with_suffix('')}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -343,7 +336,7 @@ class Shard(NamedTuple):
 
     def documents(self) -> list[dict]:
         """`path` and `meta` of each document."""
-        return [json.loads(line) for line in (self.directory / "documents.jsonl").read_text("utf-8").splitlines()]
+        return [json.loads(s) for s in (self.directory / "documents.jsonl").read_text("utf-8").splitlines()]
 
 
 class Cache:
@@ -369,25 +362,24 @@ class Cache:
             except (OSError, ValueError):
                 seal, sizes = {"sizes": None}, {}
             if sizes != seal["sizes"]:
-                raise InputError(f"the token cache {directory} is damaged (a file is missing or not of its sealed "
-                                 f"size); delete {self.directory} and it will be built again")
+                raise InputError(f"the token cache {directory} is damaged (a file is missing or not of its "
+                                 f"sealed size); delete {self.directory} and it will be built again")
             index = np.load(directory / "index.npz")
-            tokens = np.memmap(directory / "tokens.bin", dtype=seal["dtype"], mode="r") if seal["counts"].get("tokens") else \
-                np.zeros(0, seal["dtype"])
-            self.shards[number] = Shard(tokens, index["offsets"], index["bytes"], index["split"], index["score"],
-                                        directory)
+            tokens = (np.memmap(directory / "tokens.bin", dtype=seal["dtype"], mode="r")
+                      if seal["counts"].get("tokens") else np.zeros(0, seal["dtype"]))
+            self.shards[number] = Shard(tokens, *(index[k] for k in Shard._fields[1:-1]), directory)
         return self.shards[number]
 
 
 def build(name: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> Cache:
-    """The token cache of source `name`: found complete, taken up where an interrupted build stopped, or built.
+    """The token cache of source `name`: found complete, taken up where a build stopped, or built.
 
-    One process builds, others wait. A shard is written beside its place and renamed into it when all of it is on disk;
-    its boundaries depend on the documents alone. Raises InputError when there is nothing to train on.
+    One process builds, others wait. A shard is renamed into its place when all of it is on disk; its
+    boundaries depend on the documents alone. Raises InputError when there is nothing to train on.
     """
     source = config.sources[name]
-    key = digest([FORMAT, identity(source.documents), identity(source.prepare), identity(source.score), config.dev,
-                  config.test, config.shard_tokens, seed if source.prepare else 0,
+    key = digest([FORMAT, identity(source.documents), identity(source.prepare), identity(source.score),
+                  config.dev, config.test, config.shard_tokens, seed if source.prepare else 0,
                   hashlib.sha256(tokenizer.model).hexdigest()])
     directory = cache_home() / "tokens" / f"{name}-{key}"
     if not (directory / "complete.json").exists():
@@ -412,13 +404,13 @@ def write_shards(directory: Path, name: str, config: DataConfig, tokenizer: Toke
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task(f"tokenizing {name}")
         while True:
-            group = list(itertools.islice(stream, 256))  # a shard ends with a group, so a resumed build cuts alike
+            group = list(itertools.islice(stream, 256))  # a shard ends with one: a resumed build cuts alike
             counts["read"] += len(group)
-            for skipped in (d for d in group if isinstance(d, Skipped)):
-                counts[f"skipped: {skipped.kind}"] += 1
-            kept = list(tokenize([d for d in group if isinstance(d, Document)], config, name, tokenizer, seed, counts))
-            for document, _, _, _ in kept:
-                text_hash.update(json.dumps([document.path, document.text, document.meta], sort_keys=True).encode())
+            counts.update(f"skipped: {d.kind}" for d in group if isinstance(d, Skipped))
+            whole = [d for d in group if isinstance(d, Document)]
+            kept = list(tokenize(whole, config, name, tokenizer, seed, counts))
+            for d, _, _, _ in kept:
+                text_hash.update(json.dumps([d.path, d.text, d.meta], sort_keys=True).encode())
             shard += kept
             if counts["tokens"] >= config.shard_tokens or (not group and counts["read"]):
                 chain = digest([chain, text_hash.hexdigest()])
@@ -440,20 +432,19 @@ def write_shards(directory: Path, name: str, config: DataConfig, tokenizer: Toke
 
 def tokenize(documents: list[Document], config: DataConfig, name: str, tokenizer: Tokenizer, seed: int,
              counts: Counter) -> Iterator[tuple[Document, Any, int, float]]:
-    """(document, ids, split, score) of the documents after `prepare`; empty and deselected ones are counted."""
+    """(document, ids, split, score) of documents after `prepare`; empty and deselected ones are counted."""
     source, ready = config.sources[name], []
     for document in documents:
         split = split_of(document.path, config.dev, config.test)
+        made = document
         if source.prepare and split == 0:
             rng = np.random.default_rng([seed, zlib.crc32(document.path.encode("utf-8", "replace"))])
             made = source.prepare(document, rng)
-            ready += [(d, split) for d in (made if isinstance(made, list) else [made])]
-        else:
-            ready.append((document, split))
+        ready += [(d, split) for d in (made if isinstance(made, list) else [made])]
     valid = [(d, split) for d, split in ready if not re.search("[\ud800-\udfff]", d.text)]
     if len(valid) < len(ready):
         counts["skipped: lone surrogates"] += len(ready) - len(valid)
-    for (document, split), ids in zip(valid, tokenizer.encode_batch([d.text for d, _ in valid])):
+    for (document, split), ids in zip(valid, tokenizer.encode_batch([d.text for d, _ in valid]), strict=True):
         score = float(source.score(document, ids)) if source.score else math.nan
         if not len(ids) or score == -math.inf:
             counts["skipped: deselected" if len(ids) else "skipped: empty"] += 1
@@ -471,8 +462,7 @@ def seal(directory: Path, number: int, shard: list, tokenizer: Tokenizer, facts:
     with open(partly / "tokens.bin", "wb") as file:
         for _, ids, _, _ in shard:
             file.write(np.asarray(ids, dtype).tobytes())
-    np.savez(partly / "index.npz",
-             offsets=np.cumsum([0] + [len(ids) for _, ids, _, _ in shard], dtype=np.int64),
+    np.savez(partly / "index.npz", offsets=np.cumsum([0] + [len(s[1]) for s in shard], dtype=np.int64),
              bytes=np.array([len(d.text.encode("utf-8")) for d, _, _, _ in shard], np.int64),
              split=np.array([split for _, _, split, _ in shard], np.uint8),
              score=np.array([score for _, _, _, score in shard], np.float32))
@@ -486,12 +476,11 @@ def seal(directory: Path, number: int, shard: list, tokenizer: Tokenizer, facts:
     partly.rename(place)
 
 
-# --------------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------------------- packing
 #
-# A document of n tokens has n + 1 positions: inputs bos t1 .. tn, each with the next of t1 .. tn eos as its target. So
-# every token and the end are predicted once, a target never belongs to another document, and a document may be cut
-# anywhere. A plan is an integer array [pieces, 6], ordered by row, with these columns; `quiet` is how many positions
-# at the start of the piece carry no loss.
+# A document of n tokens has n + 1 positions: inputs bos t1 .. tn, targets t1 .. tn eos. So each token and the
+# end are predicted once, no target belongs to another document, and a document may be cut anywhere. A plan is
+# an integer array [pieces, 6], ordered by row, with these columns; the first QUIET positions carry no loss.
 
 PLAN = ROW, SEGMENT, DOCUMENT, START, LENGTH, QUIET = range(6)
 
@@ -513,8 +502,8 @@ def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
 
 
 def windows(lengths: np.ndarray, seq: int, overlap: int) -> np.ndarray:
-    """The plan of evaluation: every position is predicted once, with at least `overlap` positions before it in a
-    document too long for a row (the first row aside). Pieces fill rows in order, one segment each.
+    """The plan of evaluation: each position is predicted once, in a document too long for a row with at least
+    `overlap` positions before it (the first row aside). Pieces fill rows in order, one segment each.
     """
     plan, row, used, segment = [], 0, 0, 0
     for document, n in enumerate(lengths):
@@ -530,11 +519,11 @@ def windows(lengths: np.ndarray, seq: int, overlap: int) -> np.ndarray:
 def fill(plan: np.ndarray, rows: np.ndarray, seq: int, tokens_of: Callable, tokenizer: Tokenizer) -> dict:
     """Rows of a plan as arrays [len(rows), seq]: tokens targets segments positions weights document.
 
-    tokens_of(document) gives its ids. Padding is eos in segment 0 with weight 0; positions restart in each segment.
-    Rows that are not in the plan are all padding.
+    tokens_of(document) gives its ids. Padding is eos in segment 0 with weight 0, as are all rows
+    that are not in the plan; positions restart in each segment.
     """
-    shape = (len(rows), seq)
-    out = dict(tokens=np.full(shape, tokenizer.eos, np.int32), targets=np.full(shape, tokenizer.eos, np.int32),
+    shape, eos = (len(rows), seq), tokenizer.eos
+    out = dict(tokens=np.full(shape, eos, np.int32), targets=np.full(shape, eos, np.int32),
                segments=np.zeros(shape, np.int32), positions=np.zeros(shape, np.int32),
                weights=np.zeros(shape, np.float32), document=np.full(shape, -1, np.int32))
     first, last = np.searchsorted(plan[:, ROW], rows), np.searchsorted(plan[:, ROW], rows, side="right")
@@ -543,10 +532,9 @@ def fill(plan: np.ndarray, rows: np.ndarray, seq: int, tokens_of: Callable, toke
         for _, segment, document, start, length, quiet in plan[first[r]:last[r]].tolist():
             ids = tokens_of(document)
             to = slice(at, at + length)
-            out["tokens"][r, to] = (
-                np.insert(ids[:length - 1].astype(np.int32), 0, tokenizer.bos) if start == 0
-                else ids[start - 1:start + length - 1])
-            out["targets"][r, to] = np.append(ids[start:start + length].astype(np.int32), tokenizer.eos)[:length]
+            inputs = ids[max(0, start - 1):start + length - 1].astype(np.int32)
+            out["tokens"][r, to] = inputs if start else np.insert(inputs, 0, tokenizer.bos)
+            out["targets"][r, to] = np.append(ids[start:start + length].astype(np.int32), eos)[:length]
             out["document"][r, to] = document
             segment_at, before = (segment_at, before) if segment == before else (at, segment)
             out["segments"][r, to] = segment
@@ -557,9 +545,9 @@ def fill(plan: np.ndarray, rows: np.ndarray, seq: int, tokens_of: Callable, toke
 
 
 def permute(index, n: int, *key: int) -> np.ndarray:
-    """The image of `index` (in 0..n-1) under a pseudo-random permutation of n things chosen by the integers `key`.
+    """The image of `index` (in 0..n-1) under a pseudo-random permutation of n things that `key` chooses.
 
-    A four-round Feistel network on the next even number of bits, walked until it lands below n: no state, no table.
+    A four-round Feistel network on the next even number of bits, walked until below n: no state, no table.
     """
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     low = np.uint64(2**bits - 1)
@@ -577,7 +565,7 @@ def permute(index, n: int, *key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-# ----------------------------------------------------------------------------------------------- rows of one source
+# ----------------------------------------------------------------------------------------- rows of one source
 
 
 class Window(NamedTuple):
@@ -593,10 +581,10 @@ class Window(NamedTuple):
 class Rows:
     """The training rows of one source under one packing and length, numbered 0, 1, 2, ... for ever.
 
-    Documents are permuted within a window of shards and packed; rows are permuted within the window, anew each epoch.
+    Documents are permuted in a window of shards and packed; rows are permuted in the window, anew each epoch.
     """
 
-    def __init__(self, cache: Cache, seq: int, packing: Callable, window: int, tokenizer: Tokenizer, key: tuple):
+    def __init__(self, cache: Cache, seq: int, packing: Callable, window: int, tokenizer: Tokenizer, key):
         self.cache, self.seq, self.packing, self.tokenizer, self.key = cache, seq, packing, tokenizer, key
         shards = cache.total["shards"]
         self.windows = [self.plan(range(i, min(i + window, shards)), n)
@@ -620,7 +608,7 @@ class Rows:
         return int(self.ends[-1])
 
     def get(self, rows: np.ndarray) -> tuple[dict, int, int]:
-        """(arrays [n, seq] of fill, pieces, how many of these end before their document does) of some row numbers."""
+        """(arrays [n, seq] of `fill`, pieces, how many of these end before their document) of rows [n]."""
         parts, pieces, cut = [], 0, 0
         for row in rows.tolist():
             epoch, within = divmod(row, self.epoch)
@@ -628,7 +616,7 @@ class Rows:
             window = self.windows[number]
             within -= int(self.ends[number]) - window.rows
             place = permute(within, window.rows, *self.key, number, 1 + epoch)
-            parts.append(fill(window.plan, place, self.seq, lambda d: self.ids(window, d), self.tokenizer))
+            parts.append(fill(window.plan, place, self.seq, partial(self.ids, window), self.tokenizer))
             first, last = np.searchsorted(window.plan[:, ROW], (place[0], place[0] + 1))
             here = window.plan[first:last]
             pieces += len(here)
@@ -641,18 +629,18 @@ class Rows:
         return shard.tokens[shard.offsets[number]:shard.offsets[number + 1]]
 
 
-# --------------------------------------------------------------------------------------- mixtures, objectives, batches
+# ------------------------------------------------------------------------------ mixtures, objectives, batches
 
 
 def causal(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
-    """The plain objective: predict each next token. Takes and gives arrays [seq]; the second result is the mask
-    specification, as keyword arguments of `model.Mask`. An objective may change any key and add others.
+    """The plain objective: predict each next token. Takes and gives arrays [seq]; an objective may change any
+    and add others. The second result is the mask specification, as keyword arguments of `model.Mask`.
     """
     return row, dict(kind="causal", window=0)
 
 
 class Batch(NamedTuple):
-    """One update's rows: arrays [batch, seq], the mask they are to be attended with, and figures about them."""
+    """One update's rows: arrays [batch, seq], the mask to attend them with, and figures about them."""
 
     arrays: dict[str, np.ndarray]
     mask: dict
@@ -662,8 +650,8 @@ class Batch(NamedTuple):
 class Loader:
     """`batch(step)` for all steps of a run, from its caches and phases.
 
-    phases: objects with steps, batch, seq, mixture, packing and objective. mixture: {source: weight}, a function
-    (progress within the phase, dev losses) -> {source: weight}, or None for weights in proportion to the sources' rows.
+    phases have steps, batch, seq, mixture, packing and objective; mixture is {source: weight}, a function
+    (progress within the phase, dev losses) -> {source: weight}, or None for weights by the sources' rows.
     """
 
     def __init__(self, caches: dict[str, Cache], phases, config: DataConfig, tokenizer: Tokenizer, seed: int):
@@ -671,8 +659,7 @@ class Loader:
         self.ends = np.cumsum([phase.steps for phase in phases])
         self.counts: list[list[np.ndarray]] = [[np.zeros(len(caches), np.int64)] for _ in phases]
         self.carry = [np.zeros(len(caches)) for _ in phases]
-        built = {}  # phases that pack alike share their plans
-        self.rows = []
+        built, self.rows = {}, []  # phases that pack alike share their plans
         for phase in phases:
             for i, cache in enumerate(caches.values()):
                 key = (i, phase.seq, repr(phase.packing))
@@ -688,31 +675,29 @@ class Loader:
         """The mixture at a step of a phase (0 is its first), normalised [sources]."""
         mixture = self.phases[phase].mixture
         if mixture is None:
-            mixture = {name: rows.epoch for name, rows in zip(self.names, self.rows[phase])}
+            mixture = {name: rows.epoch for name, rows in zip(self.names, self.rows[phase], strict=True)}
         elif callable(mixture):
             mixture = mixture(step / self.phases[phase].steps, {})
-        if set(mixture) - set(self.names) or min(mixture.values(), default=0) < 0 or not sum(mixture.values()):
+        if mixture.keys() - self.names or min(mixture.values(), default=0) < 0 or not sum(mixture.values()):
             raise InputError(f"phases.{phase}.mixture gives {mixture}; allowed are weights of 0 and more, "
                              f"not all 0, for the sources {', '.join(self.names)}")
         weights = np.array([mixture.get(name, 0) for name in self.names], float)
         return weights / weights.sum()
 
     def drawn(self, phase: int, steps: int) -> np.ndarray:
-        """Rows drawn from each source in the first `steps` steps of a phase; remainders are carried, so that a rare
-        source gets its share. A recurrence over the steps, worked out once and kept.
-        """
+        """Rows drawn from each source in a phase's first `steps`: a recurrence, worked out once and kept."""
         counts = self.counts[phase]
         while len(counts) <= steps:
             self.carry[phase] += self.weights(phase, len(counts) - 1) * self.phases[phase].batch
             whole = np.floor(self.carry[phase] + 1e-9).astype(np.int64)
             left = self.phases[phase].batch - whole.sum()
             whole[np.argsort(whole - self.carry[phase], kind="stable")[:left]] += 1  # largest remainders
-            self.carry[phase] -= whole
+            self.carry[phase] -= whole  # the remainders are carried, so that a rare source gets its share
             counts.append(counts[-1] + whole)
         return counts[steps]
 
     def begin(self, phase: int) -> np.ndarray:
-        """The first row of each source in a phase: what earlier phases drew, in positions, over this phase's seq."""
+        """The first row of each source in a phase: the positions that earlier phases drew, over its seq."""
         positions = sum((self.drawn(p, self.phases[p].steps) * self.phases[p].seq for p in range(phase)),
                         np.zeros(len(self.names), np.int64))
         return positions // self.phases[phase].seq
@@ -723,7 +708,7 @@ class Loader:
             return dict.fromkeys(self.names, 0.0)
         p = self.phase_of(step)
         rows = self.begin(p) + self.drawn(p, step - int(self.ends[p]) + self.phases[p].steps)
-        return {name: float(n / r.epoch) for name, n, r in zip(self.names, rows, self.rows[p])}
+        return {name: float(n / r.epoch) for name, n, r in zip(self.names, rows, self.rows[p], strict=True)}
 
     def batch(self, step: int) -> Batch:
         """The batch of a step (1 and up): a function of (config, seed, step)."""
@@ -731,7 +716,7 @@ class Loader:
         phase, within = self.phases[p], step - 1 - (int(self.ends[p]) - self.phases[p].steps)
         before, after = self.drawn(p, within), self.drawn(p, within + 1)
         parts, pieces, cut = [], 0, 0
-        for i, (begin, end) in enumerate(zip(self.begin(p) + before, self.begin(p) + after)):
+        for i, (begin, end) in enumerate(zip(self.begin(p) + before, self.begin(p) + after, strict=True)):
             if begin == end:
                 continue
             part, n, m = self.rows[p][i].get(np.arange(begin, end))
@@ -739,14 +724,14 @@ class Loader:
             pieces, cut = pieces + n, cut + m
         rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
         waste = 1 - float(np.mean(rows["segments"] > 0))
-        made = [phase.objective({k: v[r] for k, v in rows.items()}, np.random.default_rng([self.seed, step, r]))
-                for r in range(phase.batch)]
+        made = [phase.objective({k: v[r] for k, v in rows.items()},
+                                np.random.default_rng([self.seed, step, r])) for r in range(phase.batch)]
         return Batch({k: np.stack([row[k] for row, _ in made]) for k in made[0][0]}, made[0][1],
                      {"data/waste": waste, "data/truncated": cut / pieces})
 
 
 def prefetch(make: Callable[[int], Any], steps: range, depth: int = 2) -> Iterator[Any]:
-    """make(step) for each step in turn, worked out by a thread up to `depth` ahead; its errors are raised here."""
+    """make(step) for each step in turn, by a thread up to `depth` ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
 
@@ -778,11 +763,11 @@ def prefetch(make: Callable[[int], Any], steps: range, depth: int = 2) -> Iterat
         thread.join()
 
 
-# ---------------------------------------------------------------------------------------------- held-out documents
+# ----------------------------------------------------------------------------------------- held-out documents
 
 
 class HeldOut(NamedTuple):
-    """Documents of a split as evaluation batches: each is (arrays, document of each position, -1 where none counts)."""
+    """Documents of a split as batches: (arrays, document of each position, -1 where none counts)."""
 
     paths: list[str]
     bytes: np.ndarray  # int64 [documents]
@@ -797,13 +782,12 @@ def held_out(cache: Cache, split: str, tokenizer: Tokenizer, seq: int, batch: in
     for i in range(cache.total["shards"]):
         shard = cache.shard(i)
         which = np.flatnonzero(shard.split == SPLITS.index(split))
-        documents = shard.documents() if len(which) else []
-        found += [(digest(documents[n]["path"]), documents[n]["path"], i, n, shard.offsets[n + 1] - shard.offsets[n] + 1,
+        paths = [d["path"] for d in shard.documents()] if len(which) else []
+        found += [(digest(paths[n]), paths[n], i, n, shard.offsets[n + 1] - shard.offsets[n] + 1,
                    shard.bytes[n]) for n in which.tolist()]
     found.sort()
     if most is not None:
-        keep = max(1, int(np.searchsorted(np.cumsum([f[4] for f in found]), most, side="right"))) if found else 0
-        found = found[:keep]
+        found = found[:max(1, int(np.searchsorted(np.cumsum([f[4] for f in found]), most, side="right")))]
 
     def ids(document: int) -> np.ndarray:
         shard, n = cache.shard(found[document][2]), found[document][3]

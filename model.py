@@ -1,10 +1,10 @@
-"""The transformer: one table of named parameters, the forward pass, attention, generation, and edits of a model.
+"""The transformer: one table of named parameters, the forward pass, attention, generation, edits of a model.
 
-Everything about the parameters is derived from `table(config)`: initialisation, counts, FLOPs, sharding, optimiser
-groups, growth and forgetting. A model is a flat dictionary `{name: array}`; those with a leading `layers` axis are
-blocks, stacked and run by `lax.scan`. Axis letters in einsum strings and comments:
+Everything about the parameters is derived from `table(config)`: initialisation, counts, FLOPs, sharding,
+optimiser groups, growth and forgetting. A model is a flat dictionary `{name: array}`; those with a leading
+`layers` axis are blocks, stacked and run by `lax.scan`. Axis letters in einsum strings and comments:
 
-    b batch   t, s position   l layer   d embed   k kv head   g query head of a kv head   h head_dim   f mlp   v vocab
+    b batch  t, s position  l layer  d embed  k kv head  g query head of a kv head  h head_dim  f mlp  v vocab
 """
 import math
 import zlib
@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped-query attention, SwiGLU) and how it is computed."""
+    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
 
     layers: int = 4  # blocks
     embed: int = 128  # width of the residual stream
@@ -33,7 +33,7 @@ class ModelConfig:
     kv_heads: int = 4  # key and value heads; each serves heads / kv_heads query heads
     head_dim: int = 32  # width of one head; even, since RoPE rotates pairs
     mlp: int = 344  # hidden width of the SwiGLU
-    vocab: int = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as the given tokenizer has
+    vocab: int = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as a given one has
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     norm_eps: float = 1e-6  # epsilon of RMSNorm
@@ -54,7 +54,7 @@ class MeshConfig:
     tensor: int = 1  # parameters along `vocab`, `mlp` and `kv_heads`
 
 
-# ------------------------------------------------------------------------------------------------- the parameter table
+# ---------------------------------------------------------------------------------------- the parameter table
 
 
 class Param(NamedTuple):
@@ -73,34 +73,39 @@ class Param(NamedTuple):
 
 
 def table(config: ModelConfig) -> dict[str, Param]:
-    """Every parameter of the model, by name. Output projections are scaled by 1/sqrt(2 layers) (GPT-2)."""
+    """Every parameter of the model, by name.
+
+    Factors are drawn with 1/sqrt(fan in), output projections with GPT-2's 0.02/sqrt(2 layers), so that the
+    residual stream begins as the embedding: with larger outputs small models learn far slower (0.8 nats behind
+    after 150 steps of the quickstart).
+    """
     c = config
     size = dict(layers=c.layers, vocab=c.vocab, embed=c.embed, kv_heads=c.kv_heads,
                 q_per_kv=c.heads // c.kv_heads, head_dim=c.head_dim, mlp=c.mlp)
-    depth = 1 / math.sqrt(2 * c.layers)
+    out = 0.02 / math.sqrt(2 * c.layers)
 
     def param(axes: str, std: float | None) -> Param:
         names = tuple(axes.split())
         return Param(names, tuple(size[a] for a in names), std)
 
     rows = {
-        "embed": param("vocab embed", 0.02),
+        "embed": param("vocab embed", c.embed**-0.5),
         "attn_norm": param("layers embed", None),
         "q": param("layers embed kv_heads q_per_kv head_dim", c.embed**-0.5),
         "k": param("layers embed kv_heads head_dim", c.embed**-0.5),
         "v": param("layers embed kv_heads head_dim", c.embed**-0.5),
-        "o": param("layers kv_heads q_per_kv head_dim embed", (c.heads * c.head_dim) ** -0.5 * depth),
+        "o": param("layers kv_heads q_per_kv head_dim embed", out),
         "mlp_norm": param("layers embed", None),
         "gate": param("layers embed mlp", c.embed**-0.5),
         "up": param("layers embed mlp", c.embed**-0.5),
-        "down": param("layers mlp embed", c.mlp**-0.5 * depth),
+        "down": param("layers mlp embed", out),
         "norm": param("embed", None),
     }
     return rows if c.tied else rows | {"head": param("embed vocab", c.embed**-0.5)}
 
 
 def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
-    """The initial value of one parameter: a function of (key, name) alone, the same on any number of devices."""
+    """The initial value of one parameter: a function of (key, name), the same on any number of devices."""
     if param.std is None:
         return jnp.ones(param.shape, dtype)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -131,9 +136,9 @@ def count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq: int) -> int:
-    """Model FLOPs of training on one token: 6 (matmul parameters, head included) + 6 layers heads head_dim seq.
+    """FLOPs of training on one token: 6 (matmul parameters, head included) + 6 layers heads head_dim seq.
 
-    Causal attention is counted once (PaLM, appendix B, halved for causality); rematerialisation is not counted.
+    Causal attention is counted once (PaLM, appendix B, halved for causality); rematerialisation is not.
     """
     matmul = sum(math.prod(p.shape) for p in table(config).values() if p.group in ("matrix", "head"))
     matmul += config.vocab * config.embed if config.tied else 0
@@ -143,17 +148,17 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """The devices as a grid with axes data, fsdp and tensor."""
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = data, fsdp, tensor = config.data, config.fsdp, config.tensor
     known = math.prod(s for s in sizes if s > 0)
-    rest = sizes.count(-1)
-    if rest > 1 or any(s == 0 or s < -1 for s in sizes) or len(devices) % known or (not rest and known != len(devices)):
-        raise ValueError(f"mesh is data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]}, which does not fit the "
-                         f"{len(devices)} devices here; allowed are sizes whose product is that, one of them -1 for the rest")
-    grid = np.array(devices).reshape([s if s > 0 else len(devices) // known for s in sizes])
+    rest, n = sizes.count(-1), len(devices)
+    if rest > 1 or any(s == 0 or s < -1 for s in sizes) or n % known or (not rest and known != n):
+        raise ValueError(f"mesh is data {data}, fsdp {fsdp}, tensor {tensor}, which does not fit the {n} "
+                         "devices here; allowed are sizes whose product is that, one of them -1 for the rest")
+    grid = np.array(devices).reshape([s if s > 0 else n // known for s in sizes])
     return Mesh(grid, ("data", "fsdp", "tensor"))
 
 
-# Named axes to mesh axes. `logical_to_mesh_axes` would copy an unknown axis to every device in silence: here it raises.
+# Named axes to mesh axes. `logical_to_mesh_axes` would copy an unknown axis to all devices: here it raises.
 RULES = {"layers": None, "vocab": "tensor", "embed": "fsdp", "kv_heads": "tensor", "q_per_kv": None,
          "head_dim": None, "mlp": "tensor"}
 
@@ -165,13 +170,13 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
         spec = logical_to_mesh_axes(p.axes, tuple((axis, RULES[axis]) for axis in p.axes))
         for axis, size, on in zip(p.axes, p.shape, spec, strict=True):
             if on is not None and size % mesh.shape[on]:
-                raise ValueError(f"axis {axis} of parameter {name} is {size}, which mesh.{on} ({mesh.shape[on]}) "
-                                 "does not divide")
+                raise ValueError(f"axis {axis} of parameter {name} is {size}, which mesh.{on} "
+                                 f"({mesh.shape[on]}) does not divide")
         out[name] = NamedSharding(mesh, spec)
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class Mask:
     """Which keys a query sees, always within its own segment. It has no defaults: whoever attends must say.
 
     causal: keys at or before the query. prefix: these, and every key that `prefix` marks. bidirectional: all.
-    window: a query sees the `window` nearest keys at or before it (and as many after it, when bidirectional); 0 is all.
+    window: a query sees the `window` nearest keys at or before it (bidirectional: and as many after); 0: all.
     """
 
     kind: Literal["causal", "prefix", "bidirectional"]
@@ -191,7 +196,7 @@ class Mask:
 
 
 def allowed(mask: Mask, q_index, k_index, q_segment, k_segment, k_prefix=None) -> jax.Array:
-    """[b, t, s] bool: may the query at `q_index` [t] see the key at `k_index` [s]? Segments are [b, t] and [b, s]."""
+    """[b, t, s]: may the query at `q_index` [t] see the key at `k_index` [s]? Segments [b, t] and [b, s]."""
     ahead = k_index[None, :] - q_index[:, None]  # [t, s], positive in the future
     see = jnp.ones_like(ahead, bool) if mask.kind == "bidirectional" else ahead <= 0
     see = see[None]
@@ -205,7 +210,7 @@ def allowed(mask: Mask, q_index, k_index, q_segment, k_segment, k_prefix=None) -
 
 
 def attend(q, k, v, see) -> jax.Array:
-    """Softmax attention of q [b t k g h] to k, v [b s k h] where `see` [b t s]; scores in float32 or wider."""
+    """Softmax attention of q [b t k g h] to k, v [b s k h] where `see` [b t s]; scores: float32 or wider."""
     b, t, kv, g, h = q.shape
     q = (q * h**-0.5).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)  # the heads of a group share keys
     out = softmax_mix(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), see[:, None])
@@ -216,8 +221,8 @@ def attend(q, k, v, see) -> jax.Array:
 def softmax_mix(q, k, v, see):
     """softmax(q kᵀ where see) v for q [b k gt h], k and v [b k s h], see [b 1 t s].
 
-    Its own gradient, because the row sums of share · d(share) equal those of out · d(out) (FlashAttention, Dao et al.
-    2022, B.2), which are h wide where the former are s wide.
+    Its own gradient, because the row sums of share · d(share) equal those of out · d(out) (FlashAttention,
+    Dao et al. 2022, B.2), which are h wide where the former are s wide.
     """
     return softmax_mix_forward(q, k, v, see)[0]
 
@@ -226,7 +231,7 @@ def softmax_mix_forward(q, k, v, see):
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
     see = jnp.tile(see, (1, 1, q.shape[2] // see.shape[2], 1))
-    share = jax.nn.softmax(jnp.where(see, scores, jnp.finfo(wide).min)).astype(v.dtype)  # an empty row stays finite
+    share = jax.nn.softmax(jnp.where(see, scores, jnp.finfo(wide).min)).astype(v.dtype)  # a row may be empty
     out = jnp.einsum("bkts,bksh->bkth", share, v)
     return out, (q, k, v, share, out)
 
@@ -248,33 +253,31 @@ softmax_mix.defvjp(softmax_mix_forward, softmax_mix_backward)
 def attention(q, k, v, mask: Mask, segments, prefix=None, implementation: str = "xla") -> jax.Array:
     """Self-attention of q [b t k g h] to k, v [b t k h] under a mask specification and segments [b, t].
 
-    reference: the whole [t, t] square. xla: in blocks of queries, each with only the keys that its block can see,
+    reference: the whole [t, t] square. xla: in blocks of queries, each with only the keys that it can see,
     so that a causal row costs about half the square.
     """
-    length = q.shape[1]
+    length = block = q.shape[1]
     index = jnp.arange(length)
-    block = length
     if implementation == "xla" and mask.kind == "causal":
         block = next((b for b in (128, 64) if length > b and length % b == 0), length)
     out = []
     for start in range(0, length, block):
         end = start + block
-        first = max(0, start - mask.window + 1) if mask.window and block < length else 0
-        last = end if block < length else length
-        keys = slice(first, last)
+        keys = slice(max(0, start - mask.window + 1) if mask.window else 0, end)
         see = allowed(mask, index[start:end], index[keys], segments[:, start:end], segments[:, keys],
                       None if prefix is None else prefix[:, keys])
         out.append(attend(q[:, start:end], k[:, keys], v[:, keys], see))
     return jnp.concatenate(out, axis=1)
 
 
-# ------------------------------------------------------------------------------------------------------------- forward
+# ---------------------------------------------------------------------------------------------------- forward
 
 
 def rms_norm(x, gain, eps):
     """x / rms(x) · gain over the last axis, the mean square in float32 or wider (Zhang & Sennrich 2019)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype) * gain.astype(x.dtype)
+    scale = lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * gain.astype(x.dtype)
 
 
 def rope(positions, config: ModelConfig):
@@ -296,8 +299,8 @@ def rotate(x, cos, sin):
 def dense(x, w, inputs: int = 1):
     """x [b t i...] times w [i... o...] with `inputs` axes summed: [b t o...].
 
-    As one two-dimensional product, since XLA on CPU writes a transposed copy of the activations to get the gradient
-    of `w` from a product with two batch axes.
+    As one two-dimensional product, since XLA on CPU writes a transposed copy of the activations to get the
+    gradient of `w` from a product with two batch axes.
     """
     rows = math.prod(x.shape[:2])
     y = x.reshape(rows, -1) @ w.reshape(math.prod(w.shape[:inputs]), -1)
@@ -350,7 +353,7 @@ def logits(params, states, config: ModelConfig) -> jax.Array:
 def nll(logits, targets):
     """Negative log-likelihood [b t] of targets [b t] under logits [b t v].
 
-    Its own gradient, (softmax - one hot) · cotangent, is one pass over the logits; autodiff would make several.
+    Its own gradient, (softmax - one hot) · cotangent, is one pass over the logits; autodiff makes several.
     """
     return nll_forward(logits, targets)[0]
 
@@ -381,14 +384,15 @@ def cross_entropy(logits, batch, extras) -> jax.Array:
 
 
 def weighted_mean(losses, batch):
-    """The plain `reduce`: ((numerator, denominator), metrics) of losses [b t] weighted by `batch["weights"]`."""
+    """The plain `reduce`: ((numerator, denominator), metrics) of losses [b t] under `batch["weights"]`."""
     return (jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])), {}
 
 
 def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable = cross_entropy, extras=None):
-    """Loss of every position, float32 or wider [b, t], unweighted; logits exist one chunk of the sequence at a time."""
-    states = hidden(params, batch["tokens"], batch["segments"], batch["positions"], mask, config, batch.get("prefix"))
-    b, t = batch["tokens"].shape
+    """Loss of each position [b, t], unweighted, float32 or wider; logits exist a chunk of `t` at a time."""
+    tokens, prefix = batch["tokens"], batch.get("prefix")
+    states = hidden(params, tokens, batch["segments"], batch["positions"], mask, config, prefix)
+    b, t = tokens.shape
     fit = max(1, config.logits_mib * 2**20 // (4 * b * config.vocab))
     chunk = next(c for c in range(min(t, fit), 0, -1) if t % c == 0)
     if chunk == t:
@@ -405,7 +409,7 @@ def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable 
     return jnp.moveaxis(out, 0, 1).reshape(b, t)
 
 
-# ------------------------------------------------------------------------------------------ optimiser and the step
+# ------------------------------------------------------------------------------------- optimiser and the step
 
 
 @dataclass(frozen=True)
@@ -442,19 +446,19 @@ def curve(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.n
 
 def adamw(table: dict[str, Param], b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
           weight_decay: float = 0.1) -> dict[str, optax.GradientTransformation]:
-    """AdamW (Loshchilov & Hutter 2019) for each group of the table; matrices decay, embeddings and gains do not.
+    """AdamW (Loshchilov & Hutter 2019) for each group of the table; matrices decay, embeddings and gains not.
 
     Returns unscaled descent directions; the step multiplies each group's by its rate.
     """
     decay = {"matrix": weight_decay, "head": weight_decay}
-    return {group: optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(decay.get(group, 0.0)))
-            for group in dict.fromkeys(p.group for p in table.values())}
+    return {g: optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(decay.get(g, 0.0)))
+            for g in dict.fromkeys(p.group for p in table.values())}
 
 
 def first_opt(params, config: ModelConfig, optimizer: Callable) -> dict[str, Any]:
     """The state {group: optax state} that an optimiser `table -> {group: transformation}` begins with."""
     transforms = optimizer(table(config))
-    return {group: transforms[group].init({n: params[n] for n in names}) for group, names in groups(config).items()}
+    return {g: transforms[g].init({n: params[n] for n in names}) for g, names in groups(config).items()}
 
 
 class State(flax.struct.PyTreeNode):
@@ -501,7 +505,7 @@ def effective(weights: Callable | None, params, step, batch) -> dict[str, jax.Ar
 def make_step(run, config: ModelConfig) -> Callable:
     """`step(state, batch, rates, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
 
-    run: has optimizer, weights, token_loss, reduce and clip (a `train.Config`). rates: {group: float32}, at run time.
+    run: has optimizer, weights, token_loss, reduce and clip (a `train.Config`). rates: {group: float32}.
     An update whose loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
     """
     transforms, members = run.optimizer(table(config)), groups(config)
@@ -537,7 +541,7 @@ def make_step(run, config: ModelConfig) -> Callable:
 
 
 def compile_step(run, config: ModelConfig, mesh: Mesh, state: State, batch, rates, mask: Mask):
-    """The step as an executable `(state, batch, rates) -> (state, metrics)` that takes over its first argument's memory."""
+    """The step as an executable `(state, batch, rates) -> (state, metrics)` that reuses `state`'s memory."""
     step = jax.jit(make_step(run, config), static_argnames="mask", donate_argnums=0,
                    out_shardings=(places(state_like(config, run.optimizer, mesh)), None))
     return step.lower(state, batch, rates, mask=mask).compile()
@@ -553,7 +557,7 @@ def probe(before, after, config: ModelConfig) -> dict[str, jax.Array]:
             for group, names in groups(config).items()}
 
 
-# ---------------------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------------------------- generation
 
 
 def decode(params, tokens, cache, start, config: ModelConfig):
@@ -583,7 +587,7 @@ def decode(params, tokens, cache, start, config: ModelConfig):
 
 @partial(jax.jit, static_argnames=("config", "length"))
 def generate(params, prompt, prompt_length, length: int, temperature, key, config: ModelConfig) -> jax.Array:
-    """Sample ids [b, length] after prompt [b, p], of which the first `prompt_length` ids count (the rest is padding).
+    """Sample ids [b, length] after prompt [b, p], of which the first `prompt_length` ids count.
 
     temperature 0 takes the likeliest piece. One executable serves every prompt of the same padded length.
     """
@@ -606,11 +610,11 @@ def generate(params, prompt, prompt_length, length: int, temperature, key, confi
     return jnp.concatenate([out.T.reshape(b, length - 1), last[:, None]], axis=1)
 
 
-# --------------------------------------------------------------------------------------------------------------- edits
+# ------------------------------------------------------------------------------------------------------ edits
 
 
 class Model(NamedTuple):
-    """What an edit changes: a shape and the parameters of that shape. The optimiser follows by the edit's policy."""
+    """What an edit changes: a shape and parameters of that shape. The optimiser follows the edit's policy."""
 
     config: ModelConfig
     params: dict[str, jax.Array]
@@ -627,10 +631,10 @@ class Context(NamedTuple):
 
 
 class Edited(NamedTuple):
-    """The edited model, what becomes of the optimiser, and whether the model computes the same function as before.
+    """The edited model, what becomes of the optimiser, and whether the function computed is as before.
 
-    policy: for each optimiser group "keep", "reset", or a function that maps any tree shaped like the group's
-    parameters ({name: array}, such as Adam's moments) to its new shape; counts are then kept. A group left out is kept.
+    policy: for each optimiser group "keep" (the default), "reset", or a function that maps any tree shaped
+    like the group's parameters ({name: array}, say Adam's moments) to its new shape; counts are then kept.
     """
 
     model: Model
@@ -639,7 +643,7 @@ class Edited(NamedTuple):
 
 
 def mirrored(tree, names, change: Callable, other: Callable = lambda x: x):
-    """Apply `change` to every dictionary in an optimiser state that has one entry per parameter, `other` to the rest."""
+    """`change` applied to every dictionary in an optimiser state with keys `names`, `other` to the rest."""
     def mirror(x):
         return isinstance(x, dict) and set(x) == set(names)
 
@@ -659,16 +663,17 @@ def carry(opt: dict, first: dict, edited: Edited, old: ModelConfig) -> dict:
         else:
             out[group] = opt[group] if policy == "keep" else mirrored(opt[group], before[group], policy)
         if jax.tree.map(jnp.shape, out[group]) != jax.tree.map(jnp.shape, fresh):
-            raise ValueError(f"an edit's policy {policy!r} for the optimiser group {group!r} does not fit its parameters")
+            raise ValueError(f"an edit's policy {policy!r} for the optimiser group {group!r} "
+                             "does not fit its parameters")
     return out
 
 
 def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...] | None = None,
           moments: Literal["reset", "map"] = "reset") -> Edited:
-    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any list of layers to take in order.
+    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any layers, taken in order.
 
-    The copies keep the output scale of the shallow model. moments: "reset" starts every group's optimiser afresh, as
-    the paper does; "map" copies the blocks' moments along with the blocks. Raises ValueError for a layer that is not.
+    The copies keep the shallow model's output scale. moments: "reset" starts every optimiser group afresh, as
+    the paper does; "map" copies the blocks' moments along. Raises ValueError for a layer that is not there.
     """
     old = model.config
     index = list(layers) if layers is not None else list(range(old.layers)) * times
@@ -686,20 +691,20 @@ def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...
 
 
 def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edited:
-    """Active forgetting (Chen et al. 2023): draw the embeddings again and start their optimiser, count and all, afresh.
+    """Active forgetting (Chen et al. 2023): draw embeddings again and reset their optimiser, count and all.
 
     A tied head goes with them; an untied one where `head` says so. The body and its optimiser are untouched.
     """
     gone = {"embed", "head"} if head else {"embed"}
     fresh = {n: draw(n, p, context.key, model.params[n].dtype)
              for n, p in table(model.config).items() if p.group in gone}
-    return Edited(Model(model.config, model.params | fresh), dict.fromkeys(gone & set(groups(model.config)), "reset"),
-                  preserves=False)
+    policy = dict.fromkeys(gone & set(groups(model.config)), "reset")
+    return Edited(Model(model.config, model.params | fresh), policy, preserves=False)
 
 
 def apply_edits(edits: list[Callable], state: State, config: ModelConfig, optimizer: Callable, mesh: Mesh,
                 context: Context) -> tuple[State, ModelConfig]:
-    """The state and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
+    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
     for i, edit in enumerate(edits):
         edited = edit(Model(config, state.params), context._replace(key=jax.random.fold_in(context.key, i)))
         new, params = edited.model

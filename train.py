@@ -19,14 +19,12 @@ import inspect
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -193,7 +191,7 @@ def from_json(hint, value):
         hints = typing.get_type_hints(hint)
         return hint(**{k: from_json(hints[k], v) for k, v in value.items()})
     if isinstance(value, dict):
-        return from_json(options[0], value) if isinstance(hint, types.UnionType) else \
+        return from_json(options[0], value) if typing.get_origin(hint) is not dict else \
             {k: from_json(options[1], v) for k, v in value.items()}
     return tuple(from_json(options[0], v) for v in value) if isinstance(value, list) else value
 
@@ -288,7 +286,8 @@ def check(config: Config) -> None:
         if ".arguments." in path or name not in POSITIVE | NOT_NEGATIVE:
             continue
         if value < 0 or (name in POSITIVE and value == 0):
-            raise InputError(f"{path} is {value}; allowed is {'more than 0' if name in POSITIVE else '0 or more'}")
+            least = "more than 0" if name in POSITIVE else "0 or more"
+            raise InputError(f"{path} is {value}; allowed is {least}")
     m, d = config.model, config.data
     rules = [
         (m.heads % m.kv_heads, f"model.heads is {m.heads}, which model.kv_heads ({m.kv_heads}) does not "
@@ -360,8 +359,8 @@ def plot_course(config: Config, models: list[ModelConfig]) -> Course:
     for i, phase in enumerate(config.phases):
         begin, end = int(ends[i]) - phase.steps, int(ends[i])
         if unknown := set(phase.rates) - set(names):
-            raise InputError(f"phases.{i}.rates names {', '.join(sorted(unknown))}; allowed are the optimiser "
-                             f"groups {', '.join(names)}")
+            raise InputError(f"phases.{i}.rates names {', '.join(unknown)}; allowed are the optimiser groups "
+                             f"{', '.join(names)}")
         own = phase.schedule
         rate = model.curve(own, spent[own.budget], begin, phase.steps) if own else base[begin:end]
         for group in names:
@@ -431,8 +430,8 @@ class Checkpoints:
             while cause.__cause__:
                 cause = cause.__cause__
             reason = (str(cause).splitlines() or [""])[0][:160]
-            raise InputError(f"checkpoint {self.root / str(step)} is damaged ({type(cause).__name__}: {reason});"
-                             " delete that directory, and the run goes on from the one before it") from error
+            raise InputError(f"checkpoint {self.root / str(step)} is damaged ({type(cause).__name__}: "
+                             f"{reason}); delete it, and the run resumes from the one before it") from error
 
     def meta(self, step: int) -> dict:
         """What is known of a checkpoint before its arrays are read."""
@@ -460,8 +459,8 @@ PEAK = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NV
 def peak() -> float | None:
     """Peak FLOP/s of all devices together, or None where their kind is not known."""
     kind = jax.devices()[0].device_kind
-    known = [PEAK[name] for name in sorted(PEAK, key=len) if kind.startswith(name)]
-    return known[-1] * jax.device_count() if known else None
+    known = max((name for name in PEAK if kind.startswith(name)), key=len, default=None)
+    return PEAK[known] * jax.device_count() if known else None
 
 
 class Reporter:
@@ -500,12 +499,13 @@ class Reporter:
         self.row(row)
         if not self.live and now - self.shown < 5 and step != c.ends[-1]:
             return
-        left = (c.flops[-1] - c.flops[step]) / (c.flops[step] - c.flops[self.start]) * (now - self.begun)
+        pace = (now - self.begun) / (c.flops[step] - c.flops[self.start])
+        left = timedelta(seconds=int((c.flops[-1] - c.flops[step]) * pace))
         self.shown, mfu = now, f" | mfu {row['perf/mfu']:.1%}" if "perf/mfu" in row else ""
-        text = (f"{c.flops[step] / c.flops[-1]:6.1%} | step {step}/{c.ends[-1]} | "
-                f"loss {row['train/loss']:.3f} | lr {row['train/lr']:.2e} | "
-                f"grad {row['train/grad_norm']:.2f} | "
-                f"{row.get('perf/tokens_per_s', 0):,.0f} tok/s{mfu} | ETA {timedelta(seconds=int(left))}")
+        text = " | ".join([f"{c.flops[step] / c.flops[-1]:6.1%}", f"step {step}/{c.ends[-1]}",
+                           f"loss {row['train/loss']:.3f}", f"lr {row['train/lr']:.2e}",
+                           f"grad {row['train/grad_norm']:.2f}",
+                           f"{row.get('perf/tokens_per_s', 0):,.0f} tok/s{mfu}", f"ETA {left}"])
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\x1b[2K{text[:width]}" if self.live else text, end="" if self.live else "\n", flush=True)
 
@@ -534,7 +534,7 @@ def banner(config: Config, course: Course, loader: Loader, mesh, memory):
         "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}, mesh "
                    + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "attention": f"{first.attention}, {first.dtype}",
-        "expected": f"{timedelta(seconds=int(course.flops[-1] / speed * 2))} at half the speed of a bare matmul here",
+        "expected": f"{timedelta(seconds=int(course.flops[-1] / speed * 2))} at half a bare matmul's speed",
     }
     print("\n".join(f"{k:>11}  {v}" for k, v in lines.items()), flush=True)
 
@@ -600,15 +600,14 @@ def assemble(config: Config):
             print(f"source {name}: {counts[kind]} documents {kind}")
         for split, share in dict(train=1, dev=config.data.dev, test=config.data.test).items():
             if share and not counts.get(f"{split} documents"):
-                raise InputError(f"source {name!r} has {counts['documents']} documents, none of them in the "
-                                 f"{split} split; allowed are more documents (a separator cuts a text file into "
-                                 "many), or other shares data.dev and data.test (0 leaves a split out)")
+                raise InputError(f"source {name!r} has {counts['documents']} documents, none in {split}; "
+                                 "give it more (a separator cuts a file), or set data.dev or data.test to 0")
     return replace(config, model=replace(config.model, vocab=tokenizer.vocab)), tokenizer, caches
 
 
 @contextlib.contextmanager
 def blamed_on_config():
-    """Turn the ValueErrors of mesh and edits, which say what is wrong in a config, into InputErrors."""
+    """The ValueErrors of mesh and edits, which say what is wrong in a config, as InputErrors."""
     try:
         yield
     except ValueError as error:
@@ -713,8 +712,8 @@ class Run:
         if skipped >= self.config.max_skipped:
             self.out.sync()
             self.checkpoints.close()
-            raise InputError(f"the loss or gradient was not finite at step {step} and the {skipped - 1} before it; "
-                             "use a lower schedule.peak or clip under another --name, or look at that data")
+            raise InputError(f"loss or gradient not finite at step {step} and {skipped - 1} before it; use a "
+                             "lower schedule.peak or clip under another --name, or look at that data")
 
     def evaluate(self, step: int):
         """A row of held-out figures on the fixed subset of dev, and of the config's own evals."""
@@ -806,9 +805,10 @@ class Run:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
         versions = {name: importlib.metadata.version(name) for name in
                     ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")}
-        versions["python"] = platform.python_version()
-        summary = {**last, **result, "versions": versions, "commit": commit.strip(), "host": platform.node(),
-                   "device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+        versions["python"] = sys.version.split()[0]
+        summary = {**last, **result, "versions": versions, "commit": commit.strip(),
+                   "host": os.uname().nodename, "device": jax.devices()[0].device_kind,
+                   "devices": jax.device_count()}
         write(self.directory / "summary.json", json.dumps(summary, indent=1))
         return summary
 

@@ -6,7 +6,8 @@ from model import ModelConfig
 from train import Config, Phase, Schedule
 
 config = Config(
-    model=ModelConfig(layers=6, embed=384, heads=6, kv_heads=6, head_dim=64, mlp=1024, vocab=4096, tied=False),
+    model=ModelConfig(layers=6, embed=384, heads=6, kv_heads=6, head_dim=64, mlp=1024, vocab=4096,
+                      tied=False),
     phases=(Phase(steps=1_000, batch=16, seq=256),),
     schedule=Schedule(shape="constant", peak=1e-3),
 )

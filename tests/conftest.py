@@ -1,4 +1,4 @@
-"""What the tests share: eight simulated devices, a cache directory of their own, a small corpus and a tiny model."""
+"""What the tests share: eight simulated devices, a cache directory of their own, a small corpus, a tiny model."""
 import atexit
 import os
 import shutil
@@ -20,17 +20,18 @@ import data
 import model
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-hypothesis.settings.register_profile("coppice", deadline=None, max_examples=100, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "coppice", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("coppice")
 
-WORDS = ("the tree is cut back so that it grows again stronger; roots stay and shoots rise from stool each spring "
-         "def return import self for in if else None print(x) \u00e9t\u00e9 \u6a39\u6728 = + - # \"quoted\" 1984 42").split(" ")
+WORDS = ("the tree is cut back so that it grows again stronger; roots stay and shoots rise in spring "
+         'def return import self for in if else None print(x) été 樹木 = + - # "quoted" 1984 42').split(" ")
 
 
 def prose(seed: int, size: int) -> str:
-    """About `size` characters of words, lines and indentation, the same for the same seed."""
+    """`size` characters of words, lines and indentation, the same for the same seed."""
     rng = np.random.default_rng(seed)
-    words = rng.choice(WORDS, size // 4 + 1).tolist()
+    words = rng.choice(WORDS, size // 2 + 1).tolist()
     gaps = rng.choice([" ", " ", " ", " ", "\n", "\n    ", "\t"], len(words)).tolist()
     return "".join(w + g for w, g in zip(words, gaps, strict=True))[:size]
 
@@ -43,23 +44,25 @@ def corpus(tmp_path_factory) -> Path:
     """
     root = tmp_path_factory.mktemp("corpus")
     (root / "below").mkdir()
-    for i, size in enumerate(np.geomspace(12, 4_000, 40).astype(int).tolist()):
+    sizes = np.random.default_rng(0).permutation(np.geomspace(12, 4_000, 40).astype(int))
+    for i, size in enumerate(sizes.tolist()):
         place = root / "below" if i % 5 == 0 else root
-        (place / f"tree-{i:02d}.txt").write_text(prose(i, size), "utf-8", newline="")
+        (place / f"coppice-{i:02d}.txt").write_text(prose(i, size), "utf-8", newline="")
     return root
 
 
 @pytest.fixture(scope="session")
 def data_config(corpus) -> data.DataConfig:
     """One source, the corpus, in bytes."""
-    return data.DataConfig(sources={"corpus": data.Source(partial(data.text, path=str(corpus)))}, tokenizer="bytes",
-                           dev=0.1, test=0.1)
+    source = data.Source(partial(data.text, path=str(corpus)))
+    return data.DataConfig(sources={"corpus": source}, tokenizer="bytes", dev=0.1, test=0.1)
 
 
 @pytest.fixture(scope="session")
 def pieces(corpus) -> data.SentencePiece:
     """A SentencePiece tokenizer of 320 pieces, trained on the corpus."""
-    return data.SentencePiece(data.train_bpe([f.read_text("utf-8") for f in sorted(corpus.rglob("*.txt"))], 320))
+    texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))]
+    return data.SentencePiece(data.train_bpe(texts, 320))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """Time the training step of a config on random rows; the last line is one JSON object.
 
-Shapes may be given short: --layers --embed --heads --kv_heads --head_dim --mlp --vocab --dtype for the model, --batch and
---seq for its rows; every --path.to.field VALUE of a config works too. Where --embed or --heads is given alone, heads are 64
-wide (32 below 256), and key-value heads as many as query heads. --against COMMAND runs this and COMMAND in turn, --rounds
-times each, and gives the median of the ratios of their tokens_per_s (COMMAND's last line must be such an object as well).
+Shapes may be given short: --layers --embed --heads --kv_heads --head_dim --mlp --vocab --dtype for the model,
+--batch and --seq for its rows; every --path.to.field VALUE of a config works too. Where --embed or --heads is
+given alone, heads are 64 wide (32 below 256), and key-value heads as many as query heads. --against COMMAND
+runs this and COMMAND in turn, --rounds times each, and gives the median of the ratios of their tokens_per_s
+(COMMAND's last line must be such an object as well).
 """
 import dataclasses
 import json
@@ -24,13 +25,14 @@ SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(train.ModelConfig
 
 
 def measure(config: train.Config, seconds: float) -> dict:
-    """Steps of the first phase until `seconds` are over: rates, compile time in s, memory of the step in GiB."""
+    """Steps of the first phase for `seconds`: rates, compile time in s, memory of the step in GiB."""
     mesh, shape, phase = model.make_mesh(config.mesh), config.model, config.phases[0]
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.vocab, (8, phase.batch, phase.seq + 1), dtype=np.int32)
     ones = np.ones((phase.batch, phase.seq), np.int32)
-    batches = [train.put(dict(tokens=t[:, :-1], targets=t[:, 1:], segments=ones, positions=np.cumsum(ones, 1) - 1,
-                              weights=ones.astype(np.float32), source=ones * 0), mesh) for t in tokens]
+    same = dict(segments=ones, positions=np.cumsum(ones, 1) - 1, weights=ones.astype(np.float32),
+                source=ones * 0)
+    batches = [train.put(dict(tokens=t[:, :-1], targets=t[:, 1:]) | same, mesh) for t in tokens]
     state = model.first_state(shape, config.optimizer, mesh, jax.random.key(config.seed))
     rates = dict.fromkeys(model.groups(shape), np.float32(config.schedule.peak))
     begun = time.perf_counter()
@@ -51,11 +53,12 @@ def measure(config: train.Config, seconds: float) -> dict:
     ms, size = 1e3 * statistics.median(times), phase.batch * phase.seq
     memory = step.memory_analysis()
     rate, peak = size / ms * 1e3, train.peak()
+    flops = rate * model.flops_per_token(shape, phase.seq)
     return dict(tokens_per_s=round(rate), step_ms=round(ms, 2), compile_s=round(compile_s, 2),
-                mfu=round(rate * model.flops_per_token(shape, phase.seq) / peak, 4) if peak else None,
+                mfu=round(flops / peak, 4) if peak else None,
                 memory_gib=round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, 3),
-                params=model.count(shape), model_tflops=round(rate * model.flops_per_token(shape, phase.seq) / 1e12, 4),
-                steps=len(times), loss=round(float(last["train/loss"]), 3), dtype=shape.dtype,
+                params=model.count(shape), model_tflops=round(flops / 1e12, 4), steps=len(times),
+                loss=round(float(last["train/loss"]), 3), dtype=shape.dtype,
                 device=jax.devices()[0].device_kind, jax=jax.__version__)
 
 
@@ -68,12 +71,15 @@ def against(command: str, rounds: int, arguments: list[str]) -> dict:
         for line in (ours, shlex.split(command)):
             done = subprocess.run(line, capture_output=True, text=True)
             if done.returncode:
-                raise train.InputError(f"bench: {shlex.join(line)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+                raise train.InputError(f"bench: {shlex.join(line)} ended with {done.returncode}: "
+                                       f"{done.stderr.strip()[-300:]}")
             pair.append(json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_s"])
         rows.append(pair)
-        print(f"round {i + 1}: {pair[0]:,} against {pair[1]:,} tokens/s, ratio {pair[0] / pair[1]:.3f}", flush=True)
-    return dict(ratio=round(statistics.median(a / b for a, b in rows), 3), tokens_per_s=statistics.median(r[0] for r in rows),
-                against_tokens_per_s=statistics.median(r[1] for r in rows), rounds=rounds)
+        a, b = pair
+        print(f"round {i + 1}: {a:,} against {b:,} tokens/s, ratio {a / b:.3f}", flush=True)
+    return dict(ratio=round(statistics.median(a / b for a, b in rows), 3),
+                tokens_per_s=statistics.median(a for a, _ in rows),
+                against_tokens_per_s=statistics.median(b for _, b in rows), rounds=rounds)
 
 
 def main(arguments: list[str]) -> dict:
@@ -97,11 +103,13 @@ def main(arguments: list[str]) -> dict:
     if {"embed", "heads"} & given:
         heads = m.heads if "heads" in given else max(1, m.embed // (64 if m.embed >= 256 else 32))
         wide = m.head_dim if "head_dim" in given else m.embed // heads
-        m = dataclasses.replace(m, heads=heads, head_dim=wide, kv_heads=m.kv_heads if "kv_heads" in given else heads)
+        kv_heads = m.kv_heads if "kv_heads" in given else heads
+        m = dataclasses.replace(m, heads=heads, head_dim=wide, kv_heads=kv_heads)
     config = dataclasses.replace(config, model=m)
     train.check(config)
     if m.vocab < 1:
-        raise train.InputError("bench: model.vocab is 0; allowed is 1 and more, since there is no tokenizer to take it from")
+        raise train.InputError("bench: model.vocab is 0; allowed is 1 and more, "
+                               "since there is no tokenizer to take it from")
     result = measure(config, a.seconds)
     print(json.dumps(result))
     return result

@@ -12,7 +12,7 @@ from matplotlib import pyplot  # noqa: E402  after the choice of a backend that 
 
 
 def draw(run: Path):
-    """Loss and bits per byte over training FLOPs, the rate, and where each phase begins with how many parameters."""
+    """Loss and bits per byte over training FLOPs, the rate, and where each phase begins, at what size."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in rows if r.get("train/loss") is not None]
     evals = [r for r in rows if any(k.startswith("eval/") for k in r)]
@@ -34,8 +34,8 @@ def draw(run: Path):
     for i in (i for i in range(len(steps)) if i == 0 or steps[i]["phase"] != steps[i - 1]["phase"]):
         for axis in (top, bottom):
             axis.axvline(flops[i], color="black", linestyle=":", linewidth=1)
-        top.annotate(f" phase {steps[i]['phase']}: {steps[i]['model/params'] / 1e6:.2f}M parameters", (flops[i], 0.02),
-                     xycoords=("data", "axes fraction"), fontsize=9)
+        top.annotate(f" phase {steps[i]['phase']}: {steps[i]['model/params'] / 1e6:.2f}M parameters",
+                     (flops[i], 0.02), xycoords=("data", "axes fraction"), fontsize=9)
     top.set_ylim(0, np.quantile(losses, 0.99) * 1.15)
     top.set_title(run.name)
     top.legend(loc="upper right")

@@ -1,4 +1,4 @@
-"""Held-out bits per byte of a run's checkpoint, beside gzip and xz, and minimal pairs; writes RUN/eval.json."""
+"""Held-out bits per byte of a checkpoint, beside gzip and xz, and minimal pairs; writes RUN/eval.json."""
 import gzip
 import json
 import lzma
@@ -13,7 +13,8 @@ import train
 
 def compressed(texts: list[bytes]) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9 need for texts, each compressed alone."""
-    bits = {"gzip_bpb": lambda t: 8 * len(gzip.compress(t, 9)), "xz_bpb": lambda t: 8 * len(lzma.compress(t, preset=9))}
+    bits = {"gzip_bpb": lambda t: 8 * len(gzip.compress(t, 9)),
+            "xz_bpb": lambda t: 8 * len(lzma.compress(t, preset=9))}
     return {name: sum(map(size, texts)) / sum(map(len, texts)) for name, size in bits.items()}
 
 
@@ -26,17 +27,18 @@ def minimal_pairs(folder: Path, losses, params, tokenizer) -> dict[str, float]:
     for file in files:
         pairs = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
         texts = [p[k] for p in pairs for k in ("sentence_good", "sentence_bad")]
-        ids = [tokenizer.encode(t) for t in texts]
+        ids = [np.array(tokenizer.encode(t), np.int32) for t in texts]
         plan = np.array([(i, 1, i, 0, len(x) + 1, 0) for i, x in enumerate(ids)])  # a row each
         seq = 1 << max(map(len, ids)).bit_length()
         total = []
         for start in range(0, len(ids), 64):
-            arrays = data.fill(plan, np.arange(start, start + 64), seq, lambda d: np.array(ids[d], np.int32), tokenizer)
+            arrays = data.fill(plan, np.arange(start, start + 64), seq, ids.__getitem__, tokenizer)
             del arrays["document"]
             total.append((np.asarray(losses(params, 0, arrays)) * arrays["weights"]).sum(1))
         nats = np.concatenate(total)[:len(ids)].reshape(-1, 2)
         right = float(np.mean(nats[:, 0] < nats[:, 1]))
-        out |= {f"blimp/{file.stem}": right, f"blimp/{file.stem}_se": math.sqrt(right * (1 - right) / len(nats))}
+        error = math.sqrt(right * (1 - right) / len(nats))
+        out |= {f"blimp/{file.stem}": right, f"blimp/{file.stem}_se": error}
     scores = [v for k, v in out.items() if not k.endswith("_se")]
     return out | {"blimp": sum(scores) / len(scores)}
 
@@ -61,12 +63,15 @@ def main(arguments: list[str]) -> dict:
         texts = [t for h in held.values() for t in h.texts()]
         result |= compressed(texts) | {"held_out_paths": [p for h in held.values() for p in h.paths]}
         for name, h in held.items():
-            print(f"held-out {name}: {result[f'eval/{name}.test/bpb']:.3f} +- {result[f'eval/{name}.test/bpb_se']:.3f} bits "
-                  f"per byte ({len(h.paths)} documents, {h.bytes.sum():,} bytes)")
-        print(f"the same documents, each compressed alone: gzip -9 {result['gzip_bpb']:.3f}, xz -9 {result['xz_bpb']:.3f}")
+            bpb, error = (result[f"eval/{name}.test/{k}"] for k in ("bpb", "bpb_se"))
+            print(f"held-out {name}: {bpb:.3f} +- {error:.3f} bits per byte "
+                  f"({len(h.paths)} documents, {h.bytes.sum():,} bytes)")
+        print("the same documents, each compressed alone: "
+              f"gzip -9 {result['gzip_bpb']:.3f}, xz -9 {result['xz_bpb']:.3f}")
     if a.blimp:
         result |= minimal_pairs(a.blimp, losses, params, tokenizer)
-        print("".join(f"{k}: {v:.3f}\n" for k, v in result.items() if k.startswith("blimp") and not k.endswith("_se")))
+        shown = {k: v for k, v in result.items() if k.startswith("blimp") and not k.endswith("_se")}
+        print("".join(f"{k}: {v:.3f}\n" for k, v in shown.items()))
     partly = Path(a.run) / "eval.partial"
     partly.write_text(json.dumps(result, indent=1))
     partly.rename(Path(a.run) / "eval.json")
