@@ -22,7 +22,6 @@ import shutil
 import sys
 import sysconfig
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -132,9 +131,14 @@ class DataConfig:
     window: int = 8  # shards within which documents are permuted and packed
 
 
+def path_hash(path: str) -> int:
+    """64 bits that a document's path alone decides."""
+    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "replace"), digest_size=8).digest())
+
+
 def split_of(path: str, dev: float, test: float) -> int:
-    """Index into SPLITS for a document, from a hash of its path alone."""
-    u = int.from_bytes(hashlib.blake2b(path.encode("utf-8", "replace"), digest_size=8).digest()) / 2**64
+    """Index into SPLITS for a document, from the hash of its path."""
+    u = path_hash(path) / 2**64
     return 2 if u < test else 1 if u < test + dev else 0
 
 
@@ -143,6 +147,7 @@ def split_of(path: str, dev: float, test: float) -> int:
 # SentencePiece decodes U+2581 as a space and drops training texts with U+2585 (its unknown mark): both become
 # pairs that begin with U+0010, which is escaped itself, so that every string comes back as it was.
 ESCAPES = {"\x10": "\x10e", "\u2581": "\x10b", "\u2585": "\x10c"}
+SURROGATE = re.compile("[\ud800-\udfff]")  # a lone half of a character: not text, and no UTF-8
 UNESCAPES = {pair: char for char, pair in ESCAPES.items()}
 
 
@@ -243,10 +248,10 @@ def sample(config: DataConfig) -> list[str]:
     for source in config.sources.values():
         heap, held, seen = [], 0, 0  # by falling hash: the largest hash leaves first
         for number, document in enumerate(source.documents()):
-            if isinstance(document, Skipped) or split_of(document.path, config.dev, config.test):
+            if isinstance(document, Skipped) or split_of(document.path, config.dev, config.test) \
+                    or SURROGATE.search(document.text):
                 continue
-            rank = hashlib.blake2b(document.path.encode("utf-8", "replace"), digest_size=8).digest()
-            heapq.heappush(heap, (-int.from_bytes(rank), number, document.text))
+            heapq.heappush(heap, (-path_hash(document.path), number, document.text))
             held, seen = held + len(document.text), seen + len(document.text)
             while held > share and len(heap) > 1:
                 held -= len(heapq.heappop(heap)[2])
@@ -301,8 +306,8 @@ def identity(function: Callable | None) -> Any:
     inner = function.func if isinstance(function, partial) else function
     files = []
     for value in arguments.values():
-        path = Path(value).expanduser() if isinstance(value, str) and value else None
-        if path is not None and path.exists():
+        path = Path(value).expanduser() if isinstance(value, str) else None
+        if path and value and os.path.exists(path):
             below = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
             files += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in below]
     return [inspect.getsource(inner), arguments, files, sys.version]
@@ -438,10 +443,10 @@ def tokenize(documents: list[Document], config: DataConfig, name: str, tokenizer
         split = split_of(document.path, config.dev, config.test)
         made = document
         if source.prepare and split == 0:
-            rng = np.random.default_rng([seed, zlib.crc32(document.path.encode("utf-8", "replace"))])
+            rng = np.random.default_rng([seed, path_hash(document.path)])
             made = source.prepare(document, rng)
         ready += [(d, split) for d in (made if isinstance(made, list) else [made])]
-    valid = [(d, split) for d, split in ready if not re.search("[\ud800-\udfff]", d.text)]
+    valid = [(d, split) for d, split in ready if not SURROGATE.search(d.text)]
     if len(valid) < len(ready):
         counts["skipped: lone surrogates"] += len(ready) - len(valid)
     for (document, split), ids in zip(valid, tokenizer.encode_batch([d.text for d, _ in valid]), strict=True):
@@ -466,7 +471,7 @@ def seal(directory: Path, number: int, shard: list, tokenizer: Tokenizer, facts:
              bytes=np.array([len(d.text.encode("utf-8")) for d, _, _, _ in shard], np.int64),
              split=np.array([split for _, _, split, _ in shard], np.uint8),
              score=np.array([score for _, _, _, score in shard], np.float32))
-    lines = (json.dumps(dict(path=d.path, meta=d.meta), ensure_ascii=False) + "\n" for d, _, _, _ in shard)
+    lines = (json.dumps(dict(path=d.path, meta=d.meta)) + "\n" for d, _, _, _ in shard)
     (partly / "documents.jsonl").write_text("".join(lines), "utf-8")
     facts |= dict(dtype=dtype, sizes={p.name: p.stat().st_size for p in sorted(partly.iterdir())})
     (partly / "seal.json").write_text(json.dumps(facts, indent=1))
@@ -689,9 +694,11 @@ class Loader:
         counts = self.counts[phase]
         while len(counts) <= steps:
             self.carry[phase] += self.weights(phase, len(counts) - 1) * self.phases[phase].batch
-            whole = np.floor(self.carry[phase] + 1e-9).astype(np.int64)
-            left = self.phases[phase].batch - whole.sum()
-            whole[np.argsort(whole - self.carry[phase], kind="stable")[:left]] += 1  # largest remainders
+            owed = self.carry[phase]
+            whole = np.floor(np.maximum(owed, 0) + 1e-9).astype(np.int64)
+            while left := self.phases[phase].batch - whole.sum():  # largest remainders up, smallest down
+                behind = np.where((whole > 0) | (left > 0), (owed - whole) * np.sign(left), -np.inf)
+                whole[np.argmax(behind)] += np.sign(left)
             self.carry[phase] -= whole  # the remainders are carried, so that a rare source gets its share
             counts.append(counts[-1] + whole)
         return counts[steps]

@@ -76,7 +76,7 @@ def table(config: ModelConfig) -> dict[str, Param]:
     """Every parameter of the model, by name.
 
     Factors are drawn with 1/sqrt(fan in), output projections with GPT-2's 0.02/sqrt(2 layers), so that the
-    residual stream begins as the embedding: with larger outputs small models learn far slower (0.8 nats behind
+    residual stream begins as the embedding: with larger outputs small models learn slower (0.8 nats behind
     after 150 steps of the quickstart).
     """
     c = config

@@ -10,4 +10,5 @@ config = Config(
                       tied=False),
     phases=(Phase(steps=1_000, batch=16, seq=256),),
     schedule=Schedule(shape="constant", peak=1e-3),
+    overlap=0,
 )

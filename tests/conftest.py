@@ -1,4 +1,4 @@
-"""What the tests share: eight simulated devices, a cache directory of their own, a small corpus, a tiny model."""
+"""What the tests share: eight simulated devices, a cache directory of their own, a corpus, a tiny model."""
 import atexit
 import os
 import shutil

@@ -85,19 +85,21 @@ def against(command: str, rounds: int, arguments: list[str]) -> dict:
 def main(arguments: list[str]) -> dict:
     """Command line; gives what it prints last."""
     parser = train.Arguments("bench", __doc__)
-    parser.add_argument("config", nargs="?", default=str(train.ROOT / "configs/bench.py"), help="config file")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure")
     parser.add_argument("--against", metavar="COMMAND", help="another benchmark to alternate with")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is run, with --against")
-    a, overrides = parser.parse_known_args(arguments)
+    parser.usage = "%(prog)s [CONFIG] [options] [--batch N --seq N --layers N --path.to.field VALUE ...]"
+    first = arguments and not arguments[0].startswith("-")
+    file = arguments[0] if first else str(train.ROOT / "configs/bench.py")
+    a, overrides = parser.parse_known_args(arguments[1:] if first else arguments)
     if a.against:
-        rest = [a.config, "--seconds", str(a.seconds), *overrides]
+        rest = [file, "--seconds", str(a.seconds), *overrides]
         result = against(a.against, a.rounds, rest)
         print(json.dumps(result))
         return result
     flags = [f"--{SHORT.get(name, name)}{eq}{value}" if word.startswith("--") else word for word in overrides
              for name, eq, value in [word.removeprefix("--").partition("=")]]
-    config, _ = train.parse([a.config, *flags])
+    config, _ = train.parse([file, *flags])
     given = {f.split("=")[0].removeprefix("--model.") for f in flags}
     m = config.model
     if {"embed", "heads"} & given:

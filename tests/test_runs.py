@@ -1,0 +1,861 @@
+"""Whole runs through the command line: what they leave, how they die and resume, what they refuse, and the tools."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import jax
+import numpy as np
+import pexpect
+import pytest
+
+import data
+import model
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+TOTAL, BOUNDARY, EVERY = 60, 30, 5  # steps, the phase's end, and steps between checkpoints
+
+CONFIG = '''"""A tiny run with hooks: HURT names the moment at which the process sends SIGNAL to itself."""
+import os
+import signal
+import time
+from functools import partial
+
+from data import DataConfig, Source, causal, text
+from model import ModelConfig, stack
+from train import Config, Phase, Schedule
+
+seen = {"evaluation": 0}
+
+
+def hurt(moment):
+    """Die here, if this is the moment."""
+    if os.environ.get("HURT") == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lines(path):
+    """Each line of the corpus as a document."""
+    for i, document in enumerate(text(path, separator="\\n")):
+        hurt(f"document {i}")
+        yield document
+
+
+def slow(row, rng):
+    """The plain objective, taking its time."""
+    time.sleep(float(os.environ.get("SLOW", 0)))
+    return causal(row, rng)
+
+
+def grow(model, context):
+    """A stack to twice the depth."""
+    hurt(f"edit {context.step}")
+    return stack(model, context)
+
+
+def noticed(params, apply):
+    """An evaluation of the config's own."""
+    seen["evaluation"] += 1
+    hurt(f"evaluation {seen['evaluation']}")
+    return {"own/layers": float(params["q"].shape[0])}
+
+
+config = Config(
+    model=ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48),
+    data=DataConfig(
+        sources={"files": Source(partial(text, path="CORPUS")), "lines": Source(partial(lines, path="CORPUS"))},
+        tokenizer="bytes", dev=0.1, test=0.1, shard_tokens=4_000),
+    phases=(
+        Phase(steps=30, batch=4, seq=32, objective=slow),
+        Phase(steps=30, batch=4, seq=32, objective=slow, edits=(grow,)),
+    ),
+    schedule=Schedule(shape="wsd", peak=1e-2, warmup=5, decay=0.4),
+    overlap=8, eval_every=20, eval_tokens=500, save_every=5, sample_tokens=10, evals=(noticed,),
+)
+'''
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of these tests live."""
+
+    root: Path
+    config: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """This process's, without its simulated devices, keeping every compiled program."""
+        kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "COLUMNS")}
+        return (
+            kept
+            | {
+                "XDG_CACHE_HOME": str(self.root / "cache"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
+            | more
+        )
+
+    def command(self, *arguments) -> list[str]:
+        """A command line that trains this config; with a verb first, that verb."""
+        return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+    def training(self, name: str, *arguments) -> list[str]:
+        """A command line that trains this config as a run of its own."""
+        return self.command(self.config, "--runs", self.root / "runs", "--name", name, *arguments)
+
+    def go(self, *command: str, **more: str) -> subprocess.CompletedProcess:
+        """Run a command to its end."""
+        return subprocess.run(
+            command, capture_output=True, text=True, env=self.environment(**more), cwd=self.root, timeout=300
+        )
+
+    def train(self, name: str, *arguments, **more: str) -> subprocess.CompletedProcess:
+        """Train this config as a run of its own."""
+        return self.go(*self.training(name, *arguments), **more)
+
+    def start(self, name: str, **more: str) -> subprocess.Popen:
+        """Begin to train."""
+        return subprocess.Popen(
+            self.training(name),
+            env=self.environment(**more),
+            cwd=self.root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, name: str) -> Path:
+        """A run's directory."""
+        return self.root / "runs" / name
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, corpus) -> Place:
+    """The config on the corpus, and a cache directory that all these runs share."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "tiny.py").write_text(CONFIG.replace("CORPUS", str(corpus)))
+    return Place(root, root / "tiny.py")
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A run that nothing happened to, and what it printed."""
+
+    directory: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def complete(place) -> Complete:
+    """The run never killed, that others are held against."""
+    done = place.train("whole")
+    assert done.returncode == 0, done.stderr
+    return Complete(place.run("whole"), done.stdout, done.stderr)
+
+
+def rows_of(run: Path) -> list[dict]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run: Path) -> list[str]:
+    """The text of every train/loss, in order."""
+    return re.findall(r'"step": (\d+).*?"train/loss": ([^,}]+)', (run / "metrics.jsonl").read_text())
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """Rows without what depends on the clock."""
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def tree_of(run: Path) -> dict[str, bytes]:
+    """Every file of a run by path, but for its lock."""
+    return {
+        str(p.relative_to(run)): p.read_bytes()
+        for p in sorted(run.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Steps with a complete checkpoint."""
+    return sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def assert_same(run: Path, whole: Path):
+    """Losses byte for byte, every row but its timings, the last checkpoint's parameters bit for bit, and the samples."""
+    assert losses_of(run) == losses_of(whole) and len(losses_of(run)) == TOTAL
+    assert timeless(rows_of(run)) == timeless(rows_of(whole))
+    assert checkpoints(run) == checkpoints(whole)
+    ours, theirs = (train.load(str(r), TOTAL)[0] for r in (run, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(np.asarray(ours[n]).tobytes() == np.asarray(theirs[n]).tobytes() for n in ours)
+    assert (run / "samples.txt").read_bytes() == (whole / "samples.txt").read_bytes()
+
+
+def resumed_from(out: str) -> int:
+    """The step that a run said it goes on from; 0 if it began."""
+    said = re.findall(r"^resuming from step (\d+)", out, flags=re.M)
+    assert len(said) <= 1
+    return int(said[0]) if said else 0
+
+
+def on_disk(run: Path) -> int:
+    """The last step whose row has been written out."""
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    return max((int(s) for s in re.findall(r'^{"step": (\d+)', text, flags=re.M)), default=0)
+
+
+def assert_recent(out: str, reached: int):
+    """A run that had written `reached` rows resumed at most one interval and the save in flight earlier."""
+    assert resumed_from(out) >= reached // EVERY * EVERY - EVERY
+
+
+# ------------------------------------------------------------------------------------------------- a complete run
+
+
+def test_complete_run_leaves_every_file(complete):
+    """All that the design names, each of its kind."""
+    run = complete.directory
+    names = "config.json source metrics.jsonl curves.png samples.txt tokenizer.model checkpoints summary.json eval.json"
+    assert {p.name for p in run.iterdir()} - {".lock"} == set(names.split())
+    assert {p.name for p in (run / "source").iterdir()} == {"train.py", "model.py", "data.py", "tiny.py"}
+    assert (run / "source/tiny.py").read_text().startswith('"""A tiny run with hooks')
+    assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert isinstance(data.load_tokenizer(run / "tokenizer.model"), data.Bytes)
+    assert checkpoints(run) == [50, 55, 60] and (run / "samples.txt").read_text("utf-8").strip()
+    written = json.loads((run / "config.json").read_text())
+    assert written["model"]["vocab"] == 258 and written["phases"][1]["edits"][0]["function"].endswith(
+        "tiny.py:grow"
+    )
+    summary, held = (json.loads((run / f).read_text()) for f in ("summary.json", "eval.json"))
+    assert {
+        "versions",
+        "commit",
+        "host",
+        "device",
+        "train/loss",
+        "train/flops",
+        "train/tokens",
+        "model/params",
+    } <= summary.keys()
+    assert {"jax", "python", "orbax-checkpoint"} <= summary["versions"].keys() and summary["step"] == TOTAL
+    for found in (summary, held):
+        assert found["gzip_bpb"] > 0 and found["xz_bpb"] > 0 and len(found["held_out_paths"]) > 5
+        assert all(found[f"eval/{source}.test/bpb"] > 0 for source in ("files", "lines"))
+
+
+def test_complete_run_says_what_it_does(complete):
+    """The banner, plain lines without carriage returns when piped, the held-out figures, and nothing on stderr."""
+    for word in (
+        "parameters",
+        "a parameter",
+        "epochs",
+        "FLOPs",
+        "memory",
+        "devices",
+        "mesh",
+        "attention",
+        "expected",
+        f"step {TOTAL}/{TOTAL}",
+        "loss",
+        "lr ",
+        "grad ",
+        "tok/s",
+        "ETA",
+        "gzip -9",
+        "xz -9",
+        "held-out files",
+        "grow",
+        "train.py sample",
+    ):
+        assert word in complete.out, word
+    assert "\r" not in complete.out and "\x1b" not in complete.out and complete.err == ""
+
+
+def test_rows_are_one_a_step_and_evaluations_apart(complete):
+    """Steps 1 to N once each; evaluations without a loss; the last row is the test split's; parameters jump."""
+    rows = rows_of(complete.directory)
+    steps = [r for r in rows if "train/loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, TOTAL + 1))
+    held = [r for r in rows if "train/loss" not in r]
+    assert [r["step"] for r in held] == [20, 30, 40, 60, 60]
+    assert all(r[f"eval/{s}/bpb"] > 0 for r in held[:-1] for s in ("files", "lines"))
+    assert [r["own/layers"] for r in held[:-1]] == [2, 2, 4, 4]  # evaluation precedes the edits
+    assert {"eval/files.test/bpb", "eval/lines.test/bpb"} <= rows[-1].keys()
+    assert [r["phase"] for r in steps] == [0] * 30 + [1] * 30
+    small, large = steps[BOUNDARY - 1]["model/params"], steps[BOUNDARY]["model/params"]
+    assert {r["model/params"] for r in steps} == {small, large} and large - small == 2 * (
+        32 * 64 + 32 * 32 + 3 * 32 * 48 + 64
+    )
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"] - 1
+
+
+def test_several_shards_were_read(place, complete):
+    """The cache of the lines has more than one, so that what is killed below is really cut in the middle."""
+    found = [
+        json.loads(p.read_text()) for p in (place.root / "cache/coppice/tokens").glob("lines-*/complete.json")
+    ]
+    assert [f["shards"] > 2 for f in found] == [True]
+
+
+def test_running_again_changes_nothing(place, complete):
+    """It says where it is, exits 0, and leaves every file as it was."""
+    before = tree_of(complete.directory)
+    done = place.train("whole")
+    assert done.returncode == 0 and done.stderr == "" and resumed_from(done.stdout) == TOTAL
+    after = tree_of(complete.directory)
+    assert before.keys() == after.keys() and [k for k in before if before[k] != after[k]] == []
+
+
+# --------------------------------------------------------------------------------------------- killed, and resumed
+
+
+def test_killed_while_the_cache_is_built(place, complete):
+    """What is sealed is kept; the cache and the losses are those of the run never killed."""
+    tokens, kept = place.root / "cache/coppice/tokens", place.root / "kept"
+    shutil.move(tokens, kept)
+    killed = place.train("cache", HURT="document 900")
+    assert killed.returncode == -signal.SIGKILL
+    sealed = {p: p.read_bytes() for p in tokens.glob("lines-*/0*/*")}
+    assert len({p.parent for p in sealed}) >= 2 and not list(tokens.glob("lines-*/complete.json"))
+    done = place.train("cache")
+    assert done.returncode == 0 and resumed_from(done.stdout) == 0
+    assert all(p.read_bytes() == content for p, content in sealed.items())
+    ours, theirs = (
+        {
+            str(p.relative_to(d)): p.read_bytes()
+            for p in d.rglob("*")
+            if p.suffix in (".json", ".bin", ".jsonl")
+        }
+        for d in (tokens, kept)
+    )
+    assert ours == theirs
+    assert_same(place.run("cache"), complete.directory)
+
+
+def test_killed_between_steps_and_at_the_phase_boundary(place, complete):
+    """At an evaluation, and when the edit of the second phase is about to be applied."""
+    run = place.run("boundary")
+    assert place.train("boundary", HURT="evaluation 1").returncode == -signal.SIGKILL
+    reached = on_disk(run)
+    assert 15 <= reached <= 20
+    killed = place.train("boundary", HURT=f"edit {BOUNDARY}")
+    assert killed.returncode == -signal.SIGKILL
+    assert_recent(killed.stdout, reached)
+    assert on_disk(run) == BOUNDARY
+    done = place.train("boundary")
+    assert done.returncode == 0
+    assert_recent(done.stdout, BOUNDARY)
+    assert_same(run, complete.directory)
+
+
+def kill_when(process: subprocess.Popen, moment: Callable[[], bool], number: int = signal.SIGKILL) -> str:
+    """Send a signal as soon as `moment()` is true, if the process lives to see it; gives what it printed."""
+    while process.poll() is None and not moment():
+        time.sleep(0.0005)
+    if process.poll() is None:
+        process.send_signal(number)
+    return process.communicate()[0]
+
+
+def saving(run: Path, after: int) -> Callable[[], bool]:
+    """Is a checkpoint beyond a step being written?"""
+
+    def now() -> bool:
+        names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
+        return any("orbax-checkpoint-tmp" in n and int(n.split(".")[0]) > after for n in names)
+
+    return now
+
+
+def test_killed_during_a_save_and_at_random(place, complete):
+    """A checkpoint half written is no checkpoint: each time the run goes on from one that was whole."""
+    run, rng, caught = place.run("saves"), random.Random(1), 0
+    for attempt in range(4):
+        reached, after = on_disk(run), (checkpoints(run) if run.exists() else [0])[-1] if attempt else 7
+        out = kill_when(place.start("saves", SLOW="0.004"), saving(run, after + EVERY))
+        assert_recent(out, reached)
+        caught += any("orbax-checkpoint-tmp" in n for n in os.listdir(run / "checkpoints"))
+        if caught and checkpoints(run):
+            break
+    assert caught, "no attempt caught a save in the middle"
+    for _ in range(2):
+        reached, delay, begun = on_disk(run), rng.uniform(0, 0.5), []
+
+        def later(reached=reached, delay=delay, begun=begun) -> bool:
+            if not begun and on_disk(run) > reached + 2:
+                begun.append(time.monotonic())
+            return bool(begun) and time.monotonic() > begun[0] + delay
+
+        assert_recent(kill_when(place.start("saves", SLOW="0.004"), later), reached)
+    reached = on_disk(run)
+    done = place.train("saves")
+    assert done.returncode == 0
+    assert_recent(done.stdout, reached)
+    assert_same(run, complete.directory)
+    assert not [n for n in os.listdir(run / "checkpoints") if not n.isdigit()]
+
+
+@pytest.mark.soak
+def test_killed_fifty_times(place, complete, request):
+    """At random moments after the start, through a whole run and, when that is done, another."""
+    if "soak" not in (request.config.getoption("-m") or ""):
+        pytest.skip("run by hand: pytest -m soak")
+    rng, number = random.Random(2), 0
+    for _ in range(50):
+        run = place.run(f"soak{number}")
+        reached, until = on_disk(run), time.monotonic() + rng.uniform(1.0, 5.0)
+        out = kill_when(place.start(run.name, SLOW="0.01"), lambda until=until: time.monotonic() > until)
+        assert_recent(out, reached if "resuming" in out else 0)
+        if (run / "summary.json").exists():
+            assert_same(run, complete.directory)
+            number += 1
+    done = place.train(f"soak{number}")
+    assert done.returncode == 0
+    assert_same(place.run(f"soak{number}"), complete.directory)
+
+
+def test_sigterm_saves_and_exits_well_and_a_second_process_is_refused(place, complete, capsys):
+    """Exit code 0 at a step that is saved; meanwhile the directory is taken; the losses are those of the whole run."""
+    run = place.run("stopped")
+    process = place.start("stopped", SLOW="0.02")
+
+    def refused_while_it_runs() -> bool:
+        if on_disk(run) < 10:
+            return False
+        second = place.train("stopped")
+        assert process.poll() is None
+        assert second.returncode == 2 and one_sentence(second.stderr, "stopped", "another process")
+        return True
+
+    out = kill_when(process, refused_while_it_runs, signal.SIGTERM)
+    assert process.returncode == 0 and "Traceback" not in out
+    stopped = int(re.search(r"SIGTERM; step (\d+) is saved", out)[1])
+    assert checkpoints(run)[-1] == stopped < TOTAL and on_disk(run) == stopped
+    done = place.train("stopped")
+    assert done.returncode == 0 and resumed_from(done.stdout) == stopped
+    assert losses_of(run) == losses_of(complete.directory)
+    assert timeless(rows_of(run)) == timeless(rows_of(complete.directory))
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def one_sentence(err: str, *words: str) -> bool:
+    """Is stderr one line that begins with `error:` and holds the words?"""
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    assert "Traceback" not in err and all(word in err for word in words), err
+    return True
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    """This process as the command line sees it: one device, and the runs' own cache."""
+    whole = model.make_mesh
+    monkeypatch.setattr(model, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place.root / "cache"))
+    monkeypatch.chdir(place.root)
+    cache = jax.config.jax_compilation_cache_dir
+    yield place
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def refused(capsys, arguments: list, *words: str):
+    """Run the command line in this process: exit code 2 and one sentence with these words."""
+    capsys.readouterr()
+    code = train.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert code == 2 and one_sentence(err, *words) and "Traceback" not in out
+
+
+def corpora(root: Path) -> dict[str, Path]:
+    """Sources that nothing can be made of."""
+    for name in ("empty", "undecodable", "blank"):
+        (root / name).mkdir(exist_ok=True)
+    (root / "undecodable/only.txt").write_bytes(b"caf\xe9 \xff\xfe")
+    (root / "blank/only.txt").write_text("")
+    return {name: root / name for name in ("empty", "undecodable", "blank", "missing")}
+
+
+WRONG = {  # case: (arguments, words of the sentence); {..} is the path of a corpus
+    "unknown field": (["--model.layrs", "3"], ["--model.layrs", "layers"]),
+    "wrong type": (["--model.layers", "two"], ["model.layers", "'two'", "int"]),
+    "heads": (["--model.heads", "3"], ["model.heads", "3", "model.kv_heads", "2"]),
+    "odd head_dim": (["--model.head_dim", "7"], ["model.head_dim", "7", "even"]),
+    "vocabulary": (
+        ["--data.tokenizer", "bpe", "--model.vocab", "100000"],
+        ["model.vocab", "100000", "at most"],
+    ),
+    "small vocabulary": (
+        ["--data.tokenizer", "bpe", "--model.vocab", "100"],
+        ["model.vocab", "100", "at least"],
+    ),
+    "vocabulary of bytes": (["--model.vocab", "300"], ["model.vocab", "300", "258"]),
+    "no tokenizer": (["--data.tokenizer", "no/such.model"], ["data.tokenizer", "no/such.model"]),
+    "not a tokenizer": (["--data.tokenizer", "{config}"], ["tiny.py", "SentencePiece"]),
+    "empty corpus": (["--data.sources.files.documents.path", "{empty}"], ["files", "no document"]),
+    "blank corpus": (["--data.sources.files.documents.path", "{blank}"], ["files", "no document", "empty"]),
+    "undecodable": (
+        ["--data.sources.files.documents.path", "{undecodable}"],
+        ["files", "no document", "undecodable"],
+    ),
+    "missing path": (["--data.sources.files.documents.path", "{missing}"], ["missing", "does not exist"]),
+    "one document": (
+        ["--data.sources.files.documents.path", "{config}"],
+        ["files", "1 documents", "split|none in"],
+    ),
+    "another seed": (["--seed", "1"], ["seed was 0 and is 1", "60 steps", "--name"]),
+    "another width": (["--model.embed", "48"], ["model.embed was 32 and is 48"]),
+    "another batch": (["--phases.0.batch", "8"], ["phases.0.batch was 4 and is 8"]),
+    "another rate": (["--schedule.peak", "0.1"], ["schedule"]),
+    "another end of a decay": (["--phases.1.steps", "40"], ["schedule", "60 steps"]),
+    "fewer steps": (["--phases.1.steps", "20", "--schedule.shape", "wsd"], ["50", "60 steps"]),
+    "mesh": (["--mesh.data", "3"], ["mesh", "3", "1 device"]),
+    "batch of a mesh": (["--phases.0.batch", "0"], ["phases.0.batch", "0"]),
+    "stray word": (["more"], ["'more'"]),
+    "no value": (["--seed"], ["--seed needs a value"]),
+}
+
+
+@pytest.fixture(scope="module")
+def victim(complete) -> Path:
+    """A copy of the complete run."""
+    shutil.copytree(complete.directory, complete.directory.parent / "victim")
+    return complete.directory.parent / "victim"
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_refused_in_one_sentence(case, here, victim, capsys):
+    """Exit code 2, one line on stderr that names what is wrong, and not a byte of the run is changed."""
+    arguments, words = WRONG[case]
+    known = {k: str(v) for k, v in corpora(here.root).items()} | {"config": str(here.config)}
+    before = tree_of(victim)
+    train_arguments = [here.config, "--runs", here.root / "runs", "--name", "victim"]
+    words = [w for w in words if "|" not in w]
+    refused(capsys, [*train_arguments, *(a.format(**known) for a in arguments)], *words)
+    assert tree_of(victim) == before
+
+
+def test_wrong_config_files_are_refused(here, capsys, tmp_path):
+    """Missing, with a syntax error, raising, without a config, with a lambda, or none at all."""
+    files = {
+        "syntax": "config = Config(",
+        "raises": "x = 1\nraise RuntimeError('first\\nsecond')",
+        "nothing": "x = 1",
+        "unknown": "from train import Config\nconfig = Config(\n  sed=1)",
+        "lambda": "from train import Config\nconfig = Config(reduce=lambda l, b: l)",
+        "word": "config = 'Config'",
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.py").write_text(content)
+    (tmp_path / "notes.txt").write_text("config")
+    refused(capsys, [tmp_path / "syntax.py"], "syntax.py", "SyntaxError", "line 1")
+    refused(capsys, [tmp_path / "raises.py"], "raises.py", "line 2", "RuntimeError", "first")
+    refused(capsys, [tmp_path / "nothing.py"], "nothing.py", "config = Config")
+    refused(capsys, [tmp_path / "word.py"], "word.py", "config = Config")
+    refused(capsys, [tmp_path / "unknown.py"], "unknown.py", "line 2", "sed")
+    refused(capsys, [tmp_path / "lambda.py"], "reduce", "lambda")
+    refused(capsys, [tmp_path / "notes.txt"], "notes.txt")
+    refused(capsys, [tmp_path / "missing.py"], "missing.py", "quickstart", "sample")
+    refused(capsys, ["smaple", "runs/x"], "smaple", "sample", "quickstart")
+    assert not (here.root / "runs/syntax").exists()
+
+
+def test_refusal_of_a_whole_process(place, complete):
+    """The exit code and the one line, as a shell sees them; the next good command works."""
+    before = tree_of(complete.directory)
+    done = place.train("whole", "--phases.1.batch", "16")
+    assert done.returncode == 2 and one_sentence(done.stderr, "phases.1.batch was 4 and is 16")
+    done = place.train("whole", "--model.layers", "2.5")
+    assert done.returncode == 2 and one_sentence(done.stderr, "model.layers", "2.5") and done.stdout == ""
+    assert tree_of(complete.directory) == before
+    assert place.train("whole").returncode == 0
+
+
+def test_horizon_of_a_constant_schedule_may_be_extended(here, capsys):
+    """The run goes on from its end; its rows stay; the figures on the test split come again, at the new end."""
+    arguments = [
+        str(a)
+        for a in (
+            here.config,
+            "--runs",
+            here.root / "runs",
+            "--name",
+            "longer",
+            "--schedule.shape",
+            "constant",
+            "--phases.0.steps",
+            6,
+        )
+    ]
+    run = here.run("longer")
+    assert train.main([*arguments, "--phases.1.steps", "4"]) == 0
+    before = [r for r in rows_of(run) if "train/loss" in r]
+    assert train.main([*arguments, "--phases.1.steps", "8"]) == 0
+    assert "resuming from step 10\n" in capsys.readouterr().out
+    rows = rows_of(run)
+    steps = [r for r in rows if "train/loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 15)) and steps[:10] == before
+    assert [r["step"] for r in rows if any(".test/" in k for k in r)] == [14] == [rows[-1]["step"]]
+    assert json.loads((run / "summary.json").read_text())["step"] == 14
+    refused(capsys, [*arguments, "--phases.1.steps", "6"], "14 steps", "12")
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "index.npz", "seal.json", "documents.jsonl", "complete.json"])
+def test_half_written_cache_is_refused(file, here, victim, capsys, monkeypatch, tmp_path):
+    """The sentence says which directory to delete; without it the cache is built again, and is the same."""
+    shutil.copytree(here.root / "cache/coppice/tokens", tmp_path / "coppice/tokens")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (cache,) = (tmp_path / "coppice/tokens").glob("lines-*/")
+    hurt = cache / file if file == "complete.json" else cache / "000001" / file
+    os.truncate(hurt, hurt.stat().st_size // 2)
+    fingerprint = json.loads((victim / "checkpoints/60/meta/metadata").read_text())["fingerprints"]["lines"]
+    refused(
+        capsys,
+        [here.config, "--runs", here.root / "runs", "--name", "victim"],
+        str(cache),
+        "damaged",
+        "delete",
+    )
+    shutil.rmtree(cache)
+    assert train.main(["corpus", "build", str(here.config)]) == 0
+    assert fingerprint in capsys.readouterr().out
+
+
+HALVED = {"params": "params", "opt": "opt", "meta": "meta", "everything": "."}
+
+
+@pytest.mark.parametrize("case", [*HALVED, "emptied", "no params"])
+def test_half_written_checkpoint_is_refused(case, here, victim, capsys, tmp_path):
+    """The sentence names it and says to delete it; `sample` and `train.load` of an older step still work."""
+    run = tmp_path / "victim"
+    shutil.copytree(victim, run)
+    newest = run / "checkpoints/60"
+    if case in HALVED:
+        for path in (newest / HALVED[case]).rglob("*"):
+            if path.is_file():
+                os.truncate(path, path.stat().st_size // 2)
+    elif case == "emptied":
+        shutil.rmtree(newest)
+        newest.mkdir()
+    else:
+        shutil.rmtree(newest / "params")
+    (run / "summary.json").unlink()
+    refused(capsys, [here.config, "--runs", tmp_path, "--name", "victim"], str(newest), "damaged", "delete")
+    assert train.load(str(run), 55)[0]["q"].shape[0] == 4
+
+
+def test_run_goes_on_without_a_damaged_checkpoint(place, complete):
+    """As a process: one line on stderr; then, the checkpoint deleted and another's leftovers there, the same run."""
+    run = place.run("damaged")
+    shutil.copytree(complete.directory, run)
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints/60/params").rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    done = place.train("damaged")
+    assert done.returncode == 2 and one_sentence(done.stderr, "checkpoints/60", "damaged", "delete")
+    shutil.rmtree(run / "checkpoints/60")
+    shutil.copytree(run / "checkpoints/55", run / "checkpoints/65.orbax-checkpoint-tmp")
+    shutil.rmtree(run / "checkpoints/65.orbax-checkpoint-tmp/params")
+    done = place.train("damaged")
+    assert done.returncode == 0 and resumed_from(done.stdout) == 55
+    assert losses_of(run) == losses_of(complete.directory) and checkpoints(run)[-1] == TOTAL
+    assert timeless(rows_of(run)) == timeless(rows_of(complete.directory))
+
+
+def test_other_text_under_a_run_is_refused(here, corpus, victim, capsys, tmp_path):
+    """A corpus that has changed since the run began: the fingerprint tells."""
+    config, text = tmp_path / "tiny.py", tmp_path / "text"
+    shutil.copytree(corpus, text)
+    config.write_text(here.config.read_text().replace(str(corpus), str(text)).replace("steps=30", "steps=2"))
+    arguments = [str(config), "--runs", str(tmp_path / "runs")]
+    assert train.main(arguments) == 0
+    (next(text.glob("*.txt"))).write_text("something else\n" * 9)
+    refused(capsys, arguments, "other text", "files")
+
+
+# ------------------------------------------------------------------------------------------------------------ tools
+
+
+def test_load_gives_a_model_that_computes(complete):
+    """(params, config, tokenizer, apply): logits of every position, and those of the first do not see the rest."""
+    params, config, tokenizer, apply = train.load(str(complete.directory))
+    ids = np.array([tokenizer.encode("the tree is"), tokenizer.encode("the roots a")])
+    out = np.asarray(apply(params, ids))
+    assert out.shape == (2, 11, 258) and config.model.layers == 4 and np.isfinite(out).all()
+    np.testing.assert_allclose(out[0, :4], out[1, :4], rtol=1e-4, atol=1e-5)
+    assert np.abs(out[0, 4:] - out[1, 4:]).max() > 1e-3
+    with pytest.raises(train.InputError, match="no checkpoint of step 7.*50, 55, 60"):
+        train.load(str(complete.directory), 7)
+
+
+def test_sample_draws_by_seed_and_temperature(here, complete, capsys):
+    """The same seed gives the same text, another temperature or seed another; the prompt comes first."""
+
+    def text(*arguments: str) -> str:
+        assert (
+            train.main(
+                ["sample", str(complete.directory), "--prompt", "the tree", "--tokens", "30", *arguments]
+            )
+            == 0
+        )
+        return capsys.readouterr().out.split("\n", 1)[1]
+
+    first = text("--seed", "1")
+    assert first.startswith("the tree") and len(first) > 12
+    assert text("--seed", "1") == first
+    assert text("--seed", "2") != first and text("--seed", "1", "--temperature", "3.0") != first
+    assert text("--temperature", "0") == text("--temperature", "0", "--seed", "5")
+    refused(capsys, ["sample", complete.directory, "--tokens", "0"], "--tokens", "0")
+    refused(capsys, ["sample", complete.directory, "--step", "1"], "1", "50, 55, 60")
+    refused(capsys, ["sample", complete.directory, "--tempreature", "1"], "sample", "--tempreature")
+    refused(capsys, ["sample", here.root], "config.json")
+    refused(capsys, ["sample"], "run")
+
+
+def test_eval_writes_what_the_run_wrote(here, victim, capsys):
+    """The newest checkpoint's figures are those of the run's end; --step takes another's."""
+    wrote = json.loads((victim / "eval.json").read_text())
+    assert train.main(["eval", str(victim), "--step", "55"]) == 0
+    other = json.loads((victim / "eval.json").read_text())
+    assert other.keys() == wrote.keys() and other["eval/files.test/bpb"] != wrote["eval/files.test/bpb"]
+    assert train.main(["eval", str(victim)]) == 0
+    again = json.loads((victim / "eval.json").read_text())
+    assert again["held_out_paths"] == wrote["held_out_paths"] and again["gzip_bpb"] == wrote["gzip_bpb"]
+    assert again["eval/files.test/bpb"] == pytest.approx(wrote["eval/files.test/bpb"], rel=1e-5)
+    assert "held-out files" in capsys.readouterr().out
+
+
+def test_eval_prefers_the_likelier_of_minimal_pairs(here, victim, corpus, tmp_path, capsys):
+    """Sentences of the corpus against noise are told apart; the other way round, they are not."""
+    good = [
+        line.strip()[:40]
+        for p in sorted(corpus.glob("*.txt"))
+        for line in p.read_text("utf-8").splitlines()
+        if len(line.strip()) > 20 and line.isascii()
+    ][:20]
+    assert len(good) == 20
+    pairs = [{"sentence_good": g, "sentence_bad": "\x01\x02ZQ" * (len(g) // 4 + 1)} for g in good]
+    swapped = [dict(sentence_good=p["sentence_bad"], sentence_bad=p["sentence_good"]) for p in pairs]
+    for name, content in (("easy", pairs), ("swapped", swapped)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in content))
+    assert train.main(["eval", str(victim), "--blimp", str(tmp_path)]) == 0
+    found = json.loads((victim / "eval.json").read_text())
+    assert found["blimp/easy"] == 1.0 and found["blimp/swapped"] == 0.0 and found["blimp"] == 0.5
+    assert found["blimp/easy_se"] == 0.0
+    refused(capsys, ["eval", victim, "--blimp", tmp_path / "nowhere"], "nowhere", ".jsonl")
+
+
+def test_eval_reads_blimp_itself(here, victim, tmp_path):
+    """The first pairs of two of its paradigms."""
+    files = sorted((SHARED / "data/blimp").glob("*.jsonl"))[:2]
+    if not files:
+        pytest.skip("../shared/data/blimp is not here")
+    for file in files:
+        (tmp_path / file.name).write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:16]))
+    assert train.main(["eval", str(victim), "--blimp", str(tmp_path)]) == 0
+    found = json.loads((victim / "eval.json").read_text())
+    assert all(0 <= found[f"blimp/{file.stem}"] <= 1 for file in files)
+
+
+def test_bench_ends_in_one_json_object(here, capsys):
+    """With the promised keys; shapes may be given short; no run is left."""
+    before = sorted(p.name for p in here.root.iterdir())
+    arguments = [
+        "bench",
+        "--layers",
+        "1",
+        "--embed",
+        "64",
+        "--mlp",
+        "64",
+        "--vocab",
+        "128",
+        "--batch",
+        "2",
+        "--seq=32",
+        "--dtype",
+        "float32",
+        "--seconds",
+        "0.2",
+    ]
+    assert train.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {"tokens_per_s", "step_ms", "mfu", "compile_s", "memory_gib", "params"} <= found.keys()
+    assert found["tokens_per_s"] > 0 and found["params"] == 2 * 128 * 64 + 4 * 64 * 64 + 3 * 64 * 64 + 3 * 64
+    assert sorted(p.name for p in here.root.iterdir()) == before
+    refused(capsys, ["bench", "--layers", "0"], "model.layers", "0")
+    refused(capsys, ["bench", "--lyers", "1"], "--lyers")
+
+
+def test_corpus_and_curves_work_alone(here, victim, capsys):
+    """The cache is found and described; the picture is drawn again from the rows."""
+    assert train.main(["corpus", "build", str(here.config)]) == 0
+    out = capsys.readouterr().out
+    assert "258 pieces" in out and re.search(r"lines: \d+ shards, .*fingerprint [0-9a-f]{20}", out)
+    (victim / "curves.png").unlink()
+    assert train.main(["curves", str(victim)]) == 0
+    assert (victim / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    refused(capsys, ["curves", here.root], "metrics.jsonl")
+    refused(capsys, ["corpus", "biuld", here.config], "biuld", "build")
+
+
+def test_help_lists_the_fields_with_their_comments(here, capsys, monkeypatch):
+    """Every field of the model by its flag, and what its comment says."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        train.main([str(here.config), "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code in (0, None)
+    for field in fields(model.ModelConfig):
+        assert f"--model.{field.name}" in out, field.name
+    for words in (
+        "--schedule.peak",
+        "--save_every",
+        "--mesh.fsdp",
+        "query heads",
+        "rate after the warm-up",
+        "checkpoints kept",
+    ):
+        assert words in out, words
+    with pytest.raises(SystemExit) as ended:
+        train.main(["sample", "--help"])
+    assert ended.value.code == 0 and "--temperature" in capsys.readouterr().out
+
+
+def test_status_line_lives_on_a_terminal(place, complete):
+    """One line, rewritten in place: percent, loss, rate, gradient norm, tokens a second, time left."""
+    command, *arguments = place.training("live")
+    child = pexpect.spawn(
+        command,
+        arguments,
+        env=place.environment(SLOW="0.004"),
+        cwd=str(place.root),
+        encoding="utf-8",
+        dimensions=(24, 160),
+        timeout=120,
+    )
+    for _ in range(3):
+        child.expect(
+            r"\r\x1b\[2K *\d+\.\d% \| step \d+/60 \| loss \d+\.\d+ \| lr \d\.\d+e-\d+ \| grad \d+\.\d+ \| "
+            r"[\d,]+ tok/s \| ETA [\d:]+"
+        )
+    child.expect("held-out lines")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert losses_of(place.run("live")) == losses_of(complete.directory)
