@@ -350,7 +350,11 @@ class Cache:
     def __init__(self, directory: Path, name: str):
         self.directory, self.name = directory, name
         self.shards: dict[int, Shard] = {}
-        self.total = json.loads((directory / "complete.json").read_text())
+        try:
+            self.total = json.loads((directory / "complete.json").read_text())
+        except ValueError:
+            raise InputError(f"the token cache {directory} is damaged (complete.json is cut short); "
+                             "delete it and it will be built again") from None
 
     @property
     def fingerprint(self) -> str:

@@ -285,7 +285,7 @@ def check(config: Config) -> None:
         name = path.rsplit(".", 1)[-1]
         if ".arguments." in path or name not in POSITIVE | NOT_NEGATIVE:
             continue
-        if value < 0 or (name in POSITIVE and value == 0):
+        if not value >= 0 or (name in POSITIVE and value == 0):  # so that NaN is caught
             least = "more than 0" if name in POSITIVE else "0 or more"
             raise InputError(f"{path} is {value}; allowed is {least}")
     m, d = config.model, config.data
@@ -673,13 +673,13 @@ class Run:
     def edit(self, edits: list[Callable], step: int):
         """Apply the edits due after a step."""
         context = self.context._replace(key=jax.random.fold_in(self.key("edits"), step), step=step)
-        self.state, self.shape = model.apply_edits(edits, self.state, self.shape, self.config.optimizer,
-                                                   self.mesh, context)
+        with blamed_on_config():
+            self.state, self.shape = model.apply_edits(edits, self.state, self.shape, self.config.optimizer,
+                                                       self.mesh, context)
         self.since = 0 if step not in (0, *self.course.ends) else self.since  # a recurring edit: see `load`
         names = ", ".join(getattr(e, "func", e).__name__ for e in edits)
         size = f"{self.shape.layers} layers, {model.count(self.shape):,} parameters"
         self.out.say(f"step {step}: {names}; now {size}")
-        self.out.sync()
 
     def update(self, step: int, batch: data.Batch, watch: bool) -> dict:
         """Dispatch one update, compiled where its phase is new; gives its metrics, still on the device."""

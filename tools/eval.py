@@ -25,7 +25,7 @@ def minimal_pairs(folder: Path, losses, params, tokenizer) -> dict[str, float]:
         raise data.InputError(f"--blimp {str(folder)!r} holds no .jsonl file of minimal pairs")
     out = {}
     for file in files:
-        pairs = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        pairs = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
         texts = [p[k] for p in pairs for k in ("sentence_good", "sentence_bad")]
         ids = [np.array(tokenizer.encode(t), np.int32) for t in texts]
         plan = np.array([(i, 1, i, 0, len(x) + 1, 0) for i, x in enumerate(ids)])  # a row each
