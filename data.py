@@ -280,9 +280,7 @@ def make_tokenizer(config: DataConfig, vocab: int) -> Tokenizer:
     path = cache_home() / "tokenizers" / f"{key}.model"
     with locked(path.with_suffix(".lock")):
         if not path.exists():
-            partly = path.with_suffix(".partial")
-            partly.write_bytes(train_bpe(sample(config), vocab))
-            partly.rename(path)
+            write(path, train_bpe(sample(config), vocab))
     return load_tokenizer(path)
 
 
@@ -311,6 +309,13 @@ def identity(function: Callable | None) -> Any:
             below = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
             files += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in below]
     return [inspect.getsource(inner), arguments, files, sys.version]
+
+
+def write(path: Path, content: bytes | str):
+    """Write a file whole or not at all."""
+    partly = path.with_name(path.name + ".partial")
+    partly.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    partly.rename(path)
 
 
 @contextlib.contextmanager
@@ -435,8 +440,7 @@ def write_shards(directory: Path, name: str, config: DataConfig, tokenizer: Toke
         why = ", ".join(f"{n} {kind}" for kind, n in total.items() if kind.startswith("skipped"))
         raise InputError(f"source {name!r} gives no document with text in it" + (f" ({why})" if why else ""))
     done = dict(shards=number, fingerprint=chain, counts=dict(total))
-    (directory / "complete.partial").write_text(json.dumps(done, indent=1))
-    (directory / "complete.partial").rename(directory / "complete.json")
+    write(directory / "complete.json", json.dumps(done, indent=1))
 
 
 def tokenize(documents: list[Document], config: DataConfig, name: str, tokenizer: Tokenizer, seed: int,

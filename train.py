@@ -471,7 +471,7 @@ class Reporter:
         rows = [(line, json.loads(line)) for line in lines if line.endswith(b"\n")]
         # What the checkpoint has not seen will come again; so will the test figures, which end a run.
         kept = [line for line, row in rows if row["step"] <= start and (done or ".test/" not in "".join(row))]
-        write(path, b"".join(kept))
+        data.write(path, b"".join(kept))
         self.file, self.course, self.start = open(path, "a"), course, start
         self.live, self.begun, self.last, self.shown = sys.stdout.isatty(), time.perf_counter(), None, 0.0
 
@@ -540,13 +540,6 @@ def banner(config: Config, course: Course, loader: Loader, mesh, memory):
 
 
 # ---------------------------------------------------------------------------------------------------- the run
-
-
-def write(path: Path, content: bytes | str):
-    """Write a file whole or not at all."""
-    partly = path.with_name(path.name + ".partial")
-    partly.write_bytes(content if isinstance(content, bytes) else content.encode())
-    partly.rename(path)
 
 
 def put(batch: dict, mesh) -> dict[str, jax.Array]:
@@ -662,10 +655,13 @@ class Run:
         (self.directory / "source").mkdir(exist_ok=True)
         for path in filter(None, [ROOT / "train.py", ROOT / "model.py", ROOT / "data.py", self.file]):
             shutil.copy(path, self.directory / "source")
-        write(self.directory / "tokenizer.model", self.tokenizer.model)
-        write(self.directory / "config.json", json.dumps(to_json(self.config), indent=1))
-        self.done = start == self.total and (self.directory / "summary.json").exists()
-        self.out = Reporter(self.directory / "metrics.jsonl", start, self.course, self.done)
+        data.write(self.directory / "tokenizer.model", self.tokenizer.model)
+        data.write(self.directory / "config.json", json.dumps(to_json(self.config), indent=1))
+        end = self.directory / "summary.json"
+        self.done = json.loads(end.read_text()) if start == self.total and end.exists() else None
+        if not self.done:  # what an extended run left there is not its end any more
+            end.unlink(missing_ok=True)
+        self.out = Reporter(self.directory / "metrics.jsonl", start, self.course, bool(self.done))
         if start:
             self.out.say(f"resuming from step {start}" + (": this run is complete" if self.done else ""))
         return start
@@ -754,8 +750,7 @@ class Run:
                         return None
                     step = end
                 self.checkpoints.close()
-                done = self.directory / "summary.json"
-                return json.loads(done.read_text()) if self.done else self.conclude()
+                return self.done or self.conclude()
         finally:
             signal.signal(signal.SIGTERM, old)
 
@@ -794,7 +789,7 @@ class Run:
 
     def conclude(self) -> dict[str, Any]:
         """The last row, samples, curves and summary.json, by the commands in tools/."""
-        write(self.directory / "samples.txt", verb("sample", [str(self.directory)]))
+        data.write(self.directory / "samples.txt", verb("sample", [str(self.directory)]))
         result = verb("eval", [str(self.directory)])
         held_out = {k: v for k, v in result.items() if k.startswith("eval/")}
         self.out.row({"step": self.total, **held_out, **self.spent(self.total)})
@@ -809,7 +804,7 @@ class Run:
         summary = {**last, **result, "versions": versions, "commit": commit.strip(),
                    "host": os.uname().nodename, "device": jax.devices()[0].device_kind,
                    "devices": jax.device_count()}
-        write(self.directory / "summary.json", json.dumps(summary, indent=1))
+        data.write(self.directory / "summary.json", json.dumps(summary, indent=1))
         return summary
 
 
@@ -889,7 +884,7 @@ def main(arguments: list[str]) -> int:
                   f"  python train.py {os.path.relpath(file)} --schedule.peak 2e-3 --name gentler\n"
                   "a run that was stopped resumes by the command that began it")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error:", *str(error).split(), file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -938,8 +938,8 @@ def test_what_is_drawn_does_not_depend_on_the_devices(mesh):
 # ------------------------------------------------------------------------------------------------- whole runs
 
 # Losses of the first three steps of the `plain` run, on one CPU device in float32. They change when the draws,
-# the order of data, packing, the model or the optimiser do: either the change was not meant to alter what a run
-# computes and is wrong, or it was, and these are to be replaced in the same commit.
+# the order of data, packing, the model or the optimiser do. Either such a change was not meant to alter what a
+# run computes, and is wrong; or it was, and these are to be replaced in the same commit.
 GOLDEN = [6.12338018, 4.55503654, 3.74241352]
 
 

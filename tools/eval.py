@@ -72,7 +72,5 @@ def main(arguments: list[str]) -> dict:
         result |= minimal_pairs(a.blimp, losses, params, tokenizer)
         shown = {k: v for k, v in result.items() if k.startswith("blimp") and not k.endswith("_se")}
         print("".join(f"{k}: {v:.3f}\n" for k, v in shown.items()))
-    partly = Path(a.run) / "eval.partial"
-    partly.write_text(json.dumps(result, indent=1))
-    partly.rename(Path(a.run) / "eval.json")
+    data.write(Path(a.run) / "eval.json", json.dumps(result, indent=1))
     return result
