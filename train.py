@@ -759,17 +759,17 @@ class Run:
 
         False if it ended early because `stop` is no longer empty; the state is saved then.
         """
-        config, pending, edited_at = self.config, None, -math.inf
+        config, pending = self.config, None
         with contextlib.closing(data.prefetch(self.loader.batch, range(step + 1, end + 1))) as batches:
             while step < end:
                 if edits := due(config, self.course, step):
                     pending = self.finish(*pending) if pending else None
                     self.edit(edits, step)
-                    edited_at = step
                 asked, step = time.perf_counter(), step + 1
                 batch = next(batches)
                 waited = time.perf_counter() - asked
-                metrics = self.update(step, batch, watch=step - edited_at <= 5)
+                watch = any(due(config, self.course, s) for s in range(max(0, step - 5), step))
+                metrics = self.update(step, batch, watch)
                 if pending:
                     self.finish(*pending)
                 pending = step, metrics, batch.metrics, waited

@@ -432,7 +432,7 @@ def test_killed_fifty_times(place, complete, request):
 
 
 def test_sigterm_saves_and_exits_well_and_a_second_process_is_refused(place, complete, capsys):
-    """Exit code 0 at a step that is saved; meanwhile the directory is taken; the losses are the whole run's."""
+    """Exit code 0 at a step that is saved; meanwhile the directory is taken; losses are the whole run's."""
     run = place.run("stopped")
     process = place.start("stopped", SLOW="0.02")
 
