@@ -564,7 +564,7 @@ def permute(index, n: int, *key: int) -> np.ndarray:
     """
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     low = np.uint64(2**bits - 1)
-    seeds = np.random.SeedSequence(key).generate_state(4, np.uint64)
+    seeds = np.random.SeedSequence((len(key), *key)).generate_state(4, np.uint64)
     out = np.atleast_1d(np.asarray(index, np.uint64)).copy()
     todo = np.ones(len(out), bool)
     while todo.any():
@@ -603,6 +603,8 @@ class Rows:
         self.windows = [self.plan(range(i, min(i + window, shards)), n)
                         for n, i in enumerate(range(0, shards, window))]
         self.ends = np.cumsum([w.rows for w in self.windows])
+        if not self.ends[-1]:
+            raise InputError(f"source {cache.name!r} has no document in its train split")
 
     def plan(self, shards: range, number: int) -> Window:
         """Permute and pack the training documents of some shards."""
@@ -691,7 +693,8 @@ class Loader:
             mixture = {name: rows.epoch for name, rows in zip(self.names, self.rows[phase], strict=True)}
         elif callable(mixture):
             mixture = mixture(step / self.phases[phase].steps, {})
-        if mixture.keys() - self.names or min(mixture.values(), default=0) < 0 or not sum(mixture.values()):
+        finite = all(0 <= w < math.inf for w in mixture.values())
+        if mixture.keys() - self.names or not finite or not sum(mixture.values()):
             raise InputError(f"phases.{phase}.mixture gives {mixture}; allowed are weights of 0 and more, "
                              f"not all 0, for the sources {', '.join(self.names)}")
         weights = np.array([mixture.get(name, 0) for name in self.names], float)

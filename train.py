@@ -302,10 +302,11 @@ def check(config: Config) -> None:
     ]
     for i, phase in enumerate(config.phases):
         mix = phase.mixture if isinstance(phase.mixture, dict) else dict.fromkeys(d.sources, 1.0)
+        odd = not any(mix.values()) or not all(0 <= w < math.inf for w in mix.values())
         rules += [
             (config.overlap >= phase.seq, f"overlap is {config.overlap}; allowed is less than phases.{i}.seq "
              f"({phase.seq})"),
-            (set(mix) - set(d.sources) or min(mix.values(), default=0) < 0 or not sum(mix.values()),
+            (odd or mix.keys() - d.sources,
              f"phases.{i}.mixture is {mix}; allowed are weights of 0 and more, not all 0, for the sources "
              f"{', '.join(d.sources)}")]
     named = {f"phases.{i}.schedule": p.schedule for i, p in enumerate(config.phases) if p.schedule}
