@@ -227,17 +227,19 @@ def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(escape(t) for t in texts), model_writer=out, model_type="bpe", unk_id=0,
-            bos_id=1, eos_id=2, pad_id=-1, vocab_size=vocab, byte_fallback=True, add_dummy_prefix=False,
+            bos_id=1, eos_id=2, pad_id=-1, vocab_size=max(vocab, 260), byte_fallback=True, add_dummy_prefix=False,
             normalization_rule_name="identity", remove_extra_whitespaces=False, split_by_whitespace=False,
             allow_whitespace_only_pieces=True, split_by_unicode_script=False, character_coverage=0.9995,
             max_sentence_length=2**30, num_threads=1, minloglevel=2)
     except RuntimeError as error:
         most, least = (re.search(r, str(error)) for r in (r"<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
         problem = "the tokenizer has no text to learn from: the training split is empty"
-        if most or least or vocab < 260:
-            limit = f"can give at most {most[1]}" if most else f"needs at least {least[1] if least else 260}"
+        if most or least:
+            limit = f"can give at most {most[1]}" if most else f"needs at least {least[1]}"
             problem = f"model.vocab is {vocab}, but this corpus {limit} pieces"
         raise InputError(problem) from None
+    if vocab < 260:
+        raise InputError(f"model.vocab is {vocab}, but 256 bytes and their like need at least 260 pieces")
     return out.getvalue()
 
 
