@@ -227,10 +227,10 @@ def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(escape(t) for t in texts), model_writer=out, model_type="bpe", unk_id=0,
-            bos_id=1, eos_id=2, pad_id=-1, vocab_size=max(vocab, 260), byte_fallback=True, add_dummy_prefix=False,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, split_by_whitespace=False,
-            allow_whitespace_only_pieces=True, split_by_unicode_script=False, character_coverage=0.9995,
-            max_sentence_length=2**30, num_threads=1, minloglevel=2)
+            bos_id=1, eos_id=2, pad_id=-1, vocab_size=max(vocab, 260), byte_fallback=True,
+            add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            split_by_whitespace=False, allow_whitespace_only_pieces=True, split_by_unicode_script=False,
+            character_coverage=0.9995, max_sentence_length=2**30, num_threads=1, minloglevel=2)
     except RuntimeError as error:
         most, least = (re.search(r, str(error)) for r in (r"<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
         problem = "the tokenizer has no text to learn from: the training split is empty"
