@@ -6,6 +6,7 @@
 
 A batch is a function of (config, seed, step): nothing here keeps a position, so nothing has to be saved.
 """
+import ast
 import contextlib
 import fcntl
 import hashlib
@@ -16,25 +17,29 @@ import itertools
 import json
 import math
 import os
-import queue
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import fsspec
 import numpy as np
 import sentencepiece
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-FORMAT = 1  # of the cache on disk; part of every key
+FORMAT = 2  # of the cache on disk; part of every key
 SPLITS = ("train", "dev", "test")
+CHOSEN = ("deselected", "duplicate", "near-duplicate")  # kinds that are left out, but are no damage
 
 
 class InputError(Exception):
@@ -51,6 +56,8 @@ class Document:
     path: str
     text: str
     meta: dict = field(default_factory=dict)
+    group: str = ""  # whose hash gives the split, where it is not the path's
+    prefix: str = ""  # read before the text, but not predicted: no loss on it
 
 
 @dataclass(frozen=True)
@@ -61,52 +68,85 @@ class Skipped:
     kind: str
 
 
-def read(path: Path, name: str) -> Document | Skipped:
-    """The UTF-8 file at `path` as a document called `name`, newlines as they stand."""
+def files(path: str) -> tuple[Any, list[tuple[str, str]]]:
+    """(file system, [(name, path)]) of a file, of all below a directory or of a pattern, no hidden ones."""
     try:
-        return Document(name, path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError:
-        return Skipped(name, "undecodable")
-    except OSError:
-        return Skipped(name, "unreadable")
+        fs, root = fsspec.url_to_fs(os.path.expanduser(path))
+        if not (found := fs.find(root) or fs.glob(root)):
+            raise FileNotFoundError("does not exist; give a file, a directory or a pattern like *.txt")
+        base = root if fs.isdir(root) else re.split(r"[*?[]", root)[0].rpartition("/")[0]
+        found = [p for p in found if fs.isfile(p) and (p == root or "/." not in p[len(base):])]
+    except (ImportError, ValueError, OSError) as error:  # a protocol may be unknown, or want a package
+        raise InputError(f"source path {path!r} cannot be read: {error}") from None
+    return fs, sorted(((p[len(base):].lstrip("/"), p) for p in found), key=lambda file: file[0].split("/"))
 
 
-def stdlib() -> Iterator[Document | Skipped]:
-    """The running Python's standard library: a document per module, by path relative to the library.
+def lines(file, longest: int) -> Iterator[bytes | None]:
+    """The lines of a binary file, None in place of one over `longest` bytes, which is never held whole."""
+    while line := file.readline(longest + 1):
+        over = len(line) > longest
+        while over and line and line[-1:] != b"\n":
+            line = file.readline(longest)
+        yield None if over else line
+
+
+def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Document | Skipped]:
+    """UTF-8 files, see `files`, .gz and .zst unpacked: a document each or, cut after a `separator`, several,
+    `file#number` from 1. Lines are streamed, those of at most `longest` bytes; archives up to their break.
+    """
+    fs, found = files(path)
+    end = re.escape(separator.encode())
+    for name, place in found:
+        packed = dict(gz="gzip", zst="zstd").get(name.rpartition(".")[2])
+        if packed == "zstd" and not hasattr(fsspec.compression.compr.get(packed), "peek"):
+            raise InputError(f"{name} needs the package backports.zstd")  # zstandard does not see a break
+        try:
+            with fs.open(place, compression=packed) as raw:
+                file = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+                pieces = lines(file, longest) if separator == "\n" else \
+                    re.findall(b"(?s).*?%b|.+$" % end, file.read()) if separator else [file.read()]
+                for number, piece in enumerate(pieces, 1):
+                    called = f"{name}#{number}" if separator else name
+                    try:
+                        yield Document(called, piece.decode()) if piece is not None else Skipped(
+                            called, "over-long line")
+                    except UnicodeDecodeError:
+                        yield Skipped(called, "undecodable")
+        except Exception as error:  # each file system and each kind of archive has its own
+            yield Skipped(name, "truncated archive" if isinstance(error, EOFError) else "unreadable")
+
+
+def stdlib(unit: str = "module") -> Iterator[Document | Skipped]:
+    """The running Python's standard library, by path relative to it: a document per "module" or "definition".
 
     Metadata: `module`, dotted, and `domain`, its top-level package. No tests, encodings, idlelib or lib2to3.
     """
+    if unit not in ("module", "definition"):
+        raise InputError(f'stdlib has no unit {unit!r}; allowed are "module" and "definition"')
     root = Path(sysconfig.get_path("stdlib"))
     out = {"idlelib", "lib2to3", "encodings", "__pycache__", "site-packages", "dist-packages"}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if any(part in out or part.startswith("test") for part in parts):
             continue
-        document = read(path, "/".join(parts))
+        document = replace(next(text(str(path))), path="/".join(parts))
         if isinstance(document, Document):
             module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
             document.meta.update(module=module, domain=module.split(".")[0])
-        yield document
+        whole = unit == "module" or isinstance(document, Skipped)
+        yield from [document] if whole else definitions(document)
 
 
-def text(path: str, separator: str = "") -> Iterator[Document | Skipped]:
-    """Text files: one, or all below a directory (hidden ones aside), by path relative to it; a document each.
-
-    With a `separator`, a file is cut after every occurrence of it and each piece is a document `file#number`.
-    """
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise InputError(f"source path {str(root)!r} does not exist; give a text file or a directory of them")
-    files = [root] if root.is_file() else sorted(
-        p for p in root.rglob("*") if p.is_file() and not any(q[0] == "." for q in p.relative_to(root).parts))
-    for file in files:
-        document = read(file, file.name if root.is_file() else file.relative_to(root).as_posix())
-        if isinstance(document, Skipped) or not separator:
-            yield document
-            continue
-        pieces = document.text.split(separator)
-        pieces = [p + separator for p in pieces[:-1]] + [p for p in pieces[-1:] if p]
-        yield from (Document(f"{document.path}#{i}", piece) for i, piece in enumerate(pieces))
+def definitions(module: Document) -> list[Document | Skipped]:
+    """A module's functions and classes at top level, decorators too, `path:name`, in the module's split."""
+    try:
+        body = ast.parse(module.text).body
+    except (SyntaxError, ValueError, RecursionError):
+        return [Skipped(module.path, "unparsable")]
+    rows = list(io.StringIO(module.text, newline=""))
+    return [Document(f"{module.path}:{node.name}", "".join(rows[min(
+        n.lineno for n in (node, *node.decorator_list)) - 1:node.end_lineno]), module.meta, module.path)
+        for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
 
 
 @dataclass(frozen=True)
@@ -116,6 +156,8 @@ class Source:
     documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...), or your own
     prepare: Callable | None = None  # (document, rng) -> document or list of them; training documents only
     score: Callable | None = None  # (document, tokens) -> float, kept in the cache; -inf leaves it out
+    epochs: float = 0.0  # passes that a run may make over it; 0 is any number
+    after: Literal["stop", "renormalise"] = "stop"  # then: refuse to go on, or leave its share to the others
 
 
 @dataclass(frozen=True)
@@ -129,6 +171,8 @@ class DataConfig:
     test: float = 0.05  # share of documents for what is reported
     shard_tokens: int = 4_194_304  # a shard is sealed once it has at least this many
     window: int = 8  # shards within which documents are permuted and packed
+    stream: bool = False  # train while the rest is tokenized; held-out documents: those of the first window
+    max_skipped: float = 0.1  # building stops when more than this share of a source is damaged
 
 
 def path_hash(path: str) -> int:
@@ -210,19 +254,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if model == Bytes.model:
         return Bytes()
     try:
-        if not model:
-            raise RuntimeError
-        return SentencePiece(model)
+        return SentencePiece(model or b"nothing")
     except RuntimeError:
         raise InputError(f"tokenizer file {str(path)!r} is not a SentencePiece model") from None
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
-    """Train a BPE model with byte fallback and no normalisation; the same bytes for the same texts.
-
-    Pieces may hold spaces, newlines and several scripts, which code wants: 4096 give 3.7 bytes a token on the
-    standard library, where pieces that stop at spaces give 3.3.
-    """
+    """Train a BPE model with byte fallback and no normalisation; the same bytes for the same texts. Pieces
+    may hold spaces: 4096 give 3.7 bytes a token on the standard library, 3.3 where they stop at spaces."""
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -245,13 +284,12 @@ def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
 
 def sample(config: DataConfig) -> list[str]:
     """Texts for the tokenizer: of each source, those of lowest path hash within its share of `sample_mib`."""
-    share = int(config.sample_mib * 2**20 / len(config.sources))
-    texts = []
+    share, texts = int(config.sample_mib * 2**20 / len(config.sources)), []
     for source in config.sources.values():
         heap, held, seen = [], 0, 0  # by falling hash: the largest hash leaves first
         for number, document in enumerate(source.documents()):
-            if isinstance(document, Skipped) or split_of(document.path, config.dev, config.test) \
-                    or SURROGATE.search(document.text):
+            if isinstance(document, Skipped) or SURROGATE.search(document.text) \
+                    or split_of(document.group or document.path, config.dev, config.test):
                 continue
             heapq.heappush(heap, (-path_hash(document.path), number, document.text))
             held, seen = held + len(document.text), seen + len(document.text)
@@ -295,27 +333,26 @@ def digest(value: Any) -> str:
 
 
 def identity(function: Callable | None) -> Any:
-    """What a function of a config computes, as JSON: its source, its arguments, and the files these name.
-
-    A file stands for its path, size and time of change, so that an edited corpus is read again; the
-    interpreter's version stands for the standard library.
-    """
+    """What a function of a config computes, as JSON: its source, and its file's up to the config; arguments;
+    names, sizes and times of the files that these name, runs aside; the interpreter."""
     if function is None:
         return None
-    arguments = function.keywords if isinstance(function, partial) else {}
-    inner = function.func if isinstance(function, partial) else function
-    files = []
-    for value in arguments.values():
-        path = Path(value).expanduser() if isinstance(value, str) else None
-        if path and value and os.path.exists(path):
-            below = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-            files += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in below]
-    return [inspect.getsource(inner), arguments, files, sys.version]
+    inner, arguments, stamps = getattr(function, "func", function), getattr(function, "keywords", {}), []
+    for name, value in arguments.items():
+        if isinstance(value, str) and value and not Path(value, "checkpoints").expanduser().exists() and (
+                name == "path" or Path(value).expanduser().exists()):
+            with contextlib.suppress(InputError):
+                fs, found = files(value)
+                stamps += [[path, fs.ukey(path)] for _, path in found]
+    file = "" if inner.__module__ == __name__ else inspect.getsource(inspect.getmodule(inner) or inner)
+    above = re.split(r"(?m)^(?:config|arms)\b", file)[0]
+    return [inspect.getsource(inner), digest(above), arguments, stamps, sys.version]
 
 
 def write(path: Path, content: bytes | str):
-    """Write a file whole or not at all."""
-    partly = path.with_name(path.name + ".partial")
+    """Write a file whole or not at all, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partly = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partly.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     partly.rename(path)
 
@@ -344,6 +381,7 @@ class Shard(NamedTuple):
     bytes: np.ndarray  # int64 [documents], of the text as tokenized, UTF-8
     split: np.ndarray  # uint8 [documents], index into SPLITS
     score: np.ndarray  # float32 [documents], NaN without a score function
+    quiet: np.ndarray  # int32 [documents], tokens of the prefix: positions at the start without loss
     directory: Path
 
     def documents(self) -> list[dict]:
@@ -352,121 +390,148 @@ class Shard(NamedTuple):
 
 
 class Cache:
-    """The sealed shards of one source under one tokenizer, in a directory of the cache."""
+    """Sealed shards of one source in a directory; `builder`: a process still at work on it, and its log."""
 
-    def __init__(self, directory: Path, name: str):
-        self.directory, self.name = directory, name
-        self.shards: dict[int, Shard] = {}
+    def __init__(self, directory: Path, name: str, builder: tuple[subprocess.Popen, Path] | None = None):
+        self.directory, self.name, self.builder, self.sealed = directory, name, builder, 0
+        self.shard = lru_cache(64)(self.open)
+
+    def wait(self, shards: float = math.inf) -> int:
+        """The number of sealed shards, once there are `shards` or the cache is complete."""
+        while True:
+            ended = not self.builder or self.builder[0].poll() is not None  # asked before looking at the disk
+            complete = (self.directory / "complete").exists()
+            self.sealed = next(i for i in itertools.count(self.sealed)  # several threads may wait
+                               if not (self.directory / f"{i:06d}").exists())
+            if self.sealed >= shards or complete:
+                return self.sealed
+            if ended:
+                said = self.builder[1].read_text().strip().splitlines() if self.builder else []
+                raise InputError(said[-1].removeprefix("error: ") if said else
+                                 f"the token cache {self.directory} is not complete, and nobody builds it")
+            time.sleep(0.1)
+
+    def counts(self, shards: int) -> Counter:
+        """What the first so many shards hold and what was left out, by kind."""
+        return sum((Counter(self.facts(i)["counts"]) for i in range(shards)), Counter())
+
+    def facts(self, number: int) -> dict:
+        """What is known of shard `number`: counts, sizes of its files, the fingerprint of all up to it."""
+        directory = self.directory / f"{number:06d}"
         try:
-            self.total = json.loads((directory / "complete.json").read_text())
-        except ValueError:
-            raise InputError(f"the token cache {directory} is damaged (complete.json is cut short); "
-                             "delete it and it will be built again") from None
+            facts = json.loads((directory / "seal.json").read_text())
+            intact = all((directory / file).stat().st_size == size for file, size in facts["sizes"].items())
+        except (OSError, ValueError):
+            intact = False
+        if not intact:
+            raise InputError(f"the token cache {directory} is damaged (a file is missing or not of its "
+                             f"sealed size); delete {self.directory} and it will be built again")
+        return facts
 
     @property
-    def fingerprint(self) -> str:
-        """Chained over all shards' text, tokens, order, tokenizer and settings."""
-        return self.total["fingerprint"]
+    def total(self) -> dict:
+        """`shards`, `counts`, and the `fingerprint` chained over text, tokens and settings; waits for all."""
+        n = self.wait()
+        return dict(shards=n, counts=self.counts(n), fingerprint=self.facts(n - 1)["fingerprint"])
 
-    def shard(self, number: int) -> Shard:
-        """Shard `number`, checked against its seal and mapped."""
-        if number not in self.shards:
-            directory = self.directory / f"{number:06d}"
-            try:
-                seal = json.loads((directory / "seal.json").read_text())
-                sizes = {file: (directory / file).stat().st_size for file in seal["sizes"]}
-            except (OSError, ValueError):
-                seal, sizes = {"sizes": None}, {}
-            if sizes != seal["sizes"]:
-                raise InputError(f"the token cache {directory} is damaged (a file is missing or not of its "
-                                 f"sealed size); delete {self.directory} and it will be built again")
-            index = np.load(directory / "index.npz")
-            tokens = (np.memmap(directory / "tokens.bin", dtype=seal["dtype"], mode="r")
-                      if seal["counts"].get("tokens") else np.zeros(0, seal["dtype"]))
-            self.shards[number] = Shard(tokens, *(index[k] for k in Shard._fields[1:-1]), directory)
-        return self.shards[number]
+    def open(self, number: int) -> Shard:
+        """Shard `number`, checked against its seal and mapped; `shard` remembers the last ones."""
+        directory, facts = self.directory / f"{number:06d}", self.facts(number)
+        index = np.load(directory / "index.npz")
+        tokens = (np.memmap(directory / "tokens.bin", dtype=facts["dtype"], mode="r")
+                  if facts["counts"].get("tokens") else np.zeros(0, facts["dtype"]))
+        return Shard(tokens, *(index[k] for k in Shard._fields[1:-1]), directory)
+
+
+def place(name: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> Path:
+    """The directory of the token cache of source `name`; its name ends with the key of all it depends on."""
+    source = config.sources[name]
+    key = digest([FORMAT, identity(source.documents), identity(source.prepare), identity(source.score),
+                  config.dev, config.test, config.shard_tokens, seed if source.prepare else 0,
+                  hashlib.sha256(tokenizer.model).hexdigest()])
+    return cache_home() / "tokens" / f"{name.replace('.', '_')}-{key}"
 
 
 def build(name: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> Cache:
     """The token cache of source `name`: found complete, taken up where a build stopped, or built.
 
-    One process builds, others wait. A shard is renamed into its place when all of it is on disk; its
-    boundaries depend on the documents alone. Raises InputError when there is nothing to train on.
+    One process builds, others wait. Shard boundaries depend on the documents alone.
     """
-    source = config.sources[name]
-    key = digest([FORMAT, identity(source.documents), identity(source.prepare), identity(source.score),
-                  config.dev, config.test, config.shard_tokens, seed if source.prepare else 0,
-                  hashlib.sha256(tokenizer.model).hexdigest()])
-    directory = cache_home() / "tokens" / f"{name}-{key}"
-    if not (directory / "complete.json").exists():
+    directory = place(name, config, tokenizer, seed)
+    if not (directory / "complete").exists():
         with locked(directory.with_suffix(".lock")):
-            if not (directory / "complete.json").exists():
-                write_shards(directory, name, config, tokenizer, seed, key)
+            if not (directory / "complete").exists():
+                write_shards(directory, name, config, tokenizer, seed)
     return Cache(directory, name)
 
 
-def write_shards(directory: Path, name: str, config: DataConfig, tokenizer: Tokenizer, seed: int, key: str):
+def write_shards(directory: Path, name: str, config: DataConfig, tokenizer: Tokenizer, seed: int):
     """Build what is missing of a cache; called with its lock held."""
     for left in directory.glob("*.partial"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    seals = [json.loads((directory / f"{i:06d}" / "seal.json").read_text())
-             for i in itertools.takewhile(lambda i: (directory / f"{i:06d}").exists(), itertools.count())]
-    total = sum((Counter(seal["counts"]) for seal in seals), Counter())
+    cache = Cache(directory, name)
+    number, shard = cache.wait(0), []
+    total, chain = cache.counts(number), cache.facts(number - 1)["fingerprint"] if number else directory.name
     stream = iter(config.sources[name].documents())
     next(itertools.islice(stream, total["read"], total["read"]), None)  # what sealed shards hold already
-    shard, number, chain = [], len(seals), seals[-1]["fingerprint"] if seals else key
     counts, text_hash = Counter(), hashlib.sha256()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+
+    def take(_):  # in a thread, while the last group is hashed and sealed; a resumed build cuts groups alike
+        group = list(itertools.islice(stream, 256))
+        found = Counter(f"skipped: {d.kind}" for d in group if isinstance(d, Skipped))
+        found, whole = found + Counter("read" for _ in group), [d for d in group if isinstance(d, Document)]
+        return list(tokenize(whole, config, name, tokenizer, seed, found)), found
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task(f"tokenizing {name}")
-        while True:
-            group = list(itertools.islice(stream, 256))  # a shard ends with one: a resumed build cuts alike
-            counts["read"] += len(group)
-            counts.update(f"skipped: {d.kind}" for d in group if isinstance(d, Skipped))
-            whole = [d for d in group if isinstance(d, Document)]
-            kept = list(tokenize(whole, config, name, tokenizer, seed, counts))
-            for d, _, _, _ in kept:
-                text_hash.update(json.dumps([d.path, d.text, d.meta], sort_keys=True).encode())
+        for kept, found in prefetch(take, itertools.count(), 1):
+            counts += found
+            for d, *_ in kept:
+                text_hash.update(json.dumps(astuple(d), sort_keys=True, default=str).encode())
             shard += kept
-            if counts["tokens"] >= config.shard_tokens or (not group and counts["read"]):
+            if counts["tokens"] >= config.shard_tokens or (not found and counts["read"]):
                 chain = digest([chain, text_hash.hexdigest()])
                 seal(directory, number, shard, tokenizer, dict(counts=dict(counts), fingerprint=chain))
                 total += counts
                 shard, number, counts, text_hash = [], number + 1, Counter(), hashlib.sha256()
-            if not group:
-                break
             now = total + counts
+            lost = {k[9:]: n for k, n in now.items() if k[:9] == "skipped: " and k[9:] not in CHOSEN}
+            late = now["read"] >= 1_000 or (not found and now["documents"])
+            if late and sum(lost.values()) > config.max_skipped * now["read"]:
+                raise InputError(f"source {name!r}: {lost} of {now['read']:,} documents are damaged, but "
+                                 f"data.max_skipped is {config.max_skipped:g}; mend the source or raise it")
+            if not found:
+                break
             progress.update(bar, description=f"tokenizing {name}: {now['documents']:,} documents, "
                                              f"{now['bytes'] / 1e6:,.1f} MB, {now['tokens']:,} tokens")
     if not total["documents"]:
-        why = ", ".join(f"{n} {kind}" for kind, n in total.items() if kind.startswith("skipped"))
-        raise InputError(f"source {name!r} gives no document with text in it" + (f" ({why})" if why else ""))
-    done = dict(shards=number, fingerprint=chain, counts=dict(total))
-    write(directory / "complete.json", json.dumps(done, indent=1))
+        lost = {k: n for k, n in total.items() if k.startswith("skipped")} or "nothing skipped"
+        raise InputError(f"source {name!r} gives no document with text in it ({lost})")
+    write(directory / "complete", "")
 
 
 def tokenize(documents: list[Document], config: DataConfig, name: str, tokenizer: Tokenizer, seed: int,
-             counts: Counter) -> Iterator[tuple[Document, Any, int, float]]:
-    """(document, ids, split, score) of documents after `prepare`; empty and deselected ones are counted."""
+             counts: Counter) -> Iterator[tuple]:
+    """(document, ids, split, score, quiet) of documents after `prepare`; what is left out is counted."""
     source, ready = config.sources[name], []
     for document in documents:
-        split = split_of(document.path, config.dev, config.test)
-        made = document
-        if source.prepare and split == 0:
-            rng = np.random.default_rng([seed, path_hash(document.path)])
-            made = source.prepare(document, rng)
+        split = split_of(document.group or document.path, config.dev, config.test)
+        made = source.prepare(document, np.random.default_rng([seed, path_hash(document.path)])) \
+            if source.prepare and split == 0 else document
         ready += [(d, split) for d in (made if isinstance(made, list) else [made])]
-    valid = [(d, split) for d, split in ready if not SURROGATE.search(d.text)]
+    valid = [(d, split) for d, split in ready if not SURROGATE.search(d.prefix + d.text)]
     if len(valid) < len(ready):
         counts["skipped: lone surrogates"] += len(ready) - len(valid)
-    for (document, split), ids in zip(valid, tokenizer.encode_batch([d.text for d, _ in valid]), strict=True):
+    encoded = (tokenizer.encode_batch([getattr(d, part) for d, _ in valid]) for part in ("prefix", "text"))
+    for (document, split), prefix, ids in zip(valid, *encoded, strict=True):
         score = float(source.score(document, ids)) if source.score else math.nan
         if not len(ids) or score == -math.inf:
             counts["skipped: deselected" if len(ids) else "skipped: empty"] += 1
             continue
-        counts.update(documents=1, tokens=len(ids), bytes=len(document.text.encode("utf-8")))
+        counts.update(documents=1, tokens=len(prefix) + len(ids), bytes=len(document.text.encode("utf-8")))
         counts[f"{SPLITS[split]} documents"] += 1
-        yield document, ids, split, score
+        yield document, np.concatenate([prefix, ids]).astype(np.uint32), split, score, len(prefix)
 
 
 def seal(directory: Path, number: int, shard: list, tokenizer: Tokenizer, facts: dict):
@@ -475,13 +540,14 @@ def seal(directory: Path, number: int, shard: list, tokenizer: Tokenizer, facts:
     partly, place = directory / f"{number:06d}.partial", directory / f"{number:06d}"
     partly.mkdir(parents=True)
     with open(partly / "tokens.bin", "wb") as file:
-        for _, ids, _, _ in shard:
+        for _, ids, *_ in shard:
             file.write(np.asarray(ids, dtype).tobytes())
     np.savez(partly / "index.npz", offsets=np.cumsum([0] + [len(s[1]) for s in shard], dtype=np.int64),
-             bytes=np.array([len(d.text.encode("utf-8")) for d, _, _, _ in shard], np.int64),
-             split=np.array([split for _, _, split, _ in shard], np.uint8),
-             score=np.array([score for _, _, _, score in shard], np.float32))
-    lines = (json.dumps(dict(path=d.path, meta=d.meta)) + "\n" for d, _, _, _ in shard)
+             bytes=np.array([len(d.text.encode("utf-8")) for d, *_ in shard], np.int64),
+             split=np.array([row[2] for row in shard], np.uint8),
+             score=np.array([row[3] for row in shard], np.float32),
+             quiet=np.array([row[4] for row in shard], np.int32))
+    lines = (json.dumps(dict(path=d.path, meta=d.meta), default=str) + "\n" for d, *_ in shard)
     (partly / "documents.jsonl").write_text("".join(lines), "utf-8")
     facts |= dict(dtype=dtype, sizes={p.name: p.stat().st_size for p in sorted(partly.iterdir())})
     (partly / "seal.json").write_text(json.dumps(facts, indent=1))
@@ -503,11 +569,12 @@ PLAN = ROW, SEGMENT, DOCUMENT, START, LENGTH, QUIET = range(6)
 def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
     """The plain packing: all positions end to end, cut every `seq`; only the last row is padded.
 
-    lengths: positions of each document [n]. Returns a plan; every piece is a segment of its own.
+    lengths: positions of each document [n], 0 to leave it out. Returns a plan; every piece is a segment of
+    its own. A packing with a third parameter `documents` is told more about them, see `Documents`.
     """
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    cuts = np.unique(np.concatenate([starts, np.arange(0, ends[-1] if len(ends) else 0, seq)]))
+    cuts = np.unique(np.concatenate([starts[lengths > 0], np.arange(0, lengths.sum(), seq)]))
     document = np.searchsorted(ends, cuts, side="right")
     row = cuts // seq
     first = np.searchsorted(row, row)  # the first piece of each piece's row
@@ -516,26 +583,10 @@ def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
                      np.zeros_like(cuts)], axis=1)
 
 
-def windows(lengths: np.ndarray, seq: int, overlap: int) -> np.ndarray:
-    """The plan of evaluation: each position is predicted once, in a document too long for a row with at least
-    `overlap` positions before it (the first row aside). Pieces fill rows in order, one segment each.
-    """
-    plan, row, used, segment = [], 0, 0, 0
-    for document, n in enumerate(lengths):
-        for start in [0, *range(seq - overlap, n - overlap, seq - overlap)]:
-            length = min(seq, n - start)
-            if used + length > seq:
-                row, used, segment = row + 1, 0, 0
-            segment, used = segment + 1, used + length
-            plan.append((row, segment, document, start, length, overlap if start else 0))
-    return np.array(plan, np.int64).reshape(-1, 6)
-
-
 def fill(plan: np.ndarray, rows: np.ndarray, seq: int, tokens_of: Callable, tokenizer: Tokenizer) -> dict:
     """Rows of a plan as arrays [len(rows), seq]: tokens targets segments positions weights document.
 
-    tokens_of(document) gives its ids. Padding is eos in segment 0 with weight 0, as are all rows
-    that are not in the plan; positions restart in each segment.
+    tokens_of(document) gives its ids. Padding, and a row that is not in the plan, is eos in segment 0.
     """
     shape, eos = (len(rows), seq), tokenizer.eos
     out = dict(tokens=np.full(shape, eos, np.int32), targets=np.full(shape, eos, np.int32),
@@ -545,14 +596,12 @@ def fill(plan: np.ndarray, rows: np.ndarray, seq: int, tokens_of: Callable, toke
     for r in range(len(rows)):
         at, segment_at, before = 0, 0, 0
         for _, segment, document, start, length, quiet in plan[first[r]:last[r]].tolist():
-            ids = tokens_of(document)
-            to = slice(at, at + length)
+            ids, to = tokens_of(document), slice(at, at + length)
             inputs = ids[max(0, start - 1):start + length - 1].astype(np.int32)
             out["tokens"][r, to] = inputs if start else np.insert(inputs, 0, tokenizer.bos)
             out["targets"][r, to] = np.append(ids[start:start + length].astype(np.int32), eos)[:length]
-            out["document"][r, to] = document
             segment_at, before = (segment_at, before) if segment == before else (at, segment)
-            out["segments"][r, to] = segment
+            out["segments"][r, to], out["document"][r, to] = segment, document
             out["positions"][r, to] = np.arange(at - segment_at, at - segment_at + length)
             out["weights"][r, at + quiet:at + length] = 1
             at += length
@@ -560,10 +609,8 @@ def fill(plan: np.ndarray, rows: np.ndarray, seq: int, tokens_of: Callable, toke
 
 
 def permute(index, n: int, *key: int) -> np.ndarray:
-    """The image of `index` (in 0..n-1) under a pseudo-random permutation of n things that `key` chooses.
-
-    A four-round Feistel network on the next even number of bits, walked until below n: no state, no table.
-    """
+    """The image of `index` (in 0..n-1) under a pseudo-random permutation of n things that `key` chooses:
+    a four-round Feistel network on the next even number of bits, walked until below n."""
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     low = np.uint64(2**bits - 1)
     seeds = np.random.SeedSequence((len(key), *key)).generate_state(4, np.uint64)
@@ -583,67 +630,103 @@ def permute(index, n: int, *key: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- rows of one source
 
 
-class Window(NamedTuple):
-    """The documents of one split in consecutive shards, and the plan that packs them."""
+class Documents(NamedTuple):
+    """The training documents of a window of shards, in their permuted order: what a packing may ask about."""
 
+    cache: Cache
     shard: np.ndarray  # [documents]
     number: np.ndarray  # [documents], within the shard
-    positions: np.ndarray  # [documents], tokens + 1
-    plan: np.ndarray
-    rows: int
+
+    def of(self, fact: Callable[[Shard], Any]) -> np.ndarray:
+        """A fact of each document, such as `of(lambda shard: shard.score)`, or `of(Shard.documents)`."""
+        shards = np.unique(self.shard)
+        each = [np.asarray(fact(self.cache.shard(int(i)))) for i in shards]
+        starts = np.cumsum([0] + [len(x) for x in each])[np.searchsorted(shards, self.shard)]
+        return np.concatenate(each)[starts + self.number] if each else np.zeros(0, np.int64)
+
+    def ids(self, document: int) -> np.ndarray:
+        """Token ids of a document, prefix included."""
+        shard, number = self.cache.shard(int(self.shard[document])), int(self.number[document])
+        return shard.tokens[shard.offsets[number]:shard.offsets[number + 1]]
+
+
+def shuffled(draw: int, rows: int, progress: float, key: tuple[int, ...]) -> int:
+    """The plain order: a permutation of a window's rows, anew each epoch. An order gives the place in the
+    plan of the `draw`-th row (from 0, over all epochs) of a window of `rows`; progress is 0 to 1."""
+    return int(permute(draw % rows, rows, *key, 1 + draw // rows)[0])
 
 
 class Rows:
-    """The training rows of one source under one packing and length, numbered 0, 1, 2, ... for ever.
+    """The training rows of one source under one packing, length and order, drawn 0, 1, 2, ... for ever.
 
-    Documents are permuted in a window of shards and packed; rows are permuted in the window, anew each epoch.
+    Documents are permuted and packed in a window of shards, planned when it is reached: later shards may
+    still be on their way. Plans are kept beside the shards.
     """
 
-    def __init__(self, cache: Cache, seq: int, packing: Callable, window: int, tokenizer: Tokenizer, key):
-        self.cache, self.seq, self.packing, self.tokenizer, self.key = cache, seq, packing, tokenizer, key
-        shards = cache.total["shards"]
-        self.windows = [self.plan(range(i, min(i + window, shards)), n)
-                        for n, i in enumerate(range(0, shards, window))]
-        self.ends = np.cumsum([w.rows for w in self.windows])
-        if not self.ends[-1]:
-            raise InputError(f"source {cache.name!r} has no document in its train split")
+    def __init__(self, cache: Cache, seq: int, packing: Callable, order: Callable, window: int,
+                 tokenizer: Tokenizer, key: tuple[int, ...]):
+        self.cache, self.seq, self.packing, self.order = cache, seq, packing, order
+        self.size, self.tokenizer, self.key, self.ends = window, tokenizer, key, [0]
+        self.plans = cache.directory / "plans" / digest([identity(packing), seq, window, key])
+        self.window, self.lock = lru_cache(4)(self.plan), threading.RLock()
+        while not self.ends[-1]:
+            if not self.grow():
+                raise InputError(f"source {cache.name!r} has no document in its train split that is packed")
 
-    def plan(self, shards: range, number: int) -> Window:
-        """Permute and pack the training documents of some shards."""
+    def plan(self, number: int) -> tuple[Documents, np.ndarray, np.ndarray]:
+        """(documents, positions of each, plan) of a window; `window` remembers the last ones."""
+        shards = range(number * self.size, min((number + 1) * self.size, self.cache.sealed))
         where = [(i, np.flatnonzero(self.cache.shard(i).split == 0)) for i in shards]
         shard = np.concatenate([np.full(len(which), i) for i, which in where])
-        numbers = np.concatenate([which for _, which in where])
-        positions = np.concatenate([np.diff(self.cache.shard(i).offsets)[which] + 1 for i, which in where])
-        order = permute(np.arange(len(numbers)), len(numbers), *self.key, number)
-        shard, numbers, positions = shard[order], numbers[order], positions[order]
-        plan = self.packing(positions, self.seq)
-        return Window(shard, numbers, positions, plan, int(plan[-1, ROW]) + 1 if len(plan) else 0)
+        order = permute(np.arange(len(shard)), len(shard), *self.key, number)
+        documents = Documents(self.cache, shard[order], np.concatenate([which for _, which in where])[order])
+        lengths = documents.of(lambda shard: np.diff(shard.offsets) + 1)
+        file = self.plans / f"{number:06d}.npy"
+        if not file.exists():
+            takes = inspect.signature(self.packing).parameters
+            more = {"documents": documents} if "documents" in takes else {}
+            plan = self.packing(lengths, self.seq, **more) if len(lengths) else []
+            plan = np.array(plan, np.int64).reshape(-1, len(PLAN))
+            quiet = documents.of(lambda shard: shard.quiet)[plan[:, DOCUMENT]] - plan[:, START]
+            plan[:, QUIET] = np.clip(quiet, plan[:, QUIET], plan[:, LENGTH])
+            content = io.BytesIO()
+            np.save(content, plan.astype(np.int32))
+            write(file, content.getvalue())
+        return documents, lengths, np.load(file).astype(np.int64)
+
+    def grow(self) -> bool:
+        """Plan the next window, once its shards are sealed; False where there is none."""
+        with self.lock:  # batches are made by another thread than the one that counts epochs
+            number = len(self.ends) - 1
+            if self.cache.wait((number + 1) * self.size) <= number * self.size:
+                return False
+            plan = self.window(number)[2]
+            self.ends.append(self.ends[-1] + (int(plan[-1, ROW]) + 1 if len(plan) else 0))
+            return True
 
     @property
     def epoch(self) -> int:
-        """Rows of one pass over the source."""
-        return int(self.ends[-1])
+        """Rows of one pass over the source; waits until all of it is there."""
+        while self.grow():
+            pass
+        return self.ends[-1]
 
-    def get(self, rows: np.ndarray) -> tuple[dict, int, int]:
-        """(arrays [n, seq] of `fill`, pieces, how many of these end before their document) of rows [n]."""
+    def get(self, draws: np.ndarray, progress: float = 0.0) -> tuple[dict, int, int]:
+        """(arrays [n, seq] of `fill`, pieces, how many of these end before their document) of draws [n]."""
         parts, pieces, cut = [], 0, 0
-        for row in rows.tolist():
-            epoch, within = divmod(row, self.epoch)
-            number = int(np.searchsorted(self.ends, within, side="right"))
-            window = self.windows[number]
-            within -= int(self.ends[number]) - window.rows
-            place = permute(within, window.rows, *self.key, number, 1 + epoch)
-            parts.append(fill(window.plan, place, self.seq, partial(self.ids, window), self.tokenizer))
-            first, last = np.searchsorted(window.plan[:, ROW], (place[0], place[0] + 1))
-            here = window.plan[first:last]
+        for draw in draws.tolist():
+            while draw >= self.ends[-1] and self.grow():
+                pass
+            epoch, within = divmod(draw, self.ends[-1])
+            number = int(np.searchsorted(self.ends, within, side="right")) - 1
+            documents, lengths, plan = self.window(number)
+            rows = self.ends[number + 1] - self.ends[number]
+            row = self.order(epoch * rows + within - self.ends[number], rows, progress, (*self.key, number))
+            parts.append(fill(plan, np.array([row]), self.seq, documents.ids, self.tokenizer))
+            here = plan[slice(*np.searchsorted(plan[:, ROW], (row, row + 1)))]
             pieces += len(here)
-            cut += int(np.sum(here[:, START] + here[:, LENGTH] < window.positions[here[:, DOCUMENT]]))
+            cut += int(np.sum(here[:, START] + here[:, LENGTH] < lengths[here[:, DOCUMENT]]))
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != "document"}, pieces, cut
-
-    def ids(self, window: Window, document: int) -> np.ndarray:
-        """Token ids of a document of a window."""
-        shard, number = self.cache.shard(int(window.shard[document])), int(window.number[document])
-        return shard.tokens[shard.offsets[number]:shard.offsets[number + 1]]
 
 
 # ------------------------------------------------------------------------------ mixtures, objectives, batches
@@ -664,25 +747,52 @@ class Batch(NamedTuple):
     metrics: dict[str, float]
 
 
-class Loader:
-    """`batch(step)` for all steps of a run, from its caches and phases.
+def batch_lengths(phase) -> tuple[list[int], np.ndarray]:
+    """(row lengths of a phase, index of each batch's [steps]): `seq`, or by the weights that `lengths` gives.
 
-    phases have steps, batch, seq, mixture, packing and objective; mixture is {source: weight}, a function
-    (progress within the phase, dev losses) -> {source: weight}, or None for weights by the sources' rows.
+    A batch takes the length that is furthest behind its share.
+    """
+    if phase.lengths is None:
+        return [phase.seq], np.zeros(phase.steps, np.int64)
+    lengths, picks = list(phase.lengths(0.0)), np.zeros(phase.steps, np.int64)
+    behind = np.zeros(len(lengths))
+    for step in range(phase.steps):
+        weights = phase.lengths(step / phase.steps)
+        behind += np.array([weights[n] for n in lengths], float) / sum(weights.values())
+        picks[step] = np.argmax(behind)
+        behind[picks[step]] -= 1
+    return lengths, picks
+
+
+def apportion(owed: np.ndarray, rows: int, left: np.ndarray) -> np.ndarray:
+    """Whole numbers near `owed` [n], none above `left`, that sum to `rows`: largest remainders go up."""
+    whole = np.minimum(np.floor(np.maximum(owed, 0) + 1e-9), left).astype(np.int64)
+    while short := rows - whole.sum():
+        free = whole < left if short > 0 else whole > 0
+        whole[np.argmax(np.where(free, (owed - whole) * np.sign(short), -np.inf))] += np.sign(short)
+    return whole
+
+
+class Loader:
+    """`batch(step)` for all steps of a run, from its caches and phases (see `train.Phase`).
+
+    mixture: {source: weight}, a function (progress within the phase, log) of these, or None for weights by
+    rows. Whoever runs it fills in `log`, for each phase the dev losses {source: nats} at every `steer` of its
+    steps so far, and `start`, the positions of each source that another run drew before.
     """
 
     def __init__(self, caches: dict[str, Cache], phases, config: DataConfig, tokenizer: Tokenizer, seed: int):
         self.names, self.phases, self.seed = list(caches), phases, seed
+        self.sources = [config.sources[name] for name in caches]
         self.ends = np.cumsum([phase.steps for phase in phases])
-        self.counts: list[list[np.ndarray]] = [[np.zeros(len(caches), np.int64)] for _ in phases]
-        self.carry = [np.zeros(len(caches)) for _ in phases]
-        built, self.rows = {}, []  # phases that pack alike share their plans
-        for phase in phases:
-            for i, cache in enumerate(caches.values()):
-                key = (i, phase.seq, repr(phase.packing))
-                if key not in built:
-                    built[key] = Rows(cache, phase.seq, phase.packing, config.window, tokenizer, (seed, i))
-            self.rows.append([built[i, phase.seq, repr(phase.packing)] for i in range(len(caches))])
+        self.log, self.start, self.lock = [[] for _ in phases], [0] * len(caches), threading.RLock()
+        self.lengths, self.picks = zip(*map(batch_lengths, phases), strict=True)
+        shapes = [(len(lengths), len(caches)) for lengths in self.lengths]
+        self.counts = [np.zeros((p.steps + 1, *s), np.int64) for p, s in zip(phases, shapes, strict=True)]
+        self.known, self.carry = [0] * len(phases), [np.zeros(s) for s in shapes]
+        self.rows = [[[Rows(cache, seq, phase.packing, phase.order, config.window, tokenizer, (seed, i))
+                       for i, cache in enumerate(caches.values())] for seq in lengths]
+                     for phase, lengths in zip(phases, self.lengths, strict=True)]
 
     def phase_of(self, step: int) -> int:
         """The phase that takes `step` (1 and up)."""
@@ -690,152 +800,101 @@ class Loader:
 
     def weights(self, phase: int, step: int) -> np.ndarray:
         """The mixture at a step of a phase (0 is its first), normalised [sources]."""
-        mixture = self.phases[phase].mixture
+        p, names, mixture = self.phases[phase], self.names, self.phases[phase].mixture
         if mixture is None:
-            mixture = {name: rows.epoch for name, rows in zip(self.names, self.rows[phase], strict=True)}
+            rows = self.rows[phase][self.picks[phase][step]]
+            mixture = {name: r.epoch if len(names) > 1 else 1 for name, r in zip(names, rows, strict=True)}
         elif callable(mixture):
-            mixture = mixture(step / self.phases[phase].steps, {})
+            decided = step // p.steer if p.steer else 0
+            if len(self.log[phase]) < decided:
+                raise InputError(f"step {step} of phase {phase} is beyond the decisions taken so far")
+            mixture = mixture(step / p.steps, self.log[phase][:decided])
         finite = all(0 <= w < math.inf for w in mixture.values())
-        if mixture.keys() - self.names or not finite or not sum(mixture.values()):
+        if mixture.keys() - names or not finite or not sum(mixture.values()):
             raise InputError(f"phases.{phase}.mixture gives {mixture}; allowed are weights of 0 and more, "
-                             f"not all 0, for the sources {', '.join(self.names)}")
-        weights = np.array([mixture.get(name, 0) for name in self.names], float)
+                             f"not all 0, for the sources {', '.join(names)}")
+        weights = np.array([mixture.get(name, 0) for name in names], float)
         return weights / weights.sum()
 
     def drawn(self, phase: int, steps: int) -> np.ndarray:
-        """Rows drawn from each source in a phase's first `steps`: a recurrence, worked out once and kept."""
-        counts = self.counts[phase]
-        while len(counts) <= steps:
-            self.carry[phase] += self.weights(phase, len(counts) - 1) * self.phases[phase].batch
-            owed = self.carry[phase]
-            whole = np.floor(np.maximum(owed, 0) + 1e-9).astype(np.int64)
-            while left := self.phases[phase].batch - whole.sum():  # largest remainders up, smallest down
-                behind = np.where((whole > 0) | (left > 0), (owed - whole) * np.sign(left), -np.inf)
-                whole[np.argmax(behind)] += np.sign(left)
-            self.carry[phase] -= whole  # the remainders are carried, so that a rare source gets its share
-            counts.append(counts[-1] + whole)
-        return counts[steps]
+        """Rows [lengths, sources] drawn in a phase's first `steps`: a recurrence, worked out once."""
+        with self.lock:
+            for step in range(self.known[phase], steps):
+                self.draw(phase, step)
+        return self.counts[phase][steps]
+
+    def draw(self, phase: int, step: int):
+        """Work out the rows of one more step of a phase."""
+        p, at, weights = self.phases[phase], self.picks[phase][step], self.weights(phase, step)
+        rows, left = p.batch * p.seq // self.lengths[phase][at], np.full(len(self.names), math.inf)
+        if any(source.epochs for source in self.sources):
+            limits = [source.epochs * r.epoch if source.epochs else math.inf
+                      for source, r in zip(self.sources, self.rows[phase][at], strict=True)]
+            left = np.floor(limits - self.begin(phase)[at] - self.counts[phase][step, at])
+            left[weights == 0] = 0  # who has no share takes over nothing
+        stops = np.array([source.after == "stop" for source in self.sources])
+        due = self.carry[phase][at] + weights * rows
+        ended = [n for n, out in zip(self.names, stops & (left < np.floor(due + 1e-9)), strict=True) if out]
+        if ended or left.sum() < rows:
+            raise InputError(f"source {', '.join(ended or self.names)}: no rows left at step {step} of phase "
+                             f"{phase}; give fewer steps, more epochs, or after=\"renormalise\"")
+        owed = self.carry[phase][at] + (share := weights * (stops | (left > 0))) / share.sum() * rows
+        self.counts[phase][step + 1], self.known[phase] = self.counts[phase][step], step + 1
+        self.counts[phase][step + 1, at] += (whole := apportion(owed, rows, left))
+        self.carry[phase][at] = owed - whole  # carried, so that a rare source gets its share
+
+    def positions(self, step: int) -> np.ndarray:
+        """Positions of each source [sources] drawn by the first `step` steps, and before by another run."""
+        out = np.array(self.start, np.int64)
+        for p, (n, end) in enumerate(zip([p.steps for p in self.phases], self.ends.tolist(), strict=True)):
+            out += np.array(self.lengths[p]) @ self.drawn(p, min(n, max(0, step - end + n)))
+        return out
 
     def begin(self, phase: int) -> np.ndarray:
-        """The first row of each source in a phase: the positions that earlier phases drew, over its seq."""
-        positions = sum((self.drawn(p, self.phases[p].steps) * self.phases[p].seq for p in range(phase)),
-                        np.zeros(len(self.names), np.int64))
-        return positions // self.phases[phase].seq
+        """The first row [lengths, sources] in a phase: positions that were drawn before, over length."""
+        before = self.positions(int(self.ends[phase]) - self.phases[phase].steps)
+        return before // (len(self.lengths[phase]) * np.array(self.lengths[phase]))[:, None]
 
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over each source that the first `step` steps make."""
-        if step == 0:
-            return dict.fromkeys(self.names, 0.0)
-        p = self.phase_of(step)
-        rows = self.begin(p) + self.drawn(p, step - int(self.ends[p]) + self.phases[p].steps)
-        return {name: float(n / r.epoch) for name, n, r in zip(self.names, rows, self.rows[p], strict=True)}
+        p = self.phase_of(max(1, step))
+        epoch = np.array(self.lengths[p]) @ np.array([[r.epoch for r in row] for row in self.rows[p]])
+        return dict(zip(self.names, (self.positions(step) / epoch).tolist(), strict=True))
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step (1 and up): a function of (config, seed, step)."""
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """The batch of a step (1 and up), or one of `parts` equal parts of its rows for a process of its own:
+        a function of (config, seed, step), and of the log where the mixture is steered."""
         p = self.phase_of(step)
         phase, within = self.phases[p], step - 1 - (int(self.ends[p]) - self.phases[p].steps)
-        before, after = self.drawn(p, within), self.drawn(p, within + 1)
-        parts, pieces, cut = [], 0, 0
-        for i, (begin, end) in enumerate(zip(self.begin(p) + before, self.begin(p) + after, strict=True)):
-            if begin == end:
+        at = self.picks[p][within]
+        before, after = (self.begin(p)[at] + self.drawn(p, within + i)[at] for i in (0, 1))
+        bounds = np.cumsum([0, *(after - before)])  # rows come source by source
+        first, last = (int(bounds[-1]) * i // parts for i in (part, part + 1))
+        made, pieces, cut = [], 0, 0
+        for i, rows in enumerate(self.rows[p][at]):
+            own = np.arange(max(first, bounds[i]), min(last, bounds[i + 1]))
+            if not len(own):
                 continue
-            part, n, m = self.rows[p][i].get(np.arange(begin, end))
-            parts.append(part | dict(source=np.full((end - begin, phase.seq), i, np.int32)))
-            pieces, cut = pieces + n, cut + m
-        rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        waste = 1 - float(np.mean(rows["segments"] > 0))
-        made = [phase.objective({k: v[r] for k, v in rows.items()},
-                                np.random.default_rng([self.seed, step, r])) for r in range(phase.batch)]
+            arrays, n, m = rows.get(own - bounds[i] + before[i], within / phase.steps)
+            arrays["source"], pieces, cut = np.full_like(arrays["tokens"], i), pieces + n, cut + m
+            made += [phase.objective({k: v[j] for k, v in arrays.items()},
+                                     np.random.default_rng([self.seed, step, r])) for j, r in enumerate(own)]
+        figures = {"data/waste": 1 - float(np.mean([row["segments"] > 0 for row, _ in made])),
+                   "data/truncated": cut / pieces, "data/segments": pieces / len(made)}
+        drawn = {f"data/{name}/rows": int(n) for name, n in zip(self.names, after - before, strict=True)}
         return Batch({k: np.stack([row[k] for row, _ in made]) for k in made[0][0]}, made[0][1],
-                     {"data/waste": waste, "data/truncated": cut / pieces})
+                     figures | (drawn if len(self.names) > 1 else {}))
 
 
 def prefetch(make: Callable[[int], Any], steps: range, depth: int = 2) -> Iterator[Any]:
     """make(step) for each step in turn, by a thread up to `depth` ahead; its errors are raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item) -> bool:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def work():
-        try:
-            for step in steps:
-                if not put((make(step), None)):
-                    return
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    ahead, pool = deque(), ThreadPoolExecutor(1)
     try:
-        for _ in steps:
-            value, error = ready.get()
-            if error is not None:
-                raise error
-            yield value
+        for step in steps:
+            ahead.append(pool.submit(make, step))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
-        stop.set()
-        thread.join()
-
-
-# ----------------------------------------------------------------------------------------- held-out documents
-
-
-class HeldOut(NamedTuple):
-    """Documents of a split as batches: (arrays, document of each position, -1 where none counts)."""
-
-    paths: list[str]
-    bytes: np.ndarray  # int64 [documents]
-    texts: Callable[[], Iterator[bytes]]  # UTF-8 of each document
-    batches: Callable[[], Iterator[tuple[dict, np.ndarray]]]
-
-
-def held_out(cache: Cache, split: str, tokenizer: Tokenizer, seq: int, batch: int, overlap: int,
-             most: int | None = None) -> HeldOut:
-    """The documents of a split, all or the first (by path hash) that have at most `most` tokens together."""
-    found = []  # (hash, shard, number, positions, bytes)
-    for i in range(cache.total["shards"]):
-        shard = cache.shard(i)
-        which = np.flatnonzero(shard.split == SPLITS.index(split))
-        paths = [d["path"] for d in shard.documents()] if len(which) else []
-        found += [(digest(paths[n]), paths[n], i, n, shard.offsets[n + 1] - shard.offsets[n] + 1,
-                   shard.bytes[n]) for n in which.tolist()]
-    found.sort()
-    if most is not None:
-        found = found[:max(1, int(np.searchsorted(np.cumsum([f[4] for f in found]), most, side="right")))]
-
-    def ids(document: int) -> np.ndarray:
-        shard, n = cache.shard(found[document][2]), found[document][3]
-        return shard.tokens[shard.offsets[n]:shard.offsets[n + 1]]
-
-    def batches():
-        plan = windows(np.array([f[4] for f in found], np.int64), seq, overlap)
-        for start in range(0, int(plan[-1, ROW]) + 1 if len(plan) else 0, batch):
-            arrays = fill(plan, np.arange(start, start + batch), seq, ids, tokenizer)
-            whose = np.where(arrays["weights"] > 0, arrays.pop("document"), -1)
-            yield arrays | dict(source=np.zeros((batch, seq), np.int32)), whose
-
-    return HeldOut([f[1] for f in found], np.array([f[5] for f in found], np.int64),
-                   lambda: (tokenizer.decode(ids(d)).encode("utf-8") for d in range(len(found))), batches)
-
-
-def bits_per_byte(losses: Callable, held: HeldOut) -> dict[str, float]:
-    """`loss` (nats per token) and `bpb` of held-out documents with the latter's standard error `bpb_se`.
-
-    losses: arrays -> [b, t]. The standard error is that of a ratio of sums over documents.
-    """
-    nats, tokens = np.zeros(len(held.paths)), 0
-    for arrays, document in held.batches():
-        counted = document >= 0
-        np.add.at(nats, document[counted], np.asarray(losses(arrays), np.float64)[counted])
-        tokens += int(counted.sum())
-    n, size, bits = len(nats), float(held.bytes.sum()), nats / math.log(2)
-    bpb = float(bits.sum()) / size
-    spread = float(np.sum((bits - bpb * held.bytes) ** 2))
-    return dict(loss=float(nats.sum()) / tokens, bpb=bpb,
-                bpb_se=math.sqrt(spread * n / (n - 1)) / size if n > 1 else math.nan)
+        pool.shutdown(cancel_futures=True)

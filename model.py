@@ -145,6 +145,18 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     return 6 * matmul + 6 * config.layers * config.heads * config.head_dim * seq
 
 
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets; elsewhere there is no MFU.
+PEAK = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+        "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
+
+
+def peak() -> float | None:
+    """Peak FLOP/s of all devices together, or None where their kind is not known."""
+    kind = jax.devices()[0].device_kind
+    known = max((name for name in PEAK if kind.startswith(name)), key=len, default=None)
+    return PEAK[known] * jax.device_count() if known else None
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """The devices as a grid with axes data, fsdp and tensor."""
     devices = jax.devices() if devices is None else devices
@@ -416,11 +428,12 @@ def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable 
 class Schedule:
     """The learning rate over the consumed budget: a linear warm-up to the peak, then a shape."""
 
-    shape: Literal["constant", "cosine", "wsd"] = "wsd"  # wsd: stable, then a linear decay
+    shape: Literal["constant", "cosine", "linear", "wsd"] = "wsd"  # wsd: stable, then a decay
     peak: float = 3e-3  # rate after the warm-up
     warmup: int = 20  # steps
     decay: float = 0.2  # wsd: the share of the budget at the end over which the rate falls
-    final: float = 0.1  # the rate at the end, as a share of the peak (cosine and wsd)
+    fall: Literal["linear", "sqrt"] = "linear"  # wsd: how, linear or 1 - sqrt (Haegele et al. 2024)
+    final: float = 0.1  # the rate at the end, as a share of the peak (not of a constant one)
     budget: Literal["flops", "tokens"] = "flops"  # what is consumed; tokens are batch x seq, padding included
 
 
@@ -433,12 +446,14 @@ def curve(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.n
     total = float(spent[start + steps] - spent[start])
     warm = used[min(schedule.warmup, steps) - 1] if schedule.warmup else 0.0
     rise = np.minimum(1.0, used / warm) if warm else np.ones(steps)
+    after = np.clip((used - warm) / max(total - warm, 1e-9), 0, 1)  # of the warm-up
     if schedule.shape == "cosine":
-        through = np.clip((used - warm) / max(total - warm, 1e-9), 0, 1)
-        fall = schedule.final + (1 - schedule.final) * 0.5 * (1 + np.cos(np.pi * through))
+        fall = schedule.final + (1 - schedule.final) * 0.5 * (1 + np.cos(np.pi * after))
+    elif schedule.shape == "linear":
+        fall = 1 - (1 - schedule.final) * after
     elif schedule.shape == "wsd":
         through = np.clip((used / total - (1 - schedule.decay)) / schedule.decay, 0, 1)
-        fall = 1 - (1 - schedule.final) * through
+        fall = 1 - (1 - schedule.final) * (np.sqrt(through) if schedule.fall == "sqrt" else through)
     else:
         fall = np.ones(steps)
     return schedule.peak * rise * fall
@@ -453,6 +468,27 @@ def adamw(table: dict[str, Param], b1: float = 0.9, b2: float = 0.95, eps: float
     decay = {"matrix": weight_decay, "head": weight_decay}
     return {g: optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(decay.get(g, 0.0)))
             for g in dict.fromkeys(p.group for p in table.values())}
+
+
+def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_decay: float = 0.1,
+         **adam) -> dict[str, optax.GradientTransformation]:
+    """Muon (Jordan et al. 2024) for the matrices, AdamW for the rest.
+
+    Each layer's matrix is orthogonalised, with the input and output axes that the table names; the update has
+    the root mean square `rms`, about that of AdamW, so that one rate serves all (Liu et al. 2025, eq. 4).
+    """
+    def axes(p: Param) -> optax.contrib.MuonDimensionNumbers:
+        first, last = p.axes.index("layers") + 1, len(p.axes) - 1
+        split = first + 1 if p.axes[first] == "embed" else last  # inputs stand before outputs
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, last + 1)))
+
+    numbers = {name: axes(p) for name, p in table.items() if p.group == "matrix"}
+    widths = {name: max(math.prod(table[name].shape[i] for i in side) for side in sides)
+              for name, sides in numbers.items()}
+    scale = optax.stateless(lambda tree, _: {n: rms * math.sqrt(widths[n]) * x for n, x in tree.items()})
+    return adamw(table, weight_decay=weight_decay, **adam) | {"matrix": optax.chain(
+        optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=numbers), scale,
+        optax.add_decayed_weights(weight_decay))}
 
 
 def first_opt(params, config: ModelConfig, optimizer: Callable) -> dict[str, Any]:
@@ -502,10 +538,17 @@ def effective(weights: Callable | None, params, step, batch) -> dict[str, jax.Ar
     return weights(params, step, batch) if weights else params
 
 
-def make_step(run, config: ModelConfig) -> Callable:
+def put(batch: dict, mesh) -> dict[str, jax.Array]:
+    """A batch onto the devices, its rows over the mesh axes data and fsdp."""
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return {k: jax.device_put(v, where) for k, v in batch.items()}
+
+
+def make_step(run, config: ModelConfig, accumulate: int = 1) -> Callable:
     """`step(state, batch, rates, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
 
     run: has optimizer, weights, token_loss, reduce and clip (a `train.Config`). rates: {group: float32}.
+    accumulate: the batch is taken in so many parts in turn, whose numerators and denominators are summed.
     An update whose loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
     """
     transforms, members = run.optimizer(table(config)), groups(config)
@@ -514,15 +557,33 @@ def make_step(run, config: ModelConfig) -> Callable:
         used = effective(run.weights, params, step, batch)
         each = losses(used, batch, mask, config, run.token_loss, {"step": step})
         (numerator, denominator), metrics = run.reduce(each, batch)
-        return numerator / jnp.maximum(denominator, 1e-9), metrics
+        return numerator, (denominator, metrics)
+
+    def sums(params, batch, step, mask):
+        """Sums over the batch: ((numerator, (denominator, metrics)), gradient of the numerator)."""
+        def gradient(part):
+            return jax.value_and_grad(loss, has_aux=True)(params, part, step, mask)
+
+        if accumulate == 1:
+            return gradient(batch)
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+        like = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(part)), None
+
+        (values, grads), _ = lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), parts)
+        numerator, (denominator, metrics) = values
+        return (numerator, (denominator, jax.tree.map(lambda x: x / accumulate, metrics))), grads
 
     def step(state: State, batch, rates, mask: Mask):
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = value_and_grad(state.params, batch, state.step, mask)
-        square = {g: sum(jnp.sum(jnp.square(grads[n]), dtype=value.dtype) for n in names)
+        (numerator, (denominator, metrics)), grads = sums(state.params, batch, state.step, mask)
+        share = 1 / jnp.maximum(denominator, 1e-9)
+        value = numerator * share
+        square = {g: sum(jnp.sum(jnp.square(grads[n]), dtype=value.dtype) for n in names) * share**2
                   for g, names in members.items()}
         norm = jnp.sqrt(sum(square.values()))
-        scale = jnp.minimum(1.0, run.clip / jnp.maximum(norm, 1e-9)) if run.clip else 1.0
+        scale = share * (jnp.minimum(1.0, run.clip / jnp.maximum(norm, 1e-9)) if run.clip else 1.0)
         params, opt = {}, {}
         for group, names in members.items():
             clipped = {n: grads[n] * scale for n in names}
@@ -540,11 +601,26 @@ def make_step(run, config: ModelConfig) -> Callable:
     return step
 
 
-def compile_step(run, config: ModelConfig, mesh: Mesh, state: State, batch, rates, mask: Mask):
+def compile_step(run, config: ModelConfig, mesh: Mesh, state: State, batch, rates, mask: Mask,
+                 accumulate: int = 1):
     """The step as an executable `(state, batch, rates) -> (state, metrics)` that reuses `state`'s memory."""
-    step = jax.jit(make_step(run, config), static_argnames="mask", donate_argnums=0,
+    step = jax.jit(make_step(run, config, accumulate), static_argnames="mask", donate_argnums=0,
                    out_shardings=(places(state_like(config, run.optimizer, mesh)), None))
     return step.lower(state, batch, rates, mask=mask).compile()
+
+
+def evaluators(run, config: ModelConfig) -> tuple[Callable, Callable]:
+    """(losses(params, step, arrays) -> [b t], apply(params, ids [b t]) -> logits [b t v]), jitted, causal."""
+    @jax.jit
+    def held(params, step, arrays):
+        used = effective(run.weights, params, step, arrays)
+        return losses(used, arrays, Mask("causal", 0), config)
+
+    @jax.jit
+    def scores(params, ids):
+        return apply(effective(run.weights, params, jnp.int32(0), dict(tokens=ids)), ids, config)
+
+    return held, scores
 
 
 @partial(jax.jit, static_argnames="config")
@@ -669,25 +745,40 @@ def carry(opt: dict, first: dict, edited: Edited, old: ModelConfig) -> dict:
 
 
 def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...] | None = None,
-          moments: Literal["reset", "map"] = "reset") -> Edited:
-    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any layers, taken in order.
+          moments: Literal["reset", "map"] = "reset",
+          new: Literal["random", "identity"] = "random") -> Edited:
+    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any `layers`, taken in order.
 
-    The copies keep the shallow model's output scale. moments: "reset" starts every optimiser group afresh, as
-    the paper does; "map" copies the blocks' moments along. Raises ValueError for a layer that is not there.
+    A layer -1 is a new one, drawn as at initialisation: as it is ("random"), or with zero output projections,
+    so that it changes nothing yet ("identity"). The copies keep the shallow model's output scale. moments:
+    "reset" starts every optimiser group afresh, as the paper does; "map" copies the blocks' moments along,
+    new ones are 0. Raises ValueError for a layer that is not there.
     """
     old = model.config
     index = list(layers) if layers is not None else list(range(old.layers)) * times
-    if not index or not all(0 <= i < old.layers for i in index):
-        raise ValueError(f"stack: layers is {index}, but the model has layers 0 to {old.layers - 1}")
-    if moments not in ("reset", "map"):
-        raise ValueError(f'stack: moments is {moments!r}, allowed are "reset" and "map"')
-    rows = table(old)
+    if not index or not all(-1 <= i < old.layers for i in index):
+        raise ValueError(f"stack: layers is {index}, but the model has layers 0 to {old.layers - 1}; "
+                         "-1 is a new one")
+    for name, value, one, other in ("moments", moments, "reset", "map"), ("new", new, "random", "identity"):
+        if value not in (one, other):
+            raise ValueError(f'stack: {name} is {value!r}, allowed are "{one}" and "{other}"')
+    config, where = replace(old, layers=len(index)), jnp.array(index)
+    rows = table(config)
 
-    def take(tree: dict) -> dict:
-        return {n: x[jnp.array(index)] if rows[n].axes[0] == "layers" else x for n, x in tree.items()}
+    def take(tree: dict, fresh: Callable = lambda name, x: jnp.zeros_like(x)) -> dict:
+        def layer(name, x):
+            taken = x[jnp.maximum(where, 0)]
+            there = (where >= 0).reshape(-1, *[1] * (x.ndim - 1))
+            return taken if min(index) >= 0 else jnp.where(there, taken, fresh(name, taken))
+        return {n: layer(n, x) if rows[n].axes[0] == "layers" else x for n, x in tree.items()}
+
+    def drawn(name, x):
+        zero = new == "identity" and rows[name].axes[-1] == "embed" != rows[name].axes[1]
+        return jnp.zeros_like(x) if zero else draw(name, rows[name], context.key, x.dtype)
 
     policy = {group: take if moments == "map" else "reset" for group in groups(old)}
-    return Edited(Model(replace(old, layers=len(index)), take(model.params)), policy, preserves=False)
+    kept = [i for i in index if i >= 0] == list(range(old.layers)) and (new == "identity" or min(index) >= 0)
+    return Edited(Model(config, take(model.params, drawn)), policy, preserves=kept)
 
 
 def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edited:
@@ -712,3 +803,69 @@ def apply_edits(edits: list[Callable], state: State, config: ModelConfig, optimi
         state, config = state.replace(params=params, opt=opt), new
         state = jax.device_put(state, places(state_like(config, optimizer, mesh)))
     return state, config
+
+
+# ------------------------------------------------------------------------------ phases, worked out in advance
+
+
+class Course(NamedTuple):
+    """What each step of a run is to be, from the config alone. Index s is after s steps; 0 is the start."""
+
+    ends: np.ndarray  # last step of each phase
+    models: list[ModelConfig]  # of each phase
+    tokens: np.ndarray  # consumed [steps + 1]
+    flops: np.ndarray  # model FLOPs consumed [steps + 1]
+    rates: dict[str, np.ndarray]  # learning rate of each optimiser group [steps + 1]
+
+
+def shapes(config, context: Context) -> list[ModelConfig]:
+    """The model's shape in each phase: the edits, run on shapes alone."""
+    out, current = [], config.model
+    for phase in config.phases:
+        for edit in phase.edits:
+            box = []
+
+            def abstract(params, edit=edit, current=current, box=box):
+                box.append(edit(Model(current, params), context).model)
+                return box[0].params
+
+            jax.eval_shape(abstract, init_shape(current))
+            current = box[0].config
+        out.append(current)
+    return out
+
+
+def plot_course(config, context: Context, lengths: list[tuple]) -> Course:
+    """Budgets and rates of every step of a `train.Config`; lengths: `data.batch_lengths` of each phase."""
+    models = shapes(config, context)
+    steps, size = [p.steps for p in config.phases], [p.batch * p.seq for p in config.phases]
+    tokens = np.concatenate([[0], np.cumsum(np.repeat(np.array(size, np.int64), steps))])
+    cost = [n * np.array([flops_per_token(m, seq) for seq in rows], float)[picks]
+            for m, n, (rows, picks) in zip(models, size, lengths, strict=True)]
+    flops = np.concatenate([[0.0], np.cumsum(np.concatenate(cost))])
+    ends, spent = np.cumsum(steps), dict(tokens=tokens, flops=flops)
+    names = list(dict.fromkeys(g for m in models for g in groups(m)))
+    base = curve(config.schedule, spent[config.schedule.budget], 0, int(ends[-1]))
+    rates = {group: np.zeros(ends[-1] + 1) for group in names}
+    for i, phase in enumerate(config.phases):
+        begin, end = int(ends[i]) - phase.steps, int(ends[i])
+        if unknown := set(phase.rates) - set(names):
+            raise ValueError(f"phases.{i}.rates names {', '.join(unknown)}; allowed are the optimiser groups "
+                             f"{', '.join(names)}")
+        own = phase.schedule
+        rate = curve(own, spent[own.budget], begin, phase.steps) if own else base[begin:end]
+        for group in names:
+            rates[group][begin + 1:end + 1] = rate * phase.rates.get(group, 1.0)
+    return Course(ends, models, tokens, flops, rates)
+
+
+def due(config, course: Course, step: int) -> list[Callable]:
+    """The edits to apply after `step` steps: a phase's own at its beginning, recurring ones within it."""
+    for i, phase in enumerate(config.phases):
+        begin, end = int(course.ends[i]) - phase.steps, int(course.ends[i])
+        if step == begin:
+            return list(phase.edits)
+        if begin < step < end:
+            return [e.apply for e in phase.repeat
+                    if (step - begin) % e.every == 0 and not 0 < e.until < step - begin]
+    return []

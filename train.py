@@ -1,19 +1,20 @@
 """One run: a config becomes phases, a schedule, an optimiser and a loop that can be killed at any moment.
 
     python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume; CONFIG: configs/quickstart.py
-    python train.py VERB ...                               run tools/VERB.py: sample, eval, bench, corpus
+    python train.py VERB ...                               run tools/VERB.py: sample, eval, bench, corpus, ...
 
 Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits due at s;
 these are functions of (seed, step, index) and are applied again on resume.
 """
 import argparse
 import ast
+import atexit
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -30,14 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-ROOT = Path(__file__).resolve().parent
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # XLA on CPU asks the C library for a step's scratch memory anew each step, and mapping it in huge pages
-    # makes steps about a quarter faster (README, Speed). The library reads this only when a process starts.
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +40,13 @@ import orbax.checkpoint as ocp
 import typeguard
 import tyro
 from absl import logging as absl_logging
-from jax.sharding import NamedSharding, PartitionSpec
 
 import data
 import model
 from data import DataConfig, InputError, Loader
 from model import MeshConfig, ModelConfig, Schedule, adamw, cross_entropy, weighted_mean
+
+ROOT = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------------------------------- config
 
@@ -72,10 +67,14 @@ class Phase:
     steps: int = 100  # updates
     batch: int = 16  # rows per update
     seq: int = 256  # tokens per row
+    accumulate: int = 1  # parts that a batch is taken in, one after the other; it must divide the batch
+    lengths: Callable | None = None  # progress -> {row length: weight}; a batch stays batch x seq tokens
     edits: tuple[Callable, ...] = ()  # applied to the model on entering: model, context -> Edited
     repeat: tuple[Edit, ...] = ()  # edits that recur within the phase
-    mixture: dict[str, float] | Callable | None = None  # of sources; None: by their size
-    packing: Callable = data.concat_and_split  # lengths, seq -> plan
+    mixture: dict[str, float] | Callable | None = None  # of sources, or progress, log -> it; None: by size
+    steer: int = 0  # steps between evaluations whose dev losses go into that log; 0 is none
+    packing: Callable = data.concat_and_split  # lengths, seq (, documents) -> plan
+    order: Callable = data.shuffled  # draw, rows, progress, key -> place in the plan
     objective: Callable = data.causal  # row, rng -> row, mask
     schedule: Schedule | None = None  # over this phase's own budget, in place of the run's over the whole
     rates: dict[str, float] = field(default_factory=dict)  # factor on an optimiser group's rate; 0 freezes it
@@ -89,6 +88,8 @@ class Config:
     runs: str = "runs"  # directory that runs live in
     seed: int = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
+    init_from: str = ""  # RUN or RUN@STEP to start from; a run's own checkpoints come first; keep that run
+    init_with: Literal["params", "all"] = "params"  # "all": its optimiser state and place in the data too
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = (Phase(),)
     schedule: Schedule = Schedule()
@@ -131,13 +132,16 @@ def load_file(path: str | Path):
 
 
 def load_config(path: str) -> Config:
-    """The `config` of a config file."""
+    """The `config` of a config file or, of FILE:ARM, one of its `arms`."""
+    path, _, arm = path.partition(":")
     if not Path(path).is_file():
         known, verbs = (sorted(p.stem for p in (ROOT / d).glob("*.py")) for d in ("configs", "tools"))
         raise InputError(f"{path!r} is neither a config file (configs/ has {', '.join(known)}) nor a verb "
                          f"({', '.join(verbs)})")
     try:
-        config = getattr(load_file(path), "config", None)
+        if path.endswith(".json"):  # of a run
+            return from_json(Config, json.loads(Path(path).read_text()))
+        arms = {"": getattr(load_file(path), "config", None)} | getattr(load_file(path), "arms", {})
     except InputError:
         raise
     except Exception as error:  # whatever a config file does wrong is the user's to mend
@@ -145,9 +149,10 @@ def load_config(path: str) -> Config:
         lines = [f.lineno for f in frames if f.filename == str(Path(path).resolve())]
         line = f", line {lines[-1]}" if lines else ""
         raise InputError(f"config file {path}{line}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise InputError(f"config file {path} defines no `config = Config(...)`")
-    return config
+    if not isinstance(arms.get(arm), Config):
+        raise InputError(f"config file {path} defines no " + (
+            f"arm {arm!r}; its arms: {', '.join(arms)[2:] or 'none'}" if arm else "`config = Config(...)`"))
+    return arms[arm]
 
 
 def parts(value) -> dict[str, tuple[Any, Any]]:
@@ -244,7 +249,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         if not equals and (not arguments or arguments[0].startswith("--")):
             raise InputError(f"{flag} needs a value: {flag} VALUE")
         config = override(config, flag[2:].split("."), word if equals else arguments.pop(0), flag)
-    return replace(config, name=config.name or Path(file).stem), file
+    return replace(config, name=config.name or Path(file.replace(".py:", "-")).name.removesuffix(".py")), file
 
 
 def fits(value, hint, path: str):
@@ -272,10 +277,11 @@ def fits(value, hint, path: str):
         fits(part, part_hint, f"{path}.{name}".strip("."))
 
 
-POSITIVE = set("layers embed heads kv_heads head_dim mlp steps batch seq every peak keep eval_every "
-               "eval_tokens save_every max_skipped sample_tokens shard_tokens window sample_mib logits_mib "
-               "rope_theta".split())
-NOT_NEGATIVE = set("seed vocab unroll clip warmup final overlap until dev test sample_temperature".split())
+POSITIVE = set("layers embed heads kv_heads head_dim mlp steps batch seq accumulate every peak keep "
+               "eval_every eval_tokens save_every max_skipped sample_tokens shard_tokens window sample_mib "
+               "logits_mib rope_theta".split())
+NOT_NEGATIVE = set("seed vocab unroll clip warmup final overlap until dev test sample_temperature steer "
+                   "epochs".split())
 
 
 def check(config: Config) -> None:
@@ -302,83 +308,27 @@ def check(config: Config) -> None:
     ]
     for i, phase in enumerate(config.phases):
         mix = phase.mixture if isinstance(phase.mixture, dict) else dict.fromkeys(d.sources, 1.0)
+        lengths = list(phase.lengths(0.0)) if phase.lengths else [phase.seq]
         odd = not any(mix.values()) or not all(0 <= w < math.inf for w in mix.values())
         rules += [
             (config.overlap >= phase.seq, f"overlap is {config.overlap}; allowed is less than phases.{i}.seq "
              f"({phase.seq})"),
             (odd or mix.keys() - d.sources,
              f"phases.{i}.mixture is {mix}; allowed are weights of 0 and more, not all 0, for the sources "
-             f"{', '.join(d.sources)}")]
+             f"{', '.join(d.sources)}"),
+            (phase.steer and not (callable(phase.mixture) and d.dev), f"phases.{i}.steer is {phase.steer}; "
+             "allowed is 0, unless the mixture is a function and there is a dev split to steer by"),
+            (d.stream and (phase.mixture is None and len(d.sources) > 1 or any(
+                s.epochs for s in d.sources.values())), f"data.stream is true, but phases.{i}.mixture or a "
+             "source's epochs ask how large a source is; allowed are weights, and epochs of 0"),
+            (any(phase.batch * phase.seq % n for n in lengths), f"phases.{i}.lengths gives {lengths}; "
+             f"allowed are divisors of batch x seq ({phase.batch * phase.seq})")]
     named = {f"phases.{i}.schedule": p.schedule for i, p in enumerate(config.phases) if p.schedule}
     rules += [(not 0 < s.decay <= 1, f"{path}.decay is {s.decay}; allowed is above 0 and at most 1")
               for path, s in ({"schedule": config.schedule} | named).items()]
     for broken, sentence in rules:
         if broken:
             raise InputError(sentence)
-
-
-# ----------------------------------------------------------------------------- the run, worked out in advance
-
-
-class Course(NamedTuple):
-    """What each step of a run is to be, from the config alone. Index s is after s steps; 0 is the start."""
-
-    ends: np.ndarray  # last step of each phase
-    models: list[ModelConfig]  # of each phase
-    tokens: np.ndarray  # consumed [steps + 1]
-    flops: np.ndarray  # model FLOPs consumed [steps + 1]
-    rates: dict[str, np.ndarray]  # learning rate of each optimiser group [steps + 1]
-
-
-def shapes(config: Config, context: model.Context) -> list[ModelConfig]:
-    """The model's shape in each phase: the edits, run on shapes alone."""
-    out, current = [], config.model
-    for phase in config.phases:
-        for edit in phase.edits:
-            box = []
-
-            def abstract(params, edit=edit, current=current, box=box):
-                box.append(edit(model.Model(current, params), context).model)
-                return box[0].params
-
-            jax.eval_shape(abstract, model.init_shape(current))
-            current = box[0].config
-        out.append(current)
-    return out
-
-
-def plot_course(config: Config, models: list[ModelConfig]) -> Course:
-    """Budgets and rates of every step."""
-    steps, size = [p.steps for p in config.phases], [p.batch * p.seq for p in config.phases]
-    cost = [n * model.flops_per_token(m, p.seq) for m, p, n in zip(models, config.phases, size, strict=True)]
-    tokens, flops = (np.concatenate([[0], np.cumsum(np.repeat(np.array(x, t), steps))])
-                     for x, t in ((size, np.int64), (cost, np.float64)))
-    ends, spent = np.cumsum(steps), dict(tokens=tokens, flops=flops)
-    names = list(dict.fromkeys(g for m in models for g in model.groups(m)))
-    base = model.curve(config.schedule, spent[config.schedule.budget], 0, int(ends[-1]))
-    rates = {group: np.zeros(ends[-1] + 1) for group in names}
-    for i, phase in enumerate(config.phases):
-        begin, end = int(ends[i]) - phase.steps, int(ends[i])
-        if unknown := set(phase.rates) - set(names):
-            raise InputError(f"phases.{i}.rates names {', '.join(unknown)}; allowed are the optimiser groups "
-                             f"{', '.join(names)}")
-        own = phase.schedule
-        rate = model.curve(own, spent[own.budget], begin, phase.steps) if own else base[begin:end]
-        for group in names:
-            rates[group][begin + 1:end + 1] = rate * phase.rates.get(group, 1.0)
-    return Course(ends, models, tokens, flops, rates)
-
-
-def due(config: Config, course: Course, step: int) -> list[Callable]:
-    """The edits to apply after `step` steps: a phase's own at its beginning, recurring ones within it."""
-    for i, phase in enumerate(config.phases):
-        begin, end = int(course.ends[i]) - phase.steps, int(course.ends[i])
-        if step == begin:
-            return list(phase.edits)
-        if begin < step < end:
-            return [e.apply for e in phase.repeat
-                    if (step - begin) % e.every == 0 and not 0 < e.until < step - begin]
-    return []
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -452,29 +402,18 @@ class Checkpoints:
 
 # -------------------------------------------------------------------------------------------------- reporting
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets; elsewhere there is no MFU.
-PEAK = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-        "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
-
-
-def peak() -> float | None:
-    """Peak FLOP/s of all devices together, or None where their kind is not known."""
-    kind = jax.devices()[0].device_kind
-    known = max((name for name in PEAK if kind.startswith(name)), key=len, default=None)
-    return PEAK[known] * jax.device_count() if known else None
-
-
 class Reporter:
     """metrics.jsonl, and a live line on a terminal or plain ones every five seconds elsewhere."""
 
-    def __init__(self, path: Path, start: int, course: Course, done: bool = False):
+    def __init__(self, path: Path, start: int, course: model.Course, done: bool = False):
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         rows = [(line, json.loads(line)) for line in lines if line.endswith(b"\n")]
         # What the checkpoint has not seen will come again; so will the test figures, which end a run.
         kept = [line for line, row in rows if row["step"] <= start and (done or ".test/" not in "".join(row))]
         data.write(path, b"".join(kept))
         self.file, self.course, self.start = open(path, "a"), course, start
-        self.live, self.begun, self.last, self.shown = sys.stdout.isatty(), time.perf_counter(), None, 0.0
+        self.live, self.begun, self.last = sys.stdout.isatty(), time.perf_counter(), None
+        self.shown = self.waited = 0.0
 
     def row(self, row: dict):
         """One JSON object on a line of its own; what is not finite becomes null."""
@@ -485,18 +424,18 @@ class Reporter:
         """Every row so far onto the disk, and what comes now out of the next step's time."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.last = None
+        self.last, self.waited = None, 0.0
 
-    def step(self, row: dict, waited: float):
-        """Write a step's row and show where the run is; its batch kept the host waiting `waited` seconds."""
+    def step(self, row: dict):
+        """Write a step's row and show where the run is; `waited`: seconds spent on batches since the last."""
         c, step, now = self.course, row["step"], time.perf_counter()
         if self.last:
             seconds = now - self.last
             tokens, flops = c.tokens[step] - c.tokens[step - 1], c.flops[step] - c.flops[step - 1]
             row |= {"perf/step_ms": 1e3 * seconds, "perf/tokens_per_s": tokens / seconds,
-                    "perf/host_stall": waited / seconds}
-            row |= {"perf/mfu": flops / seconds / peak()} if peak() else {}
-        self.last = now
+                    "perf/host_stall": self.waited / seconds}
+            row |= {"perf/mfu": flops / seconds / model.peak()} if model.peak() else {}
+        self.last, self.waited = now, 0.0
         self.row(row)
         if not self.live and now - self.shown < 5 and step != c.ends[-1]:
             return
@@ -515,17 +454,18 @@ class Reporter:
         print(("\r\x1b[2K" if self.live else "") + text, flush=True)
 
 
-def banner(config: Config, course: Course, loader: Loader, mesh, memory):
+def banner(config: Config, course: model.Course, loader: Loader, mesh, memory):
     """What is about to run, before it runs."""
     shapes, tokens, first = course.models, int(course.tokens[-1]), course.models[0]
-    square = jnp.ones((1024, 1024), first.dtype)
-    multiply = jax.jit(jnp.matmul)
-    multiply(square, square).block_until_ready()
-    begun = time.perf_counter()
-    multiply(square, square).block_until_ready()
+    multiply, square = jax.jit(jnp.matmul), jnp.ones((1024, 1024), first.dtype)
+    for _ in range(2):
+        begun = time.perf_counter()
+        multiply(square, square).block_until_ready()
     speed = mesh.devices.size * 2 * 1024**3 / (time.perf_counter() - begun)
     memory = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    epochs = ", ".join(f"{name} {n:.2f}" for name, n in loader.epochs(int(course.ends[-1])).items())
+    later = config.data.stream or any(p.steer for p in config.phases)
+    known = {} if later else loader.epochs(int(course.ends[-1]))
+    epochs = ", ".join(f"{name} {n:.2f}" for name, n in known.items()) or "not known yet"
     lines = {
         "run": f"{config.runs}/{config.name}",
         "parameters": " -> ".join(f"{model.count(m):,} ({m.layers} layers)" for m in dict.fromkeys(shapes)),
@@ -543,32 +483,33 @@ def banner(config: Config, course: Course, loader: Loader, mesh, memory):
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-def put(batch: dict, mesh) -> dict[str, jax.Array]:
-    """A batch onto the devices, its rows over the mesh axes data and fsdp."""
-    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    return {k: jax.device_put(v, where) for k, v in batch.items()}
+def course_of(config: Config, context: model.Context) -> model.Course:
+    """Shapes, budgets and rates of every step."""
+    with blamed_on_config():
+        return model.plot_course(config, context, [data.batch_lengths(phase) for phase in config.phases])
 
 
-def past(config: Config, course: Course, written: dict, step: int) -> dict[str, Any]:
+def past(config: Config, course: model.Course, written: dict, step: int) -> dict[str, Any]:
     """What the first `step` steps depend on in a config and its JSON, flat, so that two can be compared."""
-    fields = "seed model data phases optimizer clip max_skipped weights token_loss reduce"
+    fields = "seed model init_from init_with data phases optimizer clip max_skipped weights token_loss reduce"
     out = {k: json.loads(json.dumps(written[k])) for k in fields.split()}
     out["phases"] = [p for p, end, now in zip(out["phases"], course.ends, config.phases, strict=True)
                      if end - now.steps < step]
     for phase, now, end in zip(out["phases"], config.phases, course.ends, strict=False):
         del phase["schedule"], phase["rates"]  # their effect, the rates, is compared below
-        if end >= step and not callable(now.mixture):
+        if end >= step and not (callable(now.mixture) or now.lengths or now.order is not data.shuffled):
             del phase["steps"]
     rates = {group: r[1:step + 1].tolist() for group, r in course.rates.items() if r[1:step + 1].any()}
-    return flatten(out) | {"schedule (the rates of steps already taken)": data.digest(rates)}
+    return flatten(out) | {"data.sources (their order)": list(written["data"]["sources"]),
+                           "schedule (the rates of steps already taken)": data.digest(rates)}
 
 
-def check_resume(run: Path, config: Config, course: Course, step: int, context: model.Context):
+def check_resume(run: Path, config: Config, course: model.Course, step: int, context: model.Context):
     """Refuse a config under which the steps that a run has taken would have been others."""
     try:
         written = json.loads((run / "config.json").read_text())
         old = from_json(Config, written)
-        before = past(old, plot_course(old, shapes(old, context)), written, step)
+        before = past(old, course_of(old, context), written, step)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{run / 'config.json'} cannot be compared with this config "
                          f"({type(error).__name__}: {error}); use another --name") from error
@@ -581,22 +522,42 @@ def check_resume(run: Path, config: Config, course: Course, step: int, context: 
                          "change that back, or use another --name")
 
 
+def open_caches(config: Config, tokenizer: data.Tokenizer) -> dict[str, data.Cache]:
+    """The token cache of each source: built, or if `data.stream` left to a process of its own."""
+    d, caches = config.data, {}
+    if not d.stream:
+        return {name: data.build(name, d, tokenizer, config.seed) for name in d.sources}
+    for name in d.sources:
+        place, builder = data.place(name, d, tokenizer, config.seed), None
+        if not (place / "complete").exists():
+            file, log = place.with_suffix(".json"), place.with_suffix(".log")
+            data.write(file, json.dumps(to_json(config)))
+            command = [sys.executable, ROOT / "train.py", "corpus", "build", file, "--only", name]
+            with open(log, "w") as said:
+                builder = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said,
+                                           start_new_session=True), log
+            atexit.register(builder[0].terminate)
+        caches[name] = data.Cache(place, name, builder)
+    return caches
+
+
 def assemble(config: Config):
     """(config with its vocabulary, tokenizer, caches by source): all that a run reads, built if need be."""
     tokenizer = data.make_tokenizer(config.data, config.model.vocab)
-    if config.model.vocab not in (0, tokenizer.vocab):
+    if config.model.vocab not in (0, tokenizer.vocab) and not config.init_from:
         raise InputError(f"model.vocab is {config.model.vocab}, but the tokenizer {config.data.tokenizer!r} "
                          f"has {tokenizer.vocab} pieces; allowed is that, or 0 for as many as it has")
-    caches = {name: data.build(name, config.data, tokenizer, config.seed) for name in config.data.sources}
+    config = replace(config, model=replace(config.model, vocab=config.model.vocab or tokenizer.vocab))
+    caches, most = open_caches(config, tokenizer), config.data.window if config.data.stream else math.inf
     for name, cache in caches.items():
-        counts = cache.total["counts"]
+        counts = cache.counts(min(most, cache.wait(most)))
         for kind in (k for k in counts if k.startswith("skipped")):
             print(f"source {name}: {counts[kind]} documents {kind}")
         for split, share in dict(train=1, dev=config.data.dev, test=config.data.test).items():
             if share and not counts.get(f"{split} documents"):
                 raise InputError(f"source {name!r} has {counts['documents']} documents, none in {split}; "
                                  "give it more (a separator cuts a file), or set data.dev or data.test to 0")
-    return replace(config, model=replace(config.model, vocab=tokenizer.vocab)), tokenizer, caches
+    return config, tokenizer, caches
 
 
 @contextlib.contextmanager
@@ -613,24 +574,64 @@ class Run:
 
     def __init__(self, config: Config, file: str = ""):
         check(config)
+        self.file, self.directory = file, Path(config.runs).expanduser() / config.name
+        config = self.branch(config) if config.init_from else config
         jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
         with blamed_on_config():
             self.mesh = model.make_mesh(config.mesh)
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         for i, phase in enumerate(config.phases):
-            if phase.batch % rows:
-                raise InputError(f"phases.{i}.batch is {phase.batch}; allowed is a multiple of the {rows} "
-                                 "devices on the mesh axes data and fsdp")
+            parts = rows * phase.accumulate
+            if any(phase.batch * phase.seq // n % parts for n in data.batch_lengths(phase)[0]):
+                raise InputError(f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
+                                 f"{rows} devices on the mesh axes data and fsdp, times accumulate")
         self.config, self.tokenizer, self.caches = assemble(config)
-        self.file, self.directory = file, Path(config.runs).expanduser() / config.name
+        jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
         self.loader = Loader(self.caches, config.phases, config.data, self.tokenizer, config.seed)
         self.context = model.Context(jax.random.key(0), 0, self.tokenizer,
                                      lambda n: [self.loader.batch(i + 1).arrays for i in range(n)], load)
         with blamed_on_config():
-            self.course = plot_course(self.config, shapes(self.config, self.context))
-            for shape in self.course.models:
+            self.course = course_of(self.config, self.context)
+            for i, shape in enumerate(self.course.models):
                 model.shardings(shape, self.mesh)
+                if shape.vocab != (n := self.tokenizer.vocab):
+                    raise InputError(f"phases.{i}: the model has {shape.vocab} pieces, the tokenizer {n}; "
+                                     "use the same data.tokenizer, or an edit that swaps the vocabulary")
         self.total, self.compiled = int(self.course.ends[-1]), {}
+        self.stops = {int(end): None for end in self.course.ends}  # {step: phase to be steered there, if any}
+        for i, (phase, end) in enumerate(zip(config.phases, [*self.stops], strict=True)):
+            if phase.steer:
+                self.stops |= dict.fromkeys(range(end - phase.steps, end, phase.steer)[1:], i)
+
+    def branch(self, config: Config) -> Config:
+        """The config with the shape and, unless it names one, the tokenizer of the run it starts from."""
+        run, at, step = config.init_from.rpartition("@")
+        run, step = (run, int(step)) if at and step.isdigit() else (config.init_from, None)
+        self.origin = find(run, step)
+        shape = from_json(ModelConfig, self.origin[2]["model"])
+        how = "dtype param_dtype attention unroll remat logits_mib".split()
+        here = {field: getattr(config.model, field) for field in how}
+        tokenizer = str(Path(run).expanduser() / "tokenizer.model")
+        if config.data.tokenizer == "bpe":
+            config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+        return replace(config, model=replace(shape, **here))
+
+    def first(self):
+        """The state and shape before any step: drawn, or those of the run that `init_from` names."""
+        self.shape, self.since, config = self.config.model, None, self.config
+        self.state = model.first_state(self.shape, config.optimizer, self.mesh, self.key("init"))
+        if config.init_from:
+            checkpoints, step, meta = self.origin
+            like, self.since = model.state_like(self.shape, config.optimizer, self.mesh), meta["since_reset"]
+            if config.init_with == "params":
+                self.state = self.state.replace(params=checkpoints.params(step, like))
+                return
+            written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
+            if written != json.loads(json.dumps(to_json(config.optimizer))):
+                raise InputError(f'init_with is "all", but {config.init_from} has another optimizer')
+            taken = checkpoints.state(step, like)
+            self.state = self.state.replace(params=taken.params, opt=taken.opt)
+            self.loader.start = [meta["positions"].get(name, 0) for name in self.caches]
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed; the order of data draws from the seed by numpy."""
@@ -639,22 +640,22 @@ class Run:
     def begin(self) -> int:
         """Restore the last checkpoint or draw the first state, and set the directory up; gives its step."""
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.config.keep)
-        self.fingerprints = {name: cache.fingerprint for name, cache in self.caches.items()}
         start = (self.checkpoints.steps() or [0])[-1]
         if start:
             check_resume(self.directory, self.config, self.course, start, self.context)
             meta = self.checkpoints.meta(start)
-            if meta["fingerprints"] != self.fingerprints:
+            if self.fingerprints(meta["sealed"]) != meta["fingerprints"]:
                 raise InputError(f"run {self.directory} was trained on other text than the sources give now "
-                                 f"({', '.join(self.fingerprints)}); put that back, or use another --name")
+                                 f"({', '.join(self.caches)}); put that back, or use another --name")
+            self.loader.start = meta["start"]
+            self.loader.log[:len(meta["log"])] = meta["log"]  # phases may have been added
             self.shape, self.since = from_json(ModelConfig, meta["model"]), meta["since_reset"]
             like = model.state_like(self.shape, self.config.optimizer, self.mesh)
             self.state = self.checkpoints.state(start, like)
         else:
-            self.shape, self.since = self.config.model, None
-            self.state = model.first_state(self.shape, self.config.optimizer, self.mesh, self.key("init"))
+            self.first()
         (self.directory / "source").mkdir(exist_ok=True)
-        for path in filter(None, [ROOT / "train.py", ROOT / "model.py", ROOT / "data.py", self.file]):
+        for path in filter(None, [*ROOT.glob("*.py"), self.file.split(":")[0]]):
             shutil.copy(path, self.directory / "source")
         data.write(self.directory / "tokenizer.model", self.tokenizer.model)
         data.write(self.directory / "config.json", json.dumps(to_json(self.config), indent=1))
@@ -666,6 +667,11 @@ class Run:
         if start:
             self.out.say(f"resuming from step {start}" + (": this run is complete" if self.done else ""))
         return start
+
+    def fingerprints(self, sealed: dict[str, int]) -> dict[str, str | None]:
+        """Of each source's first so many shards."""
+        return {n: c.facts(min(sealed[n], c.wait(sealed[n])) - 1)["fingerprint"]
+                for n, c in self.caches.items()}
 
     def edit(self, edits: list[Callable], step: int):
         """Apply the edits due after a step."""
@@ -680,12 +686,13 @@ class Run:
 
     def update(self, step: int, batch: data.Batch, watch: bool) -> dict:
         """Dispatch one update, compiled where its phase is new; gives its metrics, still on the device."""
-        arrays, mask = put(batch.arrays, self.mesh), model.Mask(**batch.mask)
+        arrays, mask = model.put(batch.arrays, self.mesh), model.Mask(**batch.mask)
         rates = {g: np.float32(self.course.rates[g][step]) for g in model.groups(self.shape)}
-        key = (self.loader.phase_of(step), mask)
+        key = (self.loader.phase_of(step), arrays["tokens"].shape, mask)
         if key not in self.compiled:
             self.out.sync()
-            run = model.compile_step(self.config, self.shape, self.mesh, self.state, arrays, rates, mask)
+            run = model.compile_step(self.config, self.shape, self.mesh, self.state, arrays, rates, mask,
+                                     self.config.phases[key[0]].accumulate)
             if not self.compiled:
                 banner(self.config, self.course, self.loader, self.mesh, run.memory_analysis())
             self.compiled[key] = run
@@ -699,13 +706,13 @@ class Run:
         return {"train/tokens": int(self.course.tokens[step]), "train/flops": float(self.course.flops[step]),
                 "phase": self.loader.phase_of(step)}
 
-    def finish(self, step: int, metrics: dict, of_batch: dict, waited: float):
+    def finish(self, step: int, metrics: dict, of_batch: dict):
         """Fetch a step's metrics and write its row: one step late, so that the device need not wait."""
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         skipped, shape = int(metrics.pop("skipped")), self.course.models[self.loader.phase_of(step)]
         lr = float(max(r[step] for r in self.course.rates.values()))
         self.out.step({"step": step, **metrics, "train/lr": lr, **self.spent(step), **of_batch,
-                       "model/params": model.count(shape), "train/skipped": skipped}, waited)
+                       "model/params": model.count(shape), "train/skipped": skipped})
         if skipped >= self.config.max_skipped:
             self.out.sync()
             self.checkpoints.close()
@@ -716,27 +723,31 @@ class Run:
         """A row of held-out figures on the fixed subset of dev, and of the config's own evals."""
         phase, row = self.config.phases[self.loader.phase_of(step)], {}
         if self.shape not in self.compiled:
-            self.compiled[self.shape] = evaluators(self.config, self.shape)
+            self.compiled[self.shape] = model.evaluators(self.config, self.shape)
         losses, apply = self.compiled[self.shape]
-        for name, cache in self.caches.items() if self.config.data.dev else ():
-            held = data.held_out(cache, "dev", self.tokenizer, phase.seq, phase.batch, self.config.overlap,
-                                 self.config.eval_tokens)
-            here = functools.partial(losses, self.state.params, self.state.step)
-            found = data.bits_per_byte(here, held)
-            row |= {f"eval/{name}/{k}": v for k, v in found.items()}
+        if self.config.data.dev:
+            measure, here = load_file(ROOT / "tools/eval.py").measure, (self.state.params, self.state.step)
+            found, _ = measure(functools.partial(losses, *here), self.caches, "dev", self.config, phase,
+                               self.tokenizer, self.config.eval_tokens)
+            row = {f"eval/{name}/{k}": v for name, own in found.items() for k, v in own.items()}
         for own in self.config.evals:
             row |= own(self.state.params, apply)
         if row:
             self.out.row({"step": step, **row, **self.spent(step)})
             said = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in row.items())
             self.out.say(f"step {step}: {', '.join(said)}")
+        if (steered := self.stops.get(step)) is not None:
+            self.loader.log[steered].append({name: row[f"eval/{name}/loss"] for name in self.caches})
 
     def save(self, step: int):
         """Begin a checkpoint, once every row up to it is on disk."""
         self.out.sync()
+        sealed = {name: cache.sealed for name, cache in self.caches.items()}
         self.checkpoints.save(step, self.state, {
-            "step": step, "model": to_json(self.shape), **self.spent(step), "fingerprints": self.fingerprints,
-            "since_reset": self.since})
+            "step": step, "model": to_json(self.shape), **self.spent(step), "since_reset": self.since,
+            "sealed": sealed, "fingerprints": self.fingerprints(sealed), "log": self.loader.log,
+            "start": self.loader.start,
+            "positions": dict(zip(self.caches, self.loader.positions(step).tolist(), strict=True))})
 
     def train(self) -> dict[str, Any] | None:
         """From the last checkpoint to the end; gives what summary.json holds, or None after a SIGTERM."""
@@ -746,7 +757,7 @@ class Run:
         try:
             with data.locked(self.directory / ".lock", f"run {self.directory}"):
                 step = self.begin()
-                for end in (int(e) for e in self.course.ends if e > step):
+                for end in sorted(s for s in self.stops if s > step):
                     if not self.phase(step, end, stop):
                         return None
                     step = end
@@ -763,17 +774,17 @@ class Run:
         config, pending = self.config, None
         with contextlib.closing(data.prefetch(self.loader.batch, range(step + 1, end + 1))) as batches:
             while step < end:
-                if edits := due(config, self.course, step):
+                if edits := model.due(config, self.course, step):
                     pending = self.finish(*pending) if pending else None
                     self.edit(edits, step)
                 asked, step = time.perf_counter(), step + 1
                 batch = next(batches)
-                waited = time.perf_counter() - asked
-                watch = any(due(config, self.course, s) for s in range(max(0, step - 5), step))
+                self.out.waited += time.perf_counter() - asked
+                watch = any(model.due(config, self.course, s) for s in range(max(0, step - 5), step))
                 metrics = self.update(step, batch, watch)
                 if pending:
                     self.finish(*pending)
-                pending = step, metrics, batch.metrics, waited
+                pending = step, metrics, batch.metrics
                 stopping = bool(stop)
                 if stopping or step == end or step % config.eval_every == 0 or step % config.save_every == 0:
                     pending = self.finish(*pending)
@@ -789,46 +800,18 @@ class Run:
         return True
 
     def conclude(self) -> dict[str, Any]:
-        """The last row, samples, curves and summary.json, by the commands in tools/."""
-        data.write(self.directory / "samples.txt", verb("sample", [str(self.directory)]))
-        result = verb("eval", [str(self.directory)])
-        held_out = {k: v for k, v in result.items() if k.startswith("eval/")}
-        self.out.row({"step": self.total, **held_out, **self.spent(self.total)})
+        """The last row, and what tools/eval.py and tools/summary.py make of the run."""
+        found = {k: v for k, v in verb("eval", [str(self.directory)]).items() if k.startswith("eval/")}
+        self.out.row({"step": self.total, **found, **self.spent(self.total)})
         self.out.sync()
-        verb("curves", [str(self.directory)])
-        rows = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        last = next(r for r in reversed(rows) if "train/loss" in r)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-        versions = {name: importlib.metadata.version(name) for name in
-                    ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")}
-        versions["python"] = sys.version.split()[0]
-        summary = {**last, **result, "versions": versions, "commit": commit.strip(),
-                   "host": os.uname().nodename, "device": jax.devices()[0].device_kind,
-                   "devices": jax.device_count()}
-        data.write(self.directory / "summary.json", json.dumps(summary, indent=1))
-        return summary
+        return verb("summary", [str(self.directory)])
 
 
-def evaluators(config: Config, shape: ModelConfig) -> tuple[Callable, Callable]:
-    """(losses(params, step, arrays) -> [b t], apply(params, ids [b t]) -> logits [b t v]), jitted, causal."""
-    @jax.jit
-    def losses(params, step, arrays):
-        return model.losses(model.effective(config.weights, params, step, arrays), arrays,
-                            model.Mask("causal", 0), shape)
+def find(run: str, step: int | None = None) -> tuple[Checkpoints, int, dict]:
+    """A run's checkpoints, the step of one of them, and what is known of it.
 
-    @jax.jit
-    def apply(params, ids):
-        used = model.effective(config.weights, params, jnp.int32(0), dict(tokens=ids))
-        return model.apply(used, ids, shape)
-
-    return losses, apply
-
-
-def load(run: str, step: int | None = None):
-    """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits [b t v].
-
-    `config.model` is the shape of that checkpoint. Without a step: the newest, or where an edit recurs
-    (embeddings are being forgotten), the one longest after it.
+    Without a step: the newest, or where an edit recurs (embeddings are being forgotten), the one longest
+    after it.
     """
     directory = Path(run).expanduser()
     if not (directory / "config.json").is_file():
@@ -841,13 +824,23 @@ def load(run: str, step: int | None = None):
     metas = {s: checkpoints.meta(s) for s in (found if step is None else [step])}
     since = {s: math.inf if m["since_reset"] is None else m["since_reset"] for s, m in metas.items()}
     step = max(metas, key=lambda s: (since[s], s))
+    return checkpoints, step, metas[step]
+
+
+def load(run: str, step: int | None = None):
+    """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits [b t v].
+
+    `config.model` is the shape of that checkpoint; for the step see `find`.
+    """
+    checkpoints, step, meta = find(run, step)
+    directory = Path(run).expanduser()
     config = from_json(Config, json.loads((directory / "config.json").read_text()))
-    config = replace(config, model=from_json(ModelConfig, metas[step]["model"]))
+    config = replace(config, model=from_json(ModelConfig, meta["model"]))
     jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
     mesh = model.make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.params(step, model.state_like(config.model, config.optimizer, mesh))
     tokenizer = data.load_tokenizer(directory / "tokenizer.model")
-    return params, config, tokenizer, evaluators(config, config.model)[1]
+    return params, config, tokenizer, model.evaluators(config, config.model)[1]
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -870,12 +863,23 @@ def verb(name: str, arguments: list[str]):
     return load_file(ROOT / "tools" / f"{name}.py").main(arguments)
 
 
+def keep_memory():
+    """Have the GNU C library keep what is freed: XLA on CPU asks for a step's scratch anew at each step."""
+    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            libc.mallopt(option, value)
+
+
 def main(arguments: list[str]) -> int:
     """The command line; 2 for what the user can mend, said in one sentence on stderr."""
+    keep_memory()
     jax.config.update("jax_compilation_cache_dir", str(data.cache_home() / "compiled"))
     try:
         if arguments and (ROOT / "tools" / f"{arguments[0]}.py").is_file():
             verb(arguments[0], arguments[1:])
+            return 0
+        if "--debug" in arguments:
+            verb("debug", [word for word in arguments if word != "--debug"])
             return 0
         config, file = parse(arguments)
         if Run(config, file).train():

@@ -24,6 +24,14 @@ hypothesis.settings.register_profile(
     "coppice", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("coppice")
 
+def pytest_collection_modifyitems(config, items):
+    """Tests that are marked long run only where `-m` names their mark."""
+    for item in items:
+        for mark in ("soak", "study"):
+            if item.get_closest_marker(mark) and mark not in config.getoption("-m"):
+                item.add_marker(pytest.mark.skip(reason=f"long: run by hand, pytest -m {mark}"))
+
+
 WORDS = ("the tree is cut back so that it grows again stronger; roots stay and shoots rise in spring "
          'def return import self for in if else None print(x) été 樹木 = + - # "quoted" 1984 42').split(" ")
 

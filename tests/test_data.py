@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import example, given
 
 import data
+import tools.eval as evaluation
 from data import (
     DOCUMENT,
     LENGTH,
@@ -124,7 +126,7 @@ def test_text_gives_a_file_or_a_directory(tmp_path):
         Document("empty", "")]
     assert list(data.text(str(tmp_path / "b.txt"))) == [Document("b.txt", "two\r\n")]
     assert list(data.text(str(tmp_path / ".d"))) == [Document("e", "no")]  # hidden, but asked for
-    assert list(data.text(str(tmp_path / "bad"), separator="x")) == [Skipped("bad", "undecodable")]
+    assert list(data.text(str(tmp_path / "bad"), separator="x")) == [Skipped("bad#1", "undecodable")]
 
 
 def test_missing_path_is_an_input_error(tmp_path):
@@ -138,7 +140,7 @@ def test_pieces_cut_at_a_separator_give_the_text_back(tmp_path_factory, content,
     file.write_text(content, "utf-8", newline="")
     pieces = list(data.text(str(file), separator=separator))
     assert "".join(p.text for p in pieces) == content
-    assert [p.path for p in pieces] == [f"cut.txt#{i}" for i in range(len(pieces))]
+    assert [p.path for p in pieces] == [f"cut.txt#{i}" for i in range(1, len(pieces) + 1)]
     assert all(p.text.count(separator) == 1 and p.text.endswith(separator) for p in pieces[:-1])
     assert all(p.text for p in pieces)
 
@@ -354,7 +356,8 @@ def test_undecodable_and_empty_files_are_skipped_and_counted(home, tmp_path):
     (tmp_path / "in").mkdir()
     for name, content in (("a", b"tree"), ("b", b"\xff"), ("c", b""), ("d", b"\xfe")):
         (tmp_path / "in" / name).write_bytes(content)
-    config = DataConfig(sources={"x": Source(partial(data.text, path=str(tmp_path / "in")))})
+    source = Source(partial(data.text, path=str(tmp_path / "in")))
+    config = DataConfig(sources={"x": source}, max_skipped=0.75)
     counts = data.build("x", config, Bytes(), 0).total["counts"]
     assert (counts["documents"], counts["skipped: undecodable"], counts["skipped: empty"]) == (1, 2, 1)
 
@@ -366,13 +369,13 @@ def lonely():
 
 
 def test_lone_surrogates_are_skipped_and_counted(home):
-    cache = data.build("lonely", DataConfig(sources={"lonely": Source(lonely)}), Bytes(), 0)
+    cache = data.build("lonely", DataConfig(sources={"lonely": Source(lonely)}, max_skipped=0.5), Bytes(), 0)
     assert cache.total["counts"]["skipped: lone surrogates"] == 1
     assert [c[:2] for c in contents(cache, Bytes())] == [("b\udcff", "tree")]
 
 
 @pytest.mark.parametrize("content,why", [
-    (None, ""), (b"", "1 skipped: empty"), (b"\xff", "1 skipped: undecodable")])
+    (None, "nothing"), (b"", "'skipped: empty': 1"), (b"\xff", "'skipped: undecodable': 1")])
 def test_source_without_text_is_an_input_error(home, tmp_path, content, why):
     (tmp_path / "in").mkdir()
     if content is not None:
@@ -387,13 +390,13 @@ def test_cache_is_found_again(home, data_config):
     first = data.build("corpus", data_config, Bytes(), 0)
     before = {p: p.stat().st_mtime_ns for p in first.directory.rglob("*")}
     again = data.build("corpus", data_config, Bytes(), 5)  # no `prepare`: the seed does not matter
-    assert again.directory == first.directory and again.fingerprint == first.fingerprint
+    assert again.directory == first.directory and again.total['fingerprint'] == first.total['fingerprint']
     assert {p: p.stat().st_mtime_ns for p in first.directory.rglob("*")} == before
 
 
 def test_fingerprint_is_the_same_wherever_it_is_built(home, data_config, cache):
     again = data.build("corpus", data_config, Bytes(), 0)
-    assert again.directory != cache.directory and again.fingerprint == cache.fingerprint
+    assert again.directory != cache.directory and again.total['fingerprint'] == cache.total['fingerprint']
     assert files(again.directory) == files(cache.directory)
 
 
@@ -417,7 +420,7 @@ def test_fingerprint_covers_every_document(tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(i)))
         prints.append(data.build("changing", config, Bytes(), 0))
     assert len({cache.directory.name for cache in prints}) == 1
-    assert len({cache.fingerprint for cache in prints}) == len(changes)
+    assert len({cache.total['fingerprint'] for cache in prints}) == len(changes)
 
 
 def test_cache_key_follows_tokenizer_and_settings(home, data_config, pieces):
@@ -429,18 +432,18 @@ def test_cache_key_follows_tokenizer_and_settings(home, data_config, pieces):
                replace(data_config, sources={"corpus": replace(source, documents=many)})]
     caches = [data.build("corpus", config, Bytes(), 0) for config in (data_config, *changed)]
     caches += [data.build("corpus", data_config, pieces, 0), data.build("corpus", changed[4], Bytes(), 1)]
-    assert len({c.directory for c in caches}) == len({c.fingerprint for c in caches}) == len(caches)
+    assert len({c.directory for c in caches}) == len({c.total['fingerprint'] for c in caches}) == len(caches)
 
 
 def test_cache_key_follows_an_edited_file(home, tmp_path):
     file = tmp_path / "one.txt"
     config = DataConfig(sources={"x": Source(partial(data.text, path=str(file)))})
     prints = []
-    for content, time in (("tree", 1), ("root", 2), ("roots", 2)):
+    for content, when in (("tree", 1), ("root", 2), ("roots", 2)):
         file.write_text(content)
-        os.utime(file, ns=(time, time))
+        os.utime(file, ns=(when, when))
         cache = data.build("x", config, Bytes(), 0)
-        prints.append(cache.fingerprint)
+        prints.append(cache.total['fingerprint'])
         assert [c[1] for c in contents(cache, Bytes())] == [content]
     assert len(set(prints)) == 3
 
@@ -480,7 +483,7 @@ def slow():
         time.sleep(0.01)
     yield Document("a", "tree")
 
-print(build("slow", DataConfig(sources={"slow": Source(slow)}), Bytes(), 0).fingerprint)
+print(build("slow", DataConfig(sources={"slow": Source(slow)}), Bytes(), 0).total["fingerprint"])
 '''
 
 
@@ -631,7 +634,7 @@ def test_concat_and_split_covers_everything_once_in_order(sizes, seq):
 @given(lengths, st.integers(1, 50), st.data())
 def test_windows_predict_everything_once(sizes, seq, drawn):
     overlap = drawn.draw(st.integers(0, seq - 1))
-    plan = data.windows(sizes, seq, overlap)
+    plan = evaluation.windows(sizes, seq, overlap)
     assert all(np.all(c == 1) for c in covered(plan, sizes, quiet=False))
     orderly(plan)
     assert np.all(np.bincount(plan[:, ROW], plan[:, LENGTH]) <= seq)
@@ -665,7 +668,7 @@ def test_fill_gives_each_position_its_next_token(sizes, seq, drawn):
     """For the plans of training and evaluation, with ids that tell where they are from."""
     overlap = drawn.draw(st.integers(0, seq - 1))
     special = SimpleNamespace(bos=-1, eos=-2)
-    for plan in (data.concat_and_split(sizes, seq), data.windows(sizes, seq, overlap)):
+    for plan in (data.concat_and_split(sizes, seq), evaluation.windows(sizes, seq, overlap)):
         rows = np.arange(plan[-1, ROW] + 1)
         got = data.fill(plan, rows, seq, lambda d: 100 * d + np.arange(sizes[d] - 1), special)
         predicted = []
@@ -724,8 +727,9 @@ SKY = DataConfig(sources={"stars": Source(stars), "moons": Source(moons)}, dev=0
 
 def phase(**changes):
     """A phase as the Loader needs it."""
-    return SimpleNamespace(**dict(steps=5_000, batch=4, seq=32, mixture=None, packing=data.concat_and_split,
-                                  objective=data.causal) | changes)
+    return SimpleNamespace(**dict(
+        steps=5_000, batch=4, seq=32, mixture=None, lengths=None, steer=0, order=data.shuffled,
+        packing=data.concat_and_split, objective=data.causal) | changes)
 
 
 @pytest.fixture(scope="module")
@@ -785,6 +789,7 @@ def test_targets_are_the_documents_next_tokens(loader):
         equal(batch.arrays["weights"], batch.arrays["segments"] > 0)
         assert batch.metrics["data/waste"] == pytest.approx(np.mean(batch.arrays["segments"] == 0))
         assert batch.metrics["data/truncated"] == pytest.approx(cut / len(list(pieces_of(batch.arrays))))
+        assert batch.metrics["data/segments"] == len(list(pieces_of(batch.arrays))) / 4
     assert seen > 200
 
 
@@ -792,7 +797,7 @@ def test_targets_are_the_documents_next_tokens(loader):
 def test_an_epoch_visits_every_position_once(loader, seq):
     """For documents in three shards and two windows, in each of two epochs, which differ in order."""
     made = loader(phase(batch=1, seq=seq), names=("stars",))
-    epoch, expected, orders = made.rows[0][0].epoch, training(stars), []
+    epoch, expected, orders = made.rows[0][0][0].epoch, training(stars), []
     documents = len({path for path, _, _ in expected.values()})
     assert epoch >= (len(expected) + documents) / seq
     for first in (1, 1 + epoch):
@@ -808,16 +813,17 @@ def test_an_epoch_visits_every_position_once(loader, seq):
 def test_documents_and_rows_are_shuffled_within_their_window(loader):
     """Of three shards in windows of two, the rows of the first window all come before those of the second."""
     made = loader(phase(batch=1), names=("stars",))
-    rows = made.rows[0][0]
-    assert len(rows.windows) == 2 and rows.epoch == sum(w.rows for w in rows.windows)
+    rows = made.rows[0][0][0]
+    epoch, size = rows.epoch, rows.ends[1]
+    assert rows.ends == [0, size, epoch] and size < epoch
     first = {path for path, place, _ in training(stars).values() if int(path.split("/")[1]) < 512}
     where = {target: path for target, (path, _, _) in training(stars).items()}
     inside = [[where[t] in first for t in made.batch(step).arrays["targets"].ravel().tolist() if t in where]
               for step in range(1, rows.epoch + 1)]
-    assert all(all(x) for x in inside[:rows.windows[0].rows])
-    assert not any(any(x) for x in inside[rows.windows[0].rows:])
+    assert all(all(x) for x in inside[:size])
+    assert not any(any(x) for x in inside[size:])
     between, within = [], []  # whether source order is kept from row to row, and from piece to piece
-    for step in range(1, rows.windows[0].rows + 1):
+    for step in range(1, size + 1):
         tokens = [piece[1][0] for piece in pieces_of(made.batch(step).arrays) if piece[1][0] != Points.eos]
         between, within = between + tokens[:1], within + (np.diff(tokens) > 0).tolist()
     assert 0.3 < np.mean(np.diff(between) > 0) < 0.7 and 0.3 < np.mean(within) < 0.7
@@ -858,21 +864,21 @@ def test_loader_reads_pieces_of_words_too(corpus, data_config, pieces):
 
 def rising(progress, losses):
     """A mixture that moves from stars to moons."""
-    assert losses == {}
+    assert losses == []
     return dict(stars=1 - progress, moons=progress)
 
 
 def test_no_mixture_is_in_proportion_to_the_rows(loader):
     made = loader(phase(steps=500))
-    stars, moons = (rows.epoch for rows in made.rows[0])
-    equal(made.drawn(0, 500).sum(), 2_000)
-    assert made.drawn(0, 500)[1] == pytest.approx(2_000 * moons / (stars + moons), abs=1)
+    stars, moons = (rows.epoch for rows in made.rows[0][0])
+    equal(made.drawn(0, 500)[0].sum(), 2_000)
+    assert made.drawn(0, 500)[0][1] == pytest.approx(2_000 * moons / (stars + moons), abs=1)
 
 
 def test_a_rare_source_comes_as_often_as_it_should(loader):
     """With weight 0.001 in batches of 4: at every 250th step, give or take one, never two at once."""
     made = loader(phase(steps=10_000, mixture=dict(stars=0.999, moons=0.001)))
-    counts = np.array([made.drawn(0, step) for step in range(10_001)])
+    counts = np.array([made.drawn(0, step)[0] for step in range(10_001)])
     equal(counts.sum(1), 4 * np.arange(10_001))
     assert counts[-1, 1] == 40
     assert np.max(np.abs(counts[:, 1] - 0.004 * np.arange(10_001))) < 1
@@ -885,7 +891,7 @@ def test_a_rare_source_comes_as_often_as_it_should(loader):
 @given(st.lists(st.integers(0, 1_000), min_size=2, max_size=2).filter(any), st.integers(1, 9))
 def test_counts_keep_to_the_mixture(loader, weights, batch):
     made = loader(phase(batch=batch, mixture=dict(zip(("stars", "moons"), weights, strict=True))))
-    counts = np.array([made.drawn(0, step) for step in range(60)])
+    counts = np.array([made.drawn(0, step)[0] for step in range(60)])
     equal(counts.sum(1), batch * np.arange(60))
     assert np.all(np.diff(counts, axis=0) >= 0)
     due = np.arange(60)[:, None] * batch * np.array(weights) / sum(weights)
@@ -902,8 +908,10 @@ def test_counts_keep_to_a_mixture_that_changes(caches, weights, batch):
         return dict(zip("abcd", weights[round(progress * 20)], strict=True))
 
     phases = [phase(steps=20, batch=batch, mixture=mixture)]
-    made = data.Loader(dict.fromkeys("abcd", caches["moons"]), phases, SKY, Points(), 0)
-    counts = np.array([made.drawn(0, step) for step in range(21)])
+    sources = dict.fromkeys("abcd", Source(moons))
+    made = data.Loader(dict.fromkeys(sources, caches["moons"]), phases, replace(SKY, sources=sources),
+                       Points(), 0)
+    counts = np.array([made.drawn(0, step)[0] for step in range(21)])
     equal(counts.sum(1), batch * np.arange(21))
     assert np.all(np.diff(counts, axis=0) >= 0)
     assert np.max(np.abs(counts[1:] - batch * np.cumsum(shares, axis=0))) < 2
@@ -913,7 +921,8 @@ def test_mixture_is_a_function_of_progress(loader):
     """Progress is 0 at a phase's first step; a source without weight does not come."""
     made = loader(phase(steps=3), phase(steps=100, mixture=rising))
     assert made.weights(1, 0).tolist() == [1, 0] and made.weights(1, 25).tolist() == [0.75, 0.25]
-    assert made.drawn(1, 1).tolist() == [4, 0] and made.drawn(1, 100)[1] == pytest.approx(4 * 49.5, abs=1)
+    assert made.drawn(1, 1)[0].tolist() == [4, 0] and \
+        made.drawn(1, 100)[0][1] == pytest.approx(4 * 49.5, abs=1)
     assert not made.batch(4).arrays["source"].any() and made.batch(103).arrays["source"].all()
 
 
@@ -949,8 +958,8 @@ def test_phase_begins_where_the_last_one_ended(loader):
     made = loader(phase(steps=5, batch=3, seq=32), phase(steps=4, batch=2, seq=20),
                   phase(steps=4, batch=2, seq=96), names=("stars",))
     drawn = [0, 5 * 3 * 32, 5 * 3 * 32 + 4 * 2 * 20]  # positions
-    assert [made.begin(p).tolist() for p in range(3)] == [[0], [drawn[1] // 20], [drawn[2] // 96]]
-    rows, _, _ = made.rows[1][0].get(np.arange(24, 26))
+    assert [made.begin(p)[0].tolist() for p in range(3)] == [[0], [drawn[1] // 20], [drawn[2] // 96]]
+    rows, _, _ = made.rows[1][0][0].get(np.arange(24, 26))
     for key, value in rows.items():
         equal(made.batch(6).arrays[key], value)
     assert [made.phase_of(step) for step in (1, 5, 6, 9, 10, 13)] == [0, 0, 1, 1, 2, 2]
@@ -958,7 +967,7 @@ def test_phase_begins_where_the_last_one_ended(loader):
 
 def test_phases_of_one_length_share_an_epoch(loader):
     """Cut in two phases with other batches, an epoch still visits every position once."""
-    epoch = loader(phase(), names=("stars",)).rows[0][0].epoch
+    epoch = loader(phase(), names=("stars",)).rows[0][0][0].epoch
     half = epoch // 3
     made = loader(phase(steps=half, batch=2), phase(steps=epoch - 2 * half, batch=1), names=("stars",))
     counts = Counter()
@@ -972,10 +981,10 @@ def test_sources_are_followed_each_by_its_own_count(loader):
     """In the second phase each source goes on where it was, whatever the mixture drew."""
     made = loader(phase(steps=5, mixture=dict(stars=3, moons=1)),
                   phase(steps=2, seq=16, mixture=dict(moons=1)))
-    assert made.drawn(0, 5).tolist() == [15, 5] and made.begin(1).tolist() == [30, 10]
-    rows, _, _ = made.rows[1][1].get(np.arange(10, 14))
+    assert made.drawn(0, 5)[0].tolist() == [15, 5] and made.begin(1)[0].tolist() == [30, 10]
+    rows, _, _ = made.rows[1][0][1].get(np.arange(10, 14))
     equal(made.batch(6).arrays["tokens"], rows["tokens"])
-    assert made.epochs(7) == {"stars": 30 / made.rows[1][0].epoch, "moons": 18 / made.rows[1][1].epoch}
+    assert made.epochs(7) == {"stars": 30 / made.rows[1][0][0].epoch, "moons": 18 / made.rows[1][0][1].epoch}
 
 
 def noisy(row, rng):
@@ -1044,7 +1053,7 @@ def test_prefetch_ends_its_thread_when_closed():
 
 @pytest.mark.parametrize("split", ["dev", "test", "train"])
 def test_held_out_predicts_the_split_s_documents_once(cache, corpus, split):
-    held = data.held_out(cache, split, Bytes(), seq=64, batch=3, overlap=16)
+    held = evaluation.held_out(cache, split, Bytes(), seq=64, batch=3, overlap=16)
     sizes = {d.path: (corpus / d.path).stat().st_size for d in data.text(str(corpus))
              if data.SPLITS[data.split_of(d.path, 0.1, 0.1)] == split}
     assert set(held.paths) == set(sizes) and len(held.paths) == dict(dev=3, test=6, train=31)[split]
@@ -1064,10 +1073,10 @@ def test_held_out_predicts_the_split_s_documents_once(cache, corpus, split):
 
 
 def test_held_out_can_be_limited(cache):
-    whole = data.held_out(cache, "test", Bytes(), 64, 3, 16)
+    whole = evaluation.held_out(cache, "test", Bytes(), 64, 3, 16)
     sizes = np.cumsum(whole.bytes + 1)
     for most, kept in ((int(sizes[2]), 3), (int(sizes[2]) - 1, 2), (1, 1), (10**9, len(sizes))):
-        held = data.held_out(cache, "test", Bytes(), 64, 3, 16, most=most)
+        held = evaluation.held_out(cache, "test", Bytes(), 64, 3, 16, most=most)
         assert held.paths == whole.paths[:kept]
         assert sum(int(np.sum(whose >= 0)) for _, whose in held.batches()) == sizes[kept - 1]
 
@@ -1075,14 +1084,14 @@ def test_held_out_can_be_limited(cache):
 def test_held_out_of_nothing_is_nothing(home):
     config = DataConfig(sources={"one": Source(one_document)}, dev=0.0, test=0.0)
     for most in (None, 10):
-        held = data.held_out(data.build("one", config, Bytes(), 0), "dev", Bytes(), 64, 3, 16, most)
+        held = evaluation.held_out(data.build("one", config, Bytes(), 0), "dev", Bytes(), 64, 3, 16, most)
         assert held.paths == [] and list(held.batches()) == [] and list(held.texts()) == []
 
 
 def test_bits_per_byte_of_known_losses(cache):
     """Losses that depend on the target alone, summed here document by document."""
-    held = data.held_out(cache, "test", Bytes(), 64, 3, 16)
-    got = data.bits_per_byte(lambda arrays: arrays["targets"] / 100, held)
+    held = evaluation.held_out(cache, "test", Bytes(), 64, 3, 16)
+    got = evaluation.bits_per_byte(lambda arrays: arrays["targets"] / 100, held)
     nats = np.array([(sum(text) + Bytes.eos) / 100 for text in held.texts()])
     bpb = nats.sum() / math.log(2) / held.bytes.sum()
     assert got["loss"] == pytest.approx(nats.sum() / (held.bytes + 1).sum())
@@ -1090,6 +1099,292 @@ def test_bits_per_byte_of_known_losses(cache):
     residual = nats / math.log(2) - bpb * held.bytes  # of a ratio estimator (Cochran 1977, 6.4)
     n = len(nats)
     assert got["bpb_se"] == pytest.approx(math.sqrt(residual @ residual / (n - 1) / n) / held.bytes.mean())
-    one = data.bits_per_byte(lambda arrays: arrays["targets"] / 100,
-                             data.held_out(cache, "test", Bytes(), 64, 3, 16, most=1))
+    one = evaluation.bits_per_byte(lambda arrays: arrays["targets"] / 100,
+                             evaluation.held_out(cache, "test", Bytes(), 64, 3, 16, most=1))
     assert math.isnan(one["bpb_se"]) and one["bpb"] == pytest.approx(nats[0] / math.log(2) / held.bytes[0])
+
+
+# --------------------------------------------------------- orders, row lengths, limits, steering, streaming
+
+
+def backwards(draw, rows, progress, key):
+    """An order: the plan's rows from the last to the first, from the middle on in the phase's second half."""
+    return (rows - 1 - draw - (rows // 2 if progress >= 0.5 else 0)) % rows
+
+
+def mostly_short(progress):
+    return {16: 3.0 - 2 * progress, 64: 1.0}
+
+
+def by_log(progress, log):
+    """A mixture by the last losses; without any, the stars alone."""
+    return log[-1] if log else {"stars": 1}
+
+
+def same(one: data.Batch, other: data.Batch):
+    assert one.arrays.keys() == other.arrays.keys() and one.mask == other.mask
+    for key, value in one.arrays.items():
+        equal(value, other.arrays[key], err_msg=key)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 9])
+def test_parts_of_a_batch_are_the_batch(loader, parts):
+    made = loader(phase(batch=9, mixture=dict(stars=0.7, moons=0.3)))
+    for step in (1, 5):
+        whole, split = made.batch(step), [made.batch(step, i, parts) for i in range(parts)]
+        same(whole, whole._replace(arrays={k: np.concatenate([p.arrays[k] for p in split])
+                                           for k in whole.arrays}))
+
+
+def test_order_is_told_the_draw_and_the_progress(loader):
+    made, plain = (loader(phase(steps=steps, batch=1, order=order), names=("moons",)) for steps, order in
+                   ((40, backwards), (400, lambda draw, rows, progress, key: draw % rows)))
+    rows = made.rows[0][0][0].epoch
+    for step in (1, 2, 20, 21, 40):
+        draw = step - 1
+        place = (rows - 1 - draw - (rows // 2 if draw >= 20 else 0)) % rows
+        same(made.batch(step), loader(phase(steps=40, batch=1, order=lambda *_, at=place: at),
+                                      names=("moons",)).batch(1))
+    equal(plain.batch(rows + 1).arrays["tokens"], plain.batch(1).arrays["tokens"])
+
+
+def test_row_lengths_keep_to_their_weights_and_batches_to_their_size(loader):
+    made = loader(phase(steps=400, batch=2, seq=64, lengths=mostly_short), names=("stars",))
+    shapes = [made.batch(step).arrays["tokens"].shape for step in range(1, 401)]
+    assert {b * t for b, t in shapes} == {128} and {t for _, t in shapes} == {16, 64}
+    due = np.cumsum([(3 - 2 * i / 400) / (4 - 2 * i / 400) for i in range(400)])
+    assert np.max(np.abs(np.cumsum([t == 16 for _, t in shapes]) - due)) <= 1
+    counts = made.drawn(0, 400)
+    assert counts[:, 0].tolist() == [sum(b for b, t in shapes if t == length) for length in (16, 64)]
+    for length in (16, 64):  # each length has rows of its own, none twice within an epoch
+        first = [tuple(row) for step in range(1, 30) if shapes[step - 1][1] == length
+                 for row in made.batch(step).arrays["targets"].tolist()]
+        assert len(set(first)) == len(first) > 8
+
+
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any), st.integers(1, 12),
+       st.lists(st.integers(0, 9), min_size=3, max_size=3))
+def test_apportion(weights, rows, left):
+    owed = np.array(weights) / sum(weights) * rows
+    left = np.array(left, float) if sum(left) >= rows else np.full(3, math.inf)
+    whole = data.apportion(owed, rows, left)
+    assert whole.sum() == rows and np.all(whole >= 0) and np.all(whole <= left)
+    if np.all(left >= np.ceil(owed)):
+        assert np.all(np.abs(whole - owed) < 1)
+
+
+def test_a_source_that_ends_with_a_batch_stops_the_run_too(caches):
+    """Exactly as many rows as whole batches want: the next step has none, and nobody takes over."""
+    rows = data.Loader(caches, [phase()], SKY, Points(), 0).rows[0][0][1].epoch
+    sources = {"stars": Source(stars), "moons": Source(moons, epochs=1.0)}
+    made = data.Loader(caches, [phase(batch=10, mixture=dict(stars=0.9, moons=0.1))],
+                       replace(SKY, sources=sources), Points(), 0)
+    assert made.drawn(0, rows)[0, 1] == rows
+    with pytest.raises(InputError, match=f"moons: no rows left at step {rows} "):
+        made.drawn(0, rows + 1)
+
+
+def test_two_threads_plan_and_draw_as_one(home):
+    """Batches are made in one thread while another counts epochs: no window twice, no row lost."""
+    config = with_many()
+    cache = data.build("many", config, Bytes(), 0)
+
+    def slow(lengths, seq):
+        time.sleep(0.01)
+        return data.concat_and_split(lengths, seq)
+
+    config = replace(config, window=1)
+    loaders = [data.Loader({"many": cache}, [phase(steps=400, seq=8)], config, Bytes(), 0) for _ in range(2)]
+    loaders[1].rows[0][0][0].packing = slow
+    threads = [threading.Thread(target=loaders[1].epochs, args=(400,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loaders[1].epochs(400) == loaders[0].epochs(400)
+    assert loaders[1].rows[0][0][0].ends == loaders[0].rows[0][0][0].ends
+
+
+@pytest.mark.parametrize("after", ["stop", "renormalise"])
+def test_a_source_comes_no_more_often_than_its_epochs_allow(caches, after):
+    sources = {"stars": Source(stars), "moons": Source(moons, epochs=1.5, after=after)}
+    made = data.Loader(caches, [phase(steps=20, batch=9, mixture=dict(stars=0.5, moons=0.5)),
+                                phase(steps=80, batch=9, mixture=dict(stars=0.1, moons=0.9))],
+                       replace(SKY, sources=sources), Points(), 0)
+    most = int(made.rows[0][0][1].epoch * 1.5)
+    if after == "stop":
+        with pytest.raises(InputError, match="moons: no rows left at step"):
+            made.batch(100)
+        return
+    counts = np.array([made.drawn(1, step)[0] for step in range(81)]) + made.begin(1)[0]
+    assert np.max(counts[:, 1]) == most and counts[-1].sum() == 9 * 100
+    assert np.all(np.diff(counts, axis=0).sum(1) == 9)
+
+
+def test_a_source_without_weight_does_not_stand_in(caches):
+    sources = {"stars": Source(stars), "moons": Source(moons, epochs=0.5, after="renormalise")}
+    made = data.Loader(caches, [phase(mixture=dict(moons=1))], replace(SKY, sources=sources), Points(), 0)
+    with pytest.raises(InputError, match="no rows left"):
+        made.batch(5_000)
+
+
+def test_running_out_of_every_source_is_an_input_error(caches):
+    sources = {"moons": Source(moons, epochs=0.5, after="renormalise")}
+    made = data.Loader({"moons": caches["moons"]}, [phase()], replace(SKY, sources=sources), Points(), 0)
+    with pytest.raises(InputError, match="moons: no rows left"):
+        made.batch(5_000)
+
+
+def test_a_steered_mixture_follows_its_log_and_nothing_else(caches):
+    """Decisions come in turn; a loader that is given the log draws the same; beyond it there is an error."""
+    phases = [phase(steps=4), phase(steps=12, mixture=by_log, steer=4)]
+    first = data.Loader(caches, phases, SKY, Points(), 0)
+    batches = [first.batch(step) for step in range(1, 9)]
+    with pytest.raises(InputError, match="beyond the decisions"):
+        first.batch(9)
+    first.log[1].append(dict(stars=1.0, moons=3.0))
+    batches += [first.batch(step) for step in range(9, 13)]
+    first.log[1].append(dict(moons=1.0))
+    batches += [first.batch(step) for step in range(13, 17)]
+    shares = [np.mean(b.arrays["source"]) for b in batches]
+    assert shares[4:8] == [0] * 4 and np.mean(shares[8:12]) == 0.75 and shares[12:] == [1] * 4
+    again = data.Loader(caches, phases, SKY, Points(), 0)
+    again.log = first.log
+    for step in (16, 9, 3):
+        same(again.batch(step), batches[step - 1])
+
+
+ASKED = []
+
+
+def reversed_plan(lengths, seq, documents):
+    """A packing that asks for the documents: the plain plan of the later half, by score."""
+    score = documents.of(lambda shard: shard.score)
+    ASKED.append((lengths.tolist(), score.tolist(), [documents.ids(i).tolist() for i in range(len(lengths))],
+                  [d["path"] for d in documents.of(data.Shard.documents)]))
+    return data.concat_and_split(np.where(score > np.median(score), lengths, 0), seq)
+
+
+def test_a_packing_may_ask_about_its_documents_and_its_plan_is_kept(home):
+    config = with_many(score=length)
+    cache = data.build("many", config, Bytes(), 0)
+    ASKED.clear()
+    phases = [phase(steps=5, packing=reversed_plan)]
+    batches = [data.Loader({"many": cache}, phases, config, Bytes(), 0).batch(3) for _ in range(2)]
+    same(*batches)
+    (lengths_, scores, ids, paths), = ASKED  # planned once: the second loader found the plan
+    texts = {d.path: d.text for d in many() if isinstance(d, Document)}
+    assert [bytes(i).decode() for i in ids] == [texts[p] for p in paths] and len(set(paths)) == len(paths)
+    assert lengths_ == [len(i) + 1 for i in ids] and scores == [float(len(texts[p])) for p in paths]
+
+
+def with_header(document, rng):
+    return replace(document, prefix=f"<{document.path}>")
+
+
+def test_a_prefix_is_read_but_not_predicted(home):
+    """From the loader's own batches: the header's bytes are inputs without loss, the text has it all."""
+    config = replace(with_many(prepare=with_header), dev=0.0, test=0.0)
+    made = data.Loader({"many": data.build("many", config, Bytes(), 0)}, [phase(seq=48)], config, Bytes(), 0)
+    texts, heads, seen = {d.path: d.text for d in many() if isinstance(d, Document)}, {}, Counter()
+    assert made.rows[0][0][0].epoch >= 16
+    for step in range(1, made.rows[0][0][0].epoch // 4 + 1):
+        arrays = made.batch(step).arrays
+        for r, row in enumerate(arrays["segments"]):
+            for segment in range(1, row.max() + 1):
+                where = row == segment
+                tokens, weights = arrays["tokens"][r, where].tolist(), arrays["weights"][r, where].tolist()
+                whole = bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+                if tokens[0] == Bytes.bos and (head := whole.split(">")[0] + ">") in heads | {
+                        f"<{p}>": 0 for p in texts}:
+                    loud = len(tokens) - len(head.encode())
+                    assert weights == ([0.0] * len(head.encode()) + [1.0] * len(tokens))[:len(tokens)]
+                    seen[head] += loud > 0
+    assert len(seen) > 20
+
+
+STREAM = '''
+import hashlib, os, sys, time
+sys.path[:0] = [os.environ["COPPICE"]]
+from types import SimpleNamespace
+import numpy as np
+import data
+
+def letters():
+    for i in range(9_000):
+        if i % 256 == 0:
+            time.sleep(float(os.environ["PAUSE"]))
+        rng = np.random.default_rng(i)
+        yield data.Document(f"{i:05d}", bytes(rng.integers(97, 123, rng.integers(1, 60)).tolist()).decode())
+
+def rising(progress, log):
+    return {"a": 1 - progress, "b": 1 + progress}
+
+def pacing(draw, rows, progress, key):
+    share = max(1, int(rows * min(1, 0.2 + progress)))
+    return int(np.random.default_rng([*key, draw]).integers(share))
+
+source = data.Source(letters, score=lambda document, ids: float(len(ids)))
+config = data.DataConfig(sources=dict(a=source, b=source), tokenizer="bytes", shard_tokens=1, window=3)
+plain = dict(lengths=None, steer=0, objective=data.causal, packing=data.concat_and_split, mixture=rising)
+phases = [SimpleNamespace(steps=40, batch=12, seq=64, order=pacing, **plain),
+          SimpleNamespace(steps=40, batch=12, seq=16, order=data.shuffled, **plain)]
+what, *rest = sys.argv[1:]
+if what == "build":
+    data.build(rest[0], config, data.Bytes(), 0)
+else:
+    builder = SimpleNamespace(poll=lambda: None), None
+    caches = {n: data.Cache(data.place(n, config, data.Bytes(), 0), n, builder) for n in config.sources}
+    made = data.Loader(caches, phases, config, data.Bytes(), 0)
+    begin, end, part, parts = map(int, rest)
+    for step in range(begin, end + 1):
+        arrays = made.batch(step, part, parts).arrays
+        rows = [hashlib.sha256(b"".join(v[r].tobytes() for _, v in sorted(arrays.items()))).hexdigest()
+                for r in range(len(arrays["tokens"]))]
+        print(step, *rows, flush=True)
+'''
+
+
+def test_streamed_batches_are_those_of_a_finished_cache(home, tmp_path, kills=20):
+    """Readers and builders are killed twenty times while shards are being built, and resumed with another
+    number of processes, each of which reads its rows alone: a curriculum by score, a change of length, and a
+    mixture that moves. Every row is as one process reads it from the finished cache."""
+    (tmp_path / "stream.py").write_text(STREAM)
+    environment = os.environ | dict(COPPICE=str(Path(data.__file__).parent), PAUSE="0.05")
+
+    def start(*arguments, **more):
+        command = [sys.executable, str(tmp_path / "stream.py"), *map(str, arguments)]
+        return subprocess.Popen(command, text=True, env=environment | more, stdout=subprocess.PIPE)
+
+    rng, rows, chunk = random.Random(0), {}, 80 // (kills + 1)
+    for attempt in range(kills + 1):
+        parts, step, last = rng.choice([1, 2, 3, 4]), len(rows) + 1, attempt == kills
+        builders = [start("build", name) for name in "ab"]
+        end = 80 if last else step + chunk - 1
+        readers = [start("read", step, end, part, parts) for part in range(parts)]
+        said = "" if last else "".join(readers[0].stdout.readline() for _ in range(rng.randint(1, chunk)))
+        for process in () if last else (*builders, *readers):
+            process.kill()
+        texts = [reader.communicate(timeout=120)[0] for reader in readers]
+        for lines in zip(*(x.splitlines() for x in [said + texts[0], *texts[1:]]), strict=last):
+            fields = [line.split() for line in lines]
+            if all(len(f) > 12 // parts for f in fields):  # a kill may cut a line
+                assert {int(f[0]) for f in fields} == {len(rows) + 1}
+                rows[len(rows) + 1] = sum((f[1:] for f in fields), [])
+    assert [p.wait(120) for p in (*builders, *readers)] == [0] * (2 + parts)
+    whole = [line.split() for line in start("read", 1, 80, 0, 1).communicate(timeout=120)[0].splitlines()]
+    assert [[str(step), *row] for step, row in rows.items()] == whole and len(whole) == 80
+    sealed = files(next((home / "tokens").glob("a-*/complete")).parent)
+    (tmp_path / "again").mkdir()
+    assert start("build", "a", XDG_CACHE_HOME=str(tmp_path / "again"), PAUSE="0").wait(120) == 0
+    other = files(next((tmp_path / "again/coppice/tokens").glob("a-*/complete")).parent)
+    assert {k: v for k, v in sealed.items() if "plans" not in str(k)} == other
+
+
+def test_a_builder_that_fails_is_reported_by_its_last_words(tmp_path):
+    (tmp_path / "log").write_text("waiting\nerror: source 'a' gives no document with text in it\n")
+    cache = data.Cache(tmp_path / "a", "a", (SimpleNamespace(poll=lambda: 2), tmp_path / "log"))
+    with pytest.raises(InputError, match="^source 'a' gives no document"):
+        cache.wait(1)
+    with pytest.raises(InputError, match="nobody builds it"):
+        data.Cache(tmp_path / "a", "a").wait()

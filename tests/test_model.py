@@ -1,4 +1,5 @@
 """model.py: the table, layers against closed forms, packed rows against documents run apart, and edits."""
+import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -508,7 +509,8 @@ def verses():
 def packed():
     """Arrays [4, 128] of the first two batches of a Loader."""
     config = data.DataConfig(sources={"verses": data.Source(verses)}, tokenizer="bytes")
-    phase = SimpleNamespace(steps=4, batch=4, seq=128, mixture=None, packing=data.concat_and_split,
+    phase = SimpleNamespace(steps=4, batch=4, seq=128, mixture=None, lengths=None, steer=0,
+                            order=data.shuffled, packing=data.concat_and_split,
                             objective=data.causal)
     caches = {"verses": data.build("verses", config, data.Bytes(), 0)}
     loader = data.Loader(caches, [phase], config, data.Bytes(), 0)
@@ -694,7 +696,7 @@ def test_stack_resets_moments_and_counts(tiny, params):
 
 
 @pytest.mark.parametrize("arguments", [
-    dict(layers=()), dict(layers=(0, 2)), dict(layers=(-1,)), dict(times=0), dict(times=-1)], ids=str)
+    dict(layers=()), dict(layers=(0, 2)), dict(layers=(-2,)), dict(times=0), dict(times=-1)], ids=str)
 def test_stack_refuses_layers_that_are_not(tiny, params, arguments):
     with pytest.raises(ValueError, match="stack: layers is .* layers 0 to 1"):
         stack(Model(tiny, params), context(), **arguments)
@@ -776,3 +778,81 @@ def test_edits_say_truly_whether_they_preserve_the_function(tiny, params, edit, 
     after = model.apply(edited.model.params, ids, edited.model.config)
     worst = float(jnp.max(jnp.abs(after - before)))
     assert worst <= 1e-5 if edited.preserves else worst > 1e-2
+
+
+@pytest.mark.parametrize("layers,preserves", [
+    ((0, 1, -1, -1), True), ((-1, 0, 1), True), ((0, -1, 1), True), ((1, 0, -1), False), ((0, -1), False)])
+def test_identity_layers_change_nothing(tiny, params, layers, preserves):
+    """New blocks with zero output projections; what an edit says of itself is true."""
+    old = used(tiny, params)
+    (config, new), _, says = stack(Model(tiny, old), context(), layers=layers, new="identity")
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 258, (2, 12)))
+    gap = float(jnp.abs(model.apply(new, ids, config) - model.apply(old, ids, tiny)).max())
+    assert says == preserves and (gap < 1e-5) == preserves
+    at = layers.index(-1)
+    assert not np.any(new["o"][at]) and not np.any(new["down"][at])
+    assert np.all(np.asarray(new["attn_norm"][at]) == 1)
+    equal(new["q"][at], model.init(config, context().key)["q"][at])
+
+
+def test_random_layers_are_drawn_as_at_initialisation(tiny, params):
+    old = used(tiny, params)
+    edited = stack(Model(tiny, old), context(), layers=(0, 1, -1), moments="map")
+    fresh = model.init(edited.model.config, context().key)
+    for name, row in model.table(tiny).items():
+        if row.axes[0] == "layers":
+            equal(edited.model.params[name][2], fresh[name][2])
+            equal(edited.model.params[name][:2], old[name])
+    first = model.first_opt(edited.model.params, edited.model.config, model.adamw)
+    moments, counts = adam_moments(model.carry(optimizer_state(tiny, params), first, edited, tiny))
+    assert not edited.preserves and set(counts.values()) == {7}
+    assert all(not np.any(tree["q"][2]) and np.any(tree["q"][1]) for tree in moments.values())
+    with pytest.raises(ValueError, match="new is 'zero'"):
+        stack(Model(tiny, old), context(), layers=(0, -1), new="zero")
+
+
+def a_run(optimizer=model.adamw, clip=0.0):
+    """What `make_step` needs of a config."""
+    return SimpleNamespace(optimizer=optimizer, weights=None, token_loss=model.cross_entropy,
+                           reduce=model.weighted_mean, clip=clip)
+
+
+def test_muon_orthogonalises_each_layer_with_the_table_s_axes(tiny, params):
+    """Each layer's update of a matrix, inputs against outputs, has singular values near one another, and the
+    root mean square that was asked for; other groups are AdamW's."""
+    old, rows_ = used(tiny, params), model.table(tiny)
+    grads = {n: jnp.asarray(np.random.default_rng(i).normal(size=x.shape), x.dtype)
+             for i, (n, x) in enumerate(old.items())}
+    got = {}
+    for make in (partial(model.muon, weight_decay=0.0), partial(model.adamw, weight_decay=0.0)):
+        transforms = make(rows_)
+        for group, names in model.groups(tiny).items():
+            g, p = ({n: tree[n] for n in names} for tree in (grads, old))
+            got[make.func, group], _ = transforms[group].update(g, transforms[group].init(p), p)
+    for name, row in rows_.items():
+        for layer in range(2) if row.group == "matrix" else ():
+            x = np.asarray(got[model.muon, "matrix"][name][layer])
+            inputs = 32 if row.axes[1] == "embed" else math.prod(row.shape[1:-1])
+            values = np.linalg.svd(x.reshape(inputs, -1), compute_uv=False)
+            values /= 0.2 * math.sqrt(max(inputs, x.size // inputs))
+            assert np.mean((values > 0.6) & (values < 1.3)) > 0.9, name  # but for those near 0 before
+            assert np.sqrt(np.mean(x**2)) == pytest.approx(0.2, rel=0.25)
+    for group in ("embed", "vector"):
+        jax.tree.map(equal, got[model.muon, group], got[model.adamw, group])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_the_whole_batch(tiny, params, parts):
+    """With loss weights that differ from part to part: sums over all, not means of means."""
+    weights = np.random.default_rng(0).random((4, 24)) * [[0.1], [3], [1], [0]]
+    batch = rows(batch=4) | dict(weights=jnp.asarray(weights, jnp.float32))
+    state = model.State(used(tiny, params), model.first_opt(used(tiny, params), tiny, model.adamw),
+                        jnp.int32(0), jnp.int32(0))
+    rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-3))
+    out = [jax.jit(model.make_step(a_run(clip=0.5), tiny, n), static_argnames="mask")(
+        state, batch, rates, mask=Mask("causal", 0)) for n in (1, parts)]
+    for name in ("train/loss", "train/grad_norm"):
+        assert float(out[0][1][name]) == pytest.approx(float(out[1][1][name]), rel=1e-5)
+    for group in out[0][0].opt:  # moments, since Adam's first step is the gradient's sign
+        for one, other in zip(*(jax.tree.leaves(o[0].opt[group]) for o in out), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)

@@ -308,10 +308,8 @@ def test_rows_are_one_a_step_and_evaluations_apart(complete):
 
 def test_several_shards_were_read(place, complete):
     """The cache of the lines has more than one, so that what is killed below is really cut in the middle."""
-    found = [
-        json.loads(p.read_text()) for p in (place.root / "cache/coppice/tokens").glob("lines-*/complete.json")
-    ]
-    assert [f["shards"] > 2 for f in found] == [True]
+    (cache,) = (place.root / "cache/coppice/tokens").glob("lines-*/complete")
+    assert len(list(cache.parent.glob("0*/seal.json"))) > 2
 
 
 def test_running_again_changes_nothing(place, complete):
@@ -333,7 +331,7 @@ def test_killed_while_the_cache_is_built(place, complete):
     killed = place.train("cache", HURT="document 900")
     assert killed.returncode == -signal.SIGKILL
     sealed = {p: p.read_bytes() for p in tokens.glob("lines-*/0*/*")}
-    assert len({p.parent for p in sealed}) >= 2 and not list(tokens.glob("lines-*/complete.json"))
+    assert len({p.parent for p in sealed}) >= 2 and not list(tokens.glob("lines-*/complete"))
     done = place.train("cache")
     assert done.returncode == 0 and resumed_from(done.stdout) == 0
     assert all(p.read_bytes() == content for p, content in sealed.items())
@@ -413,10 +411,8 @@ def test_killed_during_a_save_and_at_random(place, complete):
 
 
 @pytest.mark.soak
-def test_killed_fifty_times(place, complete, request):
+def test_killed_fifty_times(place, complete):
     """At random moments after the start, through a whole run and, when that is done, another."""
-    if "soak" not in (request.config.getoption("-m") or ""):
-        pytest.skip("run by hand: pytest -m soak")
     rng, number = random.Random(2), 0
     for _ in range(50):
         run = place.run(f"soak{number}")
@@ -429,6 +425,120 @@ def test_killed_fifty_times(place, complete, request):
     done = place.train(f"soak{number}")
     assert done.returncode == 0
     assert_same(place.run(f"soak{number}"), complete.directory)
+
+
+STEERED = '''"""Streamed, ordered, of several row lengths, then steered; HURT names a moment to die."""
+import os, signal, time
+from functools import partial
+
+import numpy as np
+
+from data import DataConfig, Document, Source
+from model import ModelConfig, stack
+from train import Config, Phase
+
+seen = []
+
+
+def letters(first, documents):
+    """Short documents of twelve letters, with a pause after each shard."""
+    for i in range(documents):
+        time.sleep(0.1 if i % 256 == 0 else 0)
+        rng = np.random.default_rng([first, i])
+        drawn = 97 + (first + rng.integers(12, size=40)) % 26
+        yield Document(f"{first}/{i}", bytes(drawn.tolist()).decode())
+
+
+def moving(progress, log):
+    """From the first source to the second."""
+    return {"a": 1 - progress, "b": progress}
+
+
+def steered(progress, log):
+    """By the square of the last losses."""
+    return {name: loss**2 for name, loss in log[-1].items()} if log else {"a": 1, "b": 1}
+
+
+def growing(progress):
+    """Rows of 16 at first, of 64 in the end."""
+    return {16: 1.2 - progress, 64: 0.2 + progress}
+
+
+def easy(draw, rows, progress, key):
+    """Rows of the easiest share alone."""
+    return int(np.random.default_rng([*key, draw]).integers(max(1, int(rows * min(1, 0.3 + progress)))))
+
+
+def noticed(params, apply):
+    """Counts evaluations, and kills the process at the one that is named."""
+    seen.append(1)
+    if os.environ.get("HURT") == str(len(seen)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+config = Config(
+    model=ModelConfig(layers=1, embed=32, heads=2, kv_heads=1, head_dim=16, mlp=48),
+    data=DataConfig(sources={"a": Source(partial(letters, first=0, documents=4_000)),
+                             "b": Source(partial(letters, first=13, documents=2_000))},
+                    tokenizer="bytes", dev=0.1, test=0.1, shard_tokens=1, window=2, stream=True),
+    phases=(Phase(steps=20, batch=4, seq=64, mixture=moving, lengths=growing, order=easy),
+            Phase(steps=40, batch=4, seq=32, mixture=steered, steer=10, edits=(partial(stack, times=2),))),
+    overlap=8, eval_every=100, eval_tokens=500, save_every=7, sample_tokens=10, evals=(noticed,),
+)
+'''
+
+
+def test_a_streamed_and_steered_run_is_the_same_under_kills(place):
+    """Killed at decisions, and while shards are built; from the finished cache the rows are the same.
+
+    The log in the checkpoint holds the dev losses of each decision, and the rows drawn follow it.
+    """
+    (place.root / "steered.py").write_text(STEERED)
+    train_it = ["steered.py", "--runs", "runs"]
+    kills = [place.go(*place.command(*train_it, "--name", "hurt"), HURT=str(n)) for n in (1, 2, 3)]
+    assert [k.returncode for k in kills] == [-signal.SIGKILL] * 3
+    assert [resumed_from(k.stdout) for k in kills] in ([0, 14, 28], [0, 7, 28], [0, 14, 20], [0, 7, 20])
+    done = [place.go(*place.command(*train_it, "--name", name)) for name in ("hurt", "unhurt")]
+    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
+    assert resumed_from(done[0].stdout) in (42, 49)  # the save in flight may be lost
+    rows, other = (timeless(rows_of(place.run(name))) for name in ("hurt", "unhurt"))
+    assert rows == other
+    evaluated = {r["step"]: [r[f"eval/{s}/loss"] for s in "ab"] for r in rows if "eval/a/loss" in r}
+    assert list(evaluated) == [20, 30, 40, 50, 60]
+    steps = [r for r in rows if "train/loss" in r]
+    assert {r["train/tokens"] for r in steps[:20]} == {256 * i for i in range(1, 21)}
+    for first, losses in ((20, [1, 1]), *((s, evaluated[s]) for s in (30, 40, 50))):
+        share = np.mean([r["data/a/rows"] for r in steps[first:first + 10]]) / 4
+        assert share == pytest.approx(losses[0]**2 / (losses[0]**2 + losses[1]**2), abs=0.05)
+    meta = train.Checkpoints(place.run("hurt") / "checkpoints").meta(60)
+    assert meta["log"] == [[], [dict(zip("ab", evaluated[s], strict=True)) for s in (30, 40, 50)]]
+
+
+def test_a_branch_starts_from_another_run_s_checkpoint(place, complete, here, capsys):
+    """With the optimiser and the place in the data, at the same rates, it is that run going on; with the
+    parameters alone it begins at its data's start; its own checkpoint comes before the other's."""
+    phase = ["--phases.0.steps", "10", "--phases.1.steps", "4", "--phases.1.edits", "()"]
+    flat = ["--schedule.shape", "constant", "--schedule.warmup", "0", "--save_every", "10",
+            "--phases.0.mixture", "{'lines': 1.0}", "--phases.1.mixture", "{'lines': 1.0}"]
+    longer = ["--phases.0.steps", "20", "--phases.1.steps", "1", "--phases.1.edits", "()"]
+    trunk = place.train("trunk", *longer, *flat)
+    assert trunk.returncode == 0, trunk.stderr
+    origin = ["--init_from", "runs/trunk@10", *phase, *flat]
+    assert place.train("on", *origin, "--init_with", "all").returncode == 0
+    assert place.train("anew", *origin).returncode == 0
+    old, on, anew = ([r["train/loss"] for r in rows_of(place.run(n)) if "train/loss" in r]
+                     for n in ("trunk", "on", "anew"))
+    assert on[:10] == old[10:20] and len(on) == 14
+    assert anew[0] != on[0] and anew[0] < old[0] - 0.2
+    meta = [train.Checkpoints(place.run(n) / "checkpoints").meta(10) for n in ("trunk", "on")]
+    for source, drawn in meta[0]["positions"].items():
+        assert meta[1]["positions"][source] == pytest.approx(2 * drawn, abs=64)
+    again = place.train("on", *origin, "--init_with", "all")
+    assert again.returncode == 0 and resumed_from(again.stdout) == 14
+    base = [here.config, "--runs", here.root / "runs", "--name", "none"]
+    refused(capsys, [*base, "--init_from", "runs/trunk@7"], "trunk", "step 7", "10, 20, 21")
+    refused(capsys, [*base, "--init_from", "runs/nowhere"], "nowhere", "config.json")
 
 
 def test_sigterm_saves_and_exits_well_and_a_second_process_is_refused(place, complete, capsys):
@@ -606,13 +716,13 @@ def test_horizon_of_a_constant_schedule_may_be_extended(place, complete):
     assert done.returncode == 2 and one_sentence(done.stderr, "14 steps", "12")
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "index.npz", "seal.json", "documents.jsonl", "complete.json"])
+@pytest.mark.parametrize("file", ["tokens.bin", "index.npz", "seal.json", "documents.jsonl"])
 def test_half_written_cache_is_refused(file, here, victim, capsys, monkeypatch, tmp_path):
     """The sentence says which directory to delete; without it the cache is built again, and is the same."""
     shutil.copytree(here.root / "cache/coppice/tokens", tmp_path / "coppice/tokens")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (cache,) = (tmp_path / "coppice/tokens").glob("lines-*/")
-    hurt = cache / file if file == "complete.json" else cache / "000001" / file
+    hurt = cache / "000001" / file
     os.truncate(hurt, hurt.stat().st_size // 2)
     fingerprint = json.loads((victim / "checkpoints/60/meta/metadata").read_text())["fingerprints"]["lines"]
     refused(
@@ -805,6 +915,31 @@ def test_corpus_and_curves_work_alone(here, victim, capsys):
     assert (victim / "curves.png").read_bytes()[:4] == b"\x89PNG"
     refused(capsys, ["curves", here.root], "metrics.jsonl")
     refused(capsys, ["corpus", "biuld", here.config], "biuld", "build")
+
+
+def test_debug_learns_one_batch_or_says_why_not(here, capsys, tmp_path):
+    """Without a run left behind; a rate too small is one sentence; a NaN names the operation."""
+    small = ["--phases.0.batch", "1", "--phases.0.seq", "16", "--model.layers", "1"]
+    base = [str(here.config), "--runs", str(tmp_path / "runs"), *small, "--debug"]
+    assert train.main([*base, "--steps", "40"]) == 0
+    out = capsys.readouterr().out
+    said = [float(x) for x in re.findall(r"loss ([\d.]+), grad", out)]
+    assert said[-1] < said[0] / 2 and len(said) > 1 and "one batch is learnt" in out
+    assert not (tmp_path / "runs").exists()
+    refused(capsys, [*base, "--steps", "2", "--schedule.peak", "1e-9"], "debug", "one batch", "schedule.peak")
+    refused(capsys, [*base, "--schedule.peak", "1e38"], "debug", "NaN")
+
+
+def test_corpus_inspect_shows_the_rows_of_a_batch(here, victim, corpus, capsys):
+    """The text of each row, and how much of it counts."""
+    assert train.main(["corpus", "inspect", str(here.config), "--step", "31", "--rows", "2"]) == 0
+    out = capsys.readouterr().out
+    heads = re.findall(r"row (\d) of step 31, source (files|lines): (\d+) segments, \d+ of 32 posi", out)
+    assert [h[0] for h in heads] == ["0", "1"] and out.count("|") >= sum(int(h[2]) for h in heads) > 0
+    texts = "".join(p.read_text("utf-8") for p in corpus.rglob("*.txt"))
+    shown = out.split("with loss\n")[1].split("|")[0]
+    assert shown and shown in texts and "data/waste" in out
+    refused(capsys, ["corpus", "inspect", here.config, "--step", "61"], "--step", "61", "1 to 60")
 
 
 def test_help_lists_the_fields_with_their_comments(here, capsys, monkeypatch):

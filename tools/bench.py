@@ -32,7 +32,7 @@ def measure(config: train.Config, seconds: float) -> dict:
     ones = np.ones((phase.batch, phase.seq), np.int32)
     same = dict(segments=ones, positions=np.cumsum(ones, 1) - 1, weights=ones.astype(np.float32),
                 source=ones * 0)
-    batches = [train.put(dict(tokens=t[:, :-1], targets=t[:, 1:]) | same, mesh) for t in tokens]
+    batches = [model.put(dict(tokens=t[:, :-1], targets=t[:, 1:]) | same, mesh) for t in tokens]
     state = model.first_state(shape, config.optimizer, mesh, jax.random.key(config.seed))
     rates = dict.fromkeys(model.groups(shape), np.float32(config.schedule.peak))
     begun = time.perf_counter()
@@ -52,7 +52,7 @@ def measure(config: train.Config, seconds: float) -> dict:
         last, count = metrics, count + 1
     ms, size = 1e3 * statistics.median(times), phase.batch * phase.seq
     memory = step.memory_analysis()
-    rate, peak = size / ms * 1e3, train.peak()
+    rate, peak = size / ms * 1e3, model.peak()
     flops = rate * model.flops_per_token(shape, phase.seq)
     return dict(tokens_per_s=round(rate), step_ms=round(ms, 2), compile_s=round(compile_s, 2),
                 mfu=round(flops / peak, 4) if peak else None,

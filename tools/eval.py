@@ -1,14 +1,108 @@
-"""Held-out bits per byte of a checkpoint, beside gzip and xz, and minimal pairs; writes RUN/eval.json."""
+"""Held-out bits per byte of a checkpoint, beside gzip and xz, and minimal pairs; writes RUN/eval.json.
+
+The evaluations during a run use `measure` from here as well.
+"""
 import gzip
 import json
 import lzma
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import data
+import model
 import train
+
+
+def windows(lengths: np.ndarray, seq: int, overlap: int) -> np.ndarray:
+    """The plan of evaluation: each position is predicted once, in a document too long for a row with at least
+    `overlap` positions before it (the first row aside). Pieces fill rows in order, one segment each.
+    """
+    plan, row, used, segment = [], 0, 0, 0
+    for document, n in enumerate(lengths):
+        for start in [0, *range(seq - overlap, n - overlap, seq - overlap)]:
+            length = min(seq, n - start)
+            if used + length > seq:
+                row, used, segment = row + 1, 0, 0
+            segment, used = segment + 1, used + length
+            plan.append((row, segment, document, start, length, overlap if start else 0))
+    return np.array(plan, np.int64).reshape(-1, 6)
+
+
+class HeldOut(NamedTuple):
+    """Documents of a split as batches: (arrays, document of each position, -1 where none counts)."""
+
+    paths: list[str]
+    bytes: np.ndarray  # int64 [documents]
+    texts: Callable[[], Iterator[bytes]]  # UTF-8 of each document
+    batches: Callable[[], Iterator[tuple[dict, np.ndarray]]]
+
+
+def held_out(cache: data.Cache, split: str, tokenizer: data.Tokenizer, seq: int, batch: int, overlap: int,
+             most: int | None = None, shards: int | None = None) -> HeldOut:
+    """The documents of a split, all or the first (by path hash) that have at most `most` tokens together.
+
+    shards: of the first so many alone, where the cache may still be growing.
+    """
+    found = []  # (hash, shard, number, positions, bytes)
+    for i in range(cache.wait() if shards is None else min(shards, cache.wait(shards))):
+        shard = cache.shard(i)
+        which = np.flatnonzero(shard.split == data.SPLITS.index(split))
+        paths = [d["path"] for d in shard.documents()] if len(which) else []
+        found += [(data.digest(paths[n]), paths[n], i, n, shard.offsets[n + 1] - shard.offsets[n] + 1,
+                   shard.bytes[n]) for n in which.tolist()]
+    found.sort()
+    if most is not None:
+        found = found[:max(1, int(np.searchsorted(np.cumsum([f[4] for f in found]), most, side="right")))]
+
+    def ids(document: int) -> np.ndarray:
+        shard, n = cache.shard(found[document][2]), found[document][3]
+        return shard.tokens[shard.offsets[n]:shard.offsets[n + 1]]
+
+    def batches():
+        plan = windows(np.array([f[4] for f in found], np.int64), seq, overlap)
+        quiet = np.array([cache.shard(f[2]).quiet[f[3]] for f in found], np.int64)[plan[:, data.DOCUMENT]]
+        plan[:, data.QUIET] = np.clip(quiet - plan[:, data.START], plan[:, data.QUIET], plan[:, data.LENGTH])
+        for start in range(0, int(plan[-1, data.ROW]) + 1 if len(plan) else 0, batch):
+            arrays = data.fill(plan, np.arange(start, start + batch), seq, ids, tokenizer)
+            whose = np.where(arrays["weights"] > 0, arrays.pop("document"), -1)
+            yield arrays | dict(source=np.zeros((batch, seq), np.int32)), whose
+
+    return HeldOut([f[1] for f in found], np.array([f[5] for f in found], np.int64),
+                   lambda: (tokenizer.decode(ids(d)).encode("utf-8") for d in range(len(found))), batches)
+
+
+def bits_per_byte(losses: Callable, held: HeldOut) -> dict[str, float]:
+    """`loss` (nats per token) and `bpb` of held-out documents with the latter's standard error `bpb_se`.
+
+    losses: arrays -> [b, t]. The standard error is that of a ratio of sums over documents.
+    """
+    nats, tokens = np.zeros(len(held.paths)), 0
+    for arrays, document in held.batches():
+        counted = document >= 0
+        np.add.at(nats, document[counted], np.asarray(losses(arrays), np.float64)[counted])
+        tokens += int(counted.sum())
+    n, size, bits = len(nats), float(held.bytes.sum()), nats / math.log(2)
+    bpb = float(bits.sum()) / size
+    spread = float(np.sum((bits - bpb * held.bytes) ** 2))
+    return dict(loss=float(nats.sum()) / tokens, bpb=bpb,
+                bpb_se=math.sqrt(spread * n / (n - 1)) / size if n > 1 else math.nan)
+
+
+def measure(losses: Callable, caches: dict, split: str, config: train.Config, phase: train.Phase,
+            tokenizer: data.Tokenizer, most: int | None = None) -> tuple[dict, dict[str, HeldOut]]:
+    """({source: figures of `bits_per_byte`}, {source: documents}) on a split, by rows like a phase's.
+
+    losses: arrays -> nats [b, t]. A streamed source is measured on the first window's documents.
+    """
+    shards = config.data.window if config.data.stream else None
+    held = {name: held_out(cache, split, tokenizer, phase.seq, phase.batch, config.overlap, most, shards)
+            for name, cache in caches.items()}
+    return {name: bits_per_byte(losses, h) for name, h in held.items() if h.paths}, held
 
 
 def compressed(texts: list[bytes]) -> dict[str, float]:
@@ -51,15 +145,12 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
     a = parser.parse_args(arguments)
     params, config, tokenizer, _ = train.load(a.run, a.step)
-    phase, (losses, _) = config.phases[-1], train.evaluators(config, config.model)
-    result, held = {}, {}
+    phase, (losses, _) = config.phases[-1], model.evaluators(config, config.model)
+    result = {}
     if config.data.test:
-        caches = {name: data.build(name, config.data, tokenizer, config.seed) for name in config.data.sources}
-        held = {name: data.held_out(cache, "test", tokenizer, phase.seq, phase.batch, config.overlap)
-                for name, cache in caches.items()}
-        for name, h in held.items():
-            found = data.bits_per_byte(lambda arrays: losses(params, 0, arrays), h)
-            result |= {f"eval/{name}.test/{k}": v for k, v in found.items()}
+        caches = train.open_caches(config, tokenizer)
+        found, held = measure(partial(losses, params, 0), caches, "test", config, phase, tokenizer)
+        result = {f"eval/{name}.test/{k}": v for name, own in found.items() for k, v in own.items()}
         texts = [t for h in held.values() for t in h.texts()]
         result |= compressed(texts) | {"held_out_paths": [p for h in held.values() for p in h.paths]}
         for name, h in held.items():

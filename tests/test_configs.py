@@ -1,0 +1,225 @@
+"""configs/: the packings, and the truncation toy process."""
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import train
+from data import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START
+
+packing = train.load_file(train.ROOT / "configs/packing.py")
+truncation = train.load_file(train.ROOT / "configs/truncation.py")
+PACKINGS = [packing.best_fit, packing.first_fit, packing.one_per_row]
+
+
+@st.composite
+def documents(draw) -> tuple[np.ndarray, int]:
+    """(lengths, seq), lengths about the multiples, halves and thirds of seq more often than elsewhere."""
+    seq = draw(st.integers(1, 40))
+    near = st.builds(lambda part, off: max(1, seq * part // 6 + off), st.integers(0, 15), st.integers(-1, 1))
+    lengths = draw(st.lists(st.one_of(near, st.integers(1, 4 * seq)), max_size=60))
+    return np.array(lengths, np.int64), seq
+
+
+def rows_of(plan: np.ndarray) -> list[list[int]]:
+    """The lengths of the pieces in each row, in falling order, rows in order."""
+    return [sorted((int(p[LENGTH]) for p in group), reverse=True)
+            for _, group in itertools.groupby(plan, lambda p: p[ROW])]
+
+
+def slow_best_fit(lengths: list[int], seq: int) -> list[list[int]]:
+    """Best-fit decreasing by looking at every row; of rows with as much left, the last one to get a piece."""
+    pieces = [min(seq, n - start) for n in lengths for start in range(0, n, seq)]
+    rows, last = [], []
+    for now, w in enumerate(sorted(pieces, reverse=True)):
+        room = [(seq - sum(r), -last[i], i) for i, r in enumerate(rows) if sum(r) + w <= seq]
+        if room:
+            i = min(room)[2]
+        else:
+            i = len(rows)
+            rows.append([])
+            last.append(0)
+        rows[i].append(w)
+        last[i] = now
+    return rows
+
+
+@pytest.mark.parametrize("pack", PACKINGS)
+@given(case=documents())
+def test_a_packing_keeps_every_position_and_cuts_no_document_that_fits(pack, case):
+    lengths, seq = case
+    plan = pack(lengths, seq)
+    assert plan.dtype == np.int64 and plan.shape[1] == 6 and np.all(np.diff(plan[:, ROW]) >= 0)
+    assert np.array_equal(plan, pack(lengths, seq))
+    assert np.all(plan[:, LENGTH] > 0) and not plan[:, QUIET].any()
+    rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
+    filled = np.bincount(plan[:, ROW], plan[:, LENGTH], rows)
+    assert np.all((filled > 0) & (filled <= seq))
+    for row in range(rows):
+        here = plan[plan[:, ROW] == row, SEGMENT]
+        assert np.array_equal(here, 1 + np.arange(len(here)))
+    for number, length in enumerate(lengths.tolist()):
+        pieces = sorted((int(p[START]), int(p[LENGTH])) for p in plan[plan[:, DOCUMENT] == number])
+        assert pieces == [(start, min(seq, length - start)) for start in range(0, length, seq)]
+
+
+@given(case=documents())
+def test_best_fit_makes_the_rows_that_a_search_through_all_rows_makes(case):
+    lengths, seq = case
+    assert rows_of(packing.best_fit(lengths, seq)) == slow_best_fit(lengths.tolist(), seq)
+
+
+@given(case=documents())
+def test_first_fit_makes_the_rows_that_a_search_from_the_first_makes(case):
+    lengths, seq = case
+    rows = []
+    for w in (min(seq, n - start) for n in lengths.tolist() for start in range(0, n, seq)):
+        fits = next((r for r in rows if sum(r) + w <= seq), None)
+        rows.append([w]) if fits is None else fits.append(w)
+    assert rows_of(packing.first_fit(lengths, seq)) == [sorted(r, reverse=True) for r in rows]
+
+
+def test_best_fit_of_the_paper_s_documents():
+    assert rows_of(packing.best_fit(np.array([14, 7, 5, 2, 3]), 8)) == [[8], [7], [6, 2], [5, 3]]
+    # rows that hold 8, 6, 6 and 4 of 8 after the longer documents: 3 goes where 4 are left
+    assert rows_of(packing.best_fit(np.array([8, 6, 6, 4, 3]), 8)) == [[8], [6], [6], [4, 3]]
+
+
+@pytest.mark.parametrize("pack", PACKINGS)
+def test_documents_longer_than_half_a_row_take_one_each(pack):
+    lengths = np.random.default_rng(0).integers(33, 65, 500)
+    assert sorted(pack(lengths, 64)[:, LENGTH]) == sorted(lengths) and pack(lengths, 64)[-1, ROW] == 499
+
+
+@pytest.mark.parametrize("pack", PACKINGS)
+def test_no_documents_give_an_empty_plan(pack):
+    assert pack(np.array([], np.int64), 16).shape == (0, 6)
+
+
+def test_best_fit_of_100_000_documents_wastes_next_to_nothing_in_little_time():
+    lengths = np.random.default_rng(0).lognormal(6.2, 1.1, 100_000).astype(np.int64) + 1
+    begun = time.perf_counter()
+    plan = packing.best_fit(lengths, 2048)
+    seconds = time.perf_counter() - begun
+    assert plan[:, LENGTH].sum() == lengths.sum()
+    assert plan[-1, ROW] + 1 <= 1.0002 * math.ceil(lengths.sum() / 2048)
+    assert np.all(np.bincount(plan[:, DOCUMENT])[lengths <= 2048] == 1) and seconds < 2
+
+
+def test_without_a_mask_a_row_is_one_segment_whose_positions_run_on():
+    row = dict(tokens=np.arange(8), segments=np.array([1, 1, 1, 2, 2, 3, 0, 0], np.int32),
+               positions=np.array([0, 1, 2, 0, 1, 0, 0, 0], np.int32))
+    made, mask = packing.one_segment(row, np.random.default_rng(0))
+    assert made["segments"].tolist() == [1] * 6 + [0] * 2 and made["positions"].tolist() == [*range(6), 0, 0]
+    assert made["tokens"] is row["tokens"] and mask == data.causal(row, None)[1]
+    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
+
+
+def test_an_arm_of_a_config_file_is_named_after_a_colon(capsys):
+    file = str(train.ROOT / "configs/packing.py")
+    config, _ = train.parse([f"{file}:best_fit", "--seed", "3"])
+    assert config.phases[0].packing is packing.best_fit
+    assert (config.seed, config.name) == (3, "packing-best_fit")
+    assert train.parse([file])[0].name == "packing"
+    for arm in packing.arms:
+        train.check(train.parse([f"{file}:{arm}"])[0])
+    assert train.main([f"{file}:worst_fit"]) == 2
+    assert "concat_no_mask, concat, best_fit" in capsys.readouterr().err
+
+
+CORPUS = """from functools import partial
+
+from data import DataConfig, Source, text
+from model import ModelConfig
+from train import Config, Phase
+
+config = Config(model=ModelConfig(vocab=320), overlap=0, phases=(Phase(steps=9, batch=2, seq=64),),
+                data=DataConfig(sources={"text": Source(partial(text, path="PLACE"))}, dev=0.1, test=0.1))
+"""
+
+
+def test_corpus_bench_compares_the_packings_and_times_batches_and_tokenizing(tmp_path, corpus, capsys):
+    (tmp_path / "some.py").write_text(CORPUS.replace("PLACE", str(corpus)))
+    train.verb("corpus", ["bench", str(tmp_path / "some.py"), "--seconds", "0.2"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    plain, best = (found["packings"][name] for name in ("concat_and_split", "best_fit"))
+    assert plain["rows"] == plain["ideal"] == best["ideal"] <= best["rows"]
+    assert plain["cut"] > best["cut"] and plain["cut_fitting"] > 0 == best["cut_fitting"]
+    assert found["packings"]["first_fit"]["rows"] >= plain["rows"] and best["rows_s"] >= best["plan_s"] > 0
+    assert found["batch"]["tokens_per_s"] > 0 and found["tokenizing"]["share"] > 0
+
+
+@pytest.mark.parametrize("p", [0.6, 0.75, 0.9])
+def test_the_closed_form_of_truncation_is_what_enumeration_gives(p):
+    for m in range(9):
+        joint = np.zeros((2**m, 2))  # of the bits seen and the next one
+        for first, *bits in itertools.product((0, 1), repeat=m + 2):
+            chance = 0.5 * math.prod(p if bit == first else 1 - p for bit in bits)
+            joint[int("0" + "".join(map(str, bits[:-1])), 2), bits[-1]] += chance
+        nats = -np.sum(joint * np.log(joint / joint.sum(1, keepdims=True)))
+        assert truncation.closed_form(m, p) == pytest.approx(nats, abs=1e-12)
+
+
+def test_the_closed_form_of_truncation_is_the_paper_s():
+    table = {0.6: [.6931, .6923, .6916, .6903, .6880, .6846, .6803, .6762],
+             0.75: [.6931, .6616, .6417, .6148, .5871, .5686, .5628, .5623],
+             0.9: [.6931, .4714, .4085, .3493, .3275, .3251, .3251, .3251]}
+    for p, losses in table.items():
+        found = [truncation.closed_form(m, p) for m in (0, 1, 2, 4, 8, 16, 32, 64)]
+        assert found == pytest.approx(losses, abs=6e-5)
+    assert truncation.entropy(0.75) == pytest.approx(0.5623, abs=5e-5)
+
+
+def test_the_process_keeps_its_first_bit_with_probability_p():
+    for truncated, agree in ((False, 0.8), (True, 0.8**2 + 0.2**2)):
+        documents = list(truncation.process(20_000, 0.8, truncated))
+        bits = np.array([[int(c) for c in d.text] for d in documents])
+        assert bits.shape == (20_000, 15) and len({d.path for d in documents}) == 20_000
+        assert bits[:, 0].mean() == pytest.approx(0.5, abs=0.015)
+        assert np.mean(bits[:, 1:] == bits[:, :1], 0) == pytest.approx(np.full(14, agree), abs=0.015)
+        assert np.mean(bits[:, 3] == bits[:, 9]) == pytest.approx(0.8**2 + 0.2**2, abs=0.015)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_the_evaluation_gives_a_model_that_knows_the_process_what_is_expected(truncated):
+    def apply(params, ids, p=0.75):
+        """Logits of what is best: X0 counts for certain where it is there, all bits seen alike elsewhere."""
+        ones = np.cumsum(ids[:, 1:] == ord("1"), 1)
+        seen = np.arange(1, ids.shape[1])
+        if truncated:
+            lead = (2 * ones - seen) * np.log(p / (1 - p))
+            one = p / (1 + np.exp(-lead)) + (1 - p) / (1 + np.exp(lead))
+        else:
+            one = np.where(ids[:, 1:2] == ord("1"), p, 1 - p) * np.ones_like(seen)
+        one = np.concatenate([np.full((len(ids), 1), 0.5), one], 1)
+        logits = np.full((*ids.shape, 258), -100.0)
+        logits[..., ord("0")], logits[..., ord("1")] = np.log(1 - one), np.log(one)
+        return logits
+
+    found = truncation.by_position(None, apply, 0.75, truncated)
+    assert found["truncation/largest_error"] < 1e-9 and found["truncation/m0"] == pytest.approx(np.log(2))
+    assert found["truncation/m2"] == pytest.approx(0.6417 if truncated else 0.5623, abs=5e-5)
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("arm", ["full", "truncated"])
+def test_truncation_trained_is_within_a_hundredth_of_the_closed_form(arm, tmp_path, request):
+    file = str(train.ROOT / "configs/truncation.py")
+    line = [sys.executable, str(train.ROOT / "train.py"), f"{file}:{arm}", "--runs", str(tmp_path)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as anyone would run it
+    subprocess.run(line, env=env, check=True, stdout=subprocess.DEVNULL)
+    rows = (tmp_path / f"truncation-{arm}/metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, rows) if "truncation/m2" in row][-1]
+    for m in (2, 8):
+        expected = truncation.closed_form(m, 0.75) if arm == "truncated" else truncation.entropy(0.75)
+        assert last[f"truncation/m{m}"] == pytest.approx(expected, abs=0.01)
+    assert last["step"] == 1_500 and last["truncation/largest_error"] < 0.01

@@ -1,0 +1,466 @@
+"""The edits that live in configs/: width growth, freezing, pruning, vocabularies, learngenes."""
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data
+import model
+import train
+from model import Context, Model
+
+layers = train.load_file(train.ROOT / "configs/incremental_layers.py")
+learngene = train.load_file(train.ROOT / "configs/learngene.py")
+pruning = train.load_file(train.ROOT / "configs/pruning.py")
+vocabulary = train.load_file(train.ROOT / "configs/vocabulary_swap.py")
+width = train.load_file(train.ROOT / "configs/width_growth.py")
+widen = width.widen
+equal = np.testing.assert_array_equal
+IDS = np.random.default_rng(0).integers(0, 258, (2, 12), np.int32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hasty():
+    """Compile in a hurry: each edit is a program of its own, run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def double():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def context(seed=0, **fields):
+    """An edit's context with no more than a key."""
+    return Context(jax.random.key(seed), 10, None, None, None)._replace(**fields)
+
+
+def some(config, seed=1):
+    """Parameters in which gains and blocks matter more than in the table's draw."""
+    rng, out = np.random.default_rng(seed), {}
+    for name, p in model.table(config).items():
+        draws = rng.uniform(0.5, 1.5, p.shape) if p.std is None else rng.normal(size=p.shape)
+        size = 1 if p.std is None else max(p.std, config.embed**-0.5)
+        out[name] = jnp.asarray(draws * size, config.param_dtype)
+    return out
+
+
+@partial(jax.jit, static_argnames="config")
+def scores(params, config):
+    """Logits at IDS."""
+    return model.apply(params, IDS, replace(config, unroll=1))
+
+
+def apart(edited, before) -> float:
+    """How far the logits moved; the edited parameters must have the shapes of the table."""
+    assert {n: x.shape for n, x in edited.model.params.items()} == {
+        n: p.shape for n, p in model.table(edited.model.config).items()}
+    assert {x.dtype for x in edited.model.params.values()} == {x.dtype for x in before.params.values()}
+    return float(jnp.max(jnp.abs(scores(edited.model.params, edited.model.config)
+                         - scores(before.params, before.config))))
+
+
+def wider(dtype: str, tiny, tied: bool):
+    config = replace(tiny, tied=tied, dtype=dtype, param_dtype=dtype)
+    return Model(config, some(config))
+
+
+TWICE = dict(embed=64, kv_heads=4, q_per_kv=4, mlp=96)
+THRICE = dict(embed=96, kv_heads=6, q_per_kv=6, mlp=144)
+ODD = dict(embed=40, kv_heads=3, q_per_kv=3, mlp=50)
+WIDENINGS = {
+    "twice": TWICE, "thrice": THRICE, "embed": dict(embed=64), "kv_heads": dict(kv_heads=4),
+    "q_per_kv": dict(q_per_kv=4), "mlp": dict(mlp=96), "odd": ODD, "nothing": {},
+    "random": ODD | dict(units="random"),
+    "uneven": THRICE | dict(split="uneven"), "random uneven": ODD | dict(units="random", split="uneven"),
+    "zero": TWICE | dict(new="zero"), "zero odd": ODD | dict(new="zero"),
+    "next": TWICE | dict(new="next"),
+}
+
+
+@pytest.mark.parametrize("case,tied", [(c, i % 2 == 0) for i, c in enumerate(WIDENINGS)] + [
+    ("twice", False), ("random uneven", False)])
+def test_widen_says_truly_whether_it_preserves_the_function(tiny, double, tied, case):
+    arguments = WIDENINGS[case]
+    before = wider("float64", tiny, tied)
+    edited = widen(before, context(), **arguments)
+    assert edited.preserves == (arguments.get("new") != "next")
+    moved = apart(edited, before)
+    assert moved <= 1e-10 if edited.preserves else moved > 1e-2
+
+
+@pytest.mark.parametrize("case", ["twice", "thrice", "zero"])
+def test_widen_preserves_the_function_in_float32(tiny, case):
+    before = wider("float32", tiny, case != "twice")
+    assert apart(widen(before, context(), **WIDENINGS[case]), before) <= 1e-5
+
+
+def test_widen_takes_advanced_knowledge_from_the_layer_above(tiny):
+    before = wider("float32", tiny, False)
+    same, above = (widen(before, context(), new=new, embed=64, mlp=96, kv_heads=4).model.params
+                   for new in ("copy", "next"))
+    for name, axis in dict(gate=2, down=2, q=2, o=4).items():
+        old = before.params[name].shape[axis]
+        one, two = (np.moveaxis(np.asarray(x[name]), axis, 1) for x in (same, above))
+        equal(two[:, :old], one[:, :old])
+        equal(two[0, old:], one[1, old:])
+        equal(two[1], one[1])
+    for name in ("embed", "attn_norm", "mlp_norm", "norm", "head"):
+        equal(same[name], above[name])
+
+
+def loss(params, config):
+    rows = dict(tokens=IDS[:, :-1], targets=IDS[:, 1:], segments=np.ones((2, 11), np.int32),
+                positions=np.arange(11)[None].repeat(2, 0), weights=np.ones((2, 11)))
+    return jnp.mean(model.losses(params, rows, model.Mask("causal", 0), replace(config, unroll=1)))
+
+
+gradient = jax.jit(jax.grad(loss), static_argnums=1)
+
+
+@pytest.mark.parametrize("tied,arguments", [
+    (True, TWICE), (False, ODD | dict(units="random")), (True, TWICE | dict(new="zero"))], ids=str)
+def test_moments_are_mapped_as_gradients_are(tiny, double, tied, arguments):
+    before = wider("float64", tiny, tied)
+    edited = widen(before, context(), moments="map", **arguments)
+    old, new = gradient(before.params, before.config), gradient(edited.model.params, edited.model.config)
+    for group, names in model.groups(before.config).items():
+        for power in (1, 2):
+            mapped = edited.policy[group]({n: old[n]**power for n in names})
+            for n in names:
+                there = np.asarray(mapped[n]) != 0  # in the corner, the moments of what is new begin at 0
+                there |= arguments.get("new") != "zero"
+                np.testing.assert_allclose(mapped[n][there], new[n][there]**power, rtol=1e-7, atol=1e-13)
+
+
+def trained(edited, steps=3):
+    """The edited parameters after some steps of AdamW on one batch."""
+    config, params = edited.model
+    transforms, opt = model.adamw(model.table(config)), model.first_opt(params, config, model.adamw)
+    for _ in range(steps):
+        grads = gradient(params, config)
+        for group, names in model.groups(config).items():
+            take = {n: params[n] for n in names}
+            way, opt[group] = transforms[group].update({n: grads[n] for n in names}, opt[group], take)
+            params = params | {n: params[n] - 1e-2 * way[n] for n in names}
+    return params
+
+
+def copies_apart(params) -> dict[str, float]:
+    """By how much the two copies along a widened axis differ, relative to the parameter."""
+    pairs = dict(embed=("embed", 1, 32), gate=("gate", 2, 48), o=("o", 4, 32), q=("q", 2, 2), k=("k", 2, 2))
+    out = {}
+    for key, (name, axis, old) in pairs.items():
+        x = np.moveaxis(np.asarray(params[name]), axis, 0)
+        out[key] = float(np.abs(x[:old] - x[old:]).max() / np.abs(x).max())
+    return out
+
+
+def test_even_copies_stay_equal_and_uneven_ones_separate(tiny, double):
+    before = wider("float64", tiny, True)
+    arguments = dict(embed=64, kv_heads=4, mlp=96)
+    even, uneven = (widen(before, context(), split=split, **arguments) for split in ("even", "uneven"))
+    assert max(copies_apart(even.model.params).values()) == 0
+    assert max(copies_apart(trained(even)).values()) < 1e-9
+    apart_now = copies_apart(uneven.model.params)
+    assert apart_now["embed"] == apart_now["o"] == 0
+    assert min(copies_apart(trained(uneven)).values()) > 1e-3
+
+
+def test_what_a_corner_adds_is_reached_by_gradients(tiny):
+    edited = widen(wider("float32", tiny, True), context(), new="zero", **TWICE)
+    grads = gradient(edited.model.params, edited.model.config)
+    assert all(np.abs(grads["embed"][:, i]).max() > 0 for i in range(32, 64))
+    assert np.all(np.abs(grads["down"][:, 48:, :32]).max((0, 2)) > 0)
+    assert np.all(np.abs(grads["o"][:, 2:, :, :, :32]).max((0, 2, 3, 4)) > 0)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (dict(mlp=47), "mlp is 47, but the model has 48"), (dict(new="old"), "new is 'old'"),
+    (dict(mlp=96, split="uneven", moments="map"), "moments is"),
+    (dict(mlp=96, new="next", moments="map"), "moments is")], ids=str)
+def test_widen_refuses(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        widen(wider("float32", tiny, True), context(), **arguments)
+
+
+def test_widen_is_the_same_on_eight_devices(tiny):
+    """And on shapes alone, as a run works them out, and in turn with growth in depth."""
+    edits = [partial(widen, embed=64, kv_heads=4, mlp=96, units="random", split="uneven"), model.stack]
+    meshes = [model.make_mesh(model.MeshConfig(), jax.devices()[:1]),
+              model.make_mesh(model.MeshConfig(fsdp=2, tensor=2))]
+    states = [model.apply_edits(edits, model.first_state(tiny, model.adamw, mesh, jax.random.key(0)), tiny,
+                                model.adamw, mesh, context()) for mesh in meshes]
+    (one, config), (eight, _) = states
+    assert (config.layers, config.embed, config.heads, config.kv_heads, config.mlp) == (4, 64, 8, 4, 96)
+    for name in one.params:
+        np.testing.assert_allclose(one.params[name], eight.params[name], rtol=1e-6, atol=0)
+    phase = train.Phase(edits=tuple(edits))
+    assert model.shapes(train.Config(model=tiny, phases=(phase,)), context()) == [config]
+
+
+def test_width_growth_arms_cost_the_same():
+    arms = width.arms
+    costs = {}
+    for name, config in arms.items():
+        train.check(config)
+        course = train.course_of(config, context())
+        assert replace(course.models[-1], norm_eps=1e-6) == width.wide
+        costs[name] = course.flops[-1]
+    assert max(costs.values()) / min(costs.values()) < 1.001
+
+
+# -------------------------------------------------------------------------------------------- freezing layers
+
+
+def test_frozen_layers_stay_bit_for_bit_and_move_again(tiny):
+    """Weight decay, old moments and the clipped norm included, through a step that is compiled once."""
+    config = replace(tiny, unroll=1)
+    run = train.Config(model=config, optimizer=layers.asleep, clip=1e-2, weights=partial(
+        layers.freeze, begin=1, until=3, layers=1))
+    mesh = model.make_mesh(model.MeshConfig(), jax.devices()[:1])
+    state = model.first_state(config, run.optimizer, mesh, jax.random.key(0))
+    one = np.ones((2, 11), np.int32)
+    batch = dict(tokens=IDS[:, :-1], targets=IDS[:, 1:], segments=one, positions=np.cumsum(one, 1) - 1,
+                 weights=one.astype(np.float32), source=0 * one)
+    step = jax.jit(model.make_step(run, config), static_argnames="mask")
+    rates = dict.fromkeys(model.groups(config), np.float32(1e-2))
+    blocks = [n for n, p in model.table(config).items() if p.axes[0] == "layers"]
+    moved = []
+    for _ in range(4):
+        after, metrics = step(state, batch, rates, mask=model.Mask("causal", 0))
+        pairs = [(state.params[n], after.params[n]) for n in blocks]
+        pairs += [tuple(s.opt["matrix"][0].mu["q"] for s in (state, after))]
+        moved.append([[bool(np.any(old[l] != new[l])) for l in (0, 1)] for old, new in pairs])
+        state = after
+    for i, rows in enumerate(moved):
+        assert rows == [[i in (0, 3), True]] * len(rows)
+
+
+def test_freeze_takes_the_gradient_of_what_it_names(tiny):
+    params = model.init(replace(tiny, tied=False), jax.random.key(0))
+
+    def moved(step, **arguments):
+        def total(p):
+            return sum(jnp.sum(x) for x in layers.freeze(p, step, {}, begin=5, until=8, **arguments).values())
+        return {n: np.asarray(x) for n, x in jax.jit(jax.grad(total))(params).items()}
+
+    assert all(x.all() for step in (4, 8) for x in moved(step).values())
+    assert not any(x.any() for x in moved(5).values())
+    assert {n for n, x in moved(7, names="*norm").items() if not x.any()} == {"attn_norm", "mlp_norm", "norm"}
+    for name, x in moved(6, layers=1).items():
+        blocks = model.table(tiny)[name].axes[0] == "layers" if name != "head" else False
+        assert x[1:].all() and bool(x[0].any()) != blocks
+
+
+def test_incremental_arms_cost_the_same():
+    costs = []
+    for config in layers.arms.values():
+        train.check(config)
+        course = train.course_of(config, context())
+        assert course.models[-1] == layers.deep
+        costs.append(course.flops[-1])
+    assert max(costs) / min(costs) < 1.002
+
+
+# ---------------------------------------------------------------------------------------------------- pruning
+
+
+def calibration(n):
+    """Batches of the sort that a run's context gives."""
+    one = np.ones((2, 12), np.int32)
+    batch = dict(tokens=IDS, segments=one, positions=np.cumsum(one, 1) - 1)
+    return [batch | dict(tokens=IDS[:, ::-1] if i else IDS) for i in range(n)]
+
+
+def with_silent_layers(before):
+    """Layers after the first and the last that add nothing."""
+    (config, params), _, _ = model.stack(before, context(), layers=(0, 0, 1, 1))
+    silent = {n: params[n].at[jnp.array([1, 3])].set(0) for n in ("o", "down")}
+    return Model(config, params | silent)
+
+
+@pytest.mark.parametrize("by,tied", [("magnitude", True), ("activations", False), ("first", True)])
+def test_pruning_what_growth_added_gives_the_old_model_back(tiny, by, tied):
+    before = wider("float32", tiny, tied)
+    grown = widen(with_silent_layers(before), context(), embed=48, kv_heads=3, mlp=60, new="zero").model
+    if by == "first":
+        grown = widen(before, context(), embed=48, kv_heads=3, mlp=60, new="zero").model
+    given = context(batches=calibration)
+    small = pruning.prune(grown, given, layers=2, kv_heads=2, mlp=48, embed=32, by=by, batches=2)
+    assert replace(small.model.config, norm_eps=1e-6) == before.config
+    assert apart(small, before) <= 1e-5
+    for name, p in model.table(before.config).items():
+        if p.group != "vector":
+            equal(small.model.params[name], before.params[name])
+
+
+def test_pruning_keeps_what_matters_and_cuts_moments_along(tiny):
+    """Units made larger are those that stay, in their order, each layer its own."""
+    before, keep = wider("float32", tiny, True), np.array([[1, 5, 40], [0, 2, 47]])
+    loud = before.params["down"].at[np.arange(2)[:, None], keep].mul(100.0)
+    before = Model(before.config, before.params | {"down": loud})
+    for by in ("magnitude", "activations"):
+        edited = pruning.prune(before, context(batches=calibration), mlp=3, by=by, batches=1, moments="map")
+        equal(edited.model.params["down"], np.take_along_axis(np.asarray(loud), keep[:, :, None], 1))
+        names = model.groups(tiny)["matrix"]
+        moments = edited.policy["matrix"]({n: before.params[n] for n in names})
+        equal(moments["gate"], np.take_along_axis(np.asarray(before.params["gate"]), keep[:, None], 2))
+
+
+def test_pruning_refuses(tiny):
+    with pytest.raises(ValueError, match="mlp is 49, but the model has 48"):
+        pruning.prune(wider("float32", tiny, True), context(), mlp=49)
+    with pytest.raises(ValueError, match="by is 'luck'"):
+        pruning.prune(wider("float32", tiny, True), context(), mlp=4, by="luck")
+
+
+def test_pruning_arms_are_runs():
+    """Their shapes come from shapes alone, calibration batches or not."""
+    one = np.ones((2, 12), np.int32)
+    given = context(batches=lambda n: [dict(tokens=IDS, segments=one, positions=one)])
+    for config in pruning.arms.values():
+        train.check(config)
+        last = model.shapes(config, given)[-1]
+        assert (last.embed, last.kv_heads, last.heads, last.mlp, last.layers) == (96, 3, 3, 256, 4)
+
+
+# ----------------------------------------------------------------------------------------------- vocabularies
+
+
+@pytest.fixture(scope="module")
+def tokenizers(corpus, pieces, tmp_path_factory):
+    """(the old tokenizer, its file, the new one), of 310 and 320 pieces."""
+    texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))][::2]
+    file = tmp_path_factory.mktemp("tokenizer") / "old.model"
+    file.write_bytes(data.train_bpe(texts, 310))
+    return data.load_tokenizer(file), str(file), pieces
+
+
+def swapped(config, tokenizers, seed=0, **arguments):
+    """(edited, the old parameters, indices of shared pieces in new and old)."""
+    old, file, new = tokenizers
+    before = Model(replace(config, vocab=old.vocab), some(replace(config, vocab=old.vocab)))
+    edited = vocabulary.swap_vocabulary(before, context(seed, tokenizer=new), old=file, **arguments)
+    names, place = vocabulary.piece_names(new), vocabulary.piece_names(old)
+    pairs = np.array([(i, place.index(n)) for i, n in enumerate(names) if n in place]).T
+    return edited, before.params, pairs
+
+
+@pytest.mark.parametrize("new", ["random", "mean", "normal", "hull", "pieces"])
+def test_a_swap_keeps_shared_pieces_and_the_body(tiny, tokenizers, new):
+    tied = new == "mean"
+    edited, old, (now, then) = swapped(replace(tiny, tied=tied), tokenizers, new=new)
+    config, params = edited.model
+    assert config == replace(tiny, tied=tied, vocab=tokenizers[2].vocab) and not edited.preserves
+    assert {n: x.shape for n, x in params.items()} == {n: p.shape for n, p in model.table(config).items()}
+    assert edited.policy == dict.fromkeys(["embed"] if tied else ["embed", "head"], "reset")
+    assert 256 < len(now) < config.vocab
+    rest = np.setdiff1d(np.arange(config.vocab), now)
+    for name, x in params.items():
+        if name not in ("embed", "head"):
+            equal(x, old[name])
+            continue
+        x, y = (np.asarray(x), np.asarray(old[name])) if name == "embed" else (x.T, old[name].T)
+        equal(x[now], y[then])
+        if new == "mean":
+            np.testing.assert_allclose(x[rest], np.tile(y.mean(0), (len(rest), 1)), atol=1e-6)
+        elif new != "random":
+            assert np.all(x[rest] <= y.max(0)) and np.all(x[rest] >= y.min(0))
+        if new == "pieces":
+            spelt = tokenizers[0].encode(tokenizers[2].decode([rest[0]]))
+            np.testing.assert_allclose(x[rest[0]], np.mean([y[i] for i in spelt], 0), atol=1e-6)
+    again, other = (swapped(replace(tiny, tied=tied), tokenizers, seed=seed, new=new)[0].model.params
+                    for seed in (0, 1))
+    equal(again["embed"], params["embed"])
+    assert np.any(other["embed"] != params["embed"]) == (new not in ("mean", "pieces"))
+
+
+def test_normal_rows_have_the_mean_and_covariance_of_the_old(tiny, tokenizers):
+    """With full covariance, and no copies, over seeds: 4,480 rows of 8 columns."""
+    config = replace(tiny, embed=8)
+    drawn = [swapped(config, tokenizers, seed=s, new="normal", scale=1.0, copy=False) for s in range(14)]
+    rows, old = np.concatenate([d[0].model.params["embed"] for d in drawn]), np.asarray(drawn[0][1]["embed"])
+    size = old.std()
+    np.testing.assert_allclose(rows.mean(0), old.mean(0), atol=5 * size / len(rows)**0.5)
+    np.testing.assert_allclose(np.cov(rows.T), np.cov(old.T), atol=7 * size**2 / len(rows)**0.5)
+
+
+def test_a_swap_is_the_same_on_eight_devices(tiny, tokenizers):
+    old, file, new = tokenizers
+    config = replace(tiny, vocab=old.vocab)
+    for how in ("normal", "hull"):
+        out = []
+        for mesh in (model.make_mesh(model.MeshConfig(), jax.devices()[:1]),
+                     model.make_mesh(model.MeshConfig(fsdp=4, tensor=2))):
+            where = model.shardings(config, mesh)
+            before = Model(config, {n: jax.device_put(x, where[n]) for n, x in some(config).items()})
+            given = context(tokenizer=new)
+            out.append(vocabulary.swap_vocabulary(before, given, old=file, new=how).model.params["embed"])
+        np.testing.assert_allclose(*out, rtol=1e-5, atol=1e-7)
+
+
+def test_a_swap_refuses_another_model_s_tokenizer(tiny, tokenizers):
+    given = context(tokenizer=tokenizers[2])
+    with pytest.raises(ValueError, match="of 310 pieces, but the model has 258"):
+        vocabulary.swap_vocabulary(Model(tiny, some(tiny)), given, old=tokenizers[1])
+
+
+# -------------------------------------------------------------------------------------------------- learngene
+
+
+def test_expanded_layers_are_a_linear_function_of_depth(tiny):
+    before = Model(replace(tiny, layers=4), some(replace(tiny, layers=4)))
+    for depth in (2, 6):
+        edited = learngene.expand(before, context(), layers=depth)
+        assert edited.model.config == replace(tiny, layers=depth)
+        for name, p in model.table(tiny).items():
+            x, y = np.asarray(before.params[name]), edited.model.params[name]
+            t = np.arange(depth).reshape(-1, *(1,) * (x.ndim - 1)) / depth
+            linear = (1 - t) * x[0] + t * x[1] if p.axes[0] == "layers" else x
+            np.testing.assert_allclose(y, linear, atol=1e-6)
+
+
+def test_stage_wise_layers_are_their_list(tiny):
+    before = Model(replace(tiny, layers=4), some(replace(tiny, layers=4)))
+    edited = learngene.expand(before, context(), stages=(0, 0, 1, 1, 2, 2))
+    for name, p in model.table(tiny).items():
+        x = np.asarray(before.params[name])
+        equal(edited.model.params[name], x[[0, 0, 1, 1, 2, 2]] if p.axes[0] == "layers" else x)
+
+
+@pytest.mark.parametrize("shared,arguments", [
+    (partial(learngene.linear, layers=4), dict(layers=4)),
+    (partial(learngene.stagewise, stages=(0, 0, 1, 1)), dict(stages=(0, 0, 1, 1)))], ids=["linear", "stages"])
+def test_expansion_to_the_depth_trained_computes_what_was_trained(tiny, shared, arguments):
+    config = replace(tiny, layers=4)
+    before = Model(config, some(config))
+    used = shared(before.params, 0, {})
+    for name, x in learngene.expand(before, context(), **arguments).model.params.items():
+        np.testing.assert_allclose(x, used[name], atol=1e-6)
+    grads = jax.jit(jax.grad(lambda p: loss(shared(p, 0, {}), config)))(before.params)
+    genes = [bool(np.any(np.asarray(grads["q"][l]) != 0)) for l in range(4)]
+    assert genes == [True, True, False, False]
+    other = model.init(replace(tiny, layers=6), jax.random.key(0))
+    assert shared(other, 0, {}) is other  # after the expansion layers are free
+
+
+def test_learngene_arms_cost_the_same():
+    costs = []
+    for config in learngene.arms.values():
+        train.check(config)
+        costs.append(train.course_of(config, context()).flops[-1])
+    assert max(costs) / min(costs) < 1.002
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(layers=3, stages=(0,)), dict(stages=(0, 2)), dict(layers=-1)])
+def test_expand_refuses(tiny, arguments):
+    with pytest.raises(ValueError, match="expand: layers is"):
+        learngene.expand(Model(tiny, some(tiny)), context(), **arguments)

@@ -1,0 +1,33 @@
+"""What ends a run: samples.txt, curves.png, and summary.json from its metrics and eval.json."""
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+import data
+import train
+
+
+def main(arguments: list[str]) -> dict:
+    """Command line; gives what summary.json holds."""
+    parser = train.Arguments("summary", __doc__)
+    parser.add_argument("run", help="run directory")
+    run = Path(parser.parse_args(arguments).run)
+    data.write(run / "samples.txt", train.verb("sample", [str(run)]))
+    train.verb("curves", [str(run)])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = next(r for r in reversed(rows) if "train/loss" in r)
+    git = ["git", "-C", str(train.ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in
+                ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")}
+    versions["python"] = sys.version.split()[0]
+    summary = {**last, **json.loads((run / "eval.json").read_text()), "versions": versions,
+               "commit": commit, "host": os.uname().nodename, "device": jax.devices()[0].device_kind,
+               "devices": jax.device_count()}
+    data.write(run / "summary.json", json.dumps(summary, indent=1))
+    return summary
