@@ -435,6 +435,16 @@ class Schedule:
     fall: Literal["linear", "sqrt"] = "linear"  # wsd: how, linear or 1 - sqrt (Haegele et al. 2024)
     final: float = 0.1  # the rate at the end, as a share of the peak (not of a constant one)
     budget: Literal["flops", "tokens"] = "flops"  # what is consumed; tokens are batch x seq, padding included
+    cycle: int = 0  # steps after which it begins anew; 0 is never
+
+
+def schedules(config) -> dict[str, Schedule]:
+    """Every schedule of a `train.Config` by its path: the run's, phases', optimiser groups'."""
+    named = {"schedule": config.schedule}
+    for i, phase in enumerate(config.phases):
+        own = {f"rates.{group}": s for group, s in phase.rates.items()} | {"schedule": phase.schedule}
+        named |= {f"phases.{i}.{path}": s for path, s in own.items() if isinstance(s, Schedule)}
+    return named
 
 
 def curve(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.ndarray:
@@ -442,6 +452,9 @@ def curve(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.n
 
     A step's rate belongs to the budget consumed with that step, so a row's own figures give its rate.
     """
+    if schedule.cycle:
+        once, starts = replace(schedule, cycle=0), range(start, start + steps, schedule.cycle)
+        return np.concatenate([curve(once, spent, s, min(schedule.cycle, start + steps - s)) for s in starts])
     used = (spent[start + 1:start + steps + 1] - spent[start]).astype(float)
     total = float(spent[start + steps] - spent[start])
     warm = used[min(schedule.warmup, steps) - 1] if schedule.warmup else 0.0
@@ -610,15 +623,15 @@ def compile_step(run, config: ModelConfig, mesh: Mesh, state: State, batch, rate
 
 
 def evaluators(run, config: ModelConfig) -> tuple[Callable, Callable]:
-    """(losses(params, step, arrays) -> [b t], apply(params, ids [b t]) -> logits [b t v]), jitted, causal."""
+    """Jitted, causal: losses(params, step, arrays) -> [b t]; scores(params, step, ids) -> logits [b t v]."""
     @jax.jit
     def held(params, step, arrays):
         used = effective(run.weights, params, step, arrays)
         return losses(used, arrays, Mask("causal", 0), config)
 
     @jax.jit
-    def scores(params, ids):
-        return apply(effective(run.weights, params, jnp.int32(0), dict(tokens=ids)), ids, config)
+    def scores(params, step, ids):
+        return apply(effective(run.weights, params, step, dict(tokens=ids)), ids, config)
 
     return held, scores
 
@@ -855,7 +868,9 @@ def plot_course(config, context: Context, lengths: list[tuple]) -> Course:
         own = phase.schedule
         rate = curve(own, spent[own.budget], begin, phase.steps) if own else base[begin:end]
         for group in names:
-            rates[group][begin + 1:end + 1] = rate * phase.rates.get(group, 1.0)
+            how = phase.rates.get(group, 1.0)
+            rates[group][begin + 1:end + 1] = rate * how if not isinstance(how, Schedule) else \
+                curve(how, spent[how.budget], begin, phase.steps)
     return Course(ends, models, tokens, flops, rates)
 
 

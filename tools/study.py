@@ -1,6 +1,6 @@
 """A study: arms over paired seeds, each at its own best learning rate, beside a control, with intervals.
 
-    python train.py study CONFIG [--seeds N] [--arms A,B] [--quick] [--runs DIR]
+    python train.py study CONFIG [--seeds N] [--arms A,B] [--quick] [--jobs N] [--runs DIR]
 
 CONFIG is a file that defines `arms = {name: Config}` and, where it wants them,
 
@@ -10,21 +10,25 @@ CONFIG is a file that defines `arms = {name: Config}` and, where it wants them,
                    run's schedule.peak; a phase's own schedule keeps its peak's ratio to that
     quick          {field: value} to set in every arm with --quick; `phases.*.steps` means each phase's
     teacher_flops  {arm: FLOPs spent on it elsewhere, say on a teacher or on a run that it starts from}
+    measures       {name: function of the rows of a metrics.jsonl -> float}, shown in a table of their own
+    tuned_by       the one of them whose least value decides on a rate; without it, the last dev bits per byte
     claims         what is expected, written down before it is run. Each is a dictionary:
         says            in words
         arm, control    names of arms
         measure         bpb: arm less control in bits per byte of the test split, means over sources (the
-                        default); speed_up_flops, speed_up_tokens: see `speed_up`; or the name of any figure
-                        in metrics.jsonl, whose last values are subtracted
+                        default); speed_up_flops, speed_up_tokens: see `speed_up`; one of `measures`; or the
+                        name of any figure in metrics.jsonl, whose last values are subtracted
         below or above  the bound on whose one side the whole 95 % interval is expected to lie
 
-Each arm is tuned on seed 0, by its last bits per byte on dev, and runs with seeds 1 to N at the rate found.
+Each arm is tuned on seed 0, by its last bits per byte on dev (or `tuned_by`), and runs with seeds 1 to N at
+the rate found.
 Equal seeds mean equal data order and initial draws, so differences are paired. Where an arm's best rate is
 an end of the grid, the grid is extended for it by its own ratio, at most twice; if that does not bracket the
 best, the table says so. --quick: the middle rate, untuned, and two seeds.
 
 Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, made by the ordinary command in a process of their own, one
-a GPU at a time; one that is complete is not run again. Beside them: study.json, study.png, a log of each run.
+a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores; what is complete is not
+run again. Beside them: study.json, study.png, a log of each run.
 """
 import json
 import math
@@ -34,6 +38,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +48,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 import data
+import model
 import train
 from data import InputError
 
@@ -78,6 +84,9 @@ class Study(NamedTuple):
     teacher: dict[str, float]  # FLOPs spent elsewhere, by arm
     claims: list[dict]  # about these arms
     failed: dict[str, str]  # run: why
+    measures: dict[str, Callable]  # of a run's rows
+    tuned_by: str  # one of these, or "" for the last bits per byte on dev
+    jobs: int  # runs at a time where there are no GPUs
 
 
 # ----------------------------------------------------------------------------------------------- the figures
@@ -131,11 +140,11 @@ def extension(tried: dict[float, float], grid: list[float]) -> float | None:
     return float(f"{rate * (known[-1] / known[-2] if rate == known[-1] else known[0] / known[1]):.3g}")
 
 
-def figures(run: Path, elsewhere: float = 0.0) -> dict:
+def figures(run: Path, elsewhere: float = 0.0, measures: dict[str, Callable] | None = None) -> dict:
     """What a study needs of a complete run; its FLOPs include those spent elsewhere.
 
     bpb (test) and dev are means over sources, or None where there is no such split; last: every metric's
-    last value.
+    last value, and the study's own `measures`.
     """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -147,6 +156,7 @@ def figures(run: Path, elsewhere: float = 0.0) -> dict:
     known = [p for p in points if p[2] is not None]
     curve = {name: [p[i] for p in known] for i, name in enumerate(("tokens", "flops", "dev"))}
     last, summary = {k: v for r in rows for k, v in r.items()}, json.loads((run / "summary.json").read_text())
+    last |= {name: measure(rows) for name, measure in (measures or {}).items()}
     made_by = {k: summary[k] for k in ("versions", "commit", "host", "device", "devices")}
     return dict(run=run.name, tokens=points[-1][0], flops=points[-1][1], bpb=mean(last, True), last=last,
                 dev=known[-1][2] if known else None, curve=curve, made_by=made_by)
@@ -174,9 +184,8 @@ def command(study: Study, job: Job) -> list[str]:
     """The arguments of `python train.py` that make a run."""
     config, fields = train.load_config(f"{study.path}:{job.arm}"), {"seed": job.seed}
     if job.rate is not None:
-        own = {f"phases.{i}.schedule": p.schedule for i, p in enumerate(config.phases) if p.schedule}
         fields |= {f"{path}.peak": job.rate * (schedule.peak / config.schedule.peak)
-                   for path, schedule in ({"schedule": config.schedule} | own).items()}
+                   for path, schedule in model.schedules(config).items()}
     for path, value in study.quick.items():
         phases = range(len(config.phases)) if path.startswith("phases.*.") else [0]
         fields |= {path.replace("*", str(i), 1): value for i in phases}
@@ -214,18 +223,22 @@ def gpus() -> list[str]:
 
 def make(study: Study, jobs: list[Job]) -> dict[Job, dict]:
     """The figures of runs, made where they are not complete; those that fail are noted and left out."""
-    devices, free, running, stopping = gpus() or [None], queue.SimpleQueue(), set(), []
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares = [cores[i::study.jobs] for i in range(study.jobs)]
+    devices, free, running, stopping = gpus() or shares, queue.SimpleQueue(), set(), []
     for device in devices:
         free.put(device)
 
     def one(job: Job) -> dict | None:
         if not complete(study, job):
             device, log = free.get(), study.directory / f"{job.name}.log"
-            where = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+            where = {"CUDA_VISIBLE_DEVICES": device} if isinstance(device, str) else {}
             line = [sys.executable, train.ROOT / "train.py", *command(study, job)]
             with open(log, "ab") as out:
                 process = subprocess.Popen(line, stdout=out, stderr=out, env=os.environ | where)
             running.add(process)
+            if not where and study.jobs > 1 and device:
+                os.sched_setaffinity(process.pid, device)  # before it starts threads, which inherit it
             if stopping:  # since this job was begun
                 process.terminate()
             code = process.wait()
@@ -241,9 +254,10 @@ def make(study: Study, jobs: list[Job]) -> dict[Job, dict]:
                 study.failed[job.name] = f"exit code {code}: {said}"
                 print(f"{job.name} failed, {study.failed[job.name]}; see {log}", flush=True)
                 return None
-        found = figures(study.directory / job.name, study.teacher.get(job.arm, 0.0))
+        found = figures(study.directory / job.name, study.teacher.get(job.arm, 0.0), study.measures)
         dev, test = show(found["dev"]), show(found["bpb"])
-        print(f"{job.name}: {dev} bits per byte on dev, {test} on test", flush=True)
+        own = "".join(f"; {name} {show(found['last'][name])}" for name in study.measures)
+        print(f"{job.name}: {dev} bits per byte on dev, {test} on test{own}", flush=True)
         return found
 
     def stop(*_):
@@ -270,7 +284,8 @@ def tune(study: Study) -> tuple[dict[str, dict], list[dict]]:
         found = make(study, jobs)
         runs += found.values()
         for job in jobs:
-            dev = found[job]["dev"] if job in found else None
+            of = {"": None} if job not in found else {"": found[job]["dev"]} | found[job]["last"]
+            dev = of.get(study.tuned_by)
             tried.setdefault(job.arm, {})[job.rate] = math.inf if dev is None else dev
         further = {arm: extension(tried[arm], study.rates) for arm in study.arms}
         jobs = [Job(arm, rate, 0) for arm, rate in further.items() if rate]
@@ -299,6 +314,12 @@ def table(result: dict) -> str:
         cells += [show(d["mean"], d["half"], form) if arm != control else "" for d, form in zip(
             f["less_control"].values(), ("+.4f", "+.1%", "+.1%"), strict=True)]
         lines.append(f"| {' | '.join(cells)} |")
+    if result["measures"]:
+        lines += ["", f"| (less {control}'s) | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+    for name, by in result["measures"].items():
+        cells = [show(*by[arm]["own"]) + ("" if arm == control or by[arm]["mean"] is None else
+                 f" ({show(by[arm]['mean'], by[arm]['half'], '+.4f')})") for arm in arms]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"{n} paired seeds; ± is half a 95 % interval" if n > 1 else "one seed: no intervals",
               f"the runs compared took {cost['flops']:.3g} FLOPs and {cost['tokens']:,} tokens, tuning took "
               f"{cost['tuning_flops']:.3g} and {cost['tuning_tokens']:,}"]
@@ -366,12 +387,19 @@ def read(a) -> Study:
             raise InputError(f"{a.config} defines no arm {arm!r}; its arms: {', '.join(known) or 'none'}")
     if a.seeds is not None and a.seeds < 1:
         raise InputError(f"--seeds is {a.seeds}; allowed is 1 or more, 2 or more for intervals")
+    if not 1 <= a.jobs <= (os.cpu_count() or 1):
+        raise InputError(f"--jobs is {a.jobs}; allowed is 1 to {os.cpu_count()}, the cores here")
     rates = sorted(file.get("rates", ()))
     if len(rates) > 1 and not all(known[arm].data.dev for arm in arms):
         raise InputError("data.dev is 0 in an arm; allowed is a share to tune its rate on, or no `rates`")
     directory = Path(a.runs).expanduser() / (Path(a.config).stem + ("-quick" if a.quick else ""))
     claims = [c for c in claims if {c["arm"], c["control"]} <= {*arms}]
-    return Study(a.config, directory, arms, rates, quick, file.get("teacher_flops", {}), claims, {})
+    measures, tuned_by = file.get("measures", {}), file.get("tuned_by", "")
+    if tuned_by and tuned_by not in measures:
+        raise InputError(f"{a.config}: tuned_by is {tuned_by!r}; allowed is one of its `measures`: "
+                         f"{', '.join(measures) or 'none'}")
+    return Study(a.config, directory, arms, rates, quick, file.get("teacher_flops", {}), claims, {},
+                 measures, tuned_by, a.jobs)
 
 
 def main(arguments: list[str]) -> dict:
@@ -381,6 +409,7 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--seeds", type=int, help="how many; 5, or 2 with --quick")
     parser.add_argument("--arms", help="names, separated by commas; the control runs in any case")
     parser.add_argument("--quick", action="store_true", help="small: to see that all of it runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time where there are no GPUs; 1")
     parser.add_argument("--runs", default="runs", help="where the study's directory is; runs")
     a = parser.parse_args(arguments)
     study, seeds = read(a), a.seeds or (2 if a.quick else 5)
@@ -398,9 +427,12 @@ def main(arguments: list[str]) -> dict:
             tokens=one["tokens"], flops=one["flops"], bpb=interval(ends) if ends else (None, None),
             less_control={m: compare(own, runs[study.arms[0]], m) for m in MEASURES}, runs=own)
     claims = [c | compare(runs[c["arm"]], runs[c["control"]], c["measure"]) for c in study.claims]
+    measures = {name: {arm: compare(own, runs[study.arms[0]], name) | {"own": interval(
+        [f["last"][name] for f in own.values()])} for arm, own in runs.items()} for name in study.measures}
     made_by = {json.dumps(f["made_by"], sort_keys=True) for f in [*tuned, *found.values()]}
     result = dict(
         study=study.directory.name, control=study.arms[0], seeds=seeds, failed=study.failed,
+        measures=measures,
         made_by=[json.loads(m) for m in sorted(made_by)],
         cost={name + axis: sum(f[axis] for f in some) for axis in ("tokens", "flops")
               for name, some in (("", found.values()), ("tuning_", tuned))},
