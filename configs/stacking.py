@@ -34,14 +34,15 @@ from model import Edited, ModelConfig, flops_per_token, stack
 from train import Config, Phase, Schedule
 
 DECAY = 0.4  # share of the FLOPs at the end over which the rate falls
-plain = Phase(steps=800, batch=8, seq=256)
+plain = Phase(steps=600, batch=8, seq=256)
 config = Config(
     model=ModelConfig(layers=8, embed=128, heads=4, kv_heads=4, head_dim=32, mlp=344, vocab=1024),
     data=DataConfig(sources={"stdlib": Source(stdlib)}, shard_tokens=1_048_576),
     phases=(plain,),
     schedule=Schedule(shape="wsd", peak=8e-3, warmup=50, decay=DECAY, final=0.05),
-    eval_every=50,
+    eval_every=100,
     eval_tokens=32_768,
+    save_every=1_000,
     keep=1,
 )
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import data
@@ -119,7 +121,7 @@ class Trainer:
     """In place of the subprocesses: runs whose dev loss is a parabola in the log of the rate."""
 
     def __init__(self, optimum: dict[str, float], offset: dict[str, float]):
-        self.optimum, self.offset, self.made, self.fail = optimum, offset, [], {}
+        self.optimum, self.offset, self.made, self.fail, self.pid = optimum, offset, [], {}, 1
 
     def __call__(self, line, stdout, stderr, env):
         config, arm = train.parse([str(word) for word in line[2:]])[0], line[2].split(":")[-1]
@@ -185,6 +187,54 @@ def test_a_phase_s_own_schedule_keeps_its_ratio_to_the_run_s(file, trainer):
     grown = json.loads((file.parent / "runs/tiny/grown-0.04-s0/config.json").read_text())
     assert grown["schedule"]["peak"] == 0.04 and grown["phases"][0]["schedule"]["peak"] == 0.08
     assert grown["phases"][1]["schedule"] is None
+
+
+def test_every_schedule_of_a_run_keeps_its_ratio_too(file, trainer):
+    own = "steps=400, rates=dict(embed=Schedule(peak=3e-2)),"
+    file.write_text(file.read_text().replace("steps=400,", own))
+    call(file, "--seeds", "1")
+    deep = json.loads((file.parent / "runs/tiny/deep-0.04-s0/config.json").read_text())
+    assert deep["schedule"]["peak"] == 0.04 and deep["phases"][0]["rates"]["embed"]["peak"] == 0.12
+
+
+OWN = """
+def least(rows):
+    return -min(row["eval/a/bpb"] for row in rows if "eval/a/bpb" in row)
+
+measures, tuned_by = {"own": least}, "own"
+claims = (dict(says="more of it", arm="grown", measure="own", above=0.1),)
+"""
+
+
+def test_a_measure_of_the_file_s_own_is_tuned_by_claimed_of_and_shown(file, trainer, capsys):
+    """The made-up trainer's parabola upside down: the worst rates win, as the ends of the grid."""
+    file.write_text(file.read_text() + OWN)
+    result = call(file, "--seeds", "2")
+    assert [result["arms"][arm]["rate"] for arm in ("deep", "grown")] == [0.0025, 0.0025]
+    own = result["measures"]["own"]
+    deep, grown = (1 + math.log2(0.0025 / 2e-2) ** 2, 0.8 + math.log2(0.0025 / 8e-2) ** 2)
+    assert own["deep"]["own"][0] == pytest.approx(-deep - 0.15) and own["deep"]["mean"] == 0
+    assert own["grown"]["mean"] == pytest.approx(deep - grown)
+    claim, = result["claims"]
+    assert claim["mean"] == own["grown"]["mean"] and claim["verdict"] == "reversed"
+    assert f"| own | {-deep - 0.15:.4f} ± " in capsys.readouterr().out
+    other = file.with_name("other.py")
+    other.write_text(file.read_text().replace('"own"\n', '"won"\n'))
+    with pytest.raises(data.InputError, match="tuned_by is 'won'; allowed is one of its `measures`: own"):
+        call(other)
+
+
+def test_runs_side_by_side_have_their_share_of_the_cores_each(file, trainer, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(study.os, "sched_getaffinity", lambda pid: {4, 5, 6, 7, 8}, raising=False)
+    monkeypatch.setattr(study.os, "sched_setaffinity", lambda *to: pinned.append(to), raising=False)
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 5)
+    call(file, "--seeds", "1")
+    assert not pinned  # one at a time has them all
+    call(file, "--seeds", "6", "--jobs", "2")
+    assert len(pinned) == 10 and {(pid, tuple(to)) for pid, to in pinned} == {(1, (4, 6, 8)), (1, (5, 7))}
+    with pytest.raises(data.InputError, match="--jobs is 6; allowed is 1 to 5"):
+        call(file, "--jobs", "6")
 
 
 def test_a_run_that_fails_is_left_out_with_its_pair_and_reported(file, trainer, capsys):
@@ -318,7 +368,7 @@ def flops_of(arm: train.Config) -> tuple[float, list[int]]:
 def test_the_arms_of_stacking_cost_the_same():
     total, depths = flops_of(stacking.arms["scratch"])
     assert depths == [8]
-    for arm in "stack identity random_on_top stack_g2 stack_g8 stack_early stack_late".split():
+    for arm in "stack identity random_on_top stack_g2 stack_g8 stack_early stack_late annealed".split():
         flops, depths = flops_of(stacking.arms[arm])
         assert flops == pytest.approx(total, rel=0.01) and depths[1] == 8
     assert flops_of(stacking.arms["stack_g8"])[1] == [1, 8]
@@ -341,3 +391,41 @@ def test_the_arms_of_stacking_decay_over_the_same_last_flops_and_end_at_the_same
 def test_every_arm_of_stacking_is_a_config_that_is_accepted():
     for arm in stacking.arms.values():
         train.check(replace(arm, name="x"))
+
+
+def small(arm: str) -> tuple[model.ModelConfig, dict, dict]:
+    """(shape after the growth, parameters before and after it) of an arm of stacking.py, narrower."""
+    config = replace(stacking.arms[arm].model, embed=32, mlp=48, heads=2, kv_heads=2, head_dim=8, vocab=50,
+                     unroll=1)
+    context = model.Context(jax.random.key(1), 0, None, None, None)
+    before = after = model.Model(config, model.init(config, jax.random.key(0)))
+    for edit in stacking.arms[arm].phases[1].edits:
+        after = edit(after, context).model
+    return after.config, before.params, after.params
+
+
+def test_copies_that_are_silenced_keep_the_function_and_learn_from_there():
+    """G_zero: logits as before within 1e-5; the copies' other weights are the layer's, and they learn."""
+    config, before, after = small("identity")
+    ids = jnp.arange(24).reshape(2, 12)
+    one = replace(config, layers=2)
+    np.testing.assert_allclose(model.apply(after, ids, config), model.apply(before, ids, one), atol=1e-5)
+    np.testing.assert_array_equal(after["q"], before["q"][np.array([0, 0, 0, 0, 1, 1, 1, 1])])
+    grads = jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, ids, config))))(after)
+    assert (np.abs(grads["down"]).max((1, 2)) > 0).all() and (np.abs(grads["o"]).max((1, 2, 3, 4)) > 0).all()
+
+
+def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end():
+    config, before, after = small("annealed")
+    weights, ids = stacking.arms["annealed"].weights, jnp.arange(24).reshape(2, 12)
+    start = stacking.arms["annealed"].phases[0].steps
+    assert set(weights.keywords) == {"layers", "start", "steps"} and weights.keywords["start"] == start
+
+    def scores(step):
+        return model.apply(weights(after, step, None), ids, config)
+
+    np.testing.assert_allclose(scores(start), model.apply(before, ids, replace(config, layers=2)), atol=1e-5)
+    np.testing.assert_array_equal(scores(start + 100), model.apply(after, ids, config))
+    for end in start, start + 100:
+        assert np.abs(scores(start + 50) - scores(end)).max() > 1e-4
+    np.testing.assert_array_equal(weights(before, 3, None)["o"], before["o"])  # nothing is new in the base
