@@ -519,6 +519,69 @@ def test_a_streamed_and_steered_run_is_the_same_under_kills(place):
     assert meta["log"] == [[], [dict(zip("ab", evaluated[s], strict=True)) for s in (30, 40, 50)]]
 
 
+CHANGING = '''"""Grows in depth and then in width, forgetting all along; HURT names a moment to die."""
+import os, signal
+from functools import partial
+
+from data import DataConfig, Source, text
+from model import ModelConfig, Schedule, reset_embeddings, stack
+from train import ROOT, Config, Edit, Phase, load_file
+
+widen = load_file(ROOT / "configs/width_growth.py").widen
+
+
+def forget(model, context):
+    """A reset, unless this is where the process dies."""
+    if os.environ.get("HURT") == str(context.step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reset_embeddings(model, context)
+
+
+phase = Phase(steps=16, batch=8, seq=32, repeat=(Edit(forget, every=5),),
+              rates={"embed": Schedule(shape="linear", peak=1e-2, warmup=2, cycle=5)})
+edits = (), (partial(stack, times=2, moments="map"),), (
+    partial(widen, embed=64, kv_heads=2, mlp=64, split="uneven"), forget)
+config = Config(
+    model=ModelConfig(layers=1, embed=32, heads=2, kv_heads=1, head_dim=16, mlp=48),
+    data=DataConfig(sources={"files": Source(partial(text, path="CORPUS"))}, tokenizer="bytes", dev=0.1,
+                    test=0.1),
+    phases=tuple(Phase(**vars(phase) | {"edits": e}) for e in edits),
+    overlap=8, eval_every=100, eval_tokens=500, save_every=4, keep=100, sample_tokens=10,
+)
+'''
+
+
+def test_a_run_that_grows_twice_and_forgets_is_the_same_under_kills_and_on_another_mesh(place, corpus):
+    """Killed at a reset in either phase and at the widening. Then from between two resets on eight devices:
+    the draws of the resets to come are the same, and losses agree within the design's tolerance.
+    """
+    (place.root / "changing.py").write_text(CHANGING.replace("CORPUS", str(corpus)))
+    train_it = ["changing.py", "--runs", "runs"]
+    kills = [place.go(*place.command(*train_it, "--name", "hurt"), HURT=at) for at in ("10", "26", "32")]
+    assert [k.returncode for k in kills] == [-signal.SIGKILL] * 3, kills
+    done = [place.go(*place.command(*train_it, "--name", name)) for name in ("hurt", "unhurt")]
+    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
+    runs = [place.run(name) for name in ("hurt", "unhurt")]
+    assert timeless(rows_of(runs[0])) == timeless(rows_of(runs[1])) and checkpoints(runs[0])[-1] == 48
+    ends = [train.load(str(run), 48)[0] for run in runs]
+    assert all(np.asarray(ends[0][n]).tobytes() == np.asarray(ends[1][n]).tobytes() for n in ends[0])
+    said = [re.findall(r"^step (\d+): (.*); now", d.stdout, flags=re.M) for d in done]
+    assert said[1] == [("5", "forget"), ("10", "forget"), ("15", "forget"), ("16", "stack"), ("21", "forget"),
+                       ("26", "forget"), ("31", "forget"), ("32", "widen, forget"), ("37", "forget"),
+                       ("42", "forget"), ("47", "forget")]
+    other = place.run("meshed")
+    shutil.copytree(runs[1], other)
+    for step in filter(lambda s: s > 28, checkpoints(other)):
+        shutil.rmtree(other / "checkpoints" / str(step))
+    done = place.go(*place.command(*train_it, "--name", "meshed", "--mesh.fsdp", "2"),
+                    XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0 and resumed_from(done.stdout) == 28, done.stderr
+    losses = [np.array([float(x) for _, x in losses_of(run)]) for run in (other, runs[1])]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    drawn = [train.load(str(run), 32)[0]["embed"] for run in (other, runs[1])]  # at 31, and one update since
+    np.testing.assert_allclose(*map(np.asarray, drawn), atol=1e-5)
+
+
 def test_a_branch_starts_from_another_run_s_checkpoint(place, complete, here, capsys):
     """With the optimiser and the place in the data, at the same rates, it is that run going on; with the
     parameters alone it begins at its data's start; its own checkpoint comes before the other's."""
@@ -881,7 +944,7 @@ def test_eval_reads_blimp_itself(here, victim, tmp_path):
 
 def test_bench_ends_in_one_json_object(here, capsys):
     """With the promised keys; shapes may be given short; no run is left."""
-    before = sorted(p.name for p in here.root.iterdir())
+    before = sorted({p.name for p in here.root.iterdir()} | {"cache"})
     arguments = [
         "bench",
         "--layers",
@@ -904,9 +967,38 @@ def test_bench_ends_in_one_json_object(here, capsys):
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {"tokens_per_s", "step_ms", "mfu", "compile_s", "memory_gib", "params"} <= found.keys()
     assert found["tokens_per_s"] > 0 and found["params"] == 2 * 128 * 64 + 4 * 64 * 64 + 3 * 64 * 64 + 3 * 64
-    assert sorted(p.name for p in here.root.iterdir()) == before
+    assert sorted({p.name for p in here.root.iterdir()} | {"cache"}) == before
     refused(capsys, ["bench", "--layers", "0"], "model.layers", "0")
     refused(capsys, ["bench", "--lyers", "1"], "--lyers")
+    refused(capsys, ["bench", *arguments[1:], "--together", "2"], "--together is 2 on 8 devices")
+    refused(capsys, ["bench", *arguments[1:], "--together", "0"], "--together is 0")
+
+
+@pytest.mark.parametrize("vary", ["seeds", "rates"])
+def test_runs_together_are_the_runs_in_turn(vary):
+    """The program that `bench --together` times computes what each run would alone."""
+    bench = train.load_file(ROOT / "tools/bench.py")
+    shape = model.ModelConfig(layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=32, vocab=64)
+    config, mesh = train.Config(model=shape), model.make_mesh(model.MeshConfig(), jax.devices()[:1])
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 2, 16), np.int32)
+    ones = np.ones((2, 16), np.int32)
+    same = dict(segments=ones, positions=np.cumsum(ones, 1) - 1, source=0 * ones,
+                weights=ones.astype(np.float32))
+    rows = [dict(tokens=t, targets=t[:, ::-1]) | same for t in tokens]
+    rates = np.array([1e-2, 3e-2], np.float32)
+    batch = jax.tree.map(lambda *x: np.stack(x), *rows) if vary == "seeds" else rows[0]
+    state = model.first_state(shape, config.optimizer, mesh, jax.random.key(0))
+    by_group = dict.fromkeys(model.groups(shape), rates)
+    step, states = bench.program(config, mesh, state, batch, by_group, 2, vary)
+    states, metrics = step(*step(states, batch, by_group)[:1], batch, by_group)
+    for i in range(2):
+        own, one = rows[i if vary == "seeds" else 0], dict.fromkeys(by_group, rates[i])
+        alone = model.first_state(shape, config.optimizer, mesh, jax.random.key(0))
+        run, alone = bench.program(config, mesh, alone, own, one, 1, vary)
+        for _ in range(2):
+            alone, last = run(alone, own, one)
+        np.testing.assert_allclose(metrics["train/loss"][i], last["train/loss"], rtol=1e-5)
+        np.testing.assert_allclose(states.params["down"][i], alone.params["down"], atol=1e-5)
 
 
 def test_corpus_and_curves_work_alone(here, victim, capsys):

@@ -5,6 +5,10 @@ Shapes may be given short: --layers --embed --heads --kv_heads --head_dim --mlp 
 given alone, heads are 64 wide (32 below 256), and key-value heads as many as query heads. --against COMMAND
 runs this and COMMAND in turn, --rounds times each, and gives the median of the ratios of their tokens_per_s
 (COMMAND's last line must be such an object as well).
+
+--together N steps N runs of a small model as one program (`jax.vmap`), on one device: with --vary rates the
+same rows, at rates of their own; with --vary seeds rows of their own too. tokens_per_s counts all of them, so
+that --against the same command without --together compares this with N runs in turn.
 """
 import dataclasses
 import json
@@ -15,6 +19,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import model
@@ -24,7 +29,18 @@ SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(train.ModelConfig
     "batch": "phases.0.batch", "seq": "phases.0.seq"}
 
 
-def measure(config: train.Config, seconds: float) -> dict:
+def program(config: train.Config, mesh, state, batch, rates, together: int, vary: str):
+    """(the step compiled, the state it begins with), for one run or for several as one program."""
+    mask = model.Mask("causal", 0)
+    if together == 1:
+        return model.compile_step(config, config.model, mesh, state, batch, rates, mask), state
+    one = model.make_step(config, config.model)
+    state = jax.tree.map(lambda x: jnp.stack([x] * together), state)
+    step = jax.vmap(lambda *a: one(*a, mask), in_axes=(0, None if vary == "rates" else 0, 0))
+    return jax.jit(step, donate_argnums=0).lower(state, batch, rates).compile(), state
+
+
+def measure(config: train.Config, seconds: float, together: int = 1, vary: str = "seeds") -> dict:
     """Steps of the first phase for `seconds`: rates, compile time in s, memory of the step in GiB."""
     mesh, shape, phase = model.make_mesh(config.mesh), config.model, config.phases[0]
     rng = np.random.default_rng(0)
@@ -33,10 +49,14 @@ def measure(config: train.Config, seconds: float) -> dict:
     same = dict(segments=ones, positions=np.cumsum(ones, 1) - 1, weights=ones.astype(np.float32),
                 source=ones * 0)
     batches = [model.put(dict(tokens=t[:, :-1], targets=t[:, 1:]) | same, mesh) for t in tokens]
+    if together > 1 and vary == "seeds":
+        batches = [jax.tree.map(lambda *x: jnp.stack(x), *(batches[(i + j) % 8] for j in range(together)))
+                   for i in range(8)]
     state = model.first_state(shape, config.optimizer, mesh, jax.random.key(config.seed))
-    rates = dict.fromkeys(model.groups(shape), np.float32(config.schedule.peak))
+    peaks = np.float32(config.schedule.peak)
+    rates = dict.fromkeys(model.groups(shape), np.full(together, peaks) if together > 1 else peaks)
     begun = time.perf_counter()
-    step = model.compile_step(config, shape, mesh, state, batches[0], rates, model.Mask("causal", 0))
+    step, state = program(config, mesh, state, batches[0], rates, together, vary)
     compile_s = time.perf_counter() - begun
     times, last, count = [], None, 0
     for _ in range(3):
@@ -50,7 +70,7 @@ def measure(config: train.Config, seconds: float) -> dict:
             then, now = now, time.perf_counter()
             times.append(now - then)
         last, count = metrics, count + 1
-    ms, size = 1e3 * statistics.median(times), phase.batch * phase.seq
+    ms, size = 1e3 * statistics.median(times), together * phase.batch * phase.seq
     memory = step.memory_analysis()
     rate, peak = size / ms * 1e3, model.peak()
     flops = rate * model.flops_per_token(shape, phase.seq)
@@ -58,7 +78,7 @@ def measure(config: train.Config, seconds: float) -> dict:
                 mfu=round(flops / peak, 4) if peak else None,
                 memory_gib=round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, 3),
                 params=model.count(shape), model_tflops=round(flops / 1e12, 4), steps=len(times),
-                loss=round(float(last["train/loss"]), 3), dtype=shape.dtype,
+                loss=round(float(jnp.mean(last["train/loss"])), 3), together=together, dtype=shape.dtype,
                 device=jax.devices()[0].device_kind, jax=jax.__version__)
 
 
@@ -88,12 +108,15 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure")
     parser.add_argument("--against", metavar="COMMAND", help="another benchmark to alternate with")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is run, with --against")
+    parser.add_argument("--together", type=int, default=1, help="runs that are one program")
+    parser.add_argument("--vary", choices=["seeds", "rates"], default="seeds", help="what these differ in")
     parser.usage = "%(prog)s [CONFIG] [options] [--batch N --seq N --layers N --path.to.field VALUE ...]"
     first = arguments and not arguments[0].startswith("-")
     file = arguments[0] if first else str(train.ROOT / "configs/bench.py")
     a, overrides = parser.parse_known_args(arguments[1:] if first else arguments)
     if a.against:
-        rest = [file, "--seconds", str(a.seconds), *overrides]
+        together = ["--together", str(a.together), "--vary", a.vary]
+        rest = [file, "--seconds", str(a.seconds), *together, *overrides]
         result = against(a.against, a.rounds, rest)
         print(json.dumps(result))
         return result
@@ -112,6 +135,9 @@ def main(arguments: list[str]) -> dict:
     if m.vocab < 1:
         raise train.InputError("bench: model.vocab is 0; allowed is 1 and more, "
                                "since there is no tokenizer to take it from")
-    result = measure(config, a.seconds)
+    if a.together < 1 or (a.together > 1 and jax.device_count() > 1):
+        raise train.InputError(f"bench: --together is {a.together} on {jax.device_count()} devices; allowed "
+                               "is 1 and more, and more than 1 on one device alone")
+    result = measure(config, a.seconds, a.together, a.vary)
     print(json.dumps(result))
     return result
