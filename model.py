@@ -527,7 +527,7 @@ def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
     where, whole = shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     params = {name: place(x, where[name]) for name, x in init_shape(config).items()}
     opt = jax.eval_shape(lambda p: first_opt(p, config, optimizer), params)
-    opt = {group: mirrored(opt[group], names, lambda x: {n: place(x[n], where[n]) for n in x},
+    opt = {group: mirrored(opt[group], names, lambda x, _: {n: place(x[n], where[n]) for n in x},
                            lambda x: place(x, whole)) for group, names in groups(config).items()}
     return State(params, opt, *2 * (jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),))
 
@@ -722,21 +722,28 @@ class Context(NamedTuple):
 class Edited(NamedTuple):
     """The edited model, what becomes of the optimiser, and whether the function computed is as before.
 
-    policy: for each optimiser group "keep" (the default), "reset", or a function that maps any tree shaped
-    like the group's parameters ({name: array}, say Adam's moments) to its new shape; counts are then kept.
+    policy: for each optimiser group "keep" (the default), "reset", or a function (tree, moment) -> tree for
+    what is shaped like the group's parameters, {name: array}; moment: its name in the optimiser, for Adam
+    "mu" or "nu". Counts are then kept.
     """
 
     model: Model
-    policy: dict[str, str | Callable[[dict], dict]]
+    policy: dict[str, str | Callable[[dict, str], dict]]
     preserves: bool
 
 
 def mirrored(tree, names, change: Callable, other: Callable = lambda x: x):
-    """`change` applied to every dictionary in an optimiser state with keys `names`, `other` to the rest."""
+    """In an optimiser state, each dictionary x with keys `names` becomes change(x, its field's name), what is
+    not in one other(x).
+    """
     def mirror(x):
         return isinstance(x, dict) and set(x) == set(names)
 
-    return jax.tree.map(lambda x: change(x) if mirror(x) else other(x), tree, is_leaf=mirror)
+    def one(path, x):
+        fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        return change(x, fields[-1] if fields else "") if mirror(x) else other(x)
+
+    return jax.tree.map_with_path(one, tree, is_leaf=mirror)
 
 
 def carry(opt: dict, first: dict, edited: Edited, old: ModelConfig) -> dict:
@@ -789,7 +796,7 @@ def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...
         zero = new == "identity" and rows[name].axes[-1] == "embed" != rows[name].axes[1]
         return jnp.zeros_like(x) if zero else draw(name, rows[name], context.key, x.dtype)
 
-    policy = {group: take if moments == "map" else "reset" for group in groups(old)}
+    policy = dict.fromkeys(groups(old), (lambda tree, _: take(tree)) if moments == "map" else "reset")
     kept = [i for i in index if i >= 0] == list(range(old.layers)) and (new == "identity" or min(index) >= 0)
     return Edited(Model(config, take(model.params, drawn)), policy, preserves=kept)
 

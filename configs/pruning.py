@@ -161,7 +161,7 @@ def prune(model: Model, context: Context, layers: int = 0, kv_heads: int = 0, ml
     if "embed" in index:
         gain = jnp.sqrt(jnp.mean(energy[index["embed"]]) / jnp.mean(energy))
         params |= {n: (x * gain).astype(x.dtype) for n, x in params.items() if rows[n].group == "vector"}
-    policy = dict.fromkeys(groups(old), cut if moments == "map" else "reset")
+    policy = dict.fromkeys(groups(old), (lambda tree, _: cut(tree)) if moments == "map" else "reset")
     return Edited(Model(config, params), policy, preserves=False)
 
 

@@ -151,12 +151,9 @@ def widen(model: Model, context: Context, embed: int = 0, kv_heads: int = 0, q_p
         params = {name: change(x, name, "value") for name, x in params.items()}
         return {n: from_above(x, rows[n], before) for n, x in params.items()} if new == "next" else params
 
-    @jax.jit
-    def carried(tree: dict) -> dict:
-        # The core does not say which moment this is; only squares are nowhere negative in a whole group.
-        squares = jnp.min(jnp.stack([jnp.min(x) for x in tree.values()])) >= 0
-        return {n: jnp.where(squares, change(x, n, "square"), change(x, n, "gradient"))
-                for n, x in tree.items()}
+    @partial(jax.jit, static_argnames="moment")
+    def carried(tree: dict, moment: str) -> dict:
+        return {n: change(x, n, "square" if moment == "nu" else "gradient") for n, x in tree.items()}
 
     policy = dict.fromkeys(groups(old), carried if moments == "map" else "reset")
     return Edited(Model(config, grown(model.params)), policy, preserves=new != "next")

@@ -133,7 +133,7 @@ def test_moments_are_mapped_as_gradients_are(tiny, double, tied, arguments):
     old, new = gradient(before.params, before.config), gradient(edited.model.params, edited.model.config)
     for group, names in model.groups(before.config).items():
         for power in (1, 2):
-            mapped = edited.policy[group]({n: old[n]**power for n in names})
+            mapped = edited.policy[group]({n: old[n]**power for n in names}, ["mu", "nu"][power - 1])
             for n in names:
                 there = np.asarray(mapped[n]) != 0  # in the corner, the moments of what is new begin at 0
                 there |= arguments.get("new") != "zero"
@@ -311,7 +311,7 @@ def test_pruning_keeps_what_matters_and_cuts_moments_along(tiny):
         edited = pruning.prune(before, context(batches=calibration), mlp=3, by=by, batches=1, moments="map")
         equal(edited.model.params["down"], np.take_along_axis(np.asarray(loud), keep[:, :, None], 1))
         names = model.groups(tiny)["matrix"]
-        moments = edited.policy["matrix"]({n: before.params[n] for n in names})
+        moments = edited.policy["matrix"]({n: before.params[n] for n in names}, "mu")
         equal(moments["gate"], np.take_along_axis(np.asarray(before.params["gate"]), keep[:, None], 2))
 
 
