@@ -14,12 +14,18 @@ Expansion and Initialization Approaches for Language Models" (Mundra et al. 2024
 its `scale` is 1e-5. An untied head is treated like the embedding. Compare by bits per byte only: the loss of
 a token means another thing under another tokenizer.
 
-The run takes the quickstart's model over to plain bytes, in two minutes on two CPU cores:
+The arms take the quickstart's model over to plain bytes by each of these, body and all trained on; `scratch`,
+behind --arms, is a model of bytes that starts from nothing and takes no FLOPs of the quickstart's. All begin
+from one and the same base, so what the seeds vary is the order of the data and the draws. No rows are copied:
+every byte is a piece of the quickstart's tokenizer too, but one that its text never needed, untrained.
 
-    python train.py configs/vocabulary_swap.py
+    python train.py                                                      first, once: makes runs/quickstart
+    python train.py study configs/vocabulary_swap.py --seeds 3 --jobs 2  COST on two CPU cores
+    python train.py configs/vocabulary_swap.py                           a longer run by hand, two minutes
 """
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -27,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import Bytes, DataConfig, Source, Tokenizer, load_tokenizer, stdlib
-from model import Context, Edited, Model, draw, groups, table
-from train import Config, Phase, Schedule
+from model import Context, Edited, Model, draw, flops_per_token, groups, table
+from train import Config, Phase, Schedule, load_file
 
 
 def piece_names(tokenizer: Tokenizer) -> list[str]:
@@ -110,4 +116,55 @@ config = Config(
         partial(swap_vocabulary, old="runs/quickstart/tokenizer.model", new="pieces"),)),),
     schedule=Schedule(peak=2e-3, warmup=20, decay=0.4),
     prompts=("def ",),
+)
+
+# ------------------------------------------------------------------------------------------------------ study
+
+base = load_file(Path(__file__).with_name("quickstart.py")).config
+last = replace(base.model, layers=4)  # what the quickstart ends as
+plain = Phase(steps=120, batch=8, seq=128)
+
+
+def swap(new: str) -> Config:
+    """A run that takes the quickstart's model to bytes."""
+    edit = partial(swap_vocabulary, old="runs/quickstart/tokenizer.model", new=new, copy=False)
+    return replace(scratch, init_from=config.init_from, phases=(replace(plain, edits=(edit,)),))
+
+
+def early(rows: list[dict]) -> float:
+    """Bits per byte on dev at the first evaluation."""
+    return next(row["eval/stdlib/bpb"] for row in rows if "eval/stdlib/bpb" in row)
+
+
+scratch = Config(
+    model=replace(last, vocab=0),
+    data=replace(config.data, dev=0.02, test=0.02),  # parts of what the quickstart held out
+    phases=(plain,),
+    schedule=config.schedule,
+    overlap=16,
+    eval_every=24,
+    eval_tokens=8_192,
+    keep=1,
+    prompts=("def ",),
+    sample_tokens=64,
+)
+arms = {new: swap(new) for new in ("random", "mean", "normal", "hull", "pieces")} | {"scratch": scratch}
+default_arms = "random", "mean", "hull", "pieces"
+control = "random"
+rates = 1e-3, 2e-3, 4e-3
+teacher_flops = dict.fromkeys(("random", "mean", "normal", "hull", "pieces"), float(sum(
+    p.steps * p.batch * p.seq * flops_per_token(shape, p.seq)
+    for p, shape in zip(base.phases, (base.model, last), strict=True))))
+measures = {"dev/first": early}
+quick = {"phases.*.steps": 4, "phases.*.seq": 64, "overlap": 8, "data.dev": 0.01, "data.test": 0.01,
+         "eval_every": 2, "eval_tokens": 2_000, "sample_tokens": 4}
+claims = (
+    dict(says="the mean of old rows beats random rows", arm="mean", below=0.0),
+    dict(says="combinations of old rows beat random rows", arm="hull", below=0.0),
+    dict(says="the pieces that spell the new one beat random rows", arm="pieces", below=0.0),
+    dict(says="... and the mean", arm="pieces", control="mean", below=0.0),
+    dict(says="... and random rows at the first evaluation", arm="pieces", measure="dev/first", below=0.0),
+    dict(says="draws about the mean do not beat the mean by 0.01", arm="normal", control="mean", above=-0.01),
+    dict(says="the old body is worth something, whatever it cost", arm="random", control="scratch",
+         below=0.0),
 )

@@ -1,22 +1,27 @@
-"""configs/: the packings, and the truncation toy process."""
+"""configs/: the packings, the truncation toy process, and what every study has to have."""
+import argparse
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import model
 import train
 from data import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START
 
 packing = train.load_file(train.ROOT / "configs/packing.py")
 truncation = train.load_file(train.ROOT / "configs/truncation.py")
+study = train.load_file(train.ROOT / "tools/study.py")
 PACKINGS = [packing.best_fit, packing.first_fit, packing.one_per_row]
 
 
@@ -220,3 +225,81 @@ def test_truncation_trained_is_within_a_hundredth_of_the_closed_form(arm, tmp_pa
         expected = truncation.closed_form(m, 0.75) if arm == "truncated" else truncation.entropy(0.75)
         assert last[f"truncation/m{m}"] == pytest.approx(expected, abs=0.01)
     assert last["step"] == 1_500 and last["truncation/largest_error"] < 0.01
+
+
+# ------------------------------------------------------------------------------------------------ the studies
+
+STUDIES = [p for p in sorted((train.ROOT / "configs").glob("*.py")) if "\narms = " in p.read_text("utf-8")]
+
+
+def asked(path, **given) -> study.Study:
+    """The study that a command line asks for."""
+    plain = dict(config=str(path), arms="", quick=True, seeds=2, jobs=1, runs="runs")
+    return study.read(argparse.Namespace(**plain | given))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_arm_of_a_study_is_accepted_in_full_and_with_quick(path):
+    """`read` refuses a control, default arms and claims that name no arm."""
+    file = vars(train.load_file(path))
+    default, arms = asked(path), ",".join(file["arms"])
+    control = file.get("control", default.arms[0])
+    assert set(default.arms) == {control, *file.get("default_arms", file["arms"])}
+    assert default.arms[0] == control
+    assert all(("below" in claim) != ("above" in claim) and claim["says"] for claim in default.claims)
+    for quick in (True, False):
+        every = asked(path, arms=arms, quick=quick)
+        assert len(every.claims) == len(file.get("claims", ())) and set(every.arms) == set(file["arms"])
+        for arm in every.arms:
+            for rate in every.rates[:1] or [None]:
+                config, _ = train.parse([str(w) for w in study.command(every, study.Job(arm, rate, 1))])
+                train.check(config)
+                assert rate is None or config.schedule.peak == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("path", [p for p in STUDIES if "one budget of" in train.load_file(p).__doc__],
+                         ids=lambda p: p.stem)
+def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(path):
+    file = train.load_file(path)
+    context = model.Context(jax.random.key(0), 0, None, None, None)
+    budget = "flops" if "budget of model FLOPs" in " ".join(file.__doc__.split()) else "tokens"
+    courses = [train.course_of(config, context) for config in file.arms.values()]
+    spent = [getattr(course, budget)[-1] for course in courses]
+    assert max(spent) / min(spent) < (1.003 if budget == "flops" else 1 + 1e-9)
+    assert len({replace(course.models[-1], norm_eps=0.0) for course in courses}) == 1
+    for config, course in zip(file.arms.values(), courses, strict=True):
+        s, rate, share = config.schedule, course.rates["matrix"], getattr(course, budget) / max(spent)
+        assert s.shape == "wsd" and rate[-1] == pytest.approx(s.final * s.peak, rel=1e-3)
+        falls = share[(share > 0.5) & (rate < 0.999 * s.peak)]
+        assert falls[0] == pytest.approx(1 - s.decay, abs=0.01) and len(falls) > 5
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("path", [p for p in STUDIES if hasattr(train.load_file(p), "quick")],
+                         ids=lambda p: p.stem)
+def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
+    """In a directory of its own, with the quickstart's run beside it where arms start from that."""
+    file, shared, here = train.load_file(path), train.ROOT.parent / "shared", tmp_path / "here"
+    here.mkdir()
+    if "../shared" in path.read_text("utf-8"):
+        if not shared.is_dir():
+            pytest.skip(f"{shared} is not there")
+        (tmp_path / "shared").symlink_to(shared)
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as anyone would run it
+
+    def go(*words):
+        line = [sys.executable, str(train.ROOT / "train.py"), *words]
+        done = subprocess.run(line, env=env, cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    if any(arm.init_from == "runs/quickstart" for arm in file.arms.values()):
+        go("--phases.0.steps", "4", "--phases.1.steps", "4", "--sample_tokens", "4", "--eval_tokens", "2000")
+    said = go("study", str(path), "--quick", "--jobs", str(min(2, os.cpu_count())))
+    result = json.loads((here / f"runs/{path.stem}-quick/study.json").read_text())
+    assert [*result["arms"]] == asked(path).arms and not result["failed"]
+    for name, arm in result["arms"].items():
+        assert [*arm["runs"]] == ["1", "2"] and [*arm["less_control"]["bpb"]["values"]] == ["1", "2"], name
+        assert 0 < arm["bpb"][0] < 10 and arm["flops"] > 0
+        assert f"| {name} |" in said
+    assert len(result["claims"]) == len(asked(path).claims)

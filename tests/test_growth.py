@@ -217,6 +217,50 @@ def test_width_growth_arms_cost_the_same():
     assert max(costs.values()) / min(costs.values()) < 1.001
 
 
+@pytest.mark.parametrize("tied,top", [(True, 1), (False, 2)])
+def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
+    config = replace(tiny, layers=4, tied=tied)
+    params = some(config)
+
+    def used(p, step):
+        return width.sub_models(p, step, {}, embed=config.embed, begin=5, until=30, top=top)
+
+    @jax.jit
+    def both(p, step):
+        return used(p, step), jax.grad(lambda p: loss(used(p, step), config))(p)
+
+    depths = set()
+    for step in range(5, 30):
+        sub, grads = both(params, step)
+        moved = {n: np.asarray(g != 0).reshape(len(g), -1).any(1) for n, g in grads.items()}
+        depth = int(np.count_nonzero(np.asarray(sub["o"]).reshape(4, -1).any(1)))
+        for name in (n for n in params if layers.BLOCK[n]):
+            assert moved[name].tolist() == [depth - top <= l < depth for l in range(4)], (name, step)
+        assert moved["norm"].all() and (tied or moved["head"].all())
+        assert moved["embed"].any() == tied
+        if depth not in depths:
+            lowest = {n: x[:depth] if layers.BLOCK[n] else x for n, x in params.items()}
+            np.testing.assert_allclose(scores(sub, config), scores(lowest, replace(config, layers=depth)),
+                                       atol=1e-5)
+        depths.add(depth)
+    assert depths == set(range(top, 5, top))
+    for step in (4, 30):
+        whole, grads = both(params, step)
+        for name, x in params.items():
+            equal(whole[name], x)
+        assert all(np.asarray(grads["q"] != 0).reshape(4, -1).any(1))
+    narrow = {n: x[:, :16] if n == "embed" else x for n, x in params.items()}
+    assert used(narrow, 5) is narrow
+
+
+def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_model():
+    config = width.arms["two_stage"]
+    stage, (narrow, _) = config.weights.keywords, config.phases
+    assert stage["begin"] == narrow.steps and stage["embed"] == width.wide.embed
+    assert stage["begin"] + 20 < stage["until"]
+    assert not any(s % config.eval_every == 0 for s in range(stage["begin"] + 1, stage["until"]))
+
+
 # -------------------------------------------------------------------------------------------- freezing layers
 
 
