@@ -79,10 +79,10 @@ def last(rows: list[dict], metric: str, phase: int) -> float:
 
 
 K = 250  # steps between resets
-rate = Schedule(shape="linear", peak=2e-3, warmup=50, final=0.1)  # above 0: the last episode teaches the body
+rate = Schedule(shape="linear", peak=8e-3, warmup=50, final=0.1)  # above 0: the last episode teaches the body
 pretrain = Phase(steps=1_500, batch=16, seq=64, mixture={"old": 1.0}, schedule=rate)
 adapt = replace(pretrain, mixture={"new": 1.0}, edits=(reset_embeddings,),
-                schedule=Schedule(shape="linear", peak=3e-3, warmup=10, final=0.0),
+                schedule=Schedule(shape="linear", peak=1.2e-2, warmup=10, final=0.0),
                 rates={"matrix": 0.0, "vector": 0.0})  # nor does weight decay move what has no rate
 cells = tuple(replace(adapt, steps=steps, packing=partial(few, tokens=n)) for n, steps in CELLS.values())
 config = Config(
@@ -107,7 +107,7 @@ arms = {
     "random_body": replace(config, phases=(as_drawn, *cells)),
 }
 control = "standard"
-rates = 1e-3, 2e-3, 4e-3
+rates = 4e-3, 8e-3, 1.6e-2  # on seed 0, 4e-3 was better than 2e-3 in every cell
 measures = {"own language": partial(last, metric="eval/old/loss", phase=0)} | {
     name: partial(best, metric="eval/new/loss", phase=i) for i, name in enumerate(CELLS, 1)}
 tuned_by = "20k"
