@@ -11,6 +11,8 @@ Arms, all with the same total of training FLOPs (the base's included) and the sa
                    function is kept (G_zero)
     random_on_top  as `stack`, but with six new layers on top, drawn at random
     annealed       so too, and what the new layers add is faded in over 100 steps (G_random)
+    gradual, middle                         2, 4, 6 and 8 layers: the top two copied on top (gradual stacking)
+                                            or the middle two after themselves (MIDAS); moments are kept
     stack_g2, stack_g8                      growth factors 2 (from 4 layers) and 8 (from 1)
     stack_early, stack_late                 after a sixteenth and after a quarter of the FLOPs
     scratch_tokens                          as many steps as `stack` takes, at 8 layers: more FLOPs
@@ -91,6 +93,29 @@ def grown(times: int = 4, share: float = 1 / 8, budget: int = 1, then: tuple = (
     return arm
 
 
+def top(layers: int, new: int) -> tuple[int, ...]:
+    """The layers, and the last `new` of them again on top (gradual stacking; prts)."""
+    return (*range(layers), *range(layers - new, layers))
+
+
+def middle(layers: int, new: int) -> tuple[int, ...]:
+    """The layers in blocks of `new`, the middle one (of four the second) twice (MIDAS)."""
+    end = (layers // new + 1) // 2 * new
+    return (*range(end), *range(end - new, layers))
+
+
+def gradual(copied) -> Config:
+    """2, 4, 6 and 8 layers for steps in proportion 1 to 4 (Prop-1), scratch's FLOPs in all."""
+    depths, total = (2, 4, 6, 8), plain.steps * flops_per_token(depth(8), plain.seq)
+    costs = [flops_per_token(depth(n), plain.seq) for n in depths]
+    unit = total / sum(i * c for i, c in enumerate(costs, 1))
+    steps = [round(i * unit) for i in (1, 2, 3)]
+    steps += [round((total - sum(s * c for s, c in zip(steps, costs, strict=False))) / costs[-1])]
+    edits = [()] + [(partial(stack, layers=copied(n, 2), moments="map"),) for n in depths[:-1]]
+    phases = tuple(replace(plain, steps=s, edits=e) for s, e in zip(steps, edits, strict=True))
+    return replace(config, model=depth(2), phases=phases)
+
+
 def scratch(steps: int) -> Config:
     """Full depth from the start, for so many steps."""
     return replace(config, phases=(replace(plain, steps=steps),))
@@ -105,6 +130,8 @@ arms = {
     "identity": grown(layers=(0, 0, 0, 0, 1, 1, 1, 1), then=(partial(silence, layers=(1, 2, 3, 5, 6, 7)),)),
     "random_on_top": on_top,
     "annealed": replace(on_top, weights=partial(annealed, layers=2, start=on_top.phases[0].steps, steps=100)),
+    "gradual": gradual(top),
+    "middle": gradual(middle),
     "stack_g2": grown(times=2),
     "stack_g8": grown(times=8),
     "stack_early": grown(share=1 / 16),

@@ -372,6 +372,13 @@ def test_the_arms_of_stacking_cost_the_same():
         flops, depths = flops_of(stacking.arms[arm])
         assert flops == pytest.approx(total, rel=0.01) and depths[1] == 8
     assert flops_of(stacking.arms["stack_g8"])[1] == [1, 8]
+    for arm in "gradual", "middle":
+        assert flops_of(stacking.arms[arm])[1] == [2, 4, 6, 8]
+        assert flops_of(stacking.arms[arm])[0] == pytest.approx(total, rel=1e-3)
+        steps = np.array([p.steps for p in stacking.arms[arm].phases])
+        np.testing.assert_allclose(steps, steps.sum() * np.array([.1, .2, .3, .4]), atol=1.5)
+    assert stacking.middle(4, 1) == (0, 1, 1, 2, 3) and stacking.middle(6, 2) == (0, 1, 2, 3, 2, 3, 4, 5)
+    assert stacking.middle(2, 2) == (0, 1, 0, 1) and stacking.top(4, 2) == (0, 1, 2, 3, 2, 3)
     for arm in "scratch_4x", "stack_4x":
         assert flops_of(stacking.arms[arm])[0] == pytest.approx(4 * total, rel=0.01)
     base, deep = stacking.arms["stack"].phases

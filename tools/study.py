@@ -306,14 +306,16 @@ def show(value: float | None, half: float | None = None, form: str = ".4f") -> s
 def table(result: dict) -> str:
     """The result as a table (in Markdown), what to know of it, and a line for each claim."""
     n, arms, cost, control = (result[k] for k in ("seeds", "arms", "cost", "control"))
-    lines = [f"| arm | rate | tokens | FLOPs | bits per byte | less {control}'s | speed-up, FLOPs | tokens |",
-             "|---" * 8 + "|"]
+    columns = ["arm", "rate", "tokens", "FLOPs"]
+    if any(f["bpb"][0] is not None for f in arms.values()):  # a study of `measures` alone may have no test
+        columns += ["bits per byte", f"less {control}'s", "speed-up, FLOPs", "tokens"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for arm, f in arms.items():
         cells = [arm, show(f["rate"], form="g") + ("" if f["bracketed"] is not False else " (!)"),
                  f"{f['tokens']:,}", f"{f['flops']:.3g}", show(*f["bpb"])]
         cells += [show(d["mean"], d["half"], form) if arm != control else "" for d, form in zip(
             f["less_control"].values(), ("+.4f", "+.1%", "+.1%"), strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells[:len(columns)])} |")
     if result["measures"]:
         lines += ["", f"| (less {control}'s) | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
     for name, by in result["measures"].items():
@@ -334,8 +336,25 @@ def table(result: dict) -> str:
         f"{c.get('above', c.get('below'))})" for c in result["claims"]])
 
 
+def draw_measures(panel, result: dict):
+    """Differences to the control in each of a study's measures, with intervals."""
+    for color, arm in enumerate(result["arms"]):
+        ends = [by[arm] for by in result["measures"].values()]
+        if arm != result["control"] and all(e["half"] is not None for e in ends):
+            panel.errorbar(np.arange(len(ends)) + 0.1 * color, [e["mean"] for e in ends],
+                           [e["half"] for e in ends], fmt="o", capsize=4, color=f"C{color}", label=arm)
+    panel.set_xticks(range(len(result["measures"])), result["measures"])
+    panel.set(ylabel=f"less {result['control']}'s")
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.grid(alpha=0.3)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8)
+
+
 def draw(path: Path, result: dict):
-    """Dev curves, and differences to the control: on dev along the way, on test at the end; by both axes."""
+    """Dev curves, and differences to the control: on dev along the way, on test at the end; by both axes.
+    Where a study has `measures`, below the curves the differences in these.
+    """
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", layout="constrained")
     name = result["control"]
     control = result["arms"][name]["runs"]
@@ -363,7 +382,13 @@ def draw(path: Path, result: dict):
         bottom.axhline(0, color="black", linewidth=0.8)
         for part in (top, bottom):
             part.grid(alpha=0.3)
-            part.legend(fontsize=8)
+            if part.get_legend_handles_labels()[0]:
+                part.legend(fontsize=8)
+    if result["measures"]:
+        draw_measures(figure.add_subplot(axes[1, 0].get_gridspec()[1, :]), result)
+        for top, bottom in axes.T:
+            bottom.remove()
+            top.tick_params(labelbottom=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
