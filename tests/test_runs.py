@@ -542,23 +542,23 @@ phase = Phase(steps=16, batch=8, seq=32, repeat=(Edit(forget, every=5),),
 edits = (), (partial(stack, times=2, moments="map"),), (
     partial(widen, embed=64, kv_heads=2, mlp=64, split="uneven"), forget)
 config = Config(
-    model=ModelConfig(layers=1, embed=32, heads=2, kv_heads=1, head_dim=16, mlp=48),
+    model=ModelConfig(layers=1, embed=32, heads=2, kv_heads=1, head_dim=16, mlp=48, unroll=1),
     data=DataConfig(sources={"files": Source(partial(text, path="CORPUS"))}, tokenizer="bytes", dev=0.1,
                     test=0.1),
     phases=tuple(Phase(**vars(phase) | {"edits": e}) for e in edits),
-    overlap=8, eval_every=100, eval_tokens=500, save_every=4, keep=100, sample_tokens=10,
+    overlap=8, eval_every=100, eval_tokens=500, save_every=4, keep=100, sample_tokens=2,
 )
 '''
 
 
 def test_a_run_that_grows_twice_and_forgets_is_the_same_under_kills_and_on_another_mesh(place, corpus):
-    """Killed at a reset in either phase and at the widening. Then from between two resets on eight devices:
+    """Killed at a reset and at the widening. Then from between two resets on eight devices:
     the draws of the resets to come are the same, and losses agree within the design's tolerance.
     """
     (place.root / "changing.py").write_text(CHANGING.replace("CORPUS", str(corpus)))
     train_it = ["changing.py", "--runs", "runs"]
-    kills = [place.go(*place.command(*train_it, "--name", "hurt"), HURT=at) for at in ("10", "26", "32")]
-    assert [k.returncode for k in kills] == [-signal.SIGKILL] * 3, kills
+    kills = [place.go(*place.command(*train_it, "--name", "hurt"), HURT=at) for at in ("26", "32")]
+    assert [k.returncode for k in kills] == [-signal.SIGKILL] * 2, kills
     done = [place.go(*place.command(*train_it, "--name", name)) for name in ("hurt", "unhurt")]
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
     runs = [place.run(name) for name in ("hurt", "unhurt")]
