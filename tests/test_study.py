@@ -400,39 +400,58 @@ def test_every_arm_of_stacking_is_a_config_that_is_accepted():
         train.check(replace(arm, name="x"))
 
 
+@pytest.fixture
+def hasty():
+    """Compile in a hurry: programs that run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def small(arm: str) -> tuple[model.ModelConfig, dict, dict]:
     """(shape after the growth, parameters before and after it) of an arm of stacking.py, narrower."""
     config = replace(stacking.arms[arm].model, embed=32, mlp=48, heads=2, kv_heads=2, head_dim=8, vocab=50,
                      unroll=1)
-    context = model.Context(jax.random.key(1), 0, None, None, None)
-    before = after = model.Model(config, model.init(config, jax.random.key(0)))
-    for edit in stacking.arms[arm].phases[1].edits:
-        after = edit(after, context).model
-    return after.config, before.params, after.params
+    shapes = []
+
+    @jax.jit
+    def made():
+        before = after = model.Model(config, model.init(config, jax.random.key(0)))
+        for edit in stacking.arms[arm].phases[1].edits:
+            after = edit(after, model.Context(jax.random.key(1), 0, None, None, None)).model
+        shapes.append(after.config)
+        return before.params, after.params
+
+    before, after = made()
+    return shapes[0], before, after
 
 
-def test_copies_that_are_silenced_keep_the_function_and_learn_from_there():
+scores_of = jax.jit(model.apply, static_argnums=2)
+
+
+def test_copies_that_are_silenced_keep_the_function_and_learn_from_there(hasty):
     """G_zero: logits as before within 1e-5; the copies' other weights are the layer's, and they learn."""
     config, before, after = small("identity")
     ids = jnp.arange(24).reshape(2, 12)
     one = replace(config, layers=2)
-    np.testing.assert_allclose(model.apply(after, ids, config), model.apply(before, ids, one), atol=1e-5)
+    np.testing.assert_allclose(scores_of(after, ids, config), scores_of(before, ids, one), atol=1e-5)
     np.testing.assert_array_equal(after["q"], before["q"][np.array([0, 0, 0, 0, 1, 1, 1, 1])])
-    grads = jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, ids, config))))(after)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, ids, config)))))(after)
     assert (np.abs(grads["down"]).max((1, 2)) > 0).all() and (np.abs(grads["o"]).max((1, 2, 3, 4)) > 0).all()
 
 
-def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end():
+def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end(hasty):
     config, before, after = small("annealed")
     weights, ids = stacking.arms["annealed"].weights, jnp.arange(24).reshape(2, 12)
     start = stacking.arms["annealed"].phases[0].steps
     assert set(weights.keywords) == {"layers", "start", "steps"} and weights.keywords["start"] == start
 
+    @jax.jit
     def scores(step):
         return model.apply(weights(after, step, None), ids, config)
 
-    np.testing.assert_allclose(scores(start), model.apply(before, ids, replace(config, layers=2)), atol=1e-5)
-    np.testing.assert_array_equal(scores(start + 100), model.apply(after, ids, config))
+    np.testing.assert_allclose(scores(start), scores_of(before, ids, replace(config, layers=2)), atol=1e-5)
+    np.testing.assert_allclose(scores(start + 100), scores_of(after, ids, config), atol=1e-6)
     for end in start, start + 100:
         assert np.abs(scores(start + 50) - scores(end)).max() > 1e-4
     np.testing.assert_array_equal(weights(before, 3, None)["o"], before["o"])  # nothing is new in the base
