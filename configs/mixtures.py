@@ -92,9 +92,9 @@ arms = {name: replace(config, phases=(replace(phase, mixture=mixture, steer=50 i
 control = "uniform"
 default_arms = "uniform", "proportional", "moving", "steered"
 rates = 4e-3, 8e-3, 1.6e-2
-quick = {"phases.*.steps": 4, "phases.*.seq": 64, "overlap": 8, "model.layers": 1, "model.embed": 32,
-         "model.mlp": 32, "model.vocab": 258, "model.unroll": 1, "data.tokenizer": "bytes", "eval_every": 2,
-         "eval_tokens": 500, "sample_tokens": 4}
+quick = {"phases.*.steps": 60, "phases.*.seq": 64, "overlap": 8, "model.layers": 1, "model.embed": 32,
+         "model.mlp": 32, "model.vocab": 258, "model.unroll": 1, "data.tokenizer": "bytes",
+         "eval_tokens": 500, "sample_tokens": 4}  # long enough to be steered once
 claims = (
     dict(says="shares steered by losses beat equal ones", arm="steered", below=0.0),
     dict(says="shares by size are behind equal ones where each genre counts alike", arm="proportional",

@@ -153,9 +153,9 @@ arms = {
 control = "concat_no_mask"
 default_arms = "concat_no_mask", "concat", "best_fit"
 rates = 4e-3, 8e-3, 1.6e-2
-quick = {"phases.*.steps": 4, "phases.*.seq": 64, "overlap": 8, "model.embed": 32, "model.mlp": 32,
-         "model.vocab": 258, "model.unroll": 1, "data.tokenizer": "bytes", "data.dev": 0.01,
-         "data.test": 0.01, "eval_every": 2, "eval_tokens": 2_000, "sample_tokens": 4}
+quick = {"phases.*.steps": 4, "overlap": 8, "model.embed": 32, "model.mlp": 32, "model.vocab": 258,
+         "model.unroll": 1, "data.tokenizer": "bytes", "data.dev": 0.01, "data.test": 0.01, "eval_every": 2,
+         "eval_tokens": 2_000, "sample_tokens": 4}  # rows as long as ever, so that some have two documents
 claims = (
     dict(says="the mask helps", arm="concat", below=0.0),
     dict(says="whole documents under a mask beat what is cut and seen across", arm="best_fit", below=0.0),
