@@ -11,10 +11,10 @@ one as of another. Four arms with one model and one budget of positions:
 
 The figure to compare is the mean over genres of `eval/GENRE.test/bpb`. Skill-it reports gains where the graph
 says what helps what; with none its shares hardly leave the uniform ones. No curriculum of CLIMB's (Martinez
-et al. 2023) beats random order for certain. What it costs: all evaluate alike, every 50 steps, and the test
-split takes a quarter of a run. Give `--data.sources.GENRE.documents.path` where the text lies elsewhere.
+et al. 2023) beats random order for certain. What it costs: every arm evaluates every 50 steps, as `steered`
+must. Give `--data.sources.GENRE.documents.path` where the text lies elsewhere.
 
-    python train.py study configs/mixtures.py --seeds 3 --jobs 2     COST on two CPU cores
+    python train.py study configs/mixtures.py --seeds 3 --jobs 2     a quarter of an hour on two CPU cores
     python train.py configs/mixtures.py:steered --phases.0.mixture.eta 0.2      one arm by hand, a minute
 
 Run these in the directory of train.py.

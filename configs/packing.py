@@ -12,7 +12,7 @@ measured on documents alone in all arms, so concat_no_mask, the control, is judg
 on. What it costs: planning takes a third of a second for 100,000 documents, `data/waste` says how much is
 padding, and the mask costs nothing, as attention computes all pairs in any case.
 
-    python train.py study configs/packing.py --seeds 3 --jobs 2      COST on two CPU cores
+    python train.py study configs/packing.py --seeds 3 --jobs 2      about ten minutes on two CPU cores
     python train.py configs/packing.py:best_fit                      one arm by hand, a minute
 
 The file holds the packings themselves too, for any config: `best_fit`, `first_fit`, `one_per_row`.

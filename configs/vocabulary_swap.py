@@ -22,7 +22,7 @@ quickstart's model to plain bytes.
 
     python train.py                                                      first, once: runs/quickstart
     python train.py configs/vocabulary_swap.py:base                      then, once: runs/vocabulary_swap-base
-    python train.py study configs/vocabulary_swap.py --seeds 3 --jobs 2  COST on two CPU cores
+    python train.py study configs/vocabulary_swap.py --seeds 3 --jobs 2  about ten minutes on two CPU cores
     python train.py configs/vocabulary_swap.py                           to bytes, two minutes
 
 Run these in one directory. Where no piece is shared and copied, as from pieces to bytes, "mean" begins with
