@@ -11,8 +11,8 @@ charged as any other, though its gradient is not used):
 FLOPs in the end than the plain run. A negative control for configs that copy layers. As in `stacking.py`,
 and unlike the paper's constant rate, growth warms up again and all decay over the last 40 % of their FLOPs.
 
-    python train.py study configs/incremental_layers.py --seeds 3 --jobs 2    COST on two CPU cores
-    python train.py configs/incremental_layers.py:frozen                      one arm by hand, a minute
+    python train.py study configs/incremental_layers.py --seeds 3 --jobs 2  about ten minutes on two CPU cores
+    python train.py configs/incremental_layers.py:frozen                    one arm by hand, a minute
 
 Freezing takes two functions, for any config: `freeze` (a `weights`) stops gradients, so that the clipped norm
 is of what trains, and `asleep` (an `optimizer`) keeps weight decay and moments off what has no gradient. To

@@ -13,7 +13,7 @@ teacher, which is left out here; no figure is published for language, and what t
 model's training, not that of the genes. As in `stacking.py`, the expansion warms up again, the shared phase's
 rate does not decay, and all decay over the last 40 % of their FLOPs.
 
-    python train.py study configs/learngene.py --seeds 3 --jobs 2    COST on two CPU cores
+    python train.py study configs/learngene.py --seeds 3 --jobs 2    about ten minutes on two CPU cores
     python train.py configs/learngene.py:linear                      one arm by hand, a minute
 
 The shape in the shared phase is that of the model run, so that FLOPs and sampling are right; the genes are

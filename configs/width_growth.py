@@ -15,9 +15,9 @@ bert2BERT (Chen et al. 2021) reports 30 % of FLOPs saved by FPI, 38 % by AKI and
 -18 % for the corner. As in `stacking.py`, growth resets the optimiser and warms up again, the narrow phase's
 rate does not decay, and all decay over the last 40 % of their FLOPs.
 
-    python train.py study configs/width_growth.py --seeds 3 --jobs 2          COST on two CPU cores
+    python train.py study configs/width_growth.py --seeds 3 --jobs 2     a quarter of an hour on two CPU cores
     python train.py study configs/width_growth.py --seeds 3 --arms preserving,uneven,advanced,two_stage
-    python train.py configs/width_growth.py:preserving                        one arm by hand, a minute
+    python train.py configs/width_growth.py:preserving                   one arm by hand, a minute
 
 The file holds the edit for any config, `widen`, and a `weights` for the first of two stages, `sub_models`.
 Its steps are charged as whole ones, though a sub-model is cheaper, as the shape of a phase is one; bert2BERT
