@@ -57,6 +57,8 @@ from matplotlib import pyplot  # noqa: E402  after the choice of a backend that 
 
 EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
 HARMLESS = "name runs prompts sample_tokens sample_temperature save_every keep".split()  # to a finished run
+KEEP = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs too, for the runs to come
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 MEASURES = "bpb", "speed_up_flops", "speed_up_tokens"
 
 
@@ -235,7 +237,7 @@ def make(study: Study, jobs: list[Job]) -> dict[Job, dict]:
             where = {"CUDA_VISIBLE_DEVICES": device} if isinstance(device, str) else {}
             line = [sys.executable, train.ROOT / "train.py", *command(study, job)]
             with open(log, "ab") as out:
-                process = subprocess.Popen(line, stdout=out, stderr=out, env=os.environ | where)
+                process = subprocess.Popen(line, stdout=out, stderr=out, env=KEEP | os.environ | where)
             running.add(process)
             if not where and study.jobs > 1 and device:
                 os.sched_setaffinity(process.pid, device)  # before it starts threads, which inherit it
@@ -322,7 +324,8 @@ def table(result: dict) -> str:
         cells = [show(*by[arm]["own"]) + ("" if arm == control or by[arm]["mean"] is None else
                  f" ({show(by[arm]['mean'], by[arm]['half'], '+.4f')})") for arm in arms]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"{n} paired seeds; ± is half a 95 % interval" if n > 1 else "one seed: no intervals",
+    lines += ["", *(["--quick: too short to say anything of the question"] if result["quick"] else []),
+              f"{n} paired seeds; ± is half a 95 % interval" if n > 1 else "one seed: no intervals",
               f"the runs compared took {cost['flops']:.3g} FLOPs and {cost['tokens']:,} tokens, tuning took "
               f"{cost['tuning_flops']:.3g} and {cost['tuning_tokens']:,}"]
     lines += [f"(!) {arm}: its best rate is an end of those tried, {', '.join(f['tuning'])}: not bracketed"
@@ -457,6 +460,7 @@ def main(arguments: list[str]) -> dict:
     made_by = {json.dumps(f["made_by"], sort_keys=True) for f in [*tuned, *found.values()]}
     result = dict(
         study=study.directory.name, control=study.arms[0], seeds=seeds, failed=study.failed,
+        quick=bool(study.quick),
         measures=measures,
         made_by=[json.loads(m) for m in sorted(made_by)],
         cost={name + axis: sum(f[axis] for f in some) for axis in ("tokens", "flops")
