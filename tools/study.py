@@ -354,10 +354,14 @@ def draw_measures(panel, result: dict):
         panel.legend(fontsize=8)
 
 
-def draw(path: Path, result: dict):
-    """Dev curves, and differences to the control: on dev along the way, on test at the end; by both axes.
-    Where a study has `measures`, below the curves the differences in these.
+def draw(result: dict):
+    """A figure of dev curves, and of differences to the control: on dev along the way, on test at the end; by
+    both axes. Where a study has `measures`, below the curves the differences in these.
     """
+    if all(run["dev"] is None for f in result["arms"].values() for run in f["runs"].values()):
+        figure, panel = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
+        draw_measures(panel, result)
+        return figure
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", layout="constrained")
     name = result["control"]
     control = result["arms"][name]["runs"]
@@ -392,8 +396,7 @@ def draw(path: Path, result: dict):
         for top, bottom in axes.T:
             bottom.remove()
             top.tick_params(labelbottom=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return figure
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -468,6 +471,8 @@ def main(arguments: list[str]) -> dict:
         claims=[c | dict(verdict=verdict(c["mean"], c["half"], c)) for c in claims],
         arms={arm: arms[arm] for arm in study.arms})
     data.write(study.directory / "study.json", json.dumps(result, indent=1))
-    draw(study.directory / "study.png", result)
+    figure = draw(result)
+    figure.savefig(study.directory / "study.png", dpi=110)
+    pyplot.close(figure)
     print(f"\n{table(result)}\n\n{study.directory} has study.json and study.png")
     return result
