@@ -557,11 +557,11 @@ def test_a_run_that_grows_twice_and_forgets_is_the_same_under_kills_and_on_anoth
     """
     (place.root / "changing.py").write_text(CHANGING.replace("CORPUS", str(corpus)))
     train_it = ["changing.py", "--runs", "runs"]
-    kills = [place.go(*place.command(*train_it, "--name", "hurt"), HURT=at) for at in ("26", "32")]
+    kills = [place.go(*place.command(*train_it, "--name", "grown-hurt"), HURT=at) for at in ("26", "32")]
     assert [k.returncode for k in kills] == [-signal.SIGKILL] * 2, kills
-    done = [place.go(*place.command(*train_it, "--name", name)) for name in ("hurt", "unhurt")]
+    done = [place.go(*place.command(*train_it, "--name", name)) for name in ("grown-hurt", "grown")]
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
-    runs = [place.run(name) for name in ("hurt", "unhurt")]
+    runs = [place.run(name) for name in ("grown-hurt", "grown")]
     assert timeless(rows_of(runs[0])) == timeless(rows_of(runs[1])) and checkpoints(runs[0])[-1] == 48
     ends = [train.load(str(run), 48)[0] for run in runs]
     assert all(np.asarray(ends[0][n]).tobytes() == np.asarray(ends[1][n]).tobytes() for n in ends[0])
