@@ -356,9 +356,10 @@ def draw_measures(panel, result: dict):
 
 def draw(result: dict):
     """A figure of dev curves, and of differences to the control: on dev along the way, on test at the end; by
-    both axes. Where a study has `measures`, below the curves the differences in these.
+    both axes. Where a study has `measures`, below the curves the differences in these, or these alone
+    where nothing was tested.
     """
-    if all(run["dev"] is None for f in result["arms"].values() for run in f["runs"].values()):
+    if result["measures"] and all(f["bpb"][0] is None for f in result["arms"].values()):
         figure, panel = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
         draw_measures(panel, result)
         return figure
@@ -394,8 +395,9 @@ def draw(result: dict):
     if result["measures"]:
         draw_measures(figure.add_subplot(axes[1, 0].get_gridspec()[1, :]), result)
         for top, bottom in axes.T:
-            bottom.remove()
+            top.set_xlabel(bottom.get_xlabel())
             top.tick_params(labelbottom=True)
+            bottom.remove()
     return figure
 
 
