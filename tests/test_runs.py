@@ -551,6 +551,7 @@ config = Config(
 '''
 
 
+@pytest.mark.soak
 def test_a_run_that_grows_twice_and_forgets_is_the_same_under_kills_and_on_another_mesh(place, corpus):
     """Killed at a reset and at the widening. Then from between two resets on eight devices:
     the draws of the resets to come are the same, and losses agree within the design's tolerance.
