@@ -77,7 +77,7 @@ class Phase:
     order: Callable = data.shuffled  # draw, rows, progress, key -> place in the plan
     objective: Callable = data.causal  # row, rng -> row, mask
     schedule: Schedule | None = None  # over this phase's own budget, in place of the run's over the whole
-    rates: dict[str, Schedule | float] = field(default_factory=dict)  # of optimiser groups: own, or a factor
+    rates: dict[str, Schedule | float] = field(default_factory=dict)  # a group's own, or a factor; 0 freezes
 
 
 @dataclass(frozen=True)
@@ -840,7 +840,7 @@ def load(run: str, step: int | None = None):
     params = checkpoints.params(step, model.state_like(config.model, config.optimizer, mesh))
     tokenizer = data.load_tokenizer(directory / "tokenizer.model")
     _, scores = model.evaluators(config, config.model)
-    return params, config, tokenizer, lambda params, ids: scores(params, step, np.asarray(ids))
+    return params, config, tokenizer, lambda params, ids: scores(params, step, jnp.asarray(ids))
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -117,7 +117,6 @@ arms = {
 }
 config = arms["linear"]
 control = "scratch"
-default_arms = "scratch", "linear", "stagewise"
 rates = 4e-3, 8e-3, 1.6e-2
 quick = {"phases.*.steps": 4, "phases.*.seq": 64, "overlap": 8, "model.embed": 32, "model.mlp": 32,
          "model.vocab": 258, "model.unroll": 1, "data.tokenizer": "bytes", "data.dev": 0.01,

@@ -90,7 +90,6 @@ mixtures = {
 arms = {name: replace(config, phases=(replace(phase, mixture=mixture, steer=50 if name == "steered" else 0),))
         for name, mixture in mixtures.items()}
 control = "uniform"
-default_arms = "uniform", "proportional", "moving", "steered"
 rates = 4e-3, 8e-3, 1.6e-2
 quick = {"phases.*.steps": 60, "phases.*.seq": 64, "overlap": 8, "model.layers": 1, "model.embed": 32,
          "model.mlp": 32, "model.vocab": 258, "model.unroll": 1, "data.tokenizer": "bytes",

@@ -22,9 +22,9 @@ The paper: scratch takes 49 % more FLOPs at 1.1B, less in longer runs; No Train 
 there. As in the paper, growth resets the optimiser and warms up again, the base's rate does not decay, and
 the base's text is not seen again (within an epoch). All decay over the last 40 % of their FLOPs.
 
-    python train.py study configs/stacking.py                                 about two hours on two CPU cores
+    python train.py study configs/stacking.py --jobs 2                   some 80 minutes on two CPU cores
     python train.py study configs/stacking.py --arms stack,identity,random_on_top
-    python train.py configs/stacking.py:stack                                 one arm by hand, five minutes
+    python train.py configs/stacking.py:stack                            one arm by hand, five minutes
 """
 from dataclasses import replace
 from functools import partial

@@ -16,6 +16,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"  # all of
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="coppice-tests-")
 
+import jax
+
 import data
 import model
 
@@ -23,6 +25,15 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 hypothesis.settings.register_profile(
     "coppice", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("coppice")
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """Programs are compiled in a hurry from here to the end of the module, as each runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
 
 def pytest_collection_modifyitems(config, items):
     """Tests that are marked long run only where `-m` names their mark."""

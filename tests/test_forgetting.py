@@ -69,15 +69,13 @@ def tiny(tmp_path, arm: str = "forgetting", **changes) -> train.Config:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Programs are compiled in a hurry and kept: all runs here take the same ones."""
+def compiled_once(hasty):
+    """Programs are kept: all runs here take the same ones."""
     old = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *KEEP)}
     for name, value in {"jax_compilation_cache_dir": str(data.cache_home() / "hasty"), **KEEP}.items():
         jax.config.update(name, value)
-    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in old.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -22,12 +22,7 @@ equal = np.testing.assert_array_equal
 IDS = np.random.default_rng(0).integers(0, 258, (2, 12), np.int32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hasty():
-    """Compile in a hurry: each edit is a program of its own, run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("hasty")  # each edit is a program of its own
 
 
 @pytest.fixture

@@ -262,6 +262,7 @@ def test_one_seed_gives_figures_without_intervals(file, trainer, capsys):
     (["--arms", "grown,thrid"], "defines no arm 'thrid'; its arms: deep, grown, third"),
     (["--seeds", "0"], "--seeds is 0; allowed is 1 or more"),
     (["--sedes", "2"], "unrecognized arguments"),
+    (["--jobs", "0"], "--jobs is 0; allowed is 1 to"),
 ])
 def test_mistakes_are_one_sentence(file, trainer, arguments, sentence):
     with pytest.raises(data.InputError, match=sentence):
@@ -272,10 +273,12 @@ def test_mistakes_are_one_sentence(file, trainer, arguments, sentence):
 def test_mistakes_of_the_file(file, trainer):
     with pytest.raises(data.InputError, match="neither a config file"):
         call(file.with_name("tyni.py"))
-    for old, new, sentence in [("quick = {", 'quick = {"phases.*.stesp": 1, ', "field --phases.0.stesp"),
-                               ("claims = (", "1 / 0\nclaims = (", "line 23: ZeroDivisionError"),
-                               ("dev=0.1", "dev=0.0", "data.dev is 0")]:
-        other = file.with_name(f"{old[:3]}.py")
+    mistakes = [("quick = {", 'quick = {"phases.*.stesp": 1, ', "field --phases.0.stesp"),
+                ("claims = (", "1 / 0\nclaims = (", "line 23: ZeroDivisionError"),
+                ("quick = {", "slow = {", "defines no `quick`"),
+                ("dev=0.1", "dev=0.0", "data.dev is 0")]
+    for n, (old, new, sentence) in enumerate(mistakes):
+        other = file.with_name(f"mistake{n}.py")
         other.write_text(file.read_text().replace(old, new))
         with pytest.raises(data.InputError, match=sentence):
             call(other, *(["--quick"] if "quick" in old else []))
@@ -398,14 +401,6 @@ def test_the_arms_of_stacking_decay_over_the_same_last_flops_and_end_at_the_same
 def test_every_arm_of_stacking_is_a_config_that_is_accepted():
     for arm in stacking.arms.values():
         train.check(replace(arm, name="x"))
-
-
-@pytest.fixture
-def hasty():
-    """Compile in a hurry: programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def small(arm: str) -> tuple[model.ModelConfig, dict, dict]:

@@ -198,17 +198,15 @@ def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then()
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    """One device, and programs compiled in a hurry."""
+def one_device(monkeypatch, hasty):
+    """One device, for the compilation cache as it was."""
     whole, kept = model.make_mesh, jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(model, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", kept)
 
 
-def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, capsys, hasty):
+def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, capsys, one_device):
     fields = forgetting.quick | {"eval_every": 2, "phases.0.repeat.0.every": 2, "model.layers": 1,
                                  "phases.0.rates.embed.cycle": 2, "sample_tokens": 1}
     words = [w for k, v in fields.items() for i in range(2 if "*" in k else 1)

@@ -29,13 +29,13 @@ def main(arguments: list[str]) -> str:
     parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     a = parser.parse_args(arguments)
-    params, config, tokenizer, _ = train.load(a.run, a.step)
+    step = train.find(a.run, a.step)[1]
+    params, config, tokenizer, _ = train.load(a.run, step)
     tokens = config.sample_tokens if a.tokens is None else a.tokens
     temperature = config.sample_temperature if a.temperature is None else a.temperature
     if tokens < 1 or temperature < 0:
         parser.error(f"--tokens is {tokens} and --temperature {temperature}; "
                      "allowed are 1 and more, and 0 and more")
-    step = train.find(a.run, a.step)[1]
     texts = [prompt + continuation(params, config, tokenizer, prompt, tokens, temperature, a.seed + i, step)
              for i, prompt in enumerate(config.prompts if a.prompt is None else [a.prompt])]
     text = "\n\n----\n\n".join(texts) + "\n"

@@ -422,6 +422,8 @@ def read(a) -> Study:
         raise InputError(f"--seeds is {a.seeds}; allowed is 1 or more, 2 or more for intervals")
     if not 1 <= a.jobs <= (os.cpu_count() or 1):
         raise InputError(f"--jobs is {a.jobs}; allowed is 1 to {os.cpu_count()}, the cores here")
+    if a.quick and not quick:
+        raise InputError(f"{a.config} defines no `quick`; allowed is a study without --quick")
     rates = sorted(file.get("rates", ()))
     if len(rates) > 1 and not all(known[arm].data.dev for arm in arms):
         raise InputError("data.dev is 0 in an arm; allowed is a share to tune its rate on, or no `rates`")
@@ -433,6 +435,32 @@ def read(a) -> Study:
                          f"{', '.join(measures) or 'none'}")
     return Study(a.config, directory, arms, rates, quick, file.get("teacher_flops", {}), claims, {},
                  measures, tuned_by, a.jobs)
+
+
+def conclude(study: Study, seeds: int) -> dict:
+    """What study.json holds: the runs, made where they are missing, and all that follows from them."""
+    arms, tuned = tune(study)
+    found = make(study, [Job(arm, arms[arm]["rate"], s + 1) for s in range(seeds) for arm in study.arms])
+    runs = {arm: {job.seed: f for job, f in found.items() if job.arm == arm} for arm in study.arms}
+    for arm, own in runs.items():
+        if not own:
+            raise InputError(f"no run of {arm} came to its end: {study.failed}")
+        ends, one = [f["bpb"] for f in own.values() if f["bpb"] is not None], next(iter(own.values()))
+        arms[arm] |= dict(
+            tokens=one["tokens"], flops=one["flops"], bpb=interval(ends) if ends else (None, None),
+            less_control={m: compare(own, runs[study.arms[0]], m) for m in MEASURES}, runs=own)
+    claims = [c | compare(runs[c["arm"]], runs[c["control"]], c["measure"]) for c in study.claims]
+    measures = {name: {arm: compare(own, runs[study.arms[0]], name) | {"own": interval(
+        [f["last"][name] for f in own.values()])} for arm, own in runs.items()} for name in study.measures}
+    made_by = {json.dumps(f["made_by"], sort_keys=True) for f in [*tuned, *found.values()]}
+    return dict(
+        study=study.directory.name, control=study.arms[0], seeds=seeds, failed=study.failed,
+        quick=bool(study.quick), measures=measures,
+        made_by=[json.loads(m) for m in sorted(made_by)],
+        cost={name + axis: sum(f[axis] for f in some) for axis in ("tokens", "flops")
+              for name, some in (("", found.values()), ("tuning_", tuned))},
+        claims=[c | dict(verdict=verdict(c["mean"], c["half"], c)) for c in claims],
+        arms={arm: arms[arm] for arm in study.arms})
 
 
 def main(arguments: list[str]) -> dict:
@@ -449,29 +477,7 @@ def main(arguments: list[str]) -> dict:
     for arm in study.arms:  # so that a mistake in the last one shows before the first one runs
         complete(study, Job(arm, study.rates[0] if study.rates else None, 0))
     study.directory.mkdir(parents=True, exist_ok=True)
-    arms, tuned = tune(study)
-    found = make(study, [Job(arm, arms[arm]["rate"], s + 1) for s in range(seeds) for arm in study.arms])
-    runs = {arm: {job.seed: f for job, f in found.items() if job.arm == arm} for arm in study.arms}
-    for arm, own in runs.items():
-        if not own:
-            raise InputError(f"no run of {arm} came to its end: {study.failed}")
-        ends, one = [f["bpb"] for f in own.values() if f["bpb"] is not None], next(iter(own.values()))
-        arms[arm] |= dict(
-            tokens=one["tokens"], flops=one["flops"], bpb=interval(ends) if ends else (None, None),
-            less_control={m: compare(own, runs[study.arms[0]], m) for m in MEASURES}, runs=own)
-    claims = [c | compare(runs[c["arm"]], runs[c["control"]], c["measure"]) for c in study.claims]
-    measures = {name: {arm: compare(own, runs[study.arms[0]], name) | {"own": interval(
-        [f["last"][name] for f in own.values()])} for arm, own in runs.items()} for name in study.measures}
-    made_by = {json.dumps(f["made_by"], sort_keys=True) for f in [*tuned, *found.values()]}
-    result = dict(
-        study=study.directory.name, control=study.arms[0], seeds=seeds, failed=study.failed,
-        quick=bool(study.quick),
-        measures=measures,
-        made_by=[json.loads(m) for m in sorted(made_by)],
-        cost={name + axis: sum(f[axis] for f in some) for axis in ("tokens", "flops")
-              for name, some in (("", found.values()), ("tuning_", tuned))},
-        claims=[c | dict(verdict=verdict(c["mean"], c["half"], c)) for c in claims],
-        arms={arm: arms[arm] for arm in study.arms})
+    result = conclude(study, seeds)
     data.write(study.directory / "study.json", json.dumps(result, indent=1))
     figure = draw(result)
     figure.savefig(study.directory / "study.png", dpi=110)
