@@ -112,7 +112,7 @@ frozen = replace(unfrozen, optimizer=asleep, weights=partial(
 arms = {"scratch": scratch, "frozen": frozen, "unfrozen": unfrozen}
 config = arms["frozen"]
 control = "scratch"
-rates = 4e-3, 8e-3, 1.6e-2
+rates = 2e-3, 4e-3, 8e-3
 quick = {"phases.*.steps": 4, "phases.*.seq": 64, "overlap": 8, "model.embed": 32, "model.mlp": 32,
          "model.vocab": 258, "model.unroll": 1, "data.tokenizer": "bytes", "data.dev": 0.01,
          "data.test": 0.01, "eval_every": 2, "eval_tokens": 2_000, "sample_tokens": 4}

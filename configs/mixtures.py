@@ -90,7 +90,7 @@ mixtures = {
 arms = {name: replace(config, phases=(replace(phase, mixture=mixture, steer=50 if name == "steered" else 0),))
         for name, mixture in mixtures.items()}
 control = "uniform"
-rates = 4e-3, 8e-3, 1.6e-2
+rates = 2e-3, 4e-3, 8e-3
 quick = {"phases.*.steps": 60, "phases.*.seq": 64, "overlap": 8, "model.layers": 1, "model.embed": 32,
          "model.mlp": 32, "model.vocab": 258, "model.unroll": 1, "data.tokenizer": "bytes",
          "eval_tokens": 500, "sample_tokens": 4}  # long enough to be steered once

@@ -151,7 +151,7 @@ arms = {
     "best_fit": replace(config, phases=(replace(concat, packing=best_fit),)),
 }
 control = "concat_no_mask"
-rates = 4e-3, 8e-3, 1.6e-2
+rates = 2e-3, 4e-3, 8e-3
 quick = {"phases.*.steps": 4, "overlap": 8, "model.embed": 32, "model.mlp": 32, "model.vocab": 258,
          "model.unroll": 1, "data.tokenizer": "bytes", "data.dev": 0.01, "data.test": 0.01, "eval_every": 2,
          "eval_tokens": 2_000, "sample_tokens": 4}  # rows as long as ever, so that some have two documents
