@@ -745,6 +745,7 @@ class Batch(NamedTuple):
     arrays: dict[str, np.ndarray]
     mask: dict
     metrics: dict[str, float]
+    rows: int  # of the whole batch, which may be more than are made here
 
 
 def batch_lengths(phase) -> tuple[list[int], np.ndarray]:
@@ -861,29 +862,28 @@ class Loader:
         epoch = np.array(self.lengths[p]) @ np.array([[r.epoch for r in row] for row in self.rows[p]])
         return dict(zip(self.names, (self.positions(step) / epoch).tolist(), strict=True))
 
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """The batch of a step (1 and up), or one of `parts` equal parts of its rows for a process of its own:
-        a function of (config, seed, step), and of the log where the mixture is steered."""
+    def batch(self, step: int, own: Callable[[int], np.ndarray] = np.arange) -> Batch:
+        """The batch of a step (1 and up): a function of (config, seed, step), and of the log where the
+        mixture is steered. own: number of its rows -> those that are made here; metrics are of these."""
         p = self.phase_of(step)
         phase, within = self.phases[p], step - 1 - (int(self.ends[p]) - self.phases[p].steps)
         at = self.picks[p][within]
         before, after = (self.begin(p)[at] + self.drawn(p, within + i)[at] for i in (0, 1))
         bounds = np.cumsum([0, *(after - before)])  # rows come source by source
-        first, last = (int(bounds[-1]) * i // parts for i in (part, part + 1))
-        made, pieces, cut = [], 0, 0
+        wanted, made, pieces, cut = own(int(bounds[-1])), [], 0, 0
         for i, rows in enumerate(self.rows[p][at]):
-            own = np.arange(max(first, bounds[i]), min(last, bounds[i + 1]))
-            if not len(own):
+            mine = wanted[(wanted >= bounds[i]) & (wanted < bounds[i + 1])]
+            if not len(mine):
                 continue
-            arrays, n, m = rows.get(own - bounds[i] + before[i], within / phase.steps)
+            arrays, n, m = rows.get(mine - bounds[i] + before[i], within / phase.steps)
             arrays["source"], pieces, cut = np.full_like(arrays["tokens"], i), pieces + n, cut + m
             made += [phase.objective({k: v[j] for k, v in arrays.items()},
-                                     np.random.default_rng([self.seed, step, r])) for j, r in enumerate(own)]
+                                     np.random.default_rng([self.seed, step, r])) for j, r in enumerate(mine)]
         figures = {"data/waste": 1 - float(np.mean([row["segments"] > 0 for row, _ in made])),
                    "data/truncated": cut / pieces, "data/segments": pieces / len(made)}
         drawn = {f"data/{name}/rows": int(n) for name, n in zip(self.names, after - before, strict=True)}
         return Batch({k: np.stack([row[k] for row, _ in made]) for k in made[0][0]}, made[0][1],
-                     figures | (drawn if len(self.names) > 1 else {}))
+                     figures | (drawn if len(self.names) > 1 else {}), int(bounds[-1]))
 
 
 def prefetch(make: Callable[[int], Any], steps: range, depth: int = 2) -> Iterator[Any]:

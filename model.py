@@ -6,7 +6,9 @@ optimiser groups, growth and forgetting. A model is a flat dictionary `{name: ar
 
     b batch  t, s position  l layer  d embed  k kv head  g query head of a kv head  h head_dim  f mlp  v vocab
 """
+import ctypes
 import math
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +22,9 @@ import numpy as np
 import optax
 from flax.linen import logical_to_mesh_axes
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class ModelConfig:
     norm_eps: float = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
-    attention: Literal["reference", "xla"] = "xla"  # implementation
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # implementation: `choose`
     unroll: int = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
-    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
+    remat: Literal["none", "elementwise", "all"] = "none"  # what of a block the backward pass computes again
     logits_mib: int = 256  # the loss is computed in chunks of the sequence whose float32 logits fit in this
 
 
@@ -55,7 +60,6 @@ class MeshConfig:
 
 
 # ---------------------------------------------------------------------------------------- the parameter table
-
 
 class Param(NamedTuple):
     """One row of the table: named axes, shape, and the standard deviation of its normal draw (None: ones)."""
@@ -101,6 +105,7 @@ def table(config: ModelConfig) -> dict[str, Param]:
         "down": param("layers mlp embed", out),
         "norm": param("embed", None),
     }
+    rows |= {f"{x}_norm": param("layers head_dim", None) for x in "qk" if c.qk_norm}
     return rows if c.tied else rows | {"head": param("embed vocab", c.embed**-0.5)}
 
 
@@ -115,11 +120,6 @@ def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
 def init(config: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
     """All parameters, drawn from the table in `config.param_dtype`."""
     return {name: draw(name, p, key, config.param_dtype) for name, p in table(config).items()}
-
-
-def init_shape(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `init` gives, as shapes."""
-    return {name: jax.ShapeDtypeStruct(p.shape, config.param_dtype) for name, p in table(config).items()}
 
 
 def groups(config: ModelConfig) -> dict[str, list[str]]:
@@ -145,16 +145,11 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     return 6 * matmul + 6 * config.layers * config.heads * config.head_dim * seq
 
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets; elsewhere there is no MFU.
-PEAK = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-        "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
-
-
-def peak() -> float | None:
-    """Peak FLOP/s of all devices together, or None where their kind is not known."""
-    kind = jax.devices()[0].device_kind
-    known = max((name for name in PEAK if kind.startswith(name)), key=len, default=None)
-    return PEAK[known] * jax.device_count() if known else None
+def keep_memory():
+    """Have the GNU C library keep what is freed: XLA on CPU asks for a step's scratch anew at each step."""
+    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            libc.mallopt(option, value)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -166,13 +161,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if rest > 1 or any(s == 0 or s < -1 for s in sizes) or n % known or (not rest and known != n):
         raise ValueError(f"mesh is data {data}, fsdp {fsdp}, tensor {tensor}, which does not fit the {n} "
                          "devices here; allowed are sizes whose product is that, one of them -1 for the rest")
-    grid = np.array(devices).reshape([s if s > 0 else n // known for s in sizes])
+    sizes = [s if s > 0 else n // known for s in sizes]
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, ("data", "fsdp", "tensor"))
 
 
 # Named axes to mesh axes. `logical_to_mesh_axes` would copy an unknown axis to all devices: here it raises.
 RULES = {"layers": None, "vocab": "tensor", "embed": "fsdp", "kv_heads": "tensor", "q_per_kv": None,
          "head_dim": None, "mlp": "tensor"}
+ROWS = "data", "fsdp"  # mesh axes that the rows of a batch live on
 
 
 def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -189,7 +186,6 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 # -------------------------------------------------------------------------------------------------- attention
-
 
 @dataclass(frozen=True)
 class Mask:
@@ -262,14 +258,55 @@ def softmax_mix_backward(kept, d_out):
 softmax_mix.defvjp(softmax_mix_forward, softmax_mix_backward)
 
 
-def attention(q, k, v, mask: Mask, segments, prefix=None, implementation: str = "xla") -> jax.Array:
+def splash(q, k, v, mask: Mask, segments, interpret: bool = False) -> jax.Array:
+    """`attention` by the Pallas kernel for TPUs of that name, which skips blocks that nobody sees."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    t, g, h = q.shape[1], *q.shape[3:]
+    n = next(n for n in (512, 256, 128) if t % n == 0)
+    see = masks.LocalMask((t, t), (mask.window - 1, 0), 0) if mask.window else masks.CausalMask((t, t))
+    heads = kernel.make_splash_mqa_single_device(
+        masks.MultiHeadMask([see] * g), block_sizes=kernel.BlockSizes(*[n] * 8), interpret=interpret)
+    each = jax.vmap(jax.vmap(heads, (0, 0, 0, None)))  # rows, key-value heads
+    out = each((q * h**-0.5).transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3),
+               kernel.SegmentIds(segments, segments))
+    return out.transpose(0, 3, 1, 2, 4)
+
+
+def choose(implementation: str, mask: Mask, length: int, dtype, platform: str | None = None) -> str:
+    """What "auto" stands for on a platform. Raises ValueError for what cannot do what is asked."""
+    platform = platform or getattr(get_abstract_mesh().abstract_device, "platform", jax.default_backend())
+    able = ["splash"] * (platform == "tpu" and mask.kind == "causal" and length % 128 == 0)
+    able += ["cudnn"] * (platform == "gpu" and jnp.dtype(dtype).itemsize == 2) + ["xla", "reference"]
+    if implementation not in ("auto", *able):
+        raise ValueError(f"model.attention is {implementation}; allowed for {mask.kind} rows of {length} in "
+                         f"{dtype} on {platform} are auto, {', '.join(able)}")
+    return able[0] if implementation == "auto" else implementation
+
+
+def attention(q, k, v, mask: Mask, segments, prefix=None, implementation: str = "auto") -> jax.Array:
     """Self-attention of q [b t k g h] to k, v [b t k h] under a mask specification and segments [b, t].
 
     reference: the whole [t, t] square. xla: in blocks of queries, each with only the keys that it can see,
-    so that a causal row costs about half the square.
+    so that a causal row costs about half the square. cudnn: NVIDIA's flash attention. splash: see there.
     """
+    implementation = choose(implementation, mask, q.shape[1], q.dtype)
     length = block = q.shape[1]
     index = jnp.arange(length)
+    if implementation in ("splash", "cudnn"):
+        def kernel(q, k, v, segments, prefix):
+            if implementation == "splash":
+                return splash(q, k, v, mask, segments)
+            see = allowed(mask, index, index, segments, segments, prefix)[:, None]
+            flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
+            return jax.nn.dot_product_attention(flat, k, v, mask=see, is_causal=mask.kind == "causal",
+                                                implementation="cudnn").reshape(q.shape)
+
+        if not get_abstract_mesh().empty:  # of which kernels know nothing
+            heads, rows = PartitionSpec(ROWS, None, RULES["kv_heads"]), PartitionSpec(ROWS)
+            kernel = jax.shard_map(kernel, in_specs=(heads,) * 3 + (rows,) * 2, out_specs=heads,
+                                   check_vma=False)
+        return kernel(q, k, v, segments, segments * 0 if prefix is None else prefix)
     if implementation == "xla" and mask.kind == "causal":
         block = next((b for b in (128, 64) if length > b and length % b == 0), length)
     out = []
@@ -283,7 +320,6 @@ def attention(q, k, v, mask: Mask, segments, prefix=None, implementation: str = 
 
 
 # ---------------------------------------------------------------------------------------------------- forward
-
 
 def rms_norm(x, gain, eps):
     """x / rms(x) · gain over the last axis, the mean square in float32 or wider (Zhang & Sennrich 2019)."""
@@ -308,29 +344,73 @@ def rotate(x, cos, sin):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def dense(x, w, inputs: int = 1):
-    """x [b t i...] times w [i... o...] with `inputs` axes summed: [b t o...].
+def pin(x, *axes) -> jax.Array:
+    """Fix the mesh axes that the axes of x live on, where these divide them; without a mesh, do nothing."""
+    mesh = get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts = [math.prod(mesh.shape[a] for a in np.ravel(on)) if on else 1 for on in axes]
+    fit = [on if n % part == 0 else None for on, n, part in zip(axes, x.shape, parts, strict=False)]
+    return lax.with_sharding_constraint(x, PartitionSpec(*fit))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x, w, axes: tuple[str, ...], out):
+    """x [n i] times w, which becomes [i o], in x's dtype: [n o] in dtype `out`. axes: names of those of w.
+
+    What fsdp splits of w is gathered for the product alone, in x's dtype, and again for the backward pass;
+    the gradient of w is summed over devices in w's own dtype, and split as w is.
+    """
+    return matmul_forward(x, w, axes, out)[0]
+
+
+def matmul_forward(x, w, axes, out):
+    return jnp.matmul(x, gathered(x, w, axes), preferred_element_type=out), (x, w)
+
+
+def matmul_backward(axes, out, kept, dy):
+    x, w = kept
+    dy = dy.astype(x.dtype)
+    dw = jnp.einsum("ni,no->io", x, dy, preferred_element_type=w.dtype).reshape(w.shape)
+    return jnp.einsum("no,io->ni", dy, gathered(x, w, axes)), pin(dw, *(RULES[a] for a in axes))
+
+
+matmul.defvjp(matmul_forward, matmul_backward)
+
+
+def gathered(x, w, axes):
+    """w in x's dtype, whole but for the mesh axis tensor, as a matrix that x [n i] can be multiplied with."""
+    w = pin(w.astype(x.dtype), *(on if (on := RULES[a]) != "fsdp" else None for a in axes))
+    return w.reshape(x.shape[1], -1)
+
+
+def dense(x, w, axes: tuple[str, ...]):
+    """x [b t i...] times w [i... o...] with named `axes`, of which the inputs are `embed` or all others.
 
     As one two-dimensional product, since XLA on CPU writes a transposed copy of the activations to get the
     gradient of `w` from a product with two batch axes.
     """
-    rows = math.prod(x.shape[:2])
-    y = x.reshape(rows, -1) @ w.reshape(math.prod(w.shape[:inputs]), -1)
-    return y.reshape(*x.shape[:2], *w.shape[inputs:])
+    inputs = 1 if axes[0] == "embed" else len(axes) - 1
+    y = matmul(x.reshape(math.prod(x.shape[:2]), -1), w, axes, x.dtype)
+    return checkpoint_name(y.reshape(*x.shape[:2], *w.shape[inputs:]), "product")
 
 
 def block(x, w, angles, attend_fn: Callable, config: ModelConfig):
     """One transformer block: x [b t d], its weights `w`, and `attend_fn(q, k, v) -> (output, aux)`."""
-    w = {name: value.astype(config.dtype) for name, value in w.items()}
+    rows = table(config)
+
+    def times(x, name):
+        return dense(x, w[name], rows[name].axes[1:])
+
     n = rms_norm(x, w["attn_norm"], config.norm_eps)
-    q = rotate(dense(n, w["q"]), *angles)
-    k = rotate(dense(n, w["k"]), *angles)
-    v = dense(n, w["v"])
-    out, aux = attend_fn(q, k, v)
-    x = x + dense(out, w["o"], 3)
+    q, k, v = times(n, "q"), times(n, "k"), times(n, "v")
+    if config.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], config.norm_eps), rms_norm(k, w["k_norm"], config.norm_eps)
+    out, aux = attend_fn(rotate(q, *angles), rotate(k, *angles), v)
+    x = pin(x + times(out, "o"), ROWS)
     n = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    gated = jax.nn.silu(dense(n, w["gate"])) * dense(n, w["up"])
-    return x + dense(gated, w["down"]), aux
+    gated = jax.nn.silu(times(n, "gate")) * times(n, "up")
+    return pin(x + times(gated, "down"), ROWS), aux
 
 
 def blocks(params, config: ModelConfig) -> dict[str, jax.Array]:
@@ -346,8 +426,11 @@ def hidden(params, tokens, segments, positions, mask: Mask, config: ModelConfig,
         return block(x, w, angles, lambda q, k, v: (
             attention(q, k, v, mask, segments, prefix, config.attention), None), config)
 
-    layer = jax.checkpoint(layer) if config.remat else layer
-    x = params["embed"][tokens].astype(config.dtype)
+    if config.remat != "none":
+        kept = jax.checkpoint_policies.save_only_these_names(*["product"] * (config.remat == "elementwise"))
+        layer = jax.checkpoint(layer, policy=kept)
+    embed = pin(params["embed"], RULES["vocab"], None)  # one gather of the table, not one for each token
+    x = pin(embed[tokens].astype(config.dtype), ROWS)
     x, _ = lax.scan(layer, x, blocks(params, config), unroll=config.unroll or config.layers)
     return rms_norm(x, params["norm"], config.norm_eps)
 
@@ -356,8 +439,7 @@ def logits(params, states, config: ModelConfig) -> jax.Array:
     """[b t v] in float32 or wider, from final states [b t d]."""
     wide = jnp.promote_types(config.dtype, jnp.float32)
     head = params["embed"].T if config.tied else params["head"]
-    flat = states.reshape(-1, config.embed)  # two-dimensional for the reason given at `dense`
-    out = jnp.matmul(flat, head.astype(config.dtype), preferred_element_type=wide)
+    out = matmul(states.reshape(-1, config.embed), head, ("embed", "vocab"), wide)  # as in `dense`
     return out.reshape(*states.shape[:2], config.vocab)
 
 
@@ -390,9 +472,13 @@ def apply(params, ids, config: ModelConfig) -> jax.Array:
     return logits(params, hidden(params, ids, one, jnp.cumsum(one, 1) - 1, Mask("causal", 0), config), config)
 
 
-def cross_entropy(logits, batch, extras) -> jax.Array:
-    """The plain `token_loss`: nats [b, t] of `batch["targets"]` under logits [b t v]."""
-    return nll(logits, batch["targets"])
+def cross_entropy(logits, batch, extras, z: float = 0.0) -> jax.Array:
+    """The plain `token_loss`: nats [b, t] of `batch["targets"]` under logits [b t v].
+
+    z: the weight of the squared log normaliser, which keeps logits small (PaLM, section 5: 1e-4).
+    """
+    plain = nll(logits, batch["targets"])
+    return plain + z * jnp.square(jax.nn.logsumexp(logits, -1)) if z else plain
 
 
 def weighted_mean(losses, batch):
@@ -405,7 +491,9 @@ def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable 
     tokens, prefix = batch["tokens"], batch.get("prefix")
     states = hidden(params, tokens, batch["segments"], batch["positions"], mask, config, prefix)
     b, t = tokens.shape
-    fit = max(1, config.logits_mib * 2**20 // (4 * b * config.vocab))
+    mesh = get_abstract_mesh()
+    here = b * config.vocab // math.prod(mesh.shape[axis] for axis in mesh.axis_names)  # a device's share
+    fit = max(1, config.logits_mib * 2**20 // (4 * max(1, here)))
     chunk = next(c for c in range(min(t, fit), 0, -1) if t % c == 0)
     if chunk == t:
         return token_loss(logits(params, states, config), batch, extras)
@@ -422,7 +510,6 @@ def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable 
 
 
 # ------------------------------------------------------------------------------------- optimiser and the step
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -483,27 +570,6 @@ def adamw(table: dict[str, Param], b1: float = 0.9, b2: float = 0.95, eps: float
             for g in dict.fromkeys(p.group for p in table.values())}
 
 
-def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_decay: float = 0.1,
-         **adam) -> dict[str, optax.GradientTransformation]:
-    """Muon (Jordan et al. 2024) for the matrices, AdamW for the rest.
-
-    Each layer's matrix is orthogonalised, with the input and output axes that the table names; the update has
-    the root mean square `rms`, about that of AdamW, so that one rate serves all (Liu et al. 2025, eq. 4).
-    """
-    def axes(p: Param) -> optax.contrib.MuonDimensionNumbers:
-        first, last = p.axes.index("layers") + 1, len(p.axes) - 1
-        split = first + 1 if p.axes[first] == "embed" else last  # inputs stand before outputs
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, last + 1)))
-
-    numbers = {name: axes(p) for name, p in table.items() if p.group == "matrix"}
-    widths = {name: max(math.prod(table[name].shape[i] for i in side) for side in sides)
-              for name, sides in numbers.items()}
-    scale = optax.stateless(lambda tree, _: {n: rms * math.sqrt(widths[n]) * x for n, x in tree.items()})
-    return adamw(table, weight_decay=weight_decay, **adam) | {"matrix": optax.chain(
-        optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=numbers), scale,
-        optax.add_decayed_weights(weight_decay))}
-
-
 def first_opt(params, config: ModelConfig, optimizer: Callable) -> dict[str, Any]:
     """The state {group: optax state} that an optimiser `table -> {group: transformation}` begins with."""
     transforms = optimizer(table(config))
@@ -525,7 +591,8 @@ def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     where, whole = shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
-    params = {name: place(x, where[name]) for name, x in init_shape(config).items()}
+    params = {name: jax.ShapeDtypeStruct(p.shape, config.param_dtype, sharding=where[name])
+              for name, p in table(config).items()}
     opt = jax.eval_shape(lambda p: first_opt(p, config, optimizer), params)
     opt = {group: mirrored(opt[group], names, lambda x, _: {n: place(x[n], where[n]) for n in x},
                            lambda x: place(x, whole)) for group, names in groups(config).items()}
@@ -551,10 +618,43 @@ def effective(weights: Callable | None, params, step, batch) -> dict[str, jax.Ar
     return weights(params, step, batch) if weights else params
 
 
-def put(batch: dict, mesh) -> dict[str, jax.Array]:
-    """A batch onto the devices, its rows over the mesh axes data and fsdp."""
-    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    return {k: jax.device_put(v, where) for k, v in batch.items()}
+def by_row(mesh: Mesh, rows: int) -> NamedSharding:
+    """The rows of a batch over the mesh axes data and fsdp; all rows everywhere if these divide them not."""
+    even = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return NamedSharding(mesh, PartitionSpec(ROWS) if even else PartitionSpec())
+
+
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of a batch's `rows` live on devices of this process, ascending."""
+    where = by_row(mesh, rows).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in where.values()]))
+
+
+def put(batch: dict, mesh: Mesh, rows: int | None = None) -> dict[str, jax.Array]:
+    """A batch onto the devices of all processes; each gives all of it, or its `own_rows` of so many."""
+    rows = rows or len(batch["tokens"])
+    if jax.process_count() == 1:
+        return jax.device_put(batch, by_row(mesh, rows))
+    return {k: jax.make_array_from_process_local_data(by_row(mesh, rows), v, (rows, *v.shape[1:]))
+            for k, v in batch.items()}
+
+
+def largest(value: int, mesh: Mesh) -> jax.Array | int:
+    """The largest of what the processes give, still on the devices."""
+    if jax.process_count() == 1:
+        return value
+    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    each = np.full(jax.local_device_count(), value, np.int32)
+    return jnp.max(jax.make_array_from_process_local_data(where, each, (jax.device_count(),)))
+
+
+@jax.jit
+def checksums(state: State) -> dict[str, jax.Array]:
+    """The sum of the bits of each parameter and each array of the optimiser, uint32: the same on any mesh."""
+    def bits(x):
+        return jnp.sum(lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}"), dtype=jnp.uint32)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): bits(x)
+            for path, x in jax.tree.leaves_with_path(state)}
 
 
 def make_step(run, config: ModelConfig, accumulate: int = 1) -> Callable:
@@ -617,23 +717,34 @@ def make_step(run, config: ModelConfig, accumulate: int = 1) -> Callable:
 def compile_step(run, config: ModelConfig, mesh: Mesh, state: State, batch, rates, mask: Mask,
                  accumulate: int = 1):
     """The step as an executable `(state, batch, rates) -> (state, metrics)` that reuses `state`'s memory."""
+    out = places(state_like(config, run.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(make_step(run, config, accumulate), static_argnames="mask", donate_argnums=0,
-                   out_shardings=(places(state_like(config, run.optimizer, mesh)), None))
-    return step.lower(state, batch, rates, mask=mask).compile()
+                   out_shardings=out)
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch, rates, mask=mask).compile()
 
 
-def evaluators(run, config: ModelConfig) -> tuple[Callable, Callable]:
-    """Jitted, causal: losses(params, step, arrays) -> [b t]; scores(params, step, ids) -> logits [b t v]."""
-    @jax.jit
+def evaluators(run, config: ModelConfig, mesh: Mesh) -> tuple[Callable, Callable]:
+    """Jitted, causal: losses(params, step, arrays) -> [b t]; scores(params, step, ids) -> logits [b t v].
+
+    The rows of `arrays` are spread over the mesh; each process gets all of the results.
+    """
     def held(params, step, arrays):
         used = effective(run.weights, params, step, arrays)
         return losses(used, arrays, Mask("causal", 0), config)
 
-    @jax.jit
     def scores(params, step, ids):
         return apply(effective(run.weights, params, step, dict(tokens=ids)), ids, config)
 
-    return held, scores
+    def on_mesh(function, place=lambda rows: rows):
+        jitted = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+        def called(params, step, rows):
+            with jax.set_mesh(mesh):
+                return jitted(params, step, place(rows))
+        return called
+
+    return on_mesh(held, partial(put, mesh=mesh)), on_mesh(scores)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -646,61 +757,7 @@ def probe(before, after, config: ModelConfig) -> dict[str, jax.Array]:
             for group, names in groups(config).items()}
 
 
-# ------------------------------------------------------------------------------------------------- generation
-
-
-def decode(params, tokens, cache, start, config: ModelConfig):
-    """Logits [b t v] of tokens [b t] at positions start.., given keys and values of what came before.
-
-    `cache` is a pair [l b s k h] of which the first `start` positions are filled; it comes back with t more.
-    """
-    b, t = tokens.shape
-    index = start + jnp.arange(t)
-    angles = rope(jnp.broadcast_to(index, (b, t)), config)
-    see = jnp.broadcast_to(jnp.arange(cache[0].shape[2]) <= index[:, None], (b, t, cache[0].shape[2]))
-
-    def layer(x, xs):
-        w, k_cache, v_cache = xs
-
-        def cached(q, k, v):
-            keys = lax.dynamic_update_slice_in_dim(k_cache, k, start, axis=1)
-            values = lax.dynamic_update_slice_in_dim(v_cache, v, start, axis=1)
-            return attend(q, keys, values, see), (keys, values)
-
-        return block(x, w, angles, cached, config)
-
-    x = params["embed"][tokens].astype(config.dtype)
-    x, cache = lax.scan(layer, x, (blocks(params, config), *cache))
-    return logits(params, rms_norm(x, params["norm"], config.norm_eps), config), cache
-
-
-@partial(jax.jit, static_argnames=("config", "length"))
-def generate(params, prompt, prompt_length, length: int, temperature, key, config: ModelConfig) -> jax.Array:
-    """Sample ids [b, length] after prompt [b, p], of which the first `prompt_length` ids count.
-
-    temperature 0 takes the likeliest piece. One executable serves every prompt of the same padded length.
-    """
-    b, p = prompt.shape
-    cache = (jnp.zeros((config.layers, b, p + length, config.kv_heads, config.head_dim), config.dtype),) * 2
-
-    def pick(scores, i):
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), scores / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, drawn, jnp.argmax(scores, -1))
-
-    scores, cache = decode(params, prompt, cache, 0, config)  # padding is overwritten before anything sees it
-    first = pick(jnp.take(scores, prompt_length - 1, axis=1), 0)
-
-    def step(carry, i):
-        last, cache = carry
-        scores, cache = decode(params, last[:, None], cache, prompt_length + i - 1, config)
-        return (pick(scores[:, 0], i), cache), last
-
-    (last, _), out = lax.scan(step, (first, cache), jnp.arange(1, length))
-    return jnp.concatenate([out.T.reshape(b, length - 1), last[:, None]], axis=1)
-
-
 # ------------------------------------------------------------------------------------------------------ edits
-
 
 class Model(NamedTuple):
     """What an edit changes: a shape and parameters of that shape. The optimiser follows the edit's policy."""
@@ -764,55 +821,6 @@ def carry(opt: dict, first: dict, edited: Edited, old: ModelConfig) -> dict:
     return out
 
 
-def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...] | None = None,
-          moments: Literal["reset", "map"] = "reset",
-          new: Literal["random", "identity"] = "random") -> Edited:
-    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any `layers`, taken in order.
-
-    A layer -1 is a new one, drawn as at initialisation: as it is ("random"), or with zero output projections,
-    so that it changes nothing yet ("identity"). The copies keep the shallow model's output scale. moments:
-    "reset" starts every optimiser group afresh, as the paper does; "map" copies the blocks' moments along,
-    new ones are 0. Raises ValueError for a layer that is not there.
-    """
-    old = model.config
-    index = list(layers) if layers is not None else list(range(old.layers)) * times
-    if not index or not all(-1 <= i < old.layers for i in index):
-        raise ValueError(f"stack: layers is {index}, but the model has layers 0 to {old.layers - 1}; "
-                         "-1 is a new one")
-    for name, value, one, other in ("moments", moments, "reset", "map"), ("new", new, "random", "identity"):
-        if value not in (one, other):
-            raise ValueError(f'stack: {name} is {value!r}, allowed are "{one}" and "{other}"')
-    config, where = replace(old, layers=len(index)), jnp.array(index)
-    rows = table(config)
-
-    def take(tree: dict, fresh: Callable = lambda name, x: jnp.zeros_like(x)) -> dict:
-        def layer(name, x):
-            taken = x[jnp.maximum(where, 0)]
-            there = (where >= 0).reshape(-1, *[1] * (x.ndim - 1))
-            return taken if min(index) >= 0 else jnp.where(there, taken, fresh(name, taken))
-        return {n: layer(n, x) if rows[n].axes[0] == "layers" else x for n, x in tree.items()}
-
-    def drawn(name, x):
-        zero = new == "identity" and rows[name].axes[-1] == "embed" != rows[name].axes[1]
-        return jnp.zeros_like(x) if zero else draw(name, rows[name], context.key, x.dtype)
-
-    policy = dict.fromkeys(groups(old), (lambda tree, _: take(tree)) if moments == "map" else "reset")
-    kept = [i for i in index if i >= 0] == list(range(old.layers)) and (new == "identity" or min(index) >= 0)
-    return Edited(Model(config, take(model.params, drawn)), policy, preserves=kept)
-
-
-def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edited:
-    """Active forgetting (Chen et al. 2023): draw embeddings again and reset their optimiser, count and all.
-
-    A tied head goes with them; an untied one where `head` says so. The body and its optimiser are untouched.
-    """
-    gone = {"embed", "head"} if head else {"embed"}
-    fresh = {n: draw(n, p, context.key, model.params[n].dtype)
-             for n, p in table(model.config).items() if p.group in gone}
-    policy = dict.fromkeys(gone & set(groups(model.config)), "reset")
-    return Edited(Model(model.config, model.params | fresh), policy, preserves=False)
-
-
 def apply_edits(edits: list[Callable], state: State, config: ModelConfig, optimizer: Callable, mesh: Mesh,
                 context: Context) -> tuple[State, ModelConfig]:
     """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
@@ -826,7 +834,6 @@ def apply_edits(edits: list[Callable], state: State, config: ModelConfig, optimi
 
 
 # ------------------------------------------------------------------------------ phases, worked out in advance
-
 
 class Course(NamedTuple):
     """What each step of a run is to be, from the config alone. Index s is after s steps; 0 is the start."""
@@ -845,11 +852,11 @@ def shapes(config, context: Context) -> list[ModelConfig]:
         for edit in phase.edits:
             box = []
 
-            def abstract(params, edit=edit, current=current, box=box):
-                box.append(edit(Model(current, params), context).model)
+            def abstract(key, edit=edit, current=current, box=box):
+                box.append(edit(Model(current, init(current, key)), context).model)
                 return box[0].params
 
-            jax.eval_shape(abstract, init_shape(current))
+            jax.eval_shape(abstract, jax.random.key(0))
             current = box[0].config
         out.append(current)
     return out

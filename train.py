@@ -8,13 +8,11 @@ these are functions of (seed, step, index) and are applied again on resume.
 """
 import argparse
 import ast
-import atexit
+import collections
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import functools
-import importlib
 import importlib.util
 import inspect
 import json
@@ -22,7 +20,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -40,6 +37,7 @@ import orbax.checkpoint as ocp
 import typeguard
 import tyro
 from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 
 import data
 import model
@@ -49,7 +47,6 @@ from model import MeshConfig, ModelConfig, Schedule, adamw, cross_entropy, weigh
 ROOT = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------------------------------- config
-
 
 @dataclass(frozen=True)
 class Edit:
@@ -105,7 +102,9 @@ class Config:
     eval_tokens: int = 65_536  # of dev documents, per source, in an evaluation during the run
     overlap: int = 64  # positions that a window of a long held-out document shares with the last
     save_every: int = 200  # steps between checkpoints; there is one at the end of each phase too
-    keep: int = 3  # checkpoints kept
+    save_minutes: float = 15.0  # from one checkpoint to the next at most
+    keep: int = 3  # checkpoints kept, the newest
+    keep_every: int = 0  # and those of each multiple of so many steps; 0 is none
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
     sample_tokens: int = 200  # of each continuation
     sample_temperature: float = 0.8  # 0 takes the likeliest token
@@ -113,12 +112,11 @@ class Config:
 
 # -------------------------------------------------------------------------------- configs in, out and checked
 
-
 def load_file(path: str | Path):
     """Run a Python file as a module of its own, once per process."""
     path = Path(path).resolve()
-    if path.parent == ROOT:
-        return importlib.import_module(path.stem)
+    if path.parent in (ROOT, ROOT / "configs", ROOT / "tools"):  # these import one another, by these names
+        return importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     name = f"{path.stem}_{data.digest(str(path))[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -279,9 +277,9 @@ def fits(value, hint, path: str):
 
 POSITIVE = set("layers embed heads kv_heads head_dim mlp steps batch seq accumulate every peak keep "
                "eval_every eval_tokens save_every max_skipped sample_tokens shard_tokens window sample_mib "
-               "logits_mib rope_theta".split())
+               "logits_mib rope_theta save_minutes".split())
 NOT_NEGATIVE = set("seed vocab unroll clip warmup final overlap until dev test sample_temperature steer "
-                   "epochs cycle".split())
+                   "epochs cycle keep_every".split())
 
 
 def check(config: Config) -> None:
@@ -332,23 +330,51 @@ def check(config: Config) -> None:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
+def leads() -> bool:
+    """Is this the one of a run's processes that writes files and prints?"""
+    return jax.process_index() == 0
+
+
+def everywhere(value) -> np.ndarray:
+    """What each process gives [processes]; all of them wait for each other."""
+    return multihost_utils.process_allgather(np.array(value))
+
+
+class Damaged(InputError):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+@contextlib.contextmanager
+def blame(errors=ValueError, kind: type[InputError] = InputError, sentence: str = "{error}"):
+    """What goes wrong inside, as a sentence for the user; {reason} is what was at the bottom of it. Mesh and
+    edits raise ValueErrors that say what is wrong in a config.
+    """
+    try:
+        yield
+    except errors as error:
+        cause = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:160]}"
+        raise kind(sentence.replace("{error}", str(error)).replace("{reason}", reason)) from error
+
 
 class Checkpoints:
-    """Orbax checkpoints of a run: STEP/ with params, opt and meta, whole or absent, the last `keep` of them.
+    """Orbax checkpoints of a run: STEP/ with params, opt and meta, whole or absent.
 
-    Only the process that trains may open them with keep; readers clean up and delete nothing.
+    keep: how many of the newest are kept, keep_every: and of which steps. Only a run that trains, in each of
+    its processes, may open them with these; readers clean up and delete nothing.
     """
 
-    def __init__(self, root: Path, keep: int | None = None):
+    def __init__(self, root: Path, keep: int | None = None, keep_every: int = 0):
         absl_logging.set_verbosity(absl_logging.FATAL)  # what goes wrong reaches us as exceptions
         self.root, self.trash = root.resolve(), root.resolve() / "trash"
-        if keep is not None:
-            shutil.rmtree(self.trash, ignore_errors=True)
+        policies = ocp.checkpoint_managers
+        kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         options = dict(read_only=True, save_interval_steps=0, create=False) if keep is None else dict(
             cleanup_tmp_directories=True, todelete_subdir="trash",  # retired by a rename: whole or gone
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep))
-        options = ocp.CheckpointManagerOptions(**options)
-        self.manager = ocp.CheckpointManager(self.root, options=options)
+            preservation_policy=policies.AnyPreservationPolicy(kept))
+        self.manager = ocp.CheckpointManager(self.root, options=ocp.CheckpointManagerOptions(**options))
 
     def steps(self) -> list[int]:
         """Steps that are complete on disk, ascending."""
@@ -358,13 +384,22 @@ class Checkpoints:
         """Begin to save; returns when the state may change again. Raises what the previous save met."""
         self.wait()
         arrays, rest = ocp.args.StandardSave, dict(opt=state.opt, step=state.step, skipped=state.skipped)
-        self.manager.save(step, force=True, args=ocp.args.Composite(
-            params=arrays(state.params), opt=arrays(rest), meta=ocp.args.JsonSave(meta)))
+        meta = meta | {"checksums": {k: int(v) for k, v in jax.device_get(model.checksums(state)).items()}}
+        with self.writing():
+            self.manager.save(step, force=True, args=ocp.args.Composite(
+                params=arrays(state.params), opt=arrays(rest), meta=ocp.args.JsonSave(meta)))
 
     def wait(self):
         """Until the save in flight is on disk."""
-        self.manager.wait_until_finished()
-        shutil.rmtree(self.trash, ignore_errors=True)
+        with self.writing():
+            self.manager.wait_until_finished()
+        if leads():
+            shutil.rmtree(self.trash, ignore_errors=True)
+
+    def writing(self):
+        """What writing meets (a full disk is an OSError, a ValueError or a bare Exception), said in full."""
+        return blame(Exception, InputError, f"no checkpoint can be written to {self.root} ({{reason}}); make "
+                     f"room, and the same command resumes from step {(self.steps() or [0])[-1]}")
 
     def close(self):
         """Wait and stop; without this the last save is lost at exit."""
@@ -372,16 +407,10 @@ class Checkpoints:
         self.manager.close()
 
     def restore(self, step: int, **items):
-        """Some of a checkpoint's items; raises InputError for one that is damaged."""
-        try:
+        """Some of a checkpoint's items; raises Damaged where Orbax raises, for which it has many kinds."""
+        sentence = f"checkpoint {self.root / str(step)} is damaged ({{reason}}); there are {self.steps()}"
+        with blame(Exception, Damaged, sentence):
             return self.manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # for damaged files Orbax raises bare Exceptions, KeyErrors, ValueErrors
-            cause = error
-            while cause.__cause__:
-                cause = cause.__cause__
-            reason = (str(cause).splitlines() or [""])[0][:160]
-            raise InputError(f"checkpoint {self.root / str(step)} is damaged ({type(cause).__name__}: "
-                             f"{reason}); delete it, and the run resumes from the one before it") from error
 
     def meta(self, step: int) -> dict:
         """What is known of a checkpoint before its arrays are read."""
@@ -394,9 +423,13 @@ class Checkpoints:
     def state(self, step: int, like: model.State) -> model.State:
         """The whole state, onto any mesh."""
         rest = dict(opt=like.opt, step=like.step, skipped=like.skipped)
-        arrays = ocp.args.StandardRestore
+        arrays, kept = ocp.args.StandardRestore, self.meta(step).get("checksums")
         got = self.restore(step, params=arrays(like.params), opt=arrays(rest))
-        return model.State(got["params"], **got["opt"])
+        state = model.State(got["params"], **got["opt"])
+        sums = jax.device_get(model.checksums(state))
+        if changed := ", ".join(n for n in sums if kept and kept[n] != sums[n]):
+            raise Damaged(f"checkpoint {self.root / str(step)} is damaged (not as written: {changed})")
+        return state
 
 
 # -------------------------------------------------------------------------------------------------- reporting
@@ -409,10 +442,13 @@ class Reporter:
         rows = [(line, json.loads(line)) for line in lines if line.endswith(b"\n")]
         # What the checkpoint has not seen will come again; so will the test figures, which end a run.
         kept = [line for line, row in rows if row["step"] <= start and (done or ".test/" not in "".join(row))]
-        data.write(path, b"".join(kept))
-        self.file, self.course, self.start = open(path, "a"), course, start
+        if leads():
+            data.write(path, b"".join(kept))
+        self.file, self.course, self.start = open(path if leads() else os.devnull, "a"), course, start
         self.live, self.begun, self.last = sys.stdout.isatty(), time.perf_counter(), None
-        self.shown = self.waited = 0.0
+        self.shown = self.waited = self.stall = 0.0
+        self.peak, self.recent = load_file(ROOT / "tools/fit.py").peak(), collections.deque(maxlen=100)
+        self.config = path.with_name("config.json")
 
     def row(self, row: dict):
         """One JSON object on a line of its own; what is not finite becomes null."""
@@ -422,7 +458,8 @@ class Reporter:
     def sync(self):
         """Every row so far onto the disk, and what comes now out of the next step's time."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if leads():
+            os.fsync(self.file.fileno())
         self.last, self.waited = None, 0.0
 
     def step(self, row: dict):
@@ -433,8 +470,14 @@ class Reporter:
             tokens, flops = c.tokens[step] - c.tokens[step - 1], c.flops[step] - c.flops[step - 1]
             row |= {"perf/step_ms": 1e3 * seconds, "perf/tokens_per_s": tokens / seconds,
                     "perf/host_stall": self.waited / seconds}
-            row |= {"perf/mfu": flops / seconds / model.peak()} if model.peak() else {}
-        self.last, self.waited = now, 0.0
+            row |= {"perf/mfu": flops / seconds / self.peak} if self.peak else {}
+        loss, spread = row["train/loss"], np.std(self.recent) if len(self.recent) > 50 else math.inf
+        if (above := loss - np.mean(self.recent or [loss])) > 6 * spread:
+            self.say(f"step {step}: loss {loss:.3f}, {above / spread:.0f} deviations above the last; see: "
+                     f"python train.py corpus inspect {self.config} --step {step}")
+        self.recent += [loss] if math.isfinite(loss) else []
+        row |= {"perf/save_s": round(self.stall, 4)} if self.stall else {}  # that a checkpoint held the loop
+        self.last, self.waited, self.stall = now, 0.0, 0.0
         self.row(row)
         if not self.live and now - self.shown < 5 and step != c.ends[-1]:
             return
@@ -453,45 +496,12 @@ class Reporter:
         print(("\r\x1b[2K" if self.live else "") + text, flush=True)
 
 
-def banner(config: Config, course: model.Course, loader: Loader, mesh, memory):
-    """What is about to run, before it runs."""
-    shapes, tokens, first = course.models, int(course.tokens[-1]), course.models[0]
-    multiply, square = jax.jit(jnp.matmul), jnp.ones((1024, 1024), first.dtype)
-    for _ in range(2):
-        begun = time.perf_counter()
-        multiply(square, square).block_until_ready()
-    speed = mesh.devices.size * 2 * 1024**3 / (time.perf_counter() - begun)
-    memory = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    later = config.data.stream or any(p.steer for p in config.phases)
-    known = {} if later else loader.epochs(int(course.ends[-1]))
-    epochs = ", ".join(f"{name} {n:.2f}" for name, n in known.items()) or "not known yet"
-    lines = {
-        "run": f"{config.runs}/{config.name}",
-        "parameters": " -> ".join(f"{model.count(m):,} ({m.layers} layers)" for m in dict.fromkeys(shapes)),
-        "tokens": f"{tokens:,}, {tokens / model.count(shapes[-1]):.1f} a parameter; epochs: {epochs}",
-        "FLOPs": f"{course.flops[-1]:.3g}",
-        "memory": f"{memory:,.0f} MiB a device in the first phase",
-        "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}, mesh "
-                   + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "attention": f"{first.attention}, {first.dtype}",
-        "expected": f"{timedelta(seconds=int(course.flops[-1] / speed * 2))} at half a bare matmul's speed",
-    }
-    print("\n".join(f"{k:>11}  {v}" for k, v in lines.items()), flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------- the run
 
-
-def course_of(config: Config, context: model.Context) -> model.Course:
-    """Shapes, budgets and rates of every step."""
-    with blamed_on_config():
-        return model.plot_course(config, context, [data.batch_lengths(phase) for phase in config.phases])
-
-
-def past(config: Config, course: model.Course, written: dict, step: int) -> dict[str, Any]:
-    """What the first `step` steps depend on in a config and its JSON, flat, so that two can be compared."""
+def past(config: Config, course: model.Course, step: int) -> dict[str, Any]:
+    """What the first `step` steps depend on, flat: a run that goes on from there must have it in common."""
     fields = "seed model init_from init_with data phases optimizer clip max_skipped weights token_loss reduce"
-    out = {k: json.loads(json.dumps(written[k])) for k in fields.split()}
+    out = {k: v for k, v in json.loads(json.dumps(to_json(config))).items() if k in fields.split()}
     out["phases"] = [p for p, end, now in zip(out["phases"], course.ends, config.phases, strict=True)
                      if end - now.steps < step]
     for phase, now, end in zip(out["phases"], config.phases, course.ends, strict=False):
@@ -499,26 +509,8 @@ def past(config: Config, course: model.Course, written: dict, step: int) -> dict
         if end >= step and not (callable(now.mixture) or now.lengths or now.order is not data.shuffled):
             del phase["steps"]
     rates = {group: r[1:step + 1].tolist() for group, r in course.rates.items() if r[1:step + 1].any()}
-    return flatten(out) | {"data.sources (their order)": list(written["data"]["sources"]),
+    return flatten(out) | {"data.sources (their order)": list(config.data.sources),
                            "schedule (the rates of steps already taken)": data.digest(rates)}
-
-
-def check_resume(run: Path, config: Config, course: model.Course, step: int, context: model.Context):
-    """Refuse a config under which the steps that a run has taken would have been others."""
-    try:
-        written = json.loads((run / "config.json").read_text())
-        old = from_json(Config, written)
-        before = past(old, course_of(old, context), written, step)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{run / 'config.json'} cannot be compared with this config "
-                         f"({type(error).__name__}: {error}); use another --name") from error
-    now = past(config, course, to_json(config), step)
-    changed = [k if "(" in k else f"{k} was {before.get(k)!r} and is {now.get(k)!r}"
-               for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    changed += [f"the phases end at step {course.ends[-1]}"] if step > course.ends[-1] else []
-    if changed:
-        raise InputError(f"run {run} has taken {step} steps under another config: {'; '.join(changed)}; "
-                         "change that back, or use another --name")
 
 
 def open_caches(config: Config, tokenizer: data.Tokenizer) -> dict[str, data.Cache]:
@@ -527,15 +519,9 @@ def open_caches(config: Config, tokenizer: data.Tokenizer) -> dict[str, data.Cac
     if not d.stream:
         return {name: data.build(name, d, tokenizer, config.seed) for name in d.sources}
     for name in d.sources:
-        place, builder = data.place(name, d, tokenizer, config.seed), None
-        if not (place / "complete").exists():
-            file, log = place.with_suffix(".json"), place.with_suffix(".log")
-            data.write(file, json.dumps(to_json(config)))
-            command = [sys.executable, ROOT / "train.py", "corpus", "build", file, "--only", name]
-            with open(log, "w") as said:
-                builder = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said,
-                                           start_new_session=True), log
-            atexit.register(builder[0].terminate)
+        place = data.place(name, d, tokenizer, config.seed)
+        builder = None if (place / "complete").exists() else \
+            load_file(ROOT / "tools/corpus.py").spawn(config, name, place)
         caches[name] = data.Cache(place, name, builder)
     return caches
 
@@ -559,15 +545,6 @@ def assemble(config: Config):
     return config, tokenizer, caches
 
 
-@contextlib.contextmanager
-def blamed_on_config():
-    """The ValueErrors of mesh and edits, which say what is wrong in a config, as InputErrors."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
 class Run:
     """A run: all that is worked out for it in advance, and the state that its steps change."""
 
@@ -576,7 +553,7 @@ class Run:
         self.file, self.directory = file, Path(config.runs).expanduser() / config.name
         config = self.branch(config) if config.init_from else config
         jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
-        with blamed_on_config():
+        with blame():
             self.mesh = model.make_mesh(config.mesh)
             rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         for i, phase in enumerate(config.phases):
@@ -589,8 +566,9 @@ class Run:
         self.loader = Loader(self.caches, config.phases, config.data, self.tokenizer, config.seed)
         self.context = model.Context(jax.random.key(0), 0, self.tokenizer,
                                      lambda n: [self.loader.batch(i + 1).arrays for i in range(n)], load)
-        with blamed_on_config():
-            self.course = course_of(self.config, self.context)
+        with blame():
+            lengths = [data.batch_lengths(phase) for phase in config.phases]
+            self.course = model.plot_course(self.config, self.context, lengths)
             for i, shape in enumerate(self.course.models):
                 model.shardings(shape, self.mesh)
                 if shape.vocab != (n := self.tokenizer.vocab):
@@ -610,9 +588,8 @@ class Run:
         shape = from_json(ModelConfig, self.origin[2]["model"])
         how = "dtype param_dtype attention unroll remat logits_mib".split()
         here = {field: getattr(config.model, field) for field in how}
-        tokenizer = str(Path(run).expanduser() / "tokenizer.model")
         if config.data.tokenizer == "bpe":
-            config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+            config = replace(config, data=replace(config.data, tokenizer=f"{run}/tokenizer.model"))
         return replace(config, model=replace(shape, **here))
 
     def first(self):
@@ -638,34 +615,59 @@ class Run:
 
     def begin(self) -> int:
         """Restore the last checkpoint or draw the first state, and set the directory up; gives its step."""
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", self.config.keep)
-        start = (self.checkpoints.steps() or [0])[-1]
-        if start:
-            check_resume(self.directory, self.config, self.course, start, self.context)
-            meta = self.checkpoints.meta(start)
-            if self.fingerprints(meta["sealed"]) != meta["fingerprints"]:
-                raise InputError(f"run {self.directory} was trained on other text than the sources give now "
-                                 f"({', '.join(self.caches)}); put that back, or use another --name")
-            self.loader.start = meta["start"]
-            self.loader.log[:len(meta["log"])] = meta["log"]  # phases may have been added
-            self.shape, self.since = from_json(ModelConfig, meta["model"]), meta["since_reset"]
-            like = model.state_like(self.shape, self.config.optimizer, self.mesh)
-            self.state = self.checkpoints.state(start, like)
-        else:
+        root = self.directory / "checkpoints"
+        self.checkpoints = Checkpoints(root, self.config.keep, self.config.keep_every)
+        found = [0, *self.checkpoints.steps()]
+        if len(np.unique(everywhere(int(data.digest([to_json(self.config), found])[:7], 16)))) > 1:
+            raise InputError(f"the processes of run {self.directory} have different configs or checkpoints; "
+                             "allowed is the same command everywhere, and a directory that all of them see")
+        while start := found.pop():
+            try:
+                self.restore(start)
+                break
+            except Damaged as error:
+                if len(found) == 1:
+                    raise InputError(f"{error}, with none before it; delete it to begin anew") from None
+                print(f"{error}; it is now {start}.damaged, and the run goes back to step {found[-1]}")
+                if leads():
+                    (root / str(start)).rename(root / f"{start}.damaged")
+                everywhere(0)
+                self.checkpoints.manager.reload()
+        if not start:
             self.first()
-        (self.directory / "source").mkdir(exist_ok=True)
-        for path in filter(None, [*ROOT.glob("*.py"), self.file.split(":")[0]]):
-            shutil.copy(path, self.directory / "source")
-        data.write(self.directory / "tokenizer.model", self.tokenizer.model)
-        data.write(self.directory / "config.json", json.dumps(to_json(self.config), indent=1))
         end = self.directory / "summary.json"
         self.done = json.loads(end.read_text()) if start == self.total and end.exists() else None
-        if not self.done:  # what an extended run left there is not its end any more
-            end.unlink(missing_ok=True)
+        if leads():
+            if not self.done:  # what an extended run left there is not its end any more
+                end.unlink(missing_ok=True)
+            (self.directory / "source").mkdir(exist_ok=True)
+            for path in filter(None, [*ROOT.glob("*.py"), self.file.split(":")[0]]):
+                shutil.copy(path, self.directory / "source")
+            data.write(self.directory / "tokenizer.model", self.tokenizer.model)
+            data.write(self.directory / "config.json", json.dumps(to_json(self.config), indent=1))
         self.out = Reporter(self.directory / "metrics.jsonl", start, self.course, bool(self.done))
         if start:
             self.out.say(f"resuming from step {start}" + (": this run is complete" if self.done else ""))
         return start
+
+    def restore(self, step: int):
+        """The state, shape and place in the data at a checkpoint, where this config leads there."""
+        meta = self.checkpoints.meta(step)
+        before, now = meta["past"], past(self.config, self.course, step)
+        changed = [k if "(" in k else f"{k} was {before.get(k)!r} and is {now.get(k)!r}"
+                   for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+        changed += [f"the phases end at step {self.total}"] if step > self.total else []
+        if changed:
+            raise InputError(f"run {self.directory} has taken {step} steps under another config: "
+                             f"{'; '.join(changed)}; change that back, or use another --name")
+        if self.fingerprints(meta["sealed"]) != meta["fingerprints"]:
+            raise InputError(f"run {self.directory} was trained on other text than the sources give now "
+                             f"({', '.join(self.caches)}); put that back, or use another --name")
+        self.loader.start = meta["start"]
+        self.loader.log[:len(meta["log"])] = meta["log"]  # phases may have been added
+        self.shape, self.since = from_json(ModelConfig, meta["model"]), meta["since_reset"]
+        like = model.state_like(self.shape, self.config.optimizer, self.mesh)
+        self.state = self.checkpoints.state(step, like)
 
     def fingerprints(self, sealed: dict[str, int]) -> dict[str, str | None]:
         """Of each source's first so many shards."""
@@ -675,25 +677,28 @@ class Run:
     def edit(self, edits: list[Callable], step: int):
         """Apply the edits due after a step."""
         context = self.context._replace(key=jax.random.fold_in(self.key("edits"), step), step=step)
-        with blamed_on_config():
+        with blame():
             self.state, self.shape = model.apply_edits(edits, self.state, self.shape, self.config.optimizer,
                                                        self.mesh, context)
         self.since = 0 if step not in (0, *self.course.ends) else self.since  # a recurring edit: see `load`
         names = ", ".join(getattr(e, "func", e).__name__ for e in edits)
         size = f"{self.shape.layers} layers, {model.count(self.shape):,} parameters"
+        self.out.recent.clear()
         self.out.say(f"step {step}: {names}; now {size}")
 
     def update(self, step: int, batch: data.Batch, watch: bool) -> dict:
         """Dispatch one update, compiled where its phase is new; gives its metrics, still on the device."""
-        arrays, mask = model.put(batch.arrays, self.mesh), model.Mask(**batch.mask)
+        arrays, mask = model.put(batch.arrays, self.mesh, batch.rows), model.Mask(**batch.mask)
         rates = {g: np.float32(self.course.rates[g][step]) for g in model.groups(self.shape)}
         key = (self.loader.phase_of(step), arrays["tokens"].shape, mask)
         if key not in self.compiled:
             self.out.sync()
+            with blame():
+                model.choose(self.shape.attention, mask, key[1][1], self.shape.dtype)
             run = model.compile_step(self.config, self.shape, self.mesh, self.state, arrays, rates, mask,
                                      self.config.phases[key[0]].accumulate)
             if not self.compiled:
-                banner(self.config, self.course, self.loader, self.mesh, run.memory_analysis())
+                load_file(ROOT / "tools/fit.py").banner(self.config, self.course, self.loader, self.mesh, run)
             self.compiled[key] = run
         before = jax.tree.map(jnp.copy, self.state.params) if watch else None
         self.state, metrics = self.compiled[key](self.state, arrays, rates)
@@ -705,10 +710,14 @@ class Run:
         return {"train/tokens": int(self.course.tokens[step]), "train/flops": float(self.course.flops[step]),
                 "phase": self.loader.phase_of(step)}
 
-    def finish(self, step: int, metrics: dict, of_batch: dict):
-        """Fetch a step's metrics and write its row: one step late, so that the device need not wait."""
+    def finish(self, step: int, metrics: dict, of_batch: dict) -> int:
+        """Fetch a step's metrics and write its row: one step late, so that the device need not wait.
+
+        Gives what was asked for at that step, see `phase`.
+        """
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        skipped, shape = int(metrics.pop("skipped")), self.course.models[self.loader.phase_of(step)]
+        skipped, asked = int(metrics.pop("skipped")), int(metrics.pop("asked"))
+        shape = self.course.models[self.loader.phase_of(step)]
         lr = float(max(r[step] for r in self.course.rates.values()))
         self.out.step({"step": step, **metrics, "train/lr": lr, **self.spent(step), **of_batch,
                        "model/params": model.count(shape), "train/skipped": skipped})
@@ -717,21 +726,13 @@ class Run:
             self.checkpoints.close()
             raise InputError(f"loss or gradient not finite at step {step} and {skipped - 1} before it; use a "
                              "lower schedule.peak or clip under another --name, or look at that data")
+        return asked
 
     def evaluate(self, step: int):
-        """A row of held-out figures on the fixed subset of dev, and of the config's own evals."""
-        phase, row = self.config.phases[self.loader.phase_of(step)], {}
+        """A row of held-out figures, as tools/eval.py has them."""
         if self.shape not in self.compiled:
-            self.compiled[self.shape] = model.evaluators(self.config, self.shape)
-        losses, scores = self.compiled[self.shape]
-        if self.config.data.dev:
-            measure, here = load_file(ROOT / "tools/eval.py").measure, (self.state.params, self.state.step)
-            found, _ = measure(functools.partial(losses, *here), self.caches, "dev", self.config, phase,
-                               self.tokenizer, self.config.eval_tokens)
-            row = {f"eval/{name}/{k}": v for name, own in found.items() for k, v in own.items()}
-        for own in self.config.evals:
-            row |= own(self.state.params, lambda params, ids: scores(params, self.state.step, ids))
-        if row:
+            self.compiled[self.shape] = model.evaluators(self.config, self.shape, self.mesh)
+        if row := load_file(ROOT / "tools/eval.py").during(self, step, *self.compiled[self.shape]):
             self.out.row({"step": step, **row, **self.spent(step)})
             said = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in row.items())
             self.out.say(f"step {step}: {', '.join(said)}")
@@ -741,12 +742,14 @@ class Run:
     def save(self, step: int):
         """Begin a checkpoint, once every row up to it is on disk."""
         self.out.sync()
-        sealed = {name: cache.sealed for name, cache in self.caches.items()}
+        begun, sealed = time.monotonic(), {name: cache.sealed for name, cache in self.caches.items()}
         self.checkpoints.save(step, self.state, {
             "step": step, "model": to_json(self.shape), **self.spent(step), "since_reset": self.since,
             "sealed": sealed, "fingerprints": self.fingerprints(sealed), "log": self.loader.log,
-            "start": self.loader.start,
+            "start": self.loader.start, "past": past(self.config, self.course, step),
             "positions": dict(zip(self.caches, self.loader.positions(step).tolist(), strict=True))})
+        self.saved = time.monotonic()
+        self.out.stall = self.saved - begun
 
     def train(self) -> dict[str, Any] | None:
         """From the last checkpoint to the end; gives what summary.json holds, or None after a SIGTERM."""
@@ -754,8 +757,10 @@ class Run:
         stop: list = []
         old = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
         try:
-            with data.locked(self.directory / ".lock", f"run {self.directory}"):
+            with data.locked(self.directory / ".lock", f"run {self.directory}") if leads() else \
+                    contextlib.nullcontext():
                 step = self.begin()
+                self.saved = time.monotonic()
                 for end in sorted(s for s in self.stops if s > step):
                     if not self.phase(step, end, stop):
                         return None
@@ -768,31 +773,33 @@ class Run:
     def phase(self, step: int, end: int, stop: list) -> bool:
         """The loop: for each step up to `end` the edits due before it, its update, and what is due after.
 
-        False if it ended early because `stop` is no longer empty; the state is saved then.
+        Each step, processes ask for a checkpoint (1), or after a SIGTERM (`stop`) to save and end (2); they
+        hear of it, the same step everywhere, with the step's metrics. False if the run ends for that.
         """
         config, pending = self.config, None
-        with contextlib.closing(data.prefetch(self.loader.batch, range(step + 1, end + 1))) as batches:
+        make = functools.partial(self.loader.batch, own=functools.partial(model.own_rows, self.mesh))
+        with contextlib.closing(data.prefetch(make, range(step + 1, end + 1))) as batches:
             while step < end:
                 if edits := model.due(config, self.course, step):
-                    pending = self.finish(*pending) if pending else None
+                    pending = pending and self.finish(*pending) and None
                     self.edit(edits, step)
                 asked, step = time.perf_counter(), step + 1
                 batch = next(batches)
                 self.out.waited += time.perf_counter() - asked
                 watch = any(model.due(config, self.course, s) for s in range(max(0, step - 5), step))
-                metrics = self.update(step, batch, watch)
-                if pending:
-                    self.finish(*pending)
+                ask = 2 if stop else int(time.monotonic() - self.saved > 60 * config.save_minutes)
+                metrics = self.update(step, batch, watch) | {"asked": model.largest(ask, self.mesh)}
+                asked = max(self.finish(*pending) if pending else 0, ask * (jax.process_count() == 1))
                 pending = step, metrics, batch.metrics
-                stopping = bool(stop)
-                if stopping or step == end or step % config.eval_every == 0 or step % config.save_every == 0:
-                    pending = self.finish(*pending)
+                saving = step == end or step % config.save_every == 0
+                if asked or saving or step % config.eval_every == 0:
+                    asked, pending = max(asked, self.finish(*pending)), None
                     if step == end or step % config.eval_every == 0:
                         self.evaluate(step)
-                    if stopping or step == end or step % config.save_every == 0:
+                    if asked or saving:
                         self.save(step)
                     self.out.sync()
-                if stopping:
+                if asked == 2:
                     self.checkpoints.close()
                     self.out.say(f"stopped by SIGTERM; step {step} is saved, and the same command resumes")
                     return False
@@ -818,8 +825,7 @@ def find(run: str, step: int | None = None) -> tuple[Checkpoints, int, dict]:
     checkpoints = Checkpoints(directory / "checkpoints")
     found = checkpoints.steps()
     if not found or (step is not None and step not in found):
-        which = "" if step is None else f" of step {step}"
-        raise InputError(f"run {run} has no checkpoint{which}; allowed are {found}")
+        raise InputError(f"run {run} has no checkpoint{f' of step {step}' if step else ''}; it has {found}")
     metas = {s: checkpoints.meta(s) for s in (found if step is None else [step])}
     since = {s: math.inf if m["since_reset"] is None else m["since_reset"] for s, m in metas.items()}
     step = max(metas, key=lambda s: (since[s], s))
@@ -836,15 +842,15 @@ def load(run: str, step: int | None = None):
     config = from_json(Config, json.loads((directory / "config.json").read_text()))
     config = replace(config, model=from_json(ModelConfig, meta["model"]))
     jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
-    mesh = model.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = model.make_mesh(config.mesh) if jax.process_count() > 1 else \
+        model.make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.params(step, model.state_like(config.model, config.optimizer, mesh))
     tokenizer = data.load_tokenizer(directory / "tokenizer.model")
-    _, scores = model.evaluators(config, config.model)
+    _, scores = model.evaluators(config, config.model, mesh)
     return params, config, tokenizer, lambda params, ids: scores(params, step, jnp.asarray(ids))
 
 
 # ------------------------------------------------------------------------------------------- the command line
-
 
 class Arguments(argparse.ArgumentParser):
     """The arguments of a verb, whose mistakes are InputErrors."""
@@ -863,31 +869,25 @@ def verb(name: str, arguments: list[str]):
     return load_file(ROOT / "tools" / f"{name}.py").main(arguments)
 
 
-def keep_memory():
-    """Have the GNU C library keep what is freed: XLA on CPU asks for a step's scratch anew at each step."""
-    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
-        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-            libc.mallopt(option, value)
-
-
 def main(arguments: list[str]) -> int:
     """The command line; 2 for what the user can mend, said in one sentence on stderr."""
-    keep_memory()
+    model.keep_memory()
     jax.config.update("jax_compilation_cache_dir", str(data.cache_home() / "compiled"))
     try:
-        if arguments and (ROOT / "tools" / f"{arguments[0]}.py").is_file():
-            verb(arguments[0], arguments[1:])
-            return 0
-        if "--debug" in arguments:
-            verb("debug", [word for word in arguments if word != "--debug"])
-            return 0
-        config, file = parse(arguments)
-        if Run(config, file).train():
-            run = Path(config.runs) / config.name
-            print(f"\n{run} has curves.png, samples.txt, metrics.jsonl and summary.json; next:\n"
-                  f"  python train.py sample {run} --prompt 'def main('\n"
-                  f"  python train.py {os.path.relpath(file)} --schedule.peak 2e-3 --name gentler\n"
-                  "a run that was stopped resumes by the command that began it")
+        with blame(OSError):  # a full disk, a directory that may not be written
+            if arguments and (ROOT / "tools" / f"{arguments[0]}.py").is_file():
+                result = verb(arguments[0], arguments[1:])
+                return result if isinstance(result, int) else 0  # of fit: 1 for what does not
+            if "--debug" in arguments:
+                verb("debug", [word for word in arguments if word != "--debug"])
+                return 0
+            config, file = parse(arguments)
+            if Run(config, file).train():
+                run = Path(config.runs) / config.name
+                print(f"\n{run} has curves.png, samples.txt, metrics.jsonl and summary.json; next:\n"
+                      f"  python train.py sample {run} --prompt 'def main('\n"
+                      f"  python train.py {os.path.relpath(file)} --schedule.peak 2e-3 --name gentler\n"
+                      "a run that was stopped resumes by the command that began it")
     except InputError as error:
         print("error:", *str(error).split(), file=sys.stderr, flush=True)
         return 2

@@ -32,10 +32,22 @@ from functools import partial
 import numpy as np
 
 from data import ROW, DataConfig, Document, InputError, Skipped, Source, concat_and_split, stdlib
-from model import ModelConfig, reset_embeddings
+from model import Context, Edited, Model, ModelConfig, draw, groups, table
 from train import Config, Edit, Phase, Schedule
 
 CELLS = {"2k": (2_048, 100), "20k": (20_480, 200), "200k": (204_800, 200), "all": (2**30, 600)}  # and steps
+
+
+def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edited:
+    """Active forgetting (Chen et al. 2023): draw embeddings again and reset their optimiser, count and all.
+
+    A tied head goes with them; an untied one where `head` says so. The body and its optimiser are untouched.
+    """
+    gone = {"embed", "head"} if head else {"embed"}
+    fresh = {n: draw(n, p, context.key, model.params[n].dtype)
+             for n, p in table(model.config).items() if p.group in gone}
+    policy = dict.fromkeys(gone & set(groups(model.config)), "reset")
+    return Edited(Model(model.config, model.params | fresh), policy, preserves=False)
 
 
 def alphabet(seed: int) -> dict[int, int]:

@@ -21,17 +21,16 @@ import math
 import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 
 import data
 import train
+from configs.packing import best_fit
 from data import DOCUMENT, LENGTH, ROW, DataConfig, Source
 from model import ModelConfig
-from train import Config, Phase, Schedule, load_file
+from train import Config, Phase, Schedule
 
-best_fit = load_file(Path(__file__).with_name("packing.py")).best_fit
 PACKINGS = dict(concat=data.concat_and_split, best_fit=best_fit)
 
 # ----------------------------------------------------------- scores, (document, tokens) -> float: low is easy

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from configs.stacking import stack
 from data import DataConfig, Source, stdlib
-from model import ModelConfig, adamw, flops_per_token, stack, table
+from model import ModelConfig, adamw, flops_per_token, table
 from train import Config, Phase, Schedule
 
 BLOCK = {name: p.axes[0] == "layers" for name, p in table(ModelConfig(tied=False)).items()}

@@ -21,15 +21,14 @@ the first rows along `layers`, and the rest has no gradient. `asleep` keeps weig
 """
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax.numpy as jnp
 
+from configs.incremental_layers import asleep
 from data import DataConfig, Source, stdlib
 from model import Context, Edited, Model, ModelConfig, flops_per_token, groups, table
-from train import Config, Phase, Schedule, load_file
+from train import Config, Phase, Schedule
 
-asleep = load_file(Path(__file__).with_name("incremental_layers.py")).asleep
 BLOCKS = [name for name, p in table(ModelConfig()).items() if p.axes[0] == "layers"]
 
 

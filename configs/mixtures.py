@@ -22,15 +22,14 @@ Run these in the directory of train.py.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
+from configs.jsonl import jsonl
 from data import DataConfig, Document, Skipped, Source
 from model import ModelConfig
-from train import Config, Phase, Schedule, load_file
+from train import Config, Phase, Schedule
 
-jsonl = load_file(Path(__file__).with_name("jsonl.py")).jsonl
 GENRES = ["textbook", "wiki", "conversation", "math"]
 
 

@@ -16,12 +16,12 @@ The file holds the edit for any config: `prune`.
 """
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from configs.width_growth import fan_in
 from data import DataConfig, Source, stdlib
 from model import (
     Context,
@@ -38,9 +38,9 @@ from model import (
     rope,
     table,
 )
-from train import Config, Phase, Schedule, load_file
+from train import Config, Phase, Schedule
 
-fan_in = load_file(Path(__file__).with_name("width_growth.py")).fan_in
+MLP = "embed", "mlp"  # axes of a layer's gate and up
 
 
 def squares(x, param, axis: str, layered: bool):
@@ -92,7 +92,7 @@ def activity(params, batches: list[dict], config: ModelConfig) -> dict:
             y, heads = block(x, w, angles, attend_fn, config)
             middle, _ = block(x, w | {"down": jnp.zeros_like(w["down"])}, angles, attend_fn, config)
             n = rms_norm(middle, w["mlp_norm"], config.norm_eps)
-            units = jax.nn.silu(dense(n, w["gate"])) * dense(n, w["up"])
+            units = jax.nn.silu(dense(n, w["gate"], MLP)) * dense(n, w["up"], MLP)
             return y, dict(kv_heads=heads, mlp=mean(units, 2), embed=mean(y, 2),
                            layers=jnp.sum(mean(y - x)) / jnp.sum(mean(x)))
 

@@ -4,8 +4,9 @@ Shows growth by stacking within one run. About three minutes on two CPU cores: p
 """
 from functools import partial
 
+from configs.stacking import stack
 from data import DataConfig, Source, stdlib
-from model import ModelConfig, stack
+from model import ModelConfig
 from train import Config, Phase, Schedule
 
 config = Config(

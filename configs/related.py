@@ -18,16 +18,14 @@ near-copies stay in, the paper's gain is gone. By hand, about three minutes each
 """
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 import data
+from configs.packing import one_segment
 from data import DOCUMENT, DataConfig, Source
 from model import ModelConfig
-from train import Config, Phase, Schedule, load_file
-
-one_segment = load_file(Path(__file__).with_name("packing.py")).one_segment
+from train import Config, Phase, Schedule
 
 
 def tf_idf(ids: list[np.ndarray]) -> np.ndarray:

@@ -23,16 +23,15 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 import data
+from configs.packing import best_fit
 from data import DOCUMENT, DataConfig, Document, InputError, Skipped, Source
 from model import ModelConfig
-from train import Config, Phase, Schedule, load_file
+from train import Config, Phase, Schedule
 
-best_fit = load_file(Path(__file__).with_name("packing.py")).best_fit
 PACKINGS = dict(concat=data.concat_and_split, best_fit=best_fit)
 
 

@@ -36,8 +36,9 @@ from functools import partial
 
 import numpy as np
 
+from configs.active_forgetting import reset_embeddings
 from data import DataConfig, Document, Source
-from model import ModelConfig, reset_embeddings
+from model import ModelConfig
 from train import Config, Edit, Phase, Schedule
 
 COPULA, FIRST = 1, 259  # ids: of the copula, which is bos; of the first word, after unk, bos, eos and bytes

@@ -21,15 +21,14 @@ of an Intel Xeon, Python 3.11, jax 0.10.2, p = 0.75, seed 0), with the closed fo
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
+from configs.packing import one_per_row
 from data import DataConfig, Document, Source
 from model import ModelConfig
-from train import Config, Phase, Schedule, load_file
+from train import Config, Phase, Schedule
 
-one_per_row = load_file(Path(__file__).with_name("packing.py")).one_per_row
 BITS = 15  # of a document: 16 positions, since it has an end
 
 

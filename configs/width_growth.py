@@ -26,7 +26,6 @@ counts only what it computes, which flatters two stages, and this the other way 
 import zlib
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -34,11 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from configs import incremental_layers as freezing
 from data import DataConfig, Source, stdlib
 from model import Context, Edited, Model, ModelConfig, Param, draw, flops_per_token, groups, table
-from train import Config, Phase, Schedule, load_file
-
-freezing = load_file(Path(__file__).with_name("incremental_layers.py"))
+from train import Config, Phase, Schedule
 
 # Widening is arithmetic on the table. A matrix's inputs stand before its outputs there, and one side is the
 # residual stream, `embed`: so a matrix that begins with `embed` reads it, one that ends with it writes it.

@@ -20,6 +20,7 @@ import jax
 
 import data
 import model
+import train
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 hypothesis.settings.register_profile(
@@ -33,6 +34,12 @@ def hasty():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def course_of(config, context) -> model.Course:
+    """Shapes, budgets and rates of every step of a config, as a run works them out."""
+    with train.blame():
+        return model.plot_course(config, context, [data.batch_lengths(phase) for phase in config.phases])
 
 
 def pytest_collection_modifyitems(config, items):

@@ -11,6 +11,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from conftest import course_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -264,7 +265,7 @@ def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(path):
     file = train.load_file(path)
     context = model.Context(jax.random.key(0), 0, None, None, None)
     budget = "flops" if "budget of model FLOPs" in " ".join(file.__doc__.split()) else "tokens"
-    courses = [train.course_of(config, context) for config in file.arms.values()]
+    courses = [course_of(config, context) for config in file.arms.values()]
     spent = [getattr(course, budget)[-1] for course in courses]
     assert max(spent) / min(spent) < (1.003 if budget == "flops" else 1 + 1e-9)
     assert len({replace(course.models[-1], norm_eps=0.0) for course in courses}) == 1

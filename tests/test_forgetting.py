@@ -10,6 +10,7 @@ import hypothesis.extra.numpy as hnp
 import jax
 import numpy as np
 import pytest
+from conftest import course_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
@@ -17,8 +18,9 @@ from jax.experimental.compilation_cache import compilation_cache
 import data
 import model
 import train
+from configs.active_forgetting import reset_embeddings
 from data import DOCUMENT, ROW, START, Document, Source
-from model import MeshConfig, ModelConfig, Schedule, reset_embeddings
+from model import MeshConfig, ModelConfig, Schedule
 from train import Edit
 
 forgetting = train.load_file(train.ROOT / "configs/active_forgetting.py")
@@ -203,7 +205,7 @@ def test_the_loss_after_a_reset_is_that_of_a_head_that_knows_nothing(whole):
 def course(config: train.Config) -> model.Course:
     """The course of a config in bytes."""
     config = replace(config, model=replace(config.model, vocab=data.Bytes.vocab))
-    return train.course_of(config, model.Context(jax.random.key(0), 0, data.Bytes(), None, None))
+    return course_of(config, model.Context(jax.random.key(0), 0, data.Bytes(), None, None))
 
 
 @given(steps=st.integers(1, 60), cycle=st.integers(1, 70), start=st.integers(0, 5),

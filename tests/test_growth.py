@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import course_of
 
 import data
 import model
 import train
+from configs.stacking import stack
 from model import Context, Model
 
 layers = train.load_file(train.ROOT / "configs/incremental_layers.py")
@@ -188,7 +190,7 @@ def test_widen_refuses(tiny, arguments, message):
 
 def test_widen_is_the_same_on_eight_devices(tiny):
     """And on shapes alone, as a run works them out, and in turn with growth in depth."""
-    edits = [partial(widen, embed=64, kv_heads=4, mlp=96, units="random", split="uneven"), model.stack]
+    edits = [partial(widen, embed=64, kv_heads=4, mlp=96, units="random", split="uneven"), stack]
     meshes = [model.make_mesh(model.MeshConfig(), jax.devices()[:1]),
               model.make_mesh(model.MeshConfig(fsdp=2, tensor=2))]
     states = [model.apply_edits(edits, model.first_state(tiny, model.adamw, mesh, jax.random.key(0)), tiny,
@@ -206,7 +208,7 @@ def test_width_growth_arms_cost_the_same():
     costs = {}
     for name, config in arms.items():
         train.check(config)
-        course = train.course_of(config, context())
+        course = course_of(config, context())
         assert replace(course.models[-1], norm_eps=1e-6) == width.wide
         costs[name] = course.flops[-1]
     assert max(costs.values()) / min(costs.values()) < 1.001
@@ -303,7 +305,7 @@ def test_incremental_arms_cost_the_same():
     costs = []
     for config in layers.arms.values():
         train.check(config)
-        course = train.course_of(config, context())
+        course = course_of(config, context())
         assert course.models[-1] == layers.deep
         costs.append(course.flops[-1])
     assert max(costs) / min(costs) < 1.002
@@ -321,7 +323,7 @@ def calibration(n):
 
 def with_silent_layers(before):
     """Layers after the first and the last that add nothing."""
-    (config, params), _, _ = model.stack(before, context(), layers=(0, 0, 1, 1))
+    (config, params), _, _ = stack(before, context(), layers=(0, 0, 1, 1))
     silent = {n: params[n].at[jnp.array([1, 3])].set(0) for n in ("o", "down")}
     return Model(config, params | silent)
 
@@ -495,7 +497,7 @@ def test_learngene_arms_cost_the_same():
     costs = []
     for config in learngene.arms.values():
         train.check(config)
-        costs.append(train.course_of(config, context()).flops[-1])
+        costs.append(course_of(config, context()).flops[-1])
     assert max(costs) / min(costs) < 1.002
 
 

@@ -11,7 +11,11 @@ import pytest
 
 import data
 import model
-from model import Edited, Mask, MeshConfig, Model, reset_embeddings, stack
+from configs.active_forgetting import reset_embeddings
+from configs.muon import muon
+from configs.stacking import stack
+from model import Edited, Mask, MeshConfig, Model
+from tools.sample import generate
 
 CAUSAL = Mask("causal", 0)
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -91,7 +95,6 @@ def test_count_is_the_sum_over_arrays(tiny, tied):
     layer = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # gains; q and o; k and v; the SwiGLU
     assert model.count(config) == sum(x.size for x in drawn.values())
     assert model.count(config) == 2 * layer + 32 + 258 * 32 * (1 if tied else 2)
-    assert model.init_shape(config) == drawn
     assert all(x.dtype == jnp.float32 for x in drawn.values())
 
 
@@ -417,6 +420,27 @@ def test_weighted_mean_parts():
     assert float(numerator) == 6.5 and float(denominator) == 2.5 and metrics == {}
 
 
+def test_z_loss_is_the_squared_log_normaliser():
+    """0 where logits are log probabilities; moving all of them by c adds z c squared."""
+    logits = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (1, 3, 5)))
+    batch = dict(targets=jnp.array([[0, 4, 2]]))
+    plain = model.cross_entropy(logits, batch, None)
+    close(model.cross_entropy(logits, batch, None, z=0.5), plain)
+    close(model.cross_entropy(logits + 3, batch, None, z=0.5), plain + 0.5 * 9)
+
+
+def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant(tiny, params):
+    """Gains of one a head axis, in no decay's group; the loss is the same for queries ten times as large."""
+    config = replace(tiny, qk_norm=True, norm_eps=1e-12, unroll=1)
+    gains = {n: p for n, p in model.table(config).items() if n not in model.table(tiny)}
+    assert {(n, p.axes, p.group) for n, p in gains.items()} == {
+        (f"{x}_norm", ("layers", "head_dim"), "vector") for x in "qk"}
+    normed = used(tiny, params) | {n: jnp.ones(p.shape) for n, p in gains.items()}
+    loss = jax.jit(lambda p: model.losses(p, rows(), CAUSAL, config))
+    close(loss(normed), loss(normed | {"q": 10 * normed["q"], "k": normed["k"] / 7}))
+    assert np.abs(loss(normed) - loss(normed | {"q_norm": 2 * normed["q_norm"]})).max() > 1e-3
+
+
 def test_losses_in_chunks_equal_those_at_once(untied, params):
     """A vocabulary of 4,096 makes four rows of 32 positions need 2 MiB of logits."""
     config = replace(untied, vocab=4096)
@@ -437,7 +461,7 @@ def test_losses_in_chunks_equal_those_at_once(untied, params):
     same(value_and_grad(wide, batch, CAUSAL, small), value_and_grad(wide, batch, CAUSAL, config))
 
 
-@pytest.mark.parametrize("change", [dict(remat=True), dict(unroll=1)], ids=str)
+@pytest.mark.parametrize("change", [dict(remat="all"), dict(remat="elementwise"), dict(unroll=1)], ids=str)
 def test_remat_and_unroll_change_nothing(tiny, params, change):
     tied, changed = used(tiny, params), replace(tiny, **change)
     same(value_and_grad(tied, rows(), CAUSAL, changed), value_and_grad(tied, rows(), CAUSAL, tiny))
@@ -594,7 +618,7 @@ def sampled(params, prompt, length, temperature, key, config, width=12):
     """`generate` for prompts padded with `width` - p ids that must not matter."""
     b, p = prompt.shape
     padded = np.concatenate([prompt, np.full((b, width - p), 255 - width)], axis=1).astype(np.int32)
-    return np.asarray(model.generate(params, padded, p, length, temperature, jax.random.key(key), config))
+    return np.asarray(generate(params, padded, p, length, temperature, jax.random.key(key), config))
 
 
 PROMPT = np.random.default_rng(2).integers(0, 256, (2, 5))
@@ -824,21 +848,21 @@ def test_muon_orthogonalises_each_layer_with_the_table_s_axes(tiny, params):
     grads = {n: jnp.asarray(np.random.default_rng(i).normal(size=x.shape), x.dtype)
              for i, (n, x) in enumerate(old.items())}
     got = {}
-    for make in (partial(model.muon, weight_decay=0.0), partial(model.adamw, weight_decay=0.0)):
+    for make in (partial(muon, weight_decay=0.0), partial(model.adamw, weight_decay=0.0)):
         transforms = make(rows_)
         for group, names in model.groups(tiny).items():
             g, p = ({n: tree[n] for n in names} for tree in (grads, old))
             got[make.func, group], _ = transforms[group].update(g, transforms[group].init(p), p)
     for name, row in rows_.items():
         for layer in range(2) if row.group == "matrix" else ():
-            x = np.asarray(got[model.muon, "matrix"][name][layer])
+            x = np.asarray(got[muon, "matrix"][name][layer])
             inputs = 32 if row.axes[1] == "embed" else math.prod(row.shape[1:-1])
             values = np.linalg.svd(x.reshape(inputs, -1), compute_uv=False)
             values /= 0.2 * math.sqrt(max(inputs, x.size // inputs))
             assert np.mean((values > 0.6) & (values < 1.3)) > 0.9, name  # but for those near 0 before
             assert np.sqrt(np.mean(x**2)) == pytest.approx(0.2, rel=0.25)
     for group in ("embed", "vector"):
-        jax.tree.map(equal, got[model.muon, group], got[model.adamw, group])
+        jax.tree.map(equal, got[muon, group], got[model.adamw, group])
 
 
 @pytest.mark.parametrize("parts", [2, 4])

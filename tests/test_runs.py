@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pexpect
 import pytest
@@ -23,6 +24,7 @@ from pexpect import fdpexpect
 import data
 import model
 import train
+from model import MeshConfig, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -36,7 +38,8 @@ from functools import partial
 from pathlib import Path
 
 from data import DataConfig, Source, causal, text
-from model import ModelConfig, stack
+from configs.stacking import stack
+from model import ModelConfig
 from train import Config, Phase, Schedule
 
 seen = {"evaluation": 0}
@@ -438,7 +441,8 @@ from functools import partial
 import numpy as np
 
 from data import DataConfig, Document, Source
-from model import ModelConfig, stack
+from configs.stacking import stack
+from model import ModelConfig
 from train import Config, Phase
 
 seen = []
@@ -524,7 +528,9 @@ import os, signal
 from functools import partial
 
 from data import DataConfig, Source, text
-from model import ModelConfig, Schedule, reset_embeddings, stack
+from configs.active_forgetting import reset_embeddings
+from configs.stacking import stack
+from model import ModelConfig, Schedule
 from train import ROOT, Config, Edit, Phase, load_file
 
 widen = load_file(ROOT / "configs/width_growth.py").widen
@@ -808,37 +814,83 @@ def test_half_written_cache_is_refused(file, here, victim, capsys, monkeypatch, 
 HALVED = {"params": "params", "opt": "opt", "meta": "meta", "everything": "."}
 
 
-@pytest.mark.parametrize("case", [*HALVED, "emptied", "no params"])
-def test_half_written_checkpoint_is_refused(case, here, victim, capsys, tmp_path):
-    """The sentence names it and says to delete it; `sample` and `train.load` of an older step still work."""
+def halve(folder: Path):
+    """Cut every file below a folder in the middle."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.fixture
+def begun(here, tmp_path, victim):
+    """(run, function that begins it, giving the step that it goes on from): a copy of the victim."""
     run = tmp_path / "victim"
     shutil.copytree(victim, run)
+    (run / "summary.json").unlink()
+    config, file = train.parse([str(here.config), "--runs", str(tmp_path), "--name", "victim"])
+
+    def begin() -> int:
+        made = train.Run(config, file)
+        step = made.begin()
+        made.checkpoints.close()
+        return step
+
+    return run, begin
+
+
+@pytest.mark.parametrize("case", [*HALVED, "emptied", "no params"])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(case, begun, capsys):
+    """The sentence names it; readers of it are told which others there are."""
+    run, begin = begun
     newest = run / "checkpoints/60"
     if case in HALVED:
-        for path in (newest / HALVED[case]).rglob("*"):
-            if path.is_file():
-                os.truncate(path, path.stat().st_size // 2)
+        halve(newest / HALVED[case])
     elif case == "emptied":
         shutil.rmtree(newest)
         newest.mkdir()
     else:
         shutil.rmtree(newest / "params")
-    (run / "summary.json").unlink()
-    refused(capsys, [here.config, "--runs", tmp_path, "--name", "victim"], str(newest), "damaged", "delete")
+    if case != "opt":  # which no reader needs
+        refused(capsys, ["sample", run, "--step", "60"], str(newest), "damaged", "[50, 55, 60]")
+    assert begin() == 55 and checkpoints(run) == [50, 55] and newest.with_name("60.damaged").is_dir()
+    out = capsys.readouterr().out
+    assert "checkpoints/60 is damaged" in out and "60.damaged, and the run goes back to step 55" in out
     assert train.load(str(run), 55)[0]["q"].shape[0] == 4
 
 
+def test_a_flipped_bit_is_noticed(begun, capsys):
+    """Of parameters or moments, by the sums of their bits. With none intact the run is refused."""
+    run, begin = begun
+    whole, rng = train.Checkpoints(run / "checkpoints"), np.random.default_rng(0)
+    for step, item in ((60, "params"), (55, "opt"), (50, "params")):
+        meta = whole.meta(step)
+        shape = train.from_json(ModelConfig, meta["model"])
+        mesh = model.make_mesh(MeshConfig(), jax.devices()[:1])
+        state = whole.state(step, model.state_like(shape, model.adamw, mesh))
+        part = state.params if item == "params" else state.opt["matrix"][0].mu
+        name = sorted(part)[rng.integers(len(part))]
+        bits = np.array(part[name])
+        bits.reshape(-1).view(np.uint32)[rng.integers(bits.size)] ^= 1 << int(rng.integers(32))
+        part[name] = jnp.asarray(bits)
+        shutil.rmtree(run / "checkpoints" / str(step))
+        kept, checksums = train.Checkpoints(run / "checkpoints", keep=9), model.checksums
+        model.checksums = lambda state, meta=meta: meta["checksums"]  # as before the bit was flipped
+        try:
+            kept.save(step, state, meta)
+            kept.close()
+        finally:
+            model.checksums = checksums
+    with pytest.raises(train.InputError, match="checkpoints/50 is damaged .*with none before it"):
+        begin()
+    assert checkpoints(run) == [50] and capsys.readouterr().out.count("not as written: ") == 2
+
+
 def test_run_goes_on_without_a_damaged_checkpoint(place, complete):
-    """As a process: one line on stderr; then, that one deleted and another's leftovers there, all is well."""
+    """As a process, with another's leftovers there: the same rows as ever, and the same end."""
     run = place.run("damaged")
     shutil.copytree(complete.directory, run)
     (run / "summary.json").unlink()
-    for path in (run / "checkpoints/60/params").rglob("*"):
-        if path.is_file():
-            os.truncate(path, path.stat().st_size // 2)
-    done = place.train("damaged")
-    assert done.returncode == 2 and one_sentence(done.stderr, "checkpoints/60", "damaged", "delete")
-    shutil.rmtree(run / "checkpoints/60")
+    halve(run / "checkpoints/60/params")
     shutil.copytree(run / "checkpoints/55", run / "checkpoints/65.orbax-checkpoint-tmp")
     shutil.rmtree(run / "checkpoints/65.orbax-checkpoint-tmp/params")
     done = place.train("damaged")
@@ -1036,6 +1088,8 @@ def test_corpus_inspect_shows_the_rows_of_a_batch(here, victim, corpus, capsys):
     texts = "".join(p.read_text("utf-8") for p in corpus.rglob("*.txt"))
     shown = out.split("with loss\n")[1].split("|")[0]
     assert shown and shown in texts and "data/waste" in out
+    assert train.main(["corpus", "inspect", f"{victim}/config.json", "--step", "31", "--rows", "2"]) == 0
+    assert capsys.readouterr().out == out  # of a run, as a spike's report has it
     refused(capsys, ["corpus", "inspect", here.config, "--step", "61"], "--step", "61", "1 to 60")
 
 

@@ -25,7 +25,8 @@ from dataclasses import replace
 from functools import partial
 
 from data import DataConfig, Source, text
-from model import ModelConfig, stack
+from configs.stacking import stack
+from model import ModelConfig
 from train import Config, Phase, Schedule
 
 deep = Config(
@@ -274,7 +275,7 @@ def test_mistakes_of_the_file(file, trainer):
     with pytest.raises(data.InputError, match="neither a config file"):
         call(file.with_name("tyni.py"))
     mistakes = [("quick = {", 'quick = {"phases.*.stesp": 1, ', "field --phases.0.stesp"),
-                ("claims = (", "1 / 0\nclaims = (", "line 23: ZeroDivisionError"),
+                ("claims = (", "1 / 0\nclaims = (", "line 24: ZeroDivisionError"),
                 ("quick = {", "slow = {", "defines no `quick`"),
                 ("dev=0.1", "dev=0.0", "data.dev is 0")]
     for n, (old, new, sentence) in enumerate(mistakes):

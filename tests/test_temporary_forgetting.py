@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import course_of
 
 import data
 import model
@@ -175,7 +176,7 @@ def course(arm: str) -> tuple[train.Config, model.Course]:
     config = train.load_config(f"{FILE}:{arm}")
     train.check(config)
     context = model.Context(jax.random.key(0), 0, None, None, None)
-    return config, train.course_of(config, context)
+    return config, course_of(config, context)
 
 
 def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then():

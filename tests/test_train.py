@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import data
 import model
 import train
+from configs.active_forgetting import reset_embeddings
+from configs.stacking import stack
 from data import DataConfig, Document, InputError, Source
-from model import Edited, Mask, MeshConfig, Model, ModelConfig, Schedule, State, reset_embeddings, stack
+from model import Edited, Mask, MeshConfig, Model, ModelConfig, Schedule, State
 from train import Config, Edit, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,7 +257,7 @@ def counts(opt) -> set[int]:
 
 def course_of(config: Config) -> model.Course:
     """The course of a config whose vocabulary is known."""
-    return train.course_of(config, context())
+    return conftest.course_of(config, context())
 
 
 def one_phase(steps=40, **schedule) -> Config:
@@ -1065,19 +1068,32 @@ def test_running_a_complete_run_again_changes_nothing(plain, one_device):
     assert [name for name in before if before[name] != after[name]] == []
 
 
-def test_run_that_lost_its_config_is_not_taken_for_resumed(tmp_path, one_device):
-    """Checkpoints without a config.json: refuse, or start again; never a fresh model under an old step."""
-    config = tiny_config(tmp_path, phases=(Phase(steps=4, batch=8, seq=32),), save_every=2)
+def test_run_that_lost_its_config_is_resumed_by_what_its_checkpoint_says(tmp_path, one_device):
+    """A checkpoint has with it what it depends on: another schedule is refused, more steps are not."""
+    config = tiny_config(tmp_path, phases=(Phase(steps=4, batch=8, seq=32),), save_every=2,
+                         schedule=Schedule(shape="constant", peak=5e-3, warmup=2))
     train.Run(config, __file__).train()
     (tmp_path / "tiny/config.json").unlink()
-    run = train.Run(replace(config, phases=(Phase(steps=6, batch=8, seq=32),)), __file__)
-    try:
-        run.train()
-    except InputError as error:
-        assert "config.json" in str(error)
-    else:
-        steps = [r["train/loss"] for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
-        assert len(steps) == 6 and steps[4] < steps[0]
+    more = replace(config, phases=(Phase(steps=6, batch=8, seq=32),))
+    with pytest.raises(InputError, match="taken 4 steps under another config: schedule"):
+        train.Run(replace(more, schedule=replace(config.schedule, peak=1e-3)), __file__).train()
+    train.Run(more, __file__).train()
+    steps = [r["train/loss"] for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
+    assert len(steps) == 6 and steps[4] < steps[0] and (tmp_path / "tiny/config.json").exists()
+
+
+def test_a_spike_is_reported_with_the_command_that_shows_its_rows(tmp_path, capsys):
+    """Above the last hundred by more than six of their deviations; a fall, a NaN and a slow rise are none."""
+    course = course_of(one_phase(shape="constant"))
+    out = train.Reporter(tmp_path / "metrics.jsonl", 0, course._replace(ends=np.array([1_000])))
+    losses = 3 + 0.1 * np.sin(np.arange(150)) + 0.001 * np.arange(150)
+    losses[[20, 110, 120]] = 9, math.nan, 2
+    losses[130] = 4.5
+    for i, loss in enumerate(losses):
+        out.step({"step": 1, "train/loss": float(loss), "train/lr": 0.1, "train/grad_norm": 1.0, "i": i})
+    said = [line for line in capsys.readouterr().out.splitlines() if "deviations above" in line]
+    assert len(said) == 1 and "loss 4.500" in said[0]
+    assert said[0].endswith(f"python train.py corpus inspect {tmp_path / 'config.json'} --step 1")
 
 
 def test_sigterm_during_an_evaluation_loses_no_step(tmp_path, one_device, capsys):
@@ -1254,6 +1270,6 @@ def test_weights_are_used_in_training_and_in_evaluation():
         losses["gone"] == pytest.approx(math.log(258), rel=1e-5)
         and abs(losses["none"] - losses["gone"]) > 1e-3
     )
-    held, apply = model.evaluators(config, TINY)
+    held, apply = model.evaluators(config, TINY, model.make_mesh(MeshConfig(), jax.devices()[:1]))
     np.testing.assert_allclose(held(state.params, 0, batch), math.log(258), rtol=1e-5)
     assert not np.any(apply(state.params, 0, batch["tokens"]))

@@ -9,7 +9,11 @@ runs this and COMMAND in turn, --rounds times each, and gives the median of the 
 --together N steps N runs of a small model as one program (`jax.vmap`), on one device: with --vary rates the
 same rows, at rates of their own; with --vary seeds rows of their own too. tokens_per_s counts all of them, so
 that --against the same command without --together compares this with N runs in turn.
+
+step_ms is the median of the steps' times and step_ms_quartiles the quarter and the three quarters of them.
+--profile DIR writes a trace of five more steps, for XProf or Perfetto (ui.perfetto.dev opens the .json.gz).
 """
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -24,6 +28,7 @@ import numpy as np
 
 import model
 import train
+from tools import fit
 
 SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(train.ModelConfig)} | {
     "batch": "phases.0.batch", "seq": "phases.0.seq"}
@@ -40,7 +45,8 @@ def program(config: train.Config, mesh, state, batch, rates, together: int, vary
     return jax.jit(step, donate_argnums=0).lower(state, batch, rates).compile(), state
 
 
-def measure(config: train.Config, seconds: float, together: int = 1, vary: str = "seeds") -> dict:
+def measure(config: train.Config, seconds: float, together: int = 1, vary: str = "seeds",
+            profile: str | None = None) -> dict:
     """Steps of the first phase for `seconds`: rates, compile time in s, memory of the step in GiB."""
     mesh, shape, phase = model.make_mesh(config.mesh), config.model, config.phases[0]
     rng = np.random.default_rng(0)
@@ -70,11 +76,17 @@ def measure(config: train.Config, seconds: float, together: int = 1, vary: str =
             then, now = now, time.perf_counter()
             times.append(now - then)
         last, count = metrics, count + 1
-    ms, size = 1e3 * statistics.median(times), together * phase.batch * phase.seq
+    with jax.profiler.trace(profile, create_perfetto_trace=True) if profile else contextlib.nullcontext():
+        for batch in batches[:5] if profile else ():
+            state, metrics = step(state, batch, rates)
+        jax.block_until_ready(state)
+    low, middle, high = (1e3 * float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
+    ms, size = middle, together * phase.batch * phase.seq
     memory = step.memory_analysis()
-    rate, peak = size / ms * 1e3, model.peak()
+    rate, peak = size / ms * 1e3, fit.peak()
     flops = rate * model.flops_per_token(shape, phase.seq)
     return dict(tokens_per_s=round(rate), step_ms=round(ms, 2), compile_s=round(compile_s, 2),
+                step_ms_quartiles=[round(low, 2), round(high, 2)],
                 mfu=round(flops / peak, 4) if peak else None,
                 memory_gib=round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, 3),
                 params=model.count(shape), model_tflops=round(flops / 1e12, 4), steps=len(times),
@@ -109,6 +121,7 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--against", metavar="COMMAND", help="another benchmark to alternate with")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is run, with --against")
     parser.add_argument("--together", type=int, default=1, help="runs that are one program")
+    parser.add_argument("--profile", metavar="DIR", help="write a trace there")
     parser.add_argument("--vary", choices=["seeds", "rates"], default="seeds", help="what these differ in")
     parser.usage = "%(prog)s [CONFIG] [options] [--batch N --seq N --layers N --path.to.field VALUE ...]"
     first = arguments and not arguments[0].startswith("-")
@@ -138,6 +151,6 @@ def main(arguments: list[str]) -> dict:
     if a.together < 1 or (a.together > 1 and jax.device_count() > 1):
         raise train.InputError(f"bench: --together is {a.together} on {jax.device_count()} devices; allowed "
                                "is 1 and more, and more than 1 on one device alone")
-    result = measure(config, a.seconds, a.together, a.vary)
+    result = measure(config, a.seconds, a.together, a.vary, a.profile)
     print(json.dumps(result))
     return result

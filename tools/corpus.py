@@ -6,15 +6,19 @@ from the finished cache, and that of tokenizing beside raw SentencePiece; with -
 of 100,000 drawn lengths (mean about 900, rows of 2,048). Where the library `grain` can be imported, its
 packings on the same lengths too. The last line of bench is one JSON object.
 """
+import atexit
 import importlib.util
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -167,6 +171,17 @@ def inspect(config: train.Config, step: int, rows: int):
                       style="bold")
         console.print(line)
     console.print(", ".join(f"{k} {v:.4g}" for k, v in batch.metrics.items()), style="bold")
+
+
+def spawn(config: train.Config, name: str, place: Path) -> tuple[subprocess.Popen, Path]:
+    """(process, log): a source's token cache being built at `place`, for as long as this process lives."""
+    file, log = place.with_suffix(".json"), place.with_suffix(".log")
+    data.write(file, json.dumps(train.to_json(config)))
+    command = [sys.executable, train.ROOT / "train.py", "corpus", "build", file, "--only", name]
+    with open(log, "w") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+    atexit.register(process.terminate)
+    return process, log
 
 
 def main(arguments: list[str]):

@@ -105,6 +105,21 @@ def measure(losses: Callable, caches: dict, split: str, config: train.Config, ph
     return {name: bits_per_byte(losses, h) for name, h in held.items() if h.paths}, held
 
 
+def during(run: train.Run, step: int, losses: Callable, scores: Callable) -> dict[str, float]:
+    """{metric: value} of a run as it stands, on the fixed subset of dev and by its config's own `evals`.
+
+    losses, scores: of `model.evaluators`.
+    """
+    config, params, row = run.config, run.state.params, {}
+    if config.data.dev:
+        found, _ = measure(partial(losses, params, run.state.step), run.caches, "dev", config,
+                           config.phases[run.loader.phase_of(step)], run.tokenizer, config.eval_tokens)
+        row = {f"eval/{name}/{k}": v for name, own in found.items() for k, v in own.items()}
+    for own in config.evals:
+        row |= own(params, lambda params, ids: scores(params, run.state.step, ids))
+    return row
+
+
 def compressed(texts: list[bytes]) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9 need for texts, each compressed alone."""
     bits = {"gzip_bpb": lambda t: 8 * len(gzip.compress(t, 9)),
@@ -145,7 +160,8 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
     a = parser.parse_args(arguments)
     params, config, tokenizer, _ = train.load(a.run, a.step)
-    phase, (losses, _) = config.phases[-1], model.evaluators(config, config.model)
+    phase, mesh = config.phases[-1], params["embed"].sharding.mesh
+    losses, _ = model.evaluators(config, config.model, mesh)
     result = {}
     if config.data.test:
         caches = train.open_caches(config, tokenizer)
@@ -163,5 +179,6 @@ def main(arguments: list[str]) -> dict:
         result |= minimal_pairs(a.blimp, losses, params, tokenizer)
         shown = {k: v for k, v in result.items() if k.startswith("blimp") and not k.endswith("_se")}
         print("".join(f"{k}: {v:.3f}\n" for k, v in shown.items()))
-    data.write(Path(a.run) / "eval.json", json.dumps(result, indent=1))
+    if train.leads():
+        data.write(Path(a.run) / "eval.json", json.dumps(result, indent=1))
     return result

@@ -17,7 +17,10 @@ def main(arguments: list[str]) -> dict:
     parser = train.Arguments("summary", __doc__)
     parser.add_argument("run", help="run directory")
     run = Path(parser.parse_args(arguments).run)
-    data.write(run / "samples.txt", train.verb("sample", [str(run)]))
+    samples = train.verb("sample", [str(run)])
+    if not train.leads():
+        return {}
+    data.write(run / "samples.txt", samples)
     train.verb("curves", [str(run)])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(r for r in reversed(rows) if "train/loss" in r)
@@ -28,6 +31,7 @@ def main(arguments: list[str]) -> dict:
     versions["python"] = sys.version.split()[0]
     summary = {**last, **json.loads((run / "eval.json").read_text()), "versions": versions,
                "commit": commit, "host": os.uname().nodename, "device": jax.devices()[0].device_kind,
-               "devices": jax.device_count()}
+               "devices": jax.device_count(),
+               "processes": jax.process_count()}
     data.write(run / "summary.json", json.dumps(summary, indent=1))
     return summary
