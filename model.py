@@ -43,7 +43,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # implementation: `choose`
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # implementation, see `choose`
     unroll: int = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what of a block the backward pass computes again
@@ -274,10 +274,10 @@ def splash(q, k, v, mask: Mask, segments, interpret: bool = False) -> jax.Array:
 
 
 def choose(implementation: str, mask: Mask, length: int, dtype, platform: str | None = None) -> str:
-    """What "auto" stands for on a platform. Raises ValueError for what cannot do what is asked."""
+    """What "auto" stands for: not cuDNN, untried yet. Raises ValueError for what cannot do what is asked."""
     platform = platform or getattr(get_abstract_mesh().abstract_device, "platform", jax.default_backend())
     able = ["splash"] * (platform == "tpu" and mask.kind == "causal" and length % 128 == 0)
-    able += ["cudnn"] * (platform == "gpu" and jnp.dtype(dtype).itemsize == 2) + ["xla", "reference"]
+    able += ["xla", "reference"] + ["cudnn"] * (platform == "gpu" and jnp.dtype(dtype).itemsize == 2)
     if implementation not in ("auto", *able):
         raise ValueError(f"model.attention is {implementation}; allowed for {mask.kind} rows of {length} in "
                          f"{dtype} on {platform} are auto, {', '.join(able)}")
@@ -619,7 +619,7 @@ def effective(weights: Callable | None, params, step, batch) -> dict[str, jax.Ar
 
 
 def by_row(mesh: Mesh, rows: int) -> NamedSharding:
-    """The rows of a batch over the mesh axes data and fsdp; all rows everywhere if these divide them not."""
+    """The rows of a batch over the mesh axes data and fsdp; all of them everywhere if that leaves a rest."""
     even = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     return NamedSharding(mesh, PartitionSpec(ROWS) if even else PartitionSpec())
 

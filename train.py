@@ -448,7 +448,6 @@ class Reporter:
         self.live, self.begun, self.last = sys.stdout.isatty(), time.perf_counter(), None
         self.shown = self.waited = self.stall = 0.0
         self.peak, self.recent = load_file(ROOT / "tools/fit.py").peak(), collections.deque(maxlen=100)
-        self.config = path.with_name("config.json")
 
     def row(self, row: dict):
         """One JSON object on a line of its own; what is not finite becomes null."""
@@ -473,8 +472,8 @@ class Reporter:
             row |= {"perf/mfu": flops / seconds / self.peak} if self.peak else {}
         loss, spread = row["train/loss"], np.std(self.recent) if len(self.recent) > 50 else math.inf
         if (above := loss - np.mean(self.recent or [loss])) > 6 * spread:
-            self.say(f"step {step}: loss {loss:.3f}, {above / spread:.0f} deviations above the last; see: "
-                     f"python train.py corpus inspect {self.config} --step {step}")
+            self.say(f"step {step}: loss {loss:.3f}, {above / spread:.0f} deviations above the last; python "
+                     f"train.py corpus inspect {Path(self.file.name).with_name('config.json')} --step {step}")
         self.recent += [loss] if math.isfinite(loss) else []
         row |= {"perf/save_s": round(self.stall, 4)} if self.stall else {}  # that a checkpoint held the loop
         self.last, self.waited, self.stall = now, 0.0, 0.0
@@ -694,11 +693,11 @@ class Run:
         if key not in self.compiled:
             self.out.sync()
             with blame():
-                model.choose(self.shape.attention, mask, key[1][1], self.shape.dtype)
+                attention = model.choose(self.shape.attention, mask, key[1][1], self.shape.dtype)
             run = model.compile_step(self.config, self.shape, self.mesh, self.state, arrays, rates, mask,
                                      self.config.phases[key[0]].accumulate)
             if not self.compiled:
-                load_file(ROOT / "tools/fit.py").banner(self.config, self.course, self.loader, self.mesh, run)
+                load_file(ROOT / "tools/fit.py").banner(self, run, attention)
             self.compiled[key] = run
         before = jax.tree.map(jnp.copy, self.state.params) if watch else None
         self.state, metrics = self.compiled[key](self.state, arrays, rates)
@@ -711,10 +710,7 @@ class Run:
                 "phase": self.loader.phase_of(step)}
 
     def finish(self, step: int, metrics: dict, of_batch: dict) -> int:
-        """Fetch a step's metrics and write its row: one step late, so that the device need not wait.
-
-        Gives what was asked for at that step, see `phase`.
-        """
+        """Write a step's row, one step late so that no device waits; gives what was asked, see `phase`."""
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         skipped, asked = int(metrics.pop("skipped")), int(metrics.pop("asked"))
         shape = self.course.models[self.loader.phase_of(step)]
@@ -781,11 +777,13 @@ class Run:
         with contextlib.closing(data.prefetch(make, range(step + 1, end + 1))) as batches:
             while step < end:
                 if edits := model.due(config, self.course, step):
-                    pending = pending and self.finish(*pending) and None
+                    if pending:  # what is asked for there is asked for again
+                        self.finish(*pending)
+                    pending = None
                     self.edit(edits, step)
-                asked, step = time.perf_counter(), step + 1
+                begun, step = time.perf_counter(), step + 1
                 batch = next(batches)
-                self.out.waited += time.perf_counter() - asked
+                self.out.waited += time.perf_counter() - begun
                 watch = any(model.due(config, self.course, s) for s in range(max(0, step - 5), step))
                 ask = 2 if stop else int(time.monotonic() - self.saved > 60 * config.save_minutes)
                 metrics = self.update(step, batch, watch) | {"asked": model.largest(ask, self.mesh)}

@@ -7,7 +7,7 @@ an hour and a quarter of one H200 at 40 % MFU. Text of your own, as JSON Lines, 
     python train.py fit configs/llama_124m.py --topology v5e:4x4                  without the hardware
     python train.py launch auto configs/llama_124m.py ...                         on each host of several
 
-`accumulate` makes it fit one GPU of 80 GB or 16 chips of 16; --phases.0.accumulate 1 goes with many more.
+`accumulate` is for one GPU of 80 GB (untried) or 16 chips of 16; --phases.0.accumulate 1 goes with more.
 `llama_350m.py` and `llama_1_3b.py` are its larger sisters.
 """
 from functools import partial

@@ -269,7 +269,7 @@ def test_collectives_are_counted_as_often_as_loops_turn():
         "collective-permute": [1, 40]}
 
 
-def report(capsys, *arguments) -> tuple[int, str, dict]:
+def report(*arguments) -> tuple[int, str, dict]:
     """(exit code, what was printed, the JSON object) of fit. Its process prints for itself."""
     environment = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, ROOT / "train.py", "fit", *map(str, arguments), "--json"],
@@ -278,11 +278,11 @@ def report(capsys, *arguments) -> tuple[int, str, dict]:
     return done.returncode, done.stdout, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_fit_says_what_a_device_holds_and_sends(place, capsys):
+def test_fit_says_what_a_device_holds_and_sends(place):
     """On eight devices with fsdp: state over eight; weights are gathered for each product of the forward and
     the backward pass and their gradients summed, and nothing of the size of activations is sent.
     """
-    code, out, found = report(capsys, place.config, "--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "8",
+    code, out, found = report(place.config, "--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "8",
                               "--model.layers", "2", "--phases.0.batch", "64", "--phases.1.batch", "64")
     assert code == 0 and found["fits"] and found["mesh"] == dict(data=1, fsdp=8, tensor=1)
     shallow, deep = found["programs"]
@@ -297,7 +297,7 @@ def test_fit_says_what_a_device_holds_and_sends(place, capsys):
     assert "does not fit" not in out.lower()
 
 
-def test_fit_s_mistakes_are_one_sentence(place, capsys, monkeypatch, tmp_path):
+def test_fit_s_mistakes_are_one_sentence(place, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     for arguments, words in (([], "--topology KIND:AxB or --devices N"),
@@ -315,16 +315,16 @@ LIBTPU = Path(os.environ.get("TPU_LIBRARY_PATH") or Path.home() / ".cache/coppic
 
 @pytest.mark.soak
 @pytest.mark.skipif(not LIBTPU.exists(), reason=f"needs libtpu: {LIBTPU}")
-def test_fit_compiles_for_tpus_and_says_what_does_not_fit(place, capsys, monkeypatch):
+def test_fit_compiles_for_tpus_and_says_what_does_not_fit(place, monkeypatch):
     """A small model fits sixteen chips; with rows for a hundred gigabytes it does not, and is told how to."""
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(LIBTPU))
     base = [place.config, "--topology", "v5e:4x4", "--phases.0.batch", "16", "--phases.1.batch", "16",
             "--phases.0.seq", "128", "--phases.1.seq", "128", "--model.dtype", "bfloat16"]
-    code, out, found = report(capsys, *base)
+    code, out, found = report(*base)
     assert code == 0 and found["fits"] and found["kind"] == "TPU v5 lite" and found["devices"] == 16
     assert "roofline" in out and 0 < found["programs"][0]["bytes"]["total"] < 2**30
     wide = ["--model.embed", "4096", "--model.mlp", "16384", "--model.layers", "4", "--phases.1.edits", "()"]
-    code, out, found = report(capsys, *base, *wide, "--phases.0.batch", "4096", "--phases.1.batch", "4096")
+    code, out, found = report(*base, *wide, "--phases.0.batch", "4096", "--phases.1.batch", "4096")
     assert code == 1 and not found["fits"] and "DOES NOT FIT" in out and found["advice"]
 
 
@@ -354,7 +354,8 @@ def test_the_choice_of_attention():
     """The fused one where it can do what is asked, by name alone if it can."""
     causal, prefix = Mask("causal", 0), Mask("prefix", 0)
     assert model.choose("auto", causal, 256, "float32", "cpu") == "xla"
-    assert model.choose("auto", causal, 256, "bfloat16", "gpu") == "cudnn"
+    assert model.choose("auto", causal, 256, "bfloat16", "gpu") == "xla"
+    assert model.choose("cudnn", causal, 256, "bfloat16", "gpu") == "cudnn"
     assert model.choose("auto", causal, 256, "float32", "gpu") == "xla"
     assert model.choose("auto", causal, 256, "float32", "tpu") == "splash"
     assert model.choose("auto", causal, 200, "float32", "tpu") == "xla" == model.choose(

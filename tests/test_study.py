@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import course_of
 
 import data
 import model
@@ -357,15 +358,12 @@ def test_sigterm_saves_the_run_in_flight_and_ends_the_study(file):
 # ----------------------------------------------------------------------------------------------- stacking.py
 
 
-def course_of(arm: train.Config) -> model.Course:
-    """An arm's budgets and rates, its edits applied."""
-    context = model.Context(jax.random.key(0), 0, None, None, None)
-    return model.plot_course(arm, context, [data.batch_lengths(phase) for phase in arm.phases])
+CONTEXT = model.Context(jax.random.key(0), 0, None, None, None)
 
 
 def flops_of(arm: train.Config) -> tuple[float, list[int]]:
     """(training FLOPs of an arm, the depth of each of its phases)."""
-    course = course_of(arm)
+    course = course_of(arm, CONTEXT)
     return course.flops[-1], [m.layers for m in course.models]
 
 
@@ -393,7 +391,7 @@ def test_the_arms_of_stacking_cost_the_same():
 
 def test_the_arms_of_stacking_decay_over_the_same_last_flops_and_end_at_the_same_rate():
     for arm in "scratch", "stack", "stack_late":
-        course = course_of(stacking.arms[arm])
+        course = course_of(stacking.arms[arm], CONTEXT)
         rate, share = course.rates["matrix"], course.flops / course.flops[-1]
         assert rate[-1] == pytest.approx(0.05 * 8e-3)
         assert share[(share > 0.5) & (rate < 0.999 * 8e-3)][0] == pytest.approx(0.6, abs=0.005)

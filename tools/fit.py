@@ -197,21 +197,26 @@ def changes(config: train.Config, devices: int) -> Iterator[tuple[train.Config, 
         yield config, f"{said} {parts}".strip()
 
 
-def banner(config: train.Config, course: model.Course, loader: data.Loader, mesh, step):
-    """Print what is about to run, before it runs; step: the first phase's, compiled."""
+def grid(devices, mesh) -> str:
+    """The devices, and how a mesh arranges them."""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{len(devices)} x {devices[0].device_kind}, mesh {sizes}"
+
+
+def banner(run: train.Run, step, attention: str):
+    """Print what is about to run, before it runs; step, attention: the first phase's, compiled and chosen."""
+    config, course = run.config, run.course
     shapes, tokens, first = course.models, int(course.tokens[-1]), course.models[0]
     multiply, square = jax.jit(jnp.matmul), np.ones((1024, 1024), first.dtype)
     for _ in range(2):
         begun = time.perf_counter()
         multiply(square, square).block_until_ready()
-    speed = mesh.devices.size * 2 * 1024**3 / (time.perf_counter() - begun)
+    speed = run.mesh.devices.size * 2 * 1024**3 / (time.perf_counter() - begun)
     memory = step.memory_analysis()
     memory = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
     later = config.data.stream or any(p.steer for p in config.phases)
-    epochs = {} if later else loader.epochs(int(course.ends[-1]))
+    epochs = {} if later else run.loader.epochs(int(course.ends[-1]))
     epochs = ", ".join(f"{name} {n:.2f}" for name, n in epochs.items()) or "not known yet"
-    mask = rows_like(config.phases[0], config.phases[0].seq, mesh)[1]
-    attention = model.choose(first.attention, mask, config.phases[0].seq, first.dtype)
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     lines = {
         "run": f"{config.runs}/{config.name}",
@@ -219,8 +224,7 @@ def banner(config: train.Config, course: model.Course, loader: data.Loader, mesh
         "tokens": f"{tokens:,}, {tokens / model.count(shapes[-1]):.1f} a parameter; epochs: {epochs}",
         "FLOPs": f"{course.flops[-1]:.3g}",
         "memory": f"{memory:,.0f} MiB a device in the first phase",
-        "devices": f"{mesh.devices.size} x {jax.devices()[0].device_kind}, mesh "
-                   + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()) + processes,
+        "devices": grid(run.mesh.devices.ravel(), run.mesh) + processes,
         "attention": f"{attention}, {first.dtype}",
         "expected": f"{timedelta(seconds=int(course.flops[-1] / speed * 2))} at half a bare matmul's speed",
     }
@@ -255,8 +259,7 @@ def here(a, config: train.Config) -> int:
     with train.blame():
         mesh = model.make_mesh(config.mesh, devices)
     found = list(programs(config, mesh))
-    print(f"{len(devices)} x {devices[0].device_kind}, mesh "
-          + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    print(grid(devices, mesh))
     for program in found:
         show(program)
     advice = None
