@@ -751,8 +751,8 @@ def evaluators(run, config: ModelConfig, mesh: Mesh) -> tuple[Callable, Callable
 def probe(before, after, config: ModelConfig) -> dict[str, jax.Array]:
     """How far an update moved each optimiser group's parameters, as a share of their norm."""
     def norm(trees, names):
-        return jnp.sqrt(sum(jnp.sum(jnp.square(trees[n]), dtype=jnp.float32) for n in names))
-    moved = jax.tree.map(jnp.subtract, after, before)
+        return jnp.sqrt(sum(jnp.sum(jnp.square(trees[n])) for n in names))
+    moved = {n: after[n] - before[n] for n in after}
     return {f"{group}/update_ratio": norm(moved, names) / norm(before, names)
             for group, names in groups(config).items()}
 

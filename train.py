@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import shutil
@@ -36,7 +37,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import typeguard
 import tyro
-from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 import data
@@ -367,7 +367,8 @@ class Checkpoints:
     """
 
     def __init__(self, root: Path, keep: int | None = None, keep_every: int = 0):
-        absl_logging.set_verbosity(absl_logging.FATAL)  # what goes wrong reaches us as exceptions
+        for name in ("absl", "asyncio"):  # what goes wrong reaches us as exceptions
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.root, self.trash = root.resolve(), root.resolve() / "trash"
         policies = ocp.checkpoint_managers
         kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])

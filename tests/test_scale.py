@@ -222,14 +222,14 @@ def test_checkpoints_by_time_and_those_kept_for_good(place):
 
 
 def test_a_disk_that_is_full_is_one_sentence_and_the_run_resumes(place, whole):
-    """No file may grow beyond 60 kB, as if the disk were full: exit code 2, a sentence at last, nothing lost.
+    """No file may grow beyond 60 kB, as if the disk were full: exit code 2, one sentence, nothing lost.
 
-    Threads of Orbax's that still write may print what they meet before it.
+    Threads of Orbax's that still write may print what they meet around it.
     """
     ((code, out, err),) = place.train("full", before=("bash", "-c", 'ulimit -f 60; exec "$@"', "-"))
-    last = err.splitlines()[-1]
-    assert code == 2 and last.startswith("error: no checkpoint can be written to "), err
-    assert "full/checkpoints" in last and "make room, and the same command resumes from step 0" in last
+    (said,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert code == 2 and said.startswith("error: no checkpoint can be written to "), err
+    assert "full/checkpoints" in said and "make room, and the same command resumes from step 0" in said
     good(place.train("full"))
     assert place.rows("full") == whole
 
