@@ -418,20 +418,27 @@ def test_killed_during_a_save_and_at_random(place, complete):
 
 
 @pytest.mark.soak
-def test_killed_fifty_times(place, complete):
+def test_killed_fifty_times(place, complete, capsys):
     """At random moments after the start, through a whole run and, when that is done, another."""
-    rng, number = random.Random(2), 0
-    for _ in range(50):
+    rng, number, kills, lost = random.Random(2), 0, 0, []
+    while kills < 50:
         run = place.run(f"soak{number}")
         reached, until = on_disk(run), time.monotonic() + rng.uniform(1.0, 5.0)
-        out = kill_when(place.start(run.name, SLOW="0.01"), lambda until=until: time.monotonic() > until)
+        started = place.start(run.name, SLOW="0.01")
+        out = kill_when(started, lambda until=until: time.monotonic() > until)
+        kills += started.returncode == -signal.SIGKILL
         assert_recent(out, reached if "resuming" in out else 0)
+        lost += [reached - resumed_from(out)] if "resuming" in out else []
         if (run / "summary.json").exists():
             assert_same(run, complete.directory)
             number += 1
     done = place.train(f"soak{number}")
     assert done.returncode == 0
     assert_same(place.run(f"soak{number}"), complete.directory)
+    with capsys.disabled():
+        print(f"\n{kills} kills, {len(lost)} resumes, steps lost: {sum(lost) / len(lost):.1f} in the mean, "
+              f"{max(lost)} at most (a checkpoint every {EVERY}); {number + 1} runs of {TOTAL} steps, "
+              "identical to the last byte")
 
 
 STEERED = '''"""Streamed, ordered, of several row lengths, then steered; HURT names a moment to die."""
@@ -1016,8 +1023,12 @@ def test_bench_ends_in_one_json_object(here, capsys):
         "--seconds",
         "0.2",
     ]
-    assert train.main(arguments) == 0
+    assert train.main([*arguments, "--apart"]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    apart = found.pop("apart_ms")
+    whole = sum(apart[k] for k in ("forward", "backward", "update"))
+    assert whole == pytest.approx(found["step_ms"], abs=0.02)
+    assert apart["forward"] > 0 and apart["products"] > 0 and 0 < found["host_stall"] < 1
     assert {"tokens_per_s", "step_ms", "mfu", "compile_s", "memory_gib", "params"} <= found.keys()
     assert found["tokens_per_s"] > 0 and found["params"] == 2 * 128 * 64 + 4 * 64 * 64 + 3 * 64 * 64 + 3 * 64
     assert sorted({p.name for p in here.root.iterdir()} | {"cache"}) == before

@@ -10,12 +10,18 @@ runs this and COMMAND in turn, --rounds times each, and gives the median of the 
 same rows, at rates of their own; with --vary seeds rows of their own too. tokens_per_s counts all of them, so
 that --against the same command without --together compares this with N runs in turn.
 
-step_ms is the median of the steps' times and step_ms_quartiles the quarter and the three quarters of them.
---profile DIR writes a trace of five more steps, for XProf or Perfetto (ui.perfetto.dev opens the .json.gz).
+step_ms is the median of the steps' times and step_ms_quartiles the quarter and the three quarters of them;
+host_stall the share of that time in which the host was busy with dispatching a step: the device's idling is
+less. --profile DIR writes a trace of five more steps, for XProf or Perfetto (ui.perfetto.dev opens the
+.json.gz). --apart adds what a step's time is made of, `apart_ms`: the forward pass, the backward pass (the
+gradient's time less the forward's), the update (the step's less the gradient's), and beside them `products`:
+all products of weights with activations in them, each timed alone.
 """
+import collections
 import contextlib
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -46,7 +52,7 @@ def program(config: train.Config, mesh, state, batch, rates, together: int, vary
 
 
 def measure(config: train.Config, seconds: float, together: int = 1, vary: str = "seeds",
-            profile: str | None = None) -> dict:
+            profile: str | None = None, taken_apart: bool = False) -> dict:
     """Steps of the first phase for `seconds`: rates, compile time in s, memory of the step in GiB."""
     mesh, shape, phase = model.make_mesh(config.mesh), config.model, config.phases[0]
     rng = np.random.default_rng(0)
@@ -64,13 +70,15 @@ def measure(config: train.Config, seconds: float, together: int = 1, vary: str =
     begun = time.perf_counter()
     step, state = program(config, mesh, state, batches[0], rates, together, vary)
     compile_s = time.perf_counter() - begun
-    times, last, count = [], None, 0
+    times, last, count, busy = [], None, 0, 0.0
     for _ in range(3):
         state, metrics = step(state, batches[0], rates)
     jax.block_until_ready(state)
     begun = now = time.perf_counter()
     while now - begun < seconds or len(times) < 5:
+        called = time.perf_counter()
         state, metrics = step(state, batches[count % 8], rates)
+        busy += time.perf_counter() - called
         if last is not None:
             jax.block_until_ready(last)  # the step before: the loop of a run waits for no more than that
             then, now = now, time.perf_counter()
@@ -80,18 +88,54 @@ def measure(config: train.Config, seconds: float, together: int = 1, vary: str =
         for batch in batches[:5] if profile else ():
             state, metrics = step(state, batch, rates)
         jax.block_until_ready(state)
+    stall = busy / (now - begun)
     low, middle, high = (1e3 * float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
     ms, size = middle, together * phase.batch * phase.seq
     memory = step.memory_analysis()
     rate, peak = size / ms * 1e3, fit.peak()
     flops = rate * model.flops_per_token(shape, phase.seq)
+    more = dict(apart_ms=apart(config, mesh, state, batches[0], ms)) if taken_apart else {}
     return dict(tokens_per_s=round(rate), step_ms=round(ms, 2), compile_s=round(compile_s, 2),
                 step_ms_quartiles=[round(low, 2), round(high, 2)],
-                mfu=round(flops / peak, 4) if peak else None,
+                host_stall=round(stall, 4), mfu=round(flops / peak, 4) if peak else None,
                 memory_gib=round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, 3),
                 params=model.count(shape), model_tflops=round(flops / 1e12, 4), steps=len(times),
                 loss=round(float(jnp.mean(last["train/loss"])), 3), together=together, dtype=shape.dtype,
-                device=jax.devices()[0].device_kind, jax=jax.__version__)
+                device=jax.devices()[0].device_kind, jax=jax.__version__, **more)
+
+
+def median_ms(function, *arguments, seconds: float = 3.0) -> float:
+    """Milliseconds that a call takes, its result waited for: the median of those within `seconds`."""
+    times = []
+    jax.block_until_ready(function(*arguments))
+    while len(times) < 5 or sum(times) < seconds:
+        begun = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begun)
+    return 1e3 * statistics.median(times)
+
+
+def apart(config: train.Config, mesh, state, batch, step_ms: float) -> dict[str, float]:
+    """What `--apart` adds; forward, backward and update sum to `step_ms`."""
+    shape, mask = config.model, model.Mask("causal", 0)
+
+    def loss(params, batch):
+        return jnp.mean(model.losses(params, batch, mask, shape, config.token_loss, {"step": 0}))
+
+    with jax.set_mesh(mesh):
+        forward = median_ms(jax.jit(loss), state.params, batch)
+        gradient = median_ms(jax.jit(jax.value_and_grad(loss)), state.params, batch)
+        products, rows, sizes = 0.0, batch["tokens"].size, collections.Counter()
+        for p in model.table(shape).values():
+            if p.group in ("matrix", "head") or (p.group == "embed" and shape.tied):
+                inside = [n for a, n in zip(p.axes, p.shape, strict=True) if a not in ("layers", "embed")]
+                sizes[shape.embed, math.prod(inside)] += p.shape[0] if p.axes[0] == "layers" else 1
+        for (i, o), times in sizes.items():  # [rows, i] x [i, o], and the two products of its gradient
+            for a, b in (((rows, i), (i, o)), ((rows, o), (o, i)), ((i, rows), (rows, o))):
+                a, b = jnp.ones(a, shape.dtype), jnp.ones(b, shape.dtype)
+                products += times * median_ms(jax.jit(jnp.matmul), a, b, seconds=0.3)
+    parts = dict(forward=forward, backward=gradient - forward, update=step_ms - gradient, products=products)
+    return {name: round(ms, 2) for name, ms in parts.items()}
 
 
 def against(command: str, rounds: int, arguments: list[str]) -> dict:
@@ -122,6 +166,7 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--rounds", type=int, default=5, help="times that each is run, with --against")
     parser.add_argument("--together", type=int, default=1, help="runs that are one program")
     parser.add_argument("--profile", metavar="DIR", help="write a trace there")
+    parser.add_argument("--apart", action="store_true", help="take a step's time apart")
     parser.add_argument("--vary", choices=["seeds", "rates"], default="seeds", help="what these differ in")
     parser.usage = "%(prog)s [CONFIG] [options] [--batch N --seq N --layers N --path.to.field VALUE ...]"
     first = arguments and not arguments[0].startswith("-")
@@ -148,9 +193,11 @@ def main(arguments: list[str]) -> dict:
     if m.vocab < 1:
         raise train.InputError("bench: model.vocab is 0; allowed is 1 and more, "
                                "since there is no tokenizer to take it from")
+    if a.apart and a.together > 1:
+        raise train.InputError("bench: --apart is for one run; allowed is --together 1")
     if a.together < 1 or (a.together > 1 and jax.device_count() > 1):
         raise train.InputError(f"bench: --together is {a.together} on {jax.device_count()} devices; allowed "
                                "is 1 and more, and more than 1 on one device alone")
-    result = measure(config, a.seconds, a.together, a.vary, a.profile)
+    result = measure(config, a.seconds, a.together, a.vary, a.profile, a.apart)
     print(json.dumps(result))
     return result
