@@ -4,11 +4,11 @@ The size that GPT-2 made the usual one to try ideas at. 2.5 billion tokens, some
 an hour and a quarter of one H200 at 40 % MFU. Text of your own, as JSON Lines, goes in by its path:
 
     python train.py configs/llama_124m.py --data.sources.mine.documents.path DIR
-    python train.py fit configs/llama_124m.py --topology v5e:4x4                  without the hardware
+    python train.py fit configs/llama_124m.py --topology v5e:4x4                  or h100:1: without it
     python train.py launch auto configs/llama_124m.py ...                         on each host of several
 
-`accumulate` is for one GPU of 80 GB (untried) or 16 chips of 16; --phases.0.accumulate 1 goes with more.
-`llama_350m.py` and `llama_1_3b.py` are its larger sisters.
+`accumulate` is for one GPU of 80 GB (compiled for, not run) or 16 chips of 16; --phases.0.accumulate 1 goes
+with more. `llama_350m.py` and `llama_1_3b.py` are its larger sisters.
 """
 from functools import partial
 

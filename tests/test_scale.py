@@ -299,10 +299,13 @@ def test_fit_says_what_a_device_holds_and_sends(place):
 
 def test_fit_s_mistakes_are_one_sentence(place, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    for name in ("TPU_LIBRARY_PATH", "CUDA_PLUGIN_PATH"):
+        monkeypatch.delenv(name, raising=False)
     for arguments, words in (([], "--topology KIND:AxB or --devices N"),
                              (["--topology", "v5e:4x4", "--devices", "2"], "either"),
                              (["--topology", "v5e:4x4"], "pip install --target .*libtpu"),
+                             (["--topology", "h100:1"], "pip install --target .*jax-cuda13-plugin"),
+                             (["--topology", "h100:16"], "h100:1 to h100:8"),
                              (["--devices", "8", "--mesh.fsdp", "3"], "mesh is data -1, fsdp 3"),
                              (["--devices", "8", "--model.embed", "36", "--mesh.fsdp", "8"], "axis embed"),
                              (["--devices", "2", "--model.vocab", "0", "--data.tokenizer", "bpe"], "vocab")):
@@ -326,6 +329,23 @@ def test_fit_compiles_for_tpus_and_says_what_does_not_fit(place, monkeypatch):
     wide = ["--model.embed", "4096", "--model.mlp", "16384", "--model.layers", "4", "--phases.1.edits", "()"]
     code, out, found = report(*base, *wide, "--phases.0.batch", "4096", "--phases.1.batch", "4096")
     assert code == 1 and not found["fits"] and "DOES NOT FIT" in out and found["advice"]
+
+
+PLUGIN = Path(os.environ.get("CUDA_PLUGIN_PATH") or Path.home() / ".cache/coppice/cuda")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not (PLUGIN / "jax_plugins").exists(), reason=f"needs jax's CUDA plugin: {PLUGIN}")
+def test_fit_compiles_for_gpus_that_are_not_here(place, monkeypatch):
+    """With cuDNN's attention too; eight of them sum gradients, one sends nothing."""
+    monkeypatch.setenv("CUDA_PLUGIN_PATH", str(PLUGIN))
+    base = [place.config, "--phases.0.seq", "128", "--phases.1.seq", "128", "--model.dtype", "bfloat16",
+            "--model.head_dim", "64"]
+    code, _, one = report(*base, "--topology", "h100:1", "--model.attention", "cudnn")
+    assert code == 0 and one["fits"] and one["kind"] == "NVIDIA H100"
+    assert not one["programs"][0]["collectives"]
+    code, _, eight = report(*base, "--topology", "a100:8")
+    assert code == 0 and eight["devices"] == 8 and eight["programs"][0]["collectives"]["all-reduce"][1] > 0
 
 
 # ---------------------------------------------------------------------------------------------------- kernels

@@ -1,10 +1,13 @@
 """Does a run fit hardware that is not here? Its steps, compiled ahead of time, and what follows from them.
 
     python train.py fit CONFIG --topology v5e:4x4 [--json] [--path.to.field VALUE ...]
+    python train.py fit CONFIG --topology h100:8 [--json] ...
     python train.py fit CONFIG --devices 8 [--json] ...
 
---topology: TPU chips (v4, v5e, v5p, v6e) by the TPU's own compiler, libtpu, of the version that jax asks for:
-without it, the command to get it is said. It goes to the cache directory, as beside jax it slows each start.
+--topology: TPU chips (v4, v5e, v5p, v6e) by the TPU's own compiler, libtpu, of the version that jax asks for,
+or GPUs of one host (a100, h100, h200, b200) by jax's CUDA plugin: without these, the command to get them is
+said. They go to the cache directory, as beside jax they slow each start. A GPU's limit is the share of its
+memory that jax takes: 3/4, or XLA_PYTHON_CLIENT_MEM_FRACTION.
 --devices: so many of what is here; any number of CPUs. --json: the last line is one JSON object.
 
 For each program of the run (phases with a shape or rows of their own): bytes a device against its limit,
@@ -23,6 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -41,6 +45,12 @@ HARDWARE = {"NVIDIA A100": (312e12, 80, 2039, 300), "NVIDIA H100": (989e12, 80, 
             "NVIDIA H200": (989e12, 141, 4800, 450), "NVIDIA B200": (2250e12, 180, 8000, 900),
             "TPU v4": (275e12, 32, 1228, 300), "TPU v5 lite": (197e12, 16, 819, 200),
             "TPU v5": (459e12, 95, 2765, 600), "TPU v6 lite": (918e12, 32, 1640, 448)}
+# What XLA asks of a GPU that is not here, from the makers' sheets and XLA's own list of them: name, compute
+# capability, multiprocessors, float32 units of each, its shared memory, bytes of the second cache, GHz.
+GPUS = {"a100": ("NVIDIA A100", 8, 108, 64, 167_936, 41_943_040, 1.41),
+        "h100": ("NVIDIA H100", 9, 132, 128, 233_472, 52_428_800, 1.98),
+        "h200": ("NVIDIA H200", 9, 132, 128, 233_472, 62_914_560, 1.98),
+        "b200": ("NVIDIA B200", 10, 148, 128, 233_472, 132_644_864, 1.965)}
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 WIDTH = dict(pred=1, s8=1, u8=1, f16=2, bf16=2, s16=2, u16=2, f64=8, s64=8, u64=8)  # bytes; others have 4
 
@@ -123,6 +133,25 @@ def collectives(text: str, devices: int) -> dict[str, list[int]]:
     return out
 
 
+def gpus(kind: str, count: int) -> list:
+    """So many GPUs of one host that is not here, to compile for; kind: of GPUS."""
+    name, capability, cores, units, shared, cache, clock = GPUS[kind]
+    _, gib, fast, _ = hardware(name)
+    size = dict(threads_per_block_limit=1024, threads_per_warp=32, shared_memory_per_block=49_152,
+                shared_memory_per_core=shared, shared_memory_per_block_optin=shared - 1024,
+                threads_per_core_limit=2048, core_count=cores, fpus_per_core=units,
+                block_dim_limit_x=2**31 - 1, block_dim_limit_y=65_535, block_dim_limit_z=65_535,
+                memory_bandwidth=int(fast * 1e9), l2_cache_size=cache, clock_rate_ghz=clock,
+                device_memory_size=gib * 2**30, registers_per_core_limit=65_536,
+                registers_per_block_limit=65_536)
+    fields = " ".join(f"{k}: {v}" for k, v in size.items())
+    target = (f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {capability} }} }} "
+              f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} '
+              f'runtime_version {{ major: 13 }} device_description_str: "{name}"')
+    there = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+    return there.devices
+
+
 def rows_like(phase, seq: int, mesh) -> tuple[dict, model.Mask]:
     """(shapes of a batch's arrays on a mesh, its mask): what the objective makes of a row of zeros."""
     zeros = np.zeros(seq, np.int32)
@@ -142,6 +171,7 @@ def inspect(config: train.Config, mesh, phase: int, shape: model.ModelConfig, se
     rates = {g: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for g in model.groups(shape)}
     kind, devices, begun = mesh.devices.flat[0].device_kind, mesh.devices.size, time.perf_counter()
     fastest, gib, fast, network = hardware(kind)
+    gib *= float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if kind.startswith("NVIDIA") else 1
     flops = float(p.batch * p.seq * model.flops_per_token(shape, seq))
     said = dict(phase=phase, parameters=model.count(shape), batch=(p.batch * p.seq // seq, seq), flops=flops)
     try:
@@ -254,6 +284,8 @@ def here(a, config: train.Config) -> int:
     if a.devices:
         jax.config.update("jax_num_cpu_devices", a.devices)  # no effect on other platforms
         devices = jax.devices()[:a.devices]
+    elif (kind := a.topology.partition(":"))[0] in GPUS:
+        devices = gpus(kind[0], int(kind[2]))
     else:
         devices = topologies.get_topology_desc(a.topology, platform="tpu").devices
     with train.blame():
@@ -280,10 +312,34 @@ def here(a, config: train.Config) -> int:
     return 0 if result["fits"] else 1
 
 
+def compiler(topology: str) -> dict[str, str]:
+    """Environment variables by which a process finds the compiler for hardware that is not here.
+
+    Raises InputError with the command that gets it, where it is absent.
+    """
+    kind, _, size = topology.partition(":")
+    if kind in GPUS:
+        if not size.isdigit() or not 1 <= int(size) <= 8:
+            raise InputError(f"--topology is {topology!r}; allowed for the GPUs of a host is {kind}:1 to "
+                             f"{kind}:8")
+        place = Path(os.environ.get("CUDA_PLUGIN_PATH") or data.cache_home() / "cuda")
+        if not (place / "jax_plugins").is_dir():
+            raise InputError(f"fit: --topology {topology} needs {place}; get it by pip install --target "
+                             f"{place} 'jax-cuda13-plugin[with-cuda]=={jax.__version__}'")
+        return {"PYTHONPATH": os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))}
+    library = os.environ.get("TPU_LIBRARY_PATH") or data.cache_home() / "libtpu/libtpu/libtpu.so"
+    if not os.path.exists(library):
+        version = next(re.match("libtpu[^;]*", r)[0] for r in importlib.metadata.requires("jax")
+                       if r.startswith("libtpu"))  # another one may not understand this jax
+        raise InputError(f"fit: --topology needs {library}; get it by pip install --target "
+                         f"{data.cache_home() / 'libtpu'} '{version.strip()}'")
+    return {"TPU_LIBRARY_PATH": str(library), "TPU_SKIP_MDS_QUERY": "1"}
+
+
 def main(arguments: list[str]) -> int:
     """Command line; gives the exit code."""
     parser = train.Arguments("fit", __doc__)
-    parser.add_argument("--topology", help="TPU chips, like v5e:4x4")
+    parser.add_argument("--topology", help="TPU chips, like v5e:4x4, or GPUs, like h100:8")
     parser.add_argument("--devices", type=int, default=0, help="how many of what is here")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     a, rest = parser.parse_known_args(arguments)
@@ -298,13 +354,7 @@ def main(arguments: list[str]) -> int:
         return here(a, config)
     where = {"COPPICE_FIT": "1"}
     if a.topology:
-        library = os.environ.get("TPU_LIBRARY_PATH") or data.cache_home() / "libtpu/libtpu/libtpu.so"
-        if not os.path.exists(library):
-            version = next(re.match("libtpu[^;]*", r)[0] for r in importlib.metadata.requires("jax")
-                           if r.startswith("libtpu"))  # another one may not understand this jax
-            raise InputError(f"fit: --topology needs {library}; get it by pip install --target "
-                             f"{data.cache_home() / 'libtpu'} '{version.strip()}'")
-        where |= {"TPU_LIBRARY_PATH": str(library), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        where |= compiler(a.topology) | {"JAX_PLATFORMS": "cpu"}
     line = [sys.executable, train.ROOT / "train.py", "fit", *arguments]
     done = subprocess.run(line, env=os.environ | where, stderr=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1) or "error:" in done.stderr or "Traceback" in done.stderr:
