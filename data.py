@@ -241,7 +241,7 @@ class Bytes:
 
 
 class HuggingFace:
-    """A `tokenizer.json` of the library tokenizers, as JSON {tokenizer, bos, eos, vocab}; see tools/export.py.
+    """A tokenizer.json of the library tokenizers, as JSON {bos, eos, vocab, tokenizer}; see tools/export.py.
 
     vocab: rows of the model's embedding, which may be more than there are tokens. Text that spells a special
     token stays text: no document can end another, or open a turn. Other added tokens are found in it, as the
@@ -252,7 +252,7 @@ class HuggingFace:
         try:
             import tokenizers
         except ImportError:
-            raise InputError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from None
+            raise InputError("a tokenizer.json needs a package: pip install tokenizers") from None
         self.model, kept = model, json.loads(model)
         self.vocab, self.bos, self.eos = kept["vocab"], kept["bos"], kept["eos"]
         try:

@@ -34,8 +34,9 @@ NAMES |= {name: f"model.layers.{{}}.{theirs}.weight" for name, theirs in {
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}.items()}
+# What `model.ModelConfig.rope_scaling` holds, by the kind of rope that a config.json names.
 ROPE = {"default": [], "linear": ["factor"], "llama3": [
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}  # model.rope_scaling
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
 PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
          "quantization_config": None, "sliding_window": None}  # where a config.json says nothing else
 
@@ -212,7 +213,7 @@ def read_tokenizer(name: str) -> data.Tokenizer:
 # ----------------------------------------------------------------------------------------- export: tokenizers
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs of pieces in the order in which SentencePiece would join them, by falling score of what they give.
+    """Pairs of pieces in the order in which SentencePiece joins them: by falling score of what they make.
 
     Of equal scores it takes the leftmost. Where a piece is a b = b c, and the text has a b c, that is a + b,
     which must come before b + c here: an order by rank knows no place. So of two such cuts, of a piece of n
@@ -273,10 +274,10 @@ def of_bytes() -> dict:
     letters |= {byte: chr(0x100 + i) for i, byte in enumerate(sorted({*range(256)} - {*seen}))}
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     ends = {data.Bytes.bos: "<s>", data.Bytes.eos: "</s>"}
-    model = dict(vocab={token: i for i, token in (letters | ends).items()}, merges=[], byte_fallback=False,
-                 fuse_unk=False, unk_token=None)
+    bpe = dict(vocab={token: i for i, token in (letters | ends).items()}, merges=[], byte_fallback=False,
+               fuse_unk=False, unk_token=None)
     return dict(added_tokens=list(ends.items()), normalizer=None, pre_tokenizer=level, decoder=level,
-                model=model)
+                model=bpe)
 
 
 def fast_tokenizer(tokenizer: data.Tokenizer) -> tuple[dict, dict]:
@@ -323,7 +324,7 @@ def describe(config: train.Config, tokenizer: data.Tokenizer, dtype: str) -> dic
         dtype=dtype, torch_dtype=dtype)
 
 
-def card(run: Path, config: train.Config, meta: dict) -> str:
+def card(run: Path, config: train.Config, meta: dict, ends: dict[str, str]) -> str:
     """README.md: what the model is, what it was trained on, its scores, its config."""
     found = [json.loads((run / f).read_text()) for f in ("summary.json", "eval.json") if (run / f).exists()]
     scores = {k: v for figures in found for k, v in figures.items() if isinstance(v, int | float) and (
@@ -340,8 +341,8 @@ tags: [coppice, jax, llama]
 ---
 # {run.name}
 
-A language model in Llama's layout, trained with Coppice. Each document of its text began with the token bos,
-which the tokenizer puts in front, and ended with eos. What spells a special token is read as text.
+A language model in Llama's layout, trained with Coppice. Each document of its text began with the token
+`{ends["bos_token"]}` and ended with `{ends["eos_token"]}`. What spells a special token is read as text.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -430,7 +431,8 @@ def main(arguments: list[str]):
     named = ends | dict(tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True,
                         clean_up_tokenization_spaces=False) | ({"unk_token": unk} if unk else {})
     described = describe(config, tokenizer, a.dtype)
-    sampling = dict(do_sample=True, temperature=config.sample_temperature) if config.sample_temperature else {}
+    warm = config.sample_temperature
+    sampling = dict(do_sample=True, temperature=warm) if warm else {}
     files = {"config.json": described, "tokenizer.json": fast, "generation_config.json": dict(
         bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, **sampling),
         "tokenizer_config.json": named | dict(model_max_length=described["max_position_embeddings"])}
@@ -442,6 +444,6 @@ def main(arguments: list[str]):
         (partly / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
     if not isinstance(tokenizer, data.HuggingFace):
         (partly / "tokenizer.model").write_bytes(tokenizer.model)
-    (partly / "README.md").write_text(card(a.run, config, meta), "utf-8")
+    (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
     partly.rename(a.directory)
     print(f"{a.directory}: step {step} of {a.run}, {model.count(config.model):,} parameters in {a.dtype}")
