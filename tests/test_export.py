@@ -195,7 +195,7 @@ def test_reparametrised_weights_are_exported_as_they_are_used(tiny, data_config,
 
 @pytest.mark.parametrize("fields,word", [
     (dict(model=dict(qk_norm=True)), "model.qk_norm"), (dict(model=dict(embed=30)), "model.embed"),
-    (dict(weights=by_batch), "weights is a function of the batch"), (dict(weights=low_rank), "weights gives")],
+    (dict(weights=by_batch), "function of the batch"), (dict(weights=low_rank), "weights gives")],
     ids=["qk_norm", "embed", "batch", "names"])
 def test_what_is_not_llama_is_refused(tiny, data_config, tmp_path, fields, word):
     fields = fields | dict(model=replace(tiny, **fields.get("model", {})))
@@ -329,7 +329,7 @@ def bpe(corpus) -> SimpleNamespace:
 
 @pytest.mark.parametrize("bos,config,ends", [
     (None, {}, (0, 0)), ("<|turn|>", {}, (1, 0)), (None, dict(eos_token_id=[1, 0]), (1, 1)),
-    ("<|turn|>", dict(bos_token_id=0, eos_token_id=1), (0, 1))], ids=["no bos", "by name", "several", "by id"])
+    ("<|turn|>", dict(bos_token_id=0, eos_token_id=1), (0, 1))], ids=["none", "by name", "several", "by id"])
 def test_the_ends_of_a_document_are_found(bpe, tmp_path, bos, config, ends):
     tokenizer = export.read_tokenizer(bpe.save(tmp_path, bos, **config))
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab) == (*ends, 300)
@@ -363,7 +363,7 @@ def test_tokenizers_that_do_not_fit_are_refused(bpe, tmp_path):
         export.read_tokenizer(f"hf:{tmp_path}")
 
 
-# --------------------------------------------------------------------------------------------- runs from there
+# -------------------------------------------------------------------------------------------- runs from there
 
 
 def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, tmp_path):
