@@ -10,7 +10,6 @@ import ast
 import contextlib
 import fcntl
 import hashlib
-import heapq
 import inspect
 import io
 import itertools
@@ -165,7 +164,7 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})  # by name
-    tokenizer: str = "bpe"  # "bpe": trained to model.vocab pieces; "bytes"; or a SentencePiece file
+    tokenizer: str = "bpe"  # "bpe": trained to model.vocab pieces; "bytes"; a SentencePiece file; "hf:DIR"
     sample_mib: float = 8.0  # the tokenizer is trained on at most this much text
     dev: float = 0.05  # share of documents for steering, tuning and selection
     test: float = 0.05  # share of documents for what is reported
@@ -241,7 +240,47 @@ class Bytes:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
 
 
-Tokenizer = SentencePiece | Bytes
+class HuggingFace:
+    """A tokenizer.json of the library tokenizers, as JSON {bos, eos, vocab, tokenizer}; see tools/export.py.
+
+    vocab: rows of the model's embedding, which may be more than there are tokens. Text that spells a special
+    token stays text: no document can end another, or open a turn. Other added tokens are found in it, as the
+    model knows them. Whether text comes back as it was is up to the tokenizer.
+    """
+
+    def __init__(self, model: bytes):
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError("a tokenizer.json needs a package: pip install tokenizers") from None
+        self.model, kept = model, json.loads(model)
+        self.vocab, self.bos, self.eos = kept["vocab"], kept["bos"], kept["eos"]
+        try:
+            self.processor = tokenizers.Tokenizer.from_str(json.dumps(kept["tokenizer"]))
+        except Exception as error:  # the library has no kind of its own
+            raise InputError(f"tokenizer.json cannot be read by the package tokenizers: {error}") from None
+        self.processor.no_truncation()
+        self.processor.no_padding()
+        self.processor.encode_special_tokens = True  # as text
+        tokens = 1 + max([self.bos, self.eos, *self.processor.get_vocab().values()])
+        if tokens > self.vocab:
+            raise InputError(f"the tokenizer has {tokens} tokens, but the model's embedding {self.vocab} "
+                             "rows; allowed are as many rows or more")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos or eos."""
+        return self.processor.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, on all cores."""
+        return [e.ids for e in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids) -> str:
+        """The text of ids; special tokens and ids of none are nothing, and a cut character is U+FFFD."""
+        return self.processor.decode([int(i) for i in ids])
+
+
+Tokenizer = SentencePiece | Bytes | HuggingFace
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -249,82 +288,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         model = Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"data.tokenizer is {str(path)!r}, which cannot be read ({error.strerror}); "
-                         'allowed are "bpe", "bytes" and the path of a SentencePiece model') from None
+        raise InputError(f"data.tokenizer is {str(path)!r}, which cannot be read ({error.strerror}); allowed "
+                         'are "bpe", "bytes", the path of a SentencePiece model and "hf:DIRECTORY"') from None
     if model == Bytes.model:
         return Bytes()
+    if model.startswith(b'{"bos":'):
+        return HuggingFace(model)
     try:
         return SentencePiece(model or b"nothing")
     except RuntimeError:
-        raise InputError(f"tokenizer file {str(path)!r} is not a SentencePiece model") from None
+        hint = "; a tokenizer.json is given as hf:DIRECTORY, with what lies beside it" * (model[:1] == b"{")
+        raise InputError(f"tokenizer file {str(path)!r} is not a SentencePiece model{hint}") from None
 
 
-def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
-    """Train a BPE model with byte fallback and no normalisation; the same bytes for the same texts. Pieces
-    may hold spaces: 4096 give 3.7 bytes a token on the standard library, 3.3 where they stop at spaces."""
-    out = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(escape(t) for t in texts), model_writer=out, model_type="bpe", unk_id=0,
-            bos_id=1, eos_id=2, pad_id=-1, vocab_size=max(vocab, 260), byte_fallback=True,
-            add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            split_by_whitespace=False, allow_whitespace_only_pieces=True, split_by_unicode_script=False,
-            character_coverage=0.9995, max_sentence_length=2**30, num_threads=1, minloglevel=2)
-    except RuntimeError as error:
-        most, least = (re.search(r, str(error)) for r in (r"<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
-        problem = "the tokenizer has no text to learn from: the training split is empty"
-        if most or least:
-            limit = f"can give at most {most[1]}" if most else f"needs at least {least[1]}"
-            problem = f"model.vocab is {vocab}, but this corpus {limit} pieces"
-        raise InputError(problem) from None
-    if vocab < 260:
-        raise InputError(f"model.vocab is {vocab}, but 256 bytes and their like need at least 260 pieces")
-    return out.getvalue()
-
-
-def sample(config: DataConfig) -> list[str]:
-    """Texts for the tokenizer: of each source, those of lowest path hash within its share of `sample_mib`."""
-    share, texts = int(config.sample_mib * 2**20 / len(config.sources)), []
-    for source in config.sources.values():
-        heap, held, seen = [], 0, 0  # by falling hash: the largest hash leaves first
-        for number, document in enumerate(source.documents()):
-            if isinstance(document, Skipped) or SURROGATE.search(document.text) \
-                    or split_of(document.group or document.path, config.dev, config.test):
-                continue
-            heapq.heappush(heap, (-path_hash(document.path), number, document.text))
-            held, seen = held + len(document.text), seen + len(document.text)
-            while held > share and len(heap) > 1:
-                held -= len(heapq.heappop(heap)[2])
-            if seen > 64 * share:  # so that a corpus without end has a tokenizer too
-                break
-        texts += [t[:share] for _, _, t in sorted(heap, reverse=True)]
-    return texts
+# -------------------------------------------------------------------------------------------- the token cache
 
 
 def cache_home() -> Path:
     """`$XDG_CACHE_HOME/coppice`, or `~/.cache/coppice`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coppice"
-
-
-def make_tokenizer(config: DataConfig, vocab: int) -> Tokenizer:
-    """The tokenizer that the config names; a "bpe" one of `vocab` pieces is trained once and cached."""
-    if config.tokenizer == "bytes":
-        return Bytes()
-    if config.tokenizer != "bpe":
-        return load_tokenizer(Path(config.tokenizer).expanduser())
-    if vocab <= 0:
-        raise InputError("model.vocab is 0, but a tokenizer that is to be trained needs a number of pieces; "
-                         'set model.vocab, or data.tokenizer to "bytes" or a SentencePiece file')
-    key = digest([FORMAT, "bpe", vocab, config.sample_mib, config.dev, config.test,
-                  [[name, identity(s.documents)] for name, s in config.sources.items()]])
-    path = cache_home() / "tokenizers" / f"{key}.model"
-    with locked(path.with_suffix(".lock")):
-        if not path.exists():
-            write(path, train_bpe(sample(config), vocab))
-    return load_tokenizer(path)
-
-
-# -------------------------------------------------------------------------------------------- the token cache
 
 
 def digest(value: Any) -> str:

@@ -6,9 +6,7 @@ optimiser groups, growth and forgetting. A model is a flat dictionary `{name: ar
 
     b batch  t, s position  l layer  d embed  k kv head  g query head of a kv head  h head_dim  f mlp  v vocab
 """
-import ctypes
 import math
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,6 +38,7 @@ class ModelConfig:
     vocab: int = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as a given one has
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rope_scaling: tuple[float, ...] = ()  # (factor,), or Llama 3's (factor, low, high, old context)
     norm_eps: float = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
@@ -143,13 +142,6 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     matmul = sum(math.prod(p.shape) for p in table(config).values() if p.group in ("matrix", "head"))
     matmul += config.vocab * config.embed if config.tied else 0
     return 6 * matmul + 6 * config.layers * config.heads * config.head_dim * seq
-
-
-def keep_memory():
-    """Have the GNU C library keep what is freed: XLA on CPU asks for a step's scratch anew at each step."""
-    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
-        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-            libc.mallopt(option, value)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -329,9 +321,15 @@ def rms_norm(x, gain, eps):
 
 
 def rope(positions, config: ModelConfig):
-    """Cosine and sine [b t h/2] of the rotary angles (RoFormer), in float32 or wider."""
+    """Cosine and sine [b t h/2] of the rotary angles (RoFormer), in float32 or wider. A scaling slows them by
+    its factor (Chen et al. 2023), Llama 3's not those that turn over `high` times within the old context.
+    """
     wide = jnp.promote_types(config.dtype, jnp.float32)
     inverse = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=wide) / config.head_dim)
+    if config.rope_scaling:
+        factor, low, high, context = (*config.rope_scaling, 1.0, 2.0, 0.0)[:4]  # none within no context
+        kept = jnp.clip((context * inverse / (2 * math.pi) - low) / (high - low), 0, 1)
+        inverse = inverse * (kept + (1 - kept) / factor)
     angle = positions[..., None].astype(wide) * inverse
     return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
 

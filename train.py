@@ -85,7 +85,7 @@ class Config:
     runs: str = "runs"  # directory that runs live in
     seed: int = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
-    init_from: str = ""  # RUN or RUN@STEP to start from; a run's own checkpoints come first; keep that run
+    init_from: str = ""  # RUN, RUN@STEP or hf:DIRECTORY to start from; a run's own checkpoints come first
     init_with: Literal["params", "all"] = "params"  # "all": its optimiser state and place in the data too
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = (Phase(),)
@@ -297,6 +297,11 @@ def check(config: Config) -> None:
         (m.heads % m.kv_heads, f"model.heads is {m.heads}, which model.kv_heads ({m.kv_heads}) does not "
          "divide; allowed is a multiple of it, since every key-value head serves as many query heads"),
         (m.head_dim % 2, f"model.head_dim is {m.head_dim}; allowed is an even number: RoPE rotates pairs"),
+        (len(m.rope_scaling) not in (0, 1, 4) or not all(0 < x < math.inf for x in m.rope_scaling)
+         or m.rope_scaling[1:2] >= m.rope_scaling[2:3] != (), f"model.rope_scaling is {m.rope_scaling}; "
+         "allowed are (), (factor,) and (factor, low, high, old context), above 0 with low below high"),
+        (config.init_with == "all" and config.init_from.startswith("hf:"), 'init_with is "all", but '
+         f"{config.init_from} has no optimiser state; allowed is \"params\""),
         (m.unroll and m.layers % m.unroll, f"model.unroll is {m.unroll}, which does not divide model.layers "
          f"({m.layers}); allowed is a divisor, or 0 for all"),
         (not config.phases, "phases is empty; allowed is one phase and more"),
@@ -526,9 +531,13 @@ def open_caches(config: Config, tokenizer: data.Tokenizer) -> dict[str, data.Cac
     return caches
 
 
-def assemble(config: Config):
-    """(config with its vocabulary, tokenizer, caches by source): all that a run reads, built if need be."""
-    tokenizer = data.make_tokenizer(config.data, config.model.vocab)
+def assemble(config: Config, own: Path | None = None):
+    """(config with its vocabulary, tokenizer, caches by source): all that a run reads, built if need be.
+
+    own: a tokenizer file to use in place of what the config names.
+    """
+    tokenizer = data.load_tokenizer(own) if own else \
+        load_file(ROOT / "tools/corpus.py").make_tokenizer(config.data, config.model.vocab)
     if config.model.vocab not in (0, tokenizer.vocab) and not config.init_from:
         raise InputError(f"model.vocab is {config.model.vocab}, but the tokenizer {config.data.tokenizer!r} "
                          f"has {tokenizer.vocab} pieces; allowed is that, or 0 for as many as it has")
@@ -551,7 +560,9 @@ class Run:
     def __init__(self, config: Config, file: str = ""):
         check(config)
         self.file, self.directory = file, Path(config.runs).expanduser() / config.name
-        config = self.branch(config) if config.init_from else config
+        own = None
+        if config.init_from:
+            config, own = load_file(ROOT / "tools/export.py").branch(config, self.directory)
         jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
         with blame():
             self.mesh = model.make_mesh(config.mesh)
@@ -561,7 +572,7 @@ class Run:
             if any(phase.batch * phase.seq // n % parts for n in data.batch_lengths(phase)[0]):
                 raise InputError(f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
                                  f"{rows} devices on the mesh axes data and fsdp, times accumulate")
-        self.config, self.tokenizer, self.caches = assemble(config)
+        self.config, self.tokenizer, self.caches = assemble(config, own)
         jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
         self.loader = Loader(self.caches, config.phases, config.data, self.tokenizer, config.seed)
         self.context = model.Context(jax.random.key(0), 0, self.tokenizer,
@@ -580,34 +591,12 @@ class Run:
             if phase.steer:
                 self.stops |= dict.fromkeys(range(end - phase.steps, end, phase.steer)[1:], i)
 
-    def branch(self, config: Config) -> Config:
-        """The config with the shape and, unless it names one, the tokenizer of the run it starts from."""
-        run, at, step = config.init_from.rpartition("@")
-        run, step = (run, int(step)) if at and step.isdigit() else (config.init_from, None)
-        self.origin = find(run, step)
-        shape = from_json(ModelConfig, self.origin[2]["model"])
-        how = "dtype param_dtype attention unroll remat logits_mib".split()
-        here = {field: getattr(config.model, field) for field in how}
-        if config.data.tokenizer == "bpe":
-            config = replace(config, data=replace(config.data, tokenizer=f"{run}/tokenizer.model"))
-        return replace(config, model=replace(shape, **here))
-
     def first(self):
-        """The state and shape before any step: drawn, or those of the run that `init_from` names."""
-        self.shape, self.since, config = self.config.model, None, self.config
-        self.state = model.first_state(self.shape, config.optimizer, self.mesh, self.key("init"))
-        if config.init_from:
-            checkpoints, step, meta = self.origin
-            like, self.since = model.state_like(self.shape, config.optimizer, self.mesh), meta["since_reset"]
-            if config.init_with == "params":
-                self.state = self.state.replace(params=checkpoints.params(step, like))
-                return
-            written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
-            if written != json.loads(json.dumps(to_json(config.optimizer))):
-                raise InputError(f'init_with is "all", but {config.init_from} has another optimizer')
-            taken = checkpoints.state(step, like)
-            self.state = self.state.replace(params=taken.params, opt=taken.opt)
-            self.loader.start = [meta["positions"].get(name, 0) for name in self.caches]
+        """The state and shape before any step: drawn, or that of what `init_from` names."""
+        self.shape, self.since = self.config.model, None
+        self.state = model.first_state(self.shape, self.config.optimizer, self.mesh, self.key("init"))
+        if self.config.init_from:
+            load_file(ROOT / "tools/export.py").start(self)
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed; the order of data draws from the seed by numpy."""
@@ -870,7 +859,7 @@ def verb(name: str, arguments: list[str]):
 
 def main(arguments: list[str]) -> int:
     """The command line; 2 for what the user can mend, said in one sentence on stderr."""
-    model.keep_memory()
+    load_file(ROOT / "tools/fit.py").keep_memory()
     jax.config.update("jax_compilation_cache_dir", str(data.cache_home() / "compiled"))
     try:
         with blame(OSError):  # a full disk, a directory that may not be written
@@ -880,13 +869,7 @@ def main(arguments: list[str]) -> int:
             if "--debug" in arguments:
                 verb("debug", [word for word in arguments if word != "--debug"])
                 return 0
-            config, file = parse(arguments)
-            if Run(config, file).train():
-                run = Path(config.runs) / config.name
-                print(f"\n{run} has curves.png, samples.txt, metrics.jsonl and summary.json; next:\n"
-                      f"  python train.py sample {run} --prompt 'def main('\n"
-                      f"  python train.py {os.path.relpath(file)} --schedule.peak 2e-3 --name gentler\n"
-                      "a run that was stopped resumes by the command that began it")
+            Run(*parse(arguments)).train()
     except InputError as error:
         print("error:", *str(error).split(), file=sys.stderr, flush=True)
         return 2

@@ -45,7 +45,8 @@ def piece_names(tokenizer: Tokenizer) -> list[str]:
     """The name of each piece; a byte is <0x..>, bos and eos are <s> and </s>, as SentencePiece has them."""
     if isinstance(tokenizer, Bytes):
         return [f"<0x{i:02X}>" for i in range(256)] + ["<s>", "</s>"]
-    names = [tokenizer.processor.id_to_piece(i) for i in range(tokenizer.vocab)]
+    name = getattr(tokenizer.processor, "id_to_piece", None) or tokenizer.processor.id_to_token
+    names = [name(i) or f"<row {i}>" for i in range(tokenizer.vocab)]  # there may be rows without a token
     names[tokenizer.bos], names[tokenizer.eos] = "<s>", "</s>"
     return names
 

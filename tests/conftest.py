@@ -21,6 +21,7 @@ import jax
 import data
 import model
 import train
+from tools.corpus import train_bpe
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 hypothesis.settings.register_profile(
@@ -88,7 +89,7 @@ def data_config(corpus) -> data.DataConfig:
 def pieces(corpus) -> data.SentencePiece:
     """A SentencePiece tokenizer of 320 pieces, trained on the corpus."""
     texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))]
-    return data.SentencePiece(data.train_bpe(texts, 320))
+    return data.SentencePiece(train_bpe(texts, 320))
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ from data import (
     Skipped,
     Source,
 )
+from tools.corpus import make_tokenizer, sample, train_bpe
 
 equal = np.testing.assert_array_equal
 
@@ -197,8 +198,8 @@ def test_tokenizer_is_smaller_than_bytes(pieces, corpus):
 
 def test_training_gives_the_same_pieces_for_the_same_texts(corpus, pieces):
     texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))]
-    assert data.train_bpe(texts, 320) == pieces.model
-    assert data.train_bpe(texts, 310) != pieces.model
+    assert train_bpe(texts, 320) == pieces.model
+    assert train_bpe(texts, 310) != pieces.model
 
 
 @pytest.mark.parametrize("asked,word", [
@@ -206,21 +207,21 @@ def test_training_gives_the_same_pieces_for_the_same_texts(corpus, pieces):
 def test_impossible_vocabularies_name_a_possible_one(asked, word):
     texts = ["the tree is cut back so that it grows again stronger"]
     with pytest.raises(InputError, match=f"model.vocab is {asked}, but .* {word} \\d+ pieces") as caught:
-        data.train_bpe(texts, asked)
+        train_bpe(texts, asked)
     allowed = int(str(caught.value).split(f"{word} ")[1].split()[0])
-    assert data.SentencePiece(data.train_bpe(texts, allowed)).vocab == allowed
+    assert data.SentencePiece(train_bpe(texts, allowed)).vocab == allowed
 
 
 def test_texts_with_sentencepiece_s_own_marks_are_learnt_from():
     """It drops training texts with U+2585, unless they are escaped."""
-    model = data.train_bpe(["tree \u2585\u2581 " * 50, "stool"], 290)
+    model = train_bpe(["tree \u2585\u2581 " * 50, "stool"], 290)
     assert len(data.SentencePiece(model).encode("tree tree ")) < 6
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
 def test_tokenizer_without_text_is_an_input_error(texts):
     with pytest.raises(InputError, match="no text to learn from"):
-        data.train_bpe(texts, 300)
+        train_bpe(texts, 300)
 
 
 def test_load_tokenizer_takes_what_was_saved(tmp_path, pieces):
@@ -249,21 +250,21 @@ def test_load_tokenizer_refuses_half_a_model(tmp_path, pieces):
 
 def test_bpe_is_trained_once_and_kept(home, data_config):
     config = replace(data_config, tokenizer="bpe")
-    one = data.make_tokenizer(config, 310)
+    one = make_tokenizer(config, 310)
     (file,) = (home / "tokenizers").glob("*.model")
     before = file.stat().st_mtime_ns
-    assert one.vocab == 310 and data.make_tokenizer(config, 310).model == one.model
+    assert one.vocab == 310 and make_tokenizer(config, 310).model == one.model
     assert file.stat().st_mtime_ns == before and not list(home.rglob("*.partial"))
-    assert data.make_tokenizer(config, 315).vocab == 315
+    assert make_tokenizer(config, 315).vocab == 315
 
 
 def test_bpe_needs_a_size(home, data_config):
     with pytest.raises(InputError, match="model.vocab is 0"):
-        data.make_tokenizer(replace(data_config, tokenizer="bpe"), 0)
+        make_tokenizer(replace(data_config, tokenizer="bpe"), 0)
 
 
 def test_tokenizer_is_learnt_from_training_documents_alone(data_config, corpus):
-    texts = data.sample(data_config)
+    texts = sample(data_config)
     expected = [d.text for d in data.text(str(corpus)) if data.split_of(d.path, 0.1, 0.1) == 0]
     assert sorted(texts) == sorted(expected) and len(texts) < 40
 
@@ -273,10 +274,10 @@ def test_sample_is_bounded_and_does_not_follow_the_order(data_config, corpus):
         return reversed(list(data.text(path)))
 
     config = replace(data_config, sample_mib=0.01)
-    texts = data.sample(config)
-    assert 0 < sum(map(len, texts)) <= 0.01 * 2**20 and texts == data.sample(config)
+    texts = sample(config)
+    assert 0 < sum(map(len, texts)) <= 0.01 * 2**20 and texts == sample(config)
     turned = replace(config, sources={"corpus": Source(partial(backwards, str(corpus)))})
-    assert data.sample(turned) == texts
+    assert sample(turned) == texts
 
 
 def test_sample_of_a_source_without_end_ends():
@@ -285,7 +286,7 @@ def test_sample_of_a_source_without_end_ends():
             yield Document(str(i), "a tree " * 100)
         raise AssertionError("read to the end")
 
-    texts = data.sample(DataConfig(sources={"endless": Source(endless)}, sample_mib=0.01))
+    texts = sample(DataConfig(sources={"endless": Source(endless)}, sample_mib=0.01))
     assert 0 < sum(map(len, texts)) <= 0.01 * 2**20
 
 

@@ -13,6 +13,7 @@ import model
 import train
 from configs.stacking import stack
 from model import Context, Model
+from tools.corpus import train_bpe
 
 layers = train.load_file(train.ROOT / "configs/incremental_layers.py")
 learngene = train.load_file(train.ROOT / "configs/learngene.py")
@@ -381,7 +382,7 @@ def tokenizers(corpus, pieces, tmp_path_factory):
     """(the old tokenizer, its file, the new one), of 310 and 320 pieces."""
     texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))][::2]
     file = tmp_path_factory.mktemp("tokenizer") / "old.model"
-    file.write_bytes(data.train_bpe(texts, 310))
+    file.write_bytes(train_bpe(texts, 310))
     return data.load_tokenizer(file), str(file), pieces
 
 

@@ -10,6 +10,7 @@ from conftest import course_of
 import data
 import model
 import train
+from tools.corpus import make_tokenizer
 
 FILE = train.ROOT / "configs/temporary_forgetting.py"
 forgetting = train.load_file(FILE)
@@ -96,7 +97,7 @@ def test_a_row_is_a_function_of_its_draw():
 
 def test_the_lexicon_gives_each_word_a_piece_of_its_own_from_first_on():
     config = forgetting.config
-    tokenizer = data.make_tokenizer(config.data, config.model.vocab)
+    tokenizer = make_tokenizer(config.data, config.model.vocab)
     (document,) = config.data.sources["lexicon"].documents()
     ids = tokenizer.encode(document.text)
     assert sorted(ids) == [*range(FIRST, config.model.vocab)] and len(ids) == len(document.text)

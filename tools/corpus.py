@@ -1,32 +1,100 @@
 """The token cache and the tokenizer of a config, without training; its rows as text; what packing costs.
 
-build: tokenizer and token cache. tokenizer: it alone. inspect: rows of a batch as text, a colour for each
-segment, faint where there is no loss. bench: packings of the training documents, the speed of batch(step)
-from the finished cache, and that of tokenizing beside raw SentencePiece; with --lengths lognormal, packings
-of 100,000 drawn lengths (mean about 900, rows of 2,048). Where the library `grain` can be imported, its
-packings on the same lengths too. The last line of bench is one JSON object.
+build: tokenizer and token cache. tokenizer: it alone, trained here if need be. inspect: rows of a batch as
+text, a colour for each segment, faint where there is no loss. bench: packings of the training documents, the
+speed of batch(step) from the finished cache, and that of tokenizing beside raw SentencePiece; with --lengths
+lognormal, packings of 100,000 drawn lengths (mean about 900, rows of 2,048). Where the library `grain` can be
+imported, its packings on the same lengths too. The last line of bench is one JSON object.
 """
 import atexit
+import heapq
 import importlib.util
+import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import sentencepiece
 from rich.console import Console
 from rich.text import Text
 
 import data
 import train
+
+
+def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
+    """Train a BPE model with byte fallback and no normalisation; the same bytes for the same texts. Pieces
+    may hold spaces: 4096 give 3.7 bytes a token on the standard library, 3.3 where they stop at spaces."""
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(data.escape(t) for t in texts), model_writer=out, model_type="bpe", unk_id=0,
+            bos_id=1, eos_id=2, pad_id=-1, vocab_size=max(vocab, 260), byte_fallback=True,
+            add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            split_by_whitespace=False, allow_whitespace_only_pieces=True, split_by_unicode_script=False,
+            character_coverage=0.9995, max_sentence_length=2**30, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        most, least = (re.search(r, str(error)) for r in (r"<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
+        problem = "the tokenizer has no text to learn from: the training split is empty"
+        if most or least:
+            limit = f"can give at most {most[1]}" if most else f"needs at least {least[1]}"
+            problem = f"model.vocab is {vocab}, but this corpus {limit} pieces"
+        raise data.InputError(problem) from None
+    if vocab < 260:
+        raise data.InputError(f"model.vocab is {vocab}, but 256 bytes and their like need at least 260 "
+                              "pieces")
+    return out.getvalue()
+
+
+def sample(config: data.DataConfig) -> list[str]:
+    """Texts for the tokenizer: of each source, those of lowest path hash within its share of `sample_mib`."""
+    share, texts = int(config.sample_mib * 2**20 / len(config.sources)), []
+    for source in config.sources.values():
+        heap, held, seen = [], 0, 0  # by falling hash: the largest hash leaves first
+        for number, document in enumerate(source.documents()):
+            if isinstance(document, data.Skipped) or data.SURROGATE.search(document.text) \
+                    or data.split_of(document.group or document.path, config.dev, config.test):
+                continue
+            heapq.heappush(heap, (-data.path_hash(document.path), number, document.text))
+            held, seen = held + len(document.text), seen + len(document.text)
+            while held > share and len(heap) > 1:
+                held -= len(heapq.heappop(heap)[2])
+            if seen > 64 * share:  # so that a corpus without end has a tokenizer too
+                break
+        texts += [t[:share] for _, _, t in sorted(heap, reverse=True)]
+    return texts
+
+
+def make_tokenizer(config: data.DataConfig, vocab: int) -> data.Tokenizer:
+    """The tokenizer that the config names; a "bpe" one of `vocab` pieces is trained once and cached."""
+    if config.tokenizer == "bytes":
+        return data.Bytes()
+    if config.tokenizer.startswith("hf:"):
+        return train.load_file(train.ROOT / "tools/export.py").read_tokenizer(config.tokenizer)
+    if config.tokenizer != "bpe":
+        return data.load_tokenizer(Path(config.tokenizer).expanduser())
+    if vocab <= 0:
+        raise data.InputError("model.vocab is 0, but a tokenizer that is to be trained needs a number of "
+                              'pieces; set model.vocab, or data.tokenizer to "bytes" or a SentencePiece file')
+    key = data.digest([data.FORMAT, "bpe", vocab, config.sample_mib, config.dev, config.test,
+                       [[name, data.identity(s.documents)] for name, s in config.sources.items()]])
+    path = data.cache_home() / "tokenizers" / f"{key}.model"
+    with data.locked(path.with_suffix(".lock")):
+        if not path.exists():
+            data.write(path, train_bpe(sample(config), vocab))
+    return data.load_tokenizer(path)
 
 
 def timed(work) -> tuple[float, object]:
@@ -206,15 +274,15 @@ def main(arguments: list[str]):
         print(json.dumps(result))
         return result
     if known.what == "tokenizer":
-        tokenizer = train.data.make_tokenizer(config.data, config.model.vocab)
+        tokenizer = make_tokenizer(config.data, config.model.vocab)
         print(f"tokenizer: {tokenizer.vocab} pieces")
         return
     config = replace(config, data=replace(config.data, stream=False))
     if known.only and known.only not in config.data.sources:
         raise data.InputError(f"--only is {known.only!r}; allowed are {', '.join(config.data.sources)}")
     if known.only:
-        tokenizer = train.data.make_tokenizer(config.data, config.model.vocab)
-        train.data.build(known.only, config.data, tokenizer, config.seed)
+        tokenizer = make_tokenizer(config.data, config.model.vocab)
+        data.build(known.only, config.data, tokenizer, config.seed)
         return
     config, tokenizer, caches = train.assemble(config)
     print(f"tokenizer: {tokenizer.vocab} pieces")

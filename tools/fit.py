@@ -15,6 +15,7 @@ collectives with the bytes that each device sends, and a roofline: the time of i
 memory traffic (what it works on, written and read once) and of its collectives, none of which overlap. Exit
 code 1 where something does not fit, with what to change, compiled to be sure of it.
 """
+import ctypes
 import importlib.metadata
 import json
 import math
@@ -77,6 +78,13 @@ def hardware(kind: str) -> tuple[float, float, float, float]:
 def peak() -> float:
     """Peak FLOP/s of all devices together; 0 where their kind is not known."""
     return jax.device_count() * hardware(jax.devices()[0].device_kind)[0]
+
+
+def keep_memory():
+    """Have the GNU C library keep what is freed: XLA on CPU asks for a step's scratch anew at each step."""
+    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            libc.mallopt(option, value)
 
 
 def sizes(text: str) -> list[int]:

@@ -34,4 +34,8 @@ def main(arguments: list[str]) -> dict:
                "devices": jax.device_count(),
                "processes": jax.process_count()}
     data.write(run / "summary.json", json.dumps(summary, indent=1))
+    print(f"{run} has curves.png, samples.txt, metrics.jsonl and summary.json; next:\n"
+          f"  python train.py sample {run} --prompt 'def main('\n"
+          f"  python train.py {run}/config.json --schedule.peak 2e-3 --name gentler\n"
+          "a run that was stopped resumes by the command that began it", flush=True)
     return summary

@@ -1,0 +1,449 @@
+"""A run's model as a Hugging Face directory in Llama's layout; and what `init_from` names, as a run's start.
+
+    python train.py export RUN DIR [--step N] [--dtype bfloat16] [--shard-mb M]
+    python train.py CONFIG --init_from hf:DIR ...
+
+DIR: config.json (for transformers 4 and 5), generation_config.json, sharded safetensors, the tokenizer as
+tokenizer.model and tokenizer.json, README.md. The step is the newest, or where embeddings are forgotten the
+one longest after that. The tokenizer puts bos in front; for any text it gives our ids, since it is told to
+read what spells a special token as text.
+
+hf:DIR, of models of type "llama" (RoPE plain, linear or Llama 3's), gives shape, parameters and tokenizer:
+any other `data.tokenizer` than "bpe" comes first, and may be hf:DIR too. Without a bos its place is taken by
+eos; the embedding may have more rows than the tokenizer has tokens.
+"""
+import functools
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import data
+import model
+import train
+from data import InputError
+
+# Parameters of `model.table` by their names in a Llama checkpoint.
+NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+NAMES |= {name: f"model.layers.{{}}.{theirs}.weight" for name, theirs in {
+    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}.items()}
+# What `model.ModelConfig.rope_scaling` holds, by the kind of rope that a config.json names.
+ROPE = {"default": [], "linear": ["factor"], "llama3": [
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+         "quantization_config": None, "sliding_window": None}  # where a config.json says nothing else
+
+
+def library():
+    """The package safetensors."""
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise InputError("export and init_from hf: need the package safetensors: pip install safetensors") \
+            from None
+    return safetensors
+
+
+def tensors(shape: model.ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """{name of a tensor: (parameter, layer)} of a checkpoint."""
+    return {NAMES[name].format(layer): (name, layer) for name, p in model.table(shape).items()
+            for layer in (range(shape.layers) if p.axes[0] == "layers" else [None])}
+
+
+def sides(p: model.Param) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a layer's inputs and outputs, see `model.dense`; no outputs where it is no factor, but a
+    lookup table or gains. A checkpoint has factors as matrices [outputs, inputs].
+    """
+    shape, axes = ((x[1:] if p.axes[0] == "layers" else x) for x in (p.shape, p.axes))
+    inputs = len(axes) if p.group in ("embed", "vector") else 1 if axes[0] == "embed" else len(axes) - 1
+    return shape[:inputs], shape[inputs:]
+
+
+# ------------------------------------------------------------------------------------------- where runs start
+
+def branch(config: train.Config, directory: Path) -> tuple[train.Config, Path | None]:
+    """(config with the shape and, unless it names one, the tokenizer of what `init_from` names, file of the
+    run's own tokenizer). Once the run in `directory` has a checkpoint, shape and tokenizer are read there:
+    what it started from need not be any more.
+    """
+    name, begun = config.init_from, any(directory.glob("checkpoints/[0-9]*"))
+    if begun:
+        shape = json.loads((directory / "config.json").read_text())["model"]
+    else:
+        shape = read_shape(name) if name.startswith("hf:") else train.find(*run_step(name))[2]["model"]
+    shape = train.from_json(model.ModelConfig, shape) if isinstance(shape, dict) else shape
+    how = "dtype param_dtype attention unroll remat logits_mib".split()
+    config = replace(config, model=replace(shape, **{field: getattr(config.model, field) for field in how}))
+    if config.data.tokenizer == "bpe":
+        tokenizer = name if name.startswith("hf:") else f"{run_step(name)[0]}/tokenizer.model"
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+    train.check(config)
+    return config, directory / "tokenizer.model" if begun else None
+
+
+def run_step(name: str) -> tuple[str, int | None]:
+    """RUN or RUN@STEP as (run, step)."""
+    run, at, step = name.rpartition("@")
+    return (run, int(step)) if at and step.isdigit() else (name, None)
+
+
+def start(run: train.Run):
+    """Give a run, its state just drawn, what `init_from` names: parameters, or all of a checkpoint."""
+    config, like = run.config, model.state_like(run.shape, run.config.optimizer, run.mesh)
+    if config.init_from.startswith("hf:"):
+        run.state = run.state.replace(params=read_params(config.init_from, run.shape, like.params))
+        return
+    checkpoints, step, meta = train.find(*run_step(config.init_from))
+    run.since = meta["since_reset"]
+    if config.init_with == "params":
+        run.state = run.state.replace(params=checkpoints.params(step, like))
+        return
+    written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
+    if written != json.loads(json.dumps(train.to_json(config.optimizer))):
+        raise InputError(f'init_with is "all", but {config.init_from} has another optimizer')
+    taken = checkpoints.state(step, like)
+    run.state = run.state.replace(params=taken.params, opt=taken.opt)
+    run.loader.start = [meta["positions"].get(name, 0) for name in run.caches]
+
+
+# ----------------------------------------------------------------------------------------------------- import
+
+def read_json(name: str, file: str) -> dict:
+    """A JSON file of hf:DIR; {} where it is not there, but for config.json, which must be."""
+    path = Path(name.removeprefix("hf:")).expanduser() / file
+    if not path.is_file() and file != "config.json":
+        return {}
+    with train.blame((OSError, ValueError), InputError, f"{name} is no local Hugging Face directory: {path} "
+                     "cannot be read ({reason})"):
+        return json.loads(path.read_text("utf-8"))
+
+
+def read_shape(name: str) -> model.ModelConfig:
+    """The shape of hf:DIR. Raises InputError for what is not Llama's, with the field and what is allowed."""
+    c = read_json(name, "config.json")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # of transformers 5 and 4
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rules = [(f, c.get(f, plain if f != "model_type" else None), [plain]) for f, plain in PLAIN.items()]
+    rules += [("rope_type", kind, list(ROPE)),
+              ("partial_rotary_factor", (c | rope).get("partial_rotary_factor"), [None, 1.0])]
+    for field, found, allowed in rules:
+        if found not in allowed:
+            raise InputError(f"{name}: {field} in config.json is {found!r}; allowed is "
+                             f"{' or '.join(map(repr, allowed))}")
+    context = {"original_max_position_embeddings": c.get("max_position_embeddings")} | rope
+    with train.blame((KeyError, TypeError, ValueError), InputError, f"{name}: config.json does not have all "
+                     "that a Llama model needs ({reason})"):
+        heads, embed = c["num_attention_heads"], c["hidden_size"]
+        return model.ModelConfig(
+            layers=c["num_hidden_layers"], embed=embed, heads=heads, mlp=c["intermediate_size"],
+            kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or embed // heads,
+            vocab=c["vocab_size"], tied=c.get("tie_word_embeddings", False),
+            norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 1e4),
+            rope_scaling=tuple(float(context[field]) for field in ROPE[kind]))
+
+
+def read_params(name: str, shape: model.ModelConfig, like: dict[str, jax.ShapeDtypeStruct]) -> dict:
+    """The parameters of hf:DIR in the dtypes and places of `like`, of which each device reads its own part.
+
+    Raises InputError for tensors that are missing, not known, or not of the shape that config.json says.
+    """
+    directory, table = Path(name.removeprefix("hf:")).expanduser(), model.table(shape)
+    files = read_json(name, "model.safetensors.index.json").get("weight_map")
+    open_file = functools.cache(lambda file: library().safe_open(directory / file, framework="np"))
+    with train.blame((OSError, library().SafetensorError), InputError, f"{name} cannot be read ({{reason}})"):
+        files = files or dict.fromkeys(open_file("model.safetensors").keys(), "model.safetensors")
+        wanted = tensors(shape)
+        extra = {n for n in files.keys() - wanted if not n.endswith("inv_freq") and n != NAMES["head"]}
+        if odd := sorted(extra | wanted.keys() - files):
+            raise InputError(f"{name}: tensors are missing, or are none of the Llama model that config.json "
+                             f"describes: {', '.join(odd[:6])}{', ...' * (len(odd) > 6)}")
+        views = {n: open_file(files[n]).get_slice(n) for n in wanted}
+    for n, (parameter, _) in wanted.items():
+        inputs, outputs = sides(table[parameter])
+        size = [math.prod(outputs), math.prod(inputs)] if outputs else list(inputs)
+        if views[n].get_shape() != size:
+            raise InputError(f"{name}: tensor {n} is {views[n].get_shape()}; config.json asks for {size}")
+
+    def part(parameter: str, index: tuple[slice, ...]) -> np.ndarray:
+        p = table[parameter]
+        index = [slice(*one.indices(n)[:2]) for one, n in zip(index, p.shape, strict=True)]
+        layers = range(index[0].start, index[0].stop) if p.axes[0] == "layers" else [None]
+        inner, (inputs, outputs) = index[len(index) - sum(map(len, sides(p))):], sides(p)
+        if outputs:  # of each side only the first axis is ever split over devices (model.RULES)
+            firsts = (outputs, inner[len(inputs)]), (inputs, inner[0])
+            rest = [math.prod(side[1:]) for side, _ in firsts]
+            inner = [slice(one.start * n, one.stop * n) for n, (_, one) in zip(rest, firsts, strict=True)]
+        made = [views[NAMES[parameter].format(layer)][tuple(inner)] for layer in layers]
+        made = np.stack([x.T if outputs else x for x in made]).astype(like[parameter].dtype)
+        return made.reshape([one.stop - one.start for one in index])
+
+    return {n: jax.make_array_from_callback(x.shape, x.sharding, functools.partial(part, n))
+            for n, x in like.items()}
+
+
+def read_tokenizer(name: str) -> data.Tokenizer:
+    """The tokenizer of hf:DIR: its tokenizer.json or, without one, its tokenizer.model."""
+    config, named = read_json(name, "config.json"), read_json(name, "tokenizer_config.json")
+    tokenizer = read_json(name, "tokenizer.json")
+    if not tokenizer:
+        return data.load_tokenizer(Path(name.removeprefix("hf:")).expanduser() / "tokenizer.model")
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+
+    def find(which: str) -> int | None:
+        number, token = config.get(f"{which}_token_id"), named.get(f"{which}_token")
+        number = number[0] if isinstance(number, list) else number  # the first ends a text, others a turn
+        return added.get(token["content"] if isinstance(token, dict) else token) if number is None else number
+
+    if (eos := find("eos")) is None:
+        raise InputError(f"{name}: neither eos_token_id in config.json nor eos_token in "
+                         "tokenizer_config.json says which token ends a document; give one")
+    bos = find("bos")
+    kept = dict(bos=eos if bos is None else bos, eos=eos, vocab=config["vocab_size"], tokenizer=tokenizer)
+    return data.HuggingFace(json.dumps(kept, ensure_ascii=False).encode())
+
+
+# ----------------------------------------------------------------------------------------- export: tokenizers
+
+def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Pairs of pieces in the order in which SentencePiece joins them: by falling score of what they make.
+
+    Of equal scores it takes the leftmost. Where a piece is a b = b c, and the text has a b c, that is a + b,
+    which must come before b + c here: an order by rank knows no place. So of two such cuts, of a piece of n
+    characters after m and after n - m, m comes first if the first n - m characters are the last ones too.
+    """
+    def order(piece: str, cut: int) -> tuple[int, bool]:
+        short = min(cut, len(piece) - cut)
+        return short, (cut == short) != (piece[short:] == piece[:len(piece) - short])
+
+    out = []
+    for piece in sorted(scores, key=scores.get, reverse=True):
+        cuts = (i for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores)
+        out += [(piece[:i], piece[i:]) for i in sorted(cuts, key=functools.partial(order, piece))]
+    return out
+
+
+def of_pieces(tokenizer: data.SentencePiece) -> dict:
+    """The parts of tokenizer.json that are a SentencePiece model behind `data.escape`."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    spec, kinds = proto.ModelProto.FromString(tokenizer.model), proto.ModelProto.SentencePiece
+    trainer, norm = spec.trainer_spec, spec.normalizer_spec
+    special = [i for i, p in enumerate(spec.pieces) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    known = {kinds.NORMAL, kinds.BYTE, kinds.CONTROL, kinds.UNKNOWN}
+    if (trainer.model_type != trainer.BPE or not trainer.byte_fallback or norm.precompiled_charsmap
+            or norm.remove_extra_whitespaces or not norm.escape_whitespaces
+            or {p.type for p in spec.pieces} - known):
+        raise InputError("the run's tokenizer.model cannot be a tokenizer.json with the same ids for every "
+                         "text; allowed is SentencePiece BPE with byte fallback, without normalisation, "
+                         'removal of spaces or pieces defined by a user, as data.tokenizer "bpe" trains it')
+    scores = {p.piece: p.score for p in spec.pieces if p.type == kinds.NORMAL}
+    spaces = [(" ", "\u2581")]
+    normalizers = [replaced(a, b) for a, b in [*data.ESCAPES.items(), *spaces]]
+    undo = [replaced(pair, char) for char, pair in reversed(data.ESCAPES.items())]  # U+0010 itself last
+    decoders = [replaced("\u2581", " "), dict(type="ByteFallback"), dict(type="Fuse")]
+    if norm.add_dummy_prefix:
+        normalizers.append(dict(type="Prepend", prepend="\u2581"))
+        decoders.append(dict(type="Strip", content=" ", start=1, stop=0))
+    return dict(
+        added_tokens=[(i, spec.pieces[i].piece) for i in special],
+        normalizer=dict(type="Sequence", normalizers=normalizers), pre_tokenizer=None,
+        decoder=dict(type="Sequence", decoders=decoders + undo),
+        model=dict(vocab={p.piece: i for i, p in enumerate(spec.pieces)}, merges=merges(scores),
+                   byte_fallback=True, fuse_unk=True, unk_token=tokenizer.processor.id_to_piece(0)))
+
+
+def replaced(old: str, new: str) -> dict:
+    """A step of a normalizer or decoder that replaces a string."""
+    return dict(type="Replace", pattern=dict(String=old), content=new)
+
+
+def of_bytes() -> dict:
+    """The parts of tokenizer.json that are `data.Bytes`. A byte goes by a letter there: its Latin-1 character
+    where one can see it, and for the others, in turn, those from U+0100 on.
+    """
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in seen}
+    letters |= {byte: chr(0x100 + i) for i, byte in enumerate(sorted({*range(256)} - {*seen}))}
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    ends = {data.Bytes.bos: "<s>", data.Bytes.eos: "</s>"}
+    bpe = dict(vocab={token: i for i, token in (letters | ends).items()}, merges=[], byte_fallback=False,
+               fuse_unk=False, unk_token=None)
+    return dict(added_tokens=list(ends.items()), normalizer=None, pre_tokenizer=level, decoder=level,
+                model=bpe)
+
+
+def fast_tokenizer(tokenizer: data.Tokenizer) -> tuple[dict, dict]:
+    """(tokenizer.json, the names of bos and eos) that give `tokenizer`'s ids."""
+    if isinstance(tokenizer, data.HuggingFace):
+        name = tokenizer.processor.id_to_token
+        return json.loads(tokenizer.model)["tokenizer"], {
+            f"{end}_token": name(getattr(tokenizer, end)) for end in ("bos", "eos")}
+    made = of_bytes() if isinstance(tokenizer, data.Bytes) else of_pieces(tokenizer)
+    names = dict(made["added_tokens"])
+    ends = dict(bos_token=names[tokenizer.bos], eos_token=names[tokenizer.eos])
+    bos = dict(SpecialToken=dict(id=ends["bos_token"], type_id=0))
+    first, second = (dict(Sequence=dict(id=which, type_id=i)) for i, which in enumerate("AB"))
+    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return made | dict(
+        version="1.0", truncation=None, padding=None,
+        added_tokens=[dict(id=i, content=content, **flags) for i, content in made["added_tokens"]],
+        model=dict(type="BPE", dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                   ignore_merges=False) | made["model"],
+        post_processor=dict(
+            type="TemplateProcessing", single=[bos, first], pair=[bos, first, second],
+            special_tokens={ends["bos_token"]: dict(id=ends["bos_token"], ids=[tokenizer.bos],
+                                                    tokens=[ends["bos_token"]])})), ends
+
+
+# -------------------------------------------------------------------------------------- export: the directory
+
+def describe(config: train.Config, tokenizer: data.Tokenizer, dtype: str) -> dict:
+    """config.json of a model, as transformers 4 and 5 read it."""
+    m = config.model
+    kind = next(kind for kind, fields in ROPE.items() if len(fields) == len(m.rope_scaling))
+    scaling = {f: int(x) if f.startswith("original") else x
+               for f, x in zip(ROPE[kind], m.rope_scaling, strict=True)} | dict(rope_type=kind)
+    rows = max(n for phase in config.phases for n in data.batch_lengths(phase)[0])
+    context = max(rows, int(m.rope_scaling[0] * m.rope_scaling[3]) if kind == "llama3" else 0)
+    return {field: plain for field, plain in PLAIN.items() if plain is not None} | dict(
+        architectures=["LlamaForCausalLM"], vocab_size=m.vocab, hidden_size=m.embed, head_dim=m.head_dim,
+        intermediate_size=m.mlp, num_hidden_layers=m.layers, num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads, rms_norm_eps=m.norm_eps, tie_word_embeddings=m.tied,
+        max_position_embeddings=context, rope_theta=m.rope_theta,
+        rope_scaling=scaling if m.rope_scaling else None,
+        rope_parameters=scaling | dict(rope_theta=m.rope_theta),
+        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, attention_dropout=0.0, use_cache=True,
+        dtype=dtype, torch_dtype=dtype)
+
+
+def card(run: Path, config: train.Config, meta: dict, ends: dict[str, str]) -> str:
+    """README.md: what the model is, what it was trained on, its scores, its config."""
+    found = [json.loads((run / f).read_text()) for f in ("summary.json", "eval.json") if (run / f).exists()]
+    scores = {k: v for figures in found for k, v in figures.items() if isinstance(v, int | float) and (
+        k.startswith(("eval/", "blimp", "gzip", "xz", "train/tokens", "train/flops")))}
+    facts = {"parameters": f"{model.count(config.model):,}", "checkpoint": f"step {meta['step']}"}
+    facts |= {f"text of {name}": f"fingerprint {print_} of the first {meta['sealed'][name]} shards"
+              for name, print_ in meta["fingerprints"].items()}
+    facts |= {f"`{k}`": f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in scores.items()}
+    rows = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [coppice, jax, llama]
+---
+# {run.name}
+
+A language model in Llama's layout, trained with Coppice. Each document of its text began with the token
+`{ends["bos_token"]}` and ended with `{ends["eos_token"]}`. What spells a special token is read as text.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (c.from_pretrained("{run.name}") for c in (AutoTokenizer, AutoModelForCausalLM))
+```
+
+| | |
+|---|---|
+{rows}
+
+Scores are those that the run ended with.
+
+```json
+{json.dumps(train.to_json(config), indent=1)}
+```
+"""
+
+
+def llama_params(config: train.Config, params: dict, step: int) -> dict:
+    """The parameters of a Llama that computes what the run's model does. Raises InputError if none does."""
+    m = config.model
+    if m.qk_norm:
+        raise InputError("model.qk_norm is true, for which Llama's layout has no place; allowed is false")
+    if m.embed % m.heads:
+        raise InputError(f"model.embed is {m.embed}, which transformers refuses for {m.heads} heads; allowed "
+                         "is a multiple of model.heads")
+    if not config.weights:
+        return params
+    with train.blame((KeyError, TypeError, IndexError), InputError, "weights is a function of the batch, "
+                     "which no Llama is ({reason}); allowed is one of the parameters and the step"):
+        params = model.effective(config.weights, params, jnp.int32(step), {})
+    if {n: x.shape for n, x in params.items()} != {n: p.shape for n, p in model.table(m).items()}:
+        raise InputError("weights gives other parameters than model.table names; allowed are all of these")
+    return params
+
+
+def write_params(directory: Path, params: dict, shape: model.ModelConfig, dtype: str, most: float):
+    """Safetensors of at most so many bytes each (one tensor may be larger), and an index where there are
+    several.
+    """
+    table, files, held = model.table(shape), [[]], 0
+    width = jnp.dtype(dtype).itemsize
+    size = {n: math.prod(map(math.prod, sides(table[name]))) * width
+            for n, (name, _) in tensors(shape).items()}
+    for n in size:
+        if files[-1] and held + size[n] > most:
+            files, held = [*files, []], 0
+        files[-1].append(n)
+        held += size[n]
+
+    def tensor(name: str, layer: int | None) -> np.ndarray:
+        x = np.asarray(params[name] if layer is None else params[name][layer]).astype(jnp.dtype(dtype))
+        inputs, outputs = sides(table[name])
+        return np.ascontiguousarray(x.reshape(math.prod(inputs), -1).T) if outputs else x
+
+    where = {}
+    for i, chosen in enumerate(files, 1):
+        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        made = {n: tensor(*tensors(shape)[n]) for n in chosen}
+        library().numpy.save_file(made, directory / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(chosen, file)
+    if len(files) > 1:
+        index = dict(metadata=dict(total_size=sum(size.values())), weight_map=where)
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def main(arguments: list[str]):
+    """Command line."""
+    parser = train.Arguments("export", __doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("directory", type=Path, metavar="dir", help="to write; must be new, or empty")
+    parser.add_argument("--step", type=int, help="checkpoint; see above")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--shard-mb", type=float, default=5e3, help="megabytes of a safetensors file at most")
+    a = parser.parse_args(arguments)
+    if not a.shard_mb > 0:
+        parser.error(f"--shard-mb is {a.shard_mb}; allowed is more than 0")
+    if a.directory.exists() and (not a.directory.is_dir() or any(a.directory.iterdir())):
+        parser.error(f"{a.directory} is there already and not empty; allowed is a new directory")
+    library()
+    _, step, meta = train.find(a.run, a.step)
+    params, config, tokenizer, _ = train.load(a.run, step)
+    params = llama_params(config, params, step)
+    fast, ends = fast_tokenizer(tokenizer)
+    unk = fast["model"].get("unk_token")
+    named = ends | dict(tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True,
+                        clean_up_tokenization_spaces=False) | ({"unk_token": unk} if unk else {})
+    described = describe(config, tokenizer, a.dtype)
+    warm = config.sample_temperature
+    sampling = dict(do_sample=True, temperature=warm) if warm else {}
+    files = {"config.json": described, "tokenizer.json": fast, "generation_config.json": dict(
+        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, **sampling),
+        "tokenizer_config.json": named | dict(model_max_length=described["max_position_embeddings"])}
+    partly = a.directory.with_name(f"{a.directory.name}.partial")
+    shutil.rmtree(partly, ignore_errors=True)
+    partly.mkdir(parents=True)
+    write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
+    for file, content in files.items():
+        (partly / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+    if not isinstance(tokenizer, data.HuggingFace):
+        (partly / "tokenizer.model").write_bytes(tokenizer.model)
+    (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
+    partly.rename(a.directory)
+    print(f"{a.directory}: step {step} of {a.run}, {model.count(config.model):,} parameters in {a.dtype}")
