@@ -10,6 +10,9 @@ runs this and COMMAND in turn, --rounds times each, and gives the median of the 
 same rows, at rates of their own; with --vary seeds rows of their own too. tokens_per_s counts all of them, so
 that --against the same command without --together compares this with N runs in turn.
 
+--generate times tools/sample.py instead: sample_tokens after --batch random prompts of --seq tokens, drawn at
+sample_temperature, the prompts' own pass included; with --init_from RUN by that run's model.
+
 step_ms is the median of the steps' times and step_ms_quartiles the quarter and the three quarters of them.
 --profile DIR writes a trace of five more steps, for XProf or Perfetto (ui.perfetto.dev opens the .json.gz).
 """
@@ -28,7 +31,7 @@ import numpy as np
 
 import model
 import train
-from tools import fit
+from tools import fit, sample
 
 SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(train.ModelConfig)} | {
     "batch": "phases.0.batch", "seq": "phases.0.seq"}
@@ -94,6 +97,27 @@ def measure(config: train.Config, seconds: float, together: int = 1, vary: str =
                 device=jax.devices()[0].device_kind, jax=jax.__version__)
 
 
+def generation(config: train.Config, seconds: float) -> dict:
+    """Generate anew for `seconds`: tokens/s of all rows at the median time, of which no row ends early."""
+    phase, params = config.phases[0], None
+    if config.init_from:
+        params, of_run, *_ = train.load(config.init_from)
+        config = dataclasses.replace(config, model=of_run.model)
+    shape, batch = config.model, phase.batch
+    params = params or model.init(shape, jax.random.key(config.seed))
+    weights = jax.jit(sample.prepare, static_argnames="config")(params, config=shape)
+    prompts = np.random.default_rng(0).integers(0, shape.vocab, (batch, phase.seq)).tolist()
+    how, times = sample.How(np.float32(config.sample_temperature)), []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        begun = time.perf_counter()
+        sample.generate(weights, prompts, config.sample_tokens, [*range(batch)], how, -1, shape)
+        times.append(time.perf_counter() - begun)
+    ms = 1e3 * statistics.median(times[1:])  # the first compiles
+    return dict(tokens_per_s=round(batch * config.sample_tokens / ms * 1e3, 1), ms=round(ms, 1),
+                first_s=round(times[0], 2), runs=len(times) - 1, params=model.count(shape), dtype=shape.dtype,
+                device=jax.devices()[0].device_kind, jax=jax.__version__)
+
+
 def against(command: str, rounds: int, arguments: list[str]) -> dict:
     """Run this benchmark and a command in turn, and compare."""
     ours = [sys.executable, str(train.ROOT / "train.py"), "bench", *arguments]
@@ -122,6 +146,7 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--rounds", type=int, default=5, help="times that each is run, with --against")
     parser.add_argument("--together", type=int, default=1, help="runs that are one program")
     parser.add_argument("--profile", metavar="DIR", help="write a trace there")
+    parser.add_argument("--generate", action="store_true", help="time sampling, not training")
     parser.add_argument("--vary", choices=["seeds", "rates"], default="seeds", help="what these differ in")
     parser.usage = "%(prog)s [CONFIG] [options] [--batch N --seq N --layers N --path.to.field VALUE ...]"
     first = arguments and not arguments[0].startswith("-")
@@ -129,7 +154,7 @@ def main(arguments: list[str]) -> dict:
     a, overrides = parser.parse_known_args(arguments[1:] if first else arguments)
     if a.against:
         together = ["--together", str(a.together), "--vary", a.vary]
-        rest = [file, "--seconds", str(a.seconds), *together, *overrides]
+        rest = [file, "--seconds", str(a.seconds), *together, *["--generate"] * a.generate, *overrides]
         result = against(a.against, a.rounds, rest)
         print(json.dumps(result))
         return result
@@ -151,6 +176,7 @@ def main(arguments: list[str]) -> dict:
     if a.together < 1 or (a.together > 1 and jax.device_count() > 1):
         raise train.InputError(f"bench: --together is {a.together} on {jax.device_count()} devices; allowed "
                                "is 1 and more, and more than 1 on one device alone")
-    result = measure(config, a.seconds, a.together, a.vary, a.profile)
+    result = generation(config, a.seconds) if a.generate else \
+        measure(config, a.seconds, a.together, a.vary, a.profile)
     print(json.dumps(result))
     return result

@@ -24,6 +24,7 @@ import model
 import train
 
 CHUNK = 16  # tokens that the devices make between two looks of the host at them
+ROOM = 256  # places of a cache that begins to grow
 
 
 class How(NamedTuple):
@@ -60,6 +61,15 @@ def forward(weights, tokens, positions, attends, config: model.ModelConfig):
     return model.rms_norm(x, others["norm"], config.norm_eps), kept
 
 
+def score(others, states, config: model.ModelConfig):
+    """Logits [b v] of states [b d]. A tied table is read as it lies, which `model.logits` has XLA transpose."""
+    if not config.tied:
+        return model.logits(others, states[:, None], config)[:, 0]
+    embed = model.pin(others["embed"], model.RULES["vocab"])
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    return jnp.einsum("bd,vd->bv", states, embed, preferred_element_type=wide)
+
+
 def place(x):
     """Keys or values [b k s h] where rows and heads live."""
     return model.pin(x, model.ROWS, model.RULES["kv_heads"])
@@ -84,13 +94,14 @@ def decode(weights, cache, last, slot, pad, config: model.ModelConfig):
     see = ((index >= pad[:, None]) & (index <= slot))[:, None, None]  # [b 1 1 s]
 
     def attend(held, q, k, v):
-        held = [place(lax.dynamic_update_slice_in_dim(x, new.transpose(0, 2, 1, 3), slot, axis=2))
-                for x, new in zip(held, (k, v), strict=True)]
+        held = lax.optimization_barrier([
+            place(lax.dynamic_update_slice_in_dim(x, new.transpose(0, 2, 1, 3), slot, axis=2))
+            for x, new in zip(held, (k, v), strict=True)])
         return model.softmax_mix(q[:, 0] * q.shape[-1]**-0.5, *held, see)[:, None], held
 
     states, cache = forward(weights, last[:, None], (slot - pad)[:, None],
                             [partial(attend, held) for held in cache], config)
-    return model.logits(weights[0], states, config)[:, 0], cache
+    return score(weights[0], states[:, 0], config), cache
 
 
 def narrow(scores, top_k, top_p):
@@ -179,7 +190,7 @@ def generate(weights, prompts: list, tokens: int, seeds: list[int], how: How, eo
     ids, pad = padded(prompts, eos)
     width, made, done = ids.shape[1] - 1, 0, np.zeros(len(ids), bool)
     keys = np.stack([jax.random.key_data(jax.random.key(seed)) for seed in seeds])
-    size = 1 << (width + min(tokens, max(256 - width, CHUNK)) - 1).bit_length()
+    size = 1 << (width + min(tokens, max(ROOM - width, CHUNK)) - 1).bit_length()
     cache = prefill(weights, ids[:, :-1], pad, size, config)
     while made < tokens and not done.all():
         n = min(pace, tokens - made)
