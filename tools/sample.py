@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import get_abstract_mesh
 
 import model
 import train
@@ -62,7 +63,7 @@ def forward(weights, tokens, positions, attends, config: model.ModelConfig):
 
 
 def score(others, states, config: model.ModelConfig):
-    """Logits [b v] of states [b d]. A tied table is read as it lies, which `model.logits` has XLA transpose."""
+    """Logits [b v] of states [b d]. A tied table is read as it lies: XLA would transpose `model.logits`'s."""
     if not config.tied:
         return model.logits(others, states[:, None], config)[:, 0]
     embed = model.pin(others["embed"], model.RULES["vocab"])
@@ -71,33 +72,40 @@ def score(others, states, config: model.ModelConfig):
 
 
 def place(x):
-    """Keys or values [b k s h] where rows and heads live."""
-    return model.pin(x, model.ROWS, model.RULES["kv_heads"])
+    """Keys or values [n s h] where rows and heads live; n = b k, if all devices divide that, or heads alone.
+
+    One axis, as XLA on CPU makes one of b and k for its products, and a cache of two shapes would be copied.
+    """
+    mesh, heads = get_abstract_mesh(), model.RULES["kv_heads"]
+    return model.pin(x, heads if mesh.empty or x.shape[0] % mesh.size else (*model.ROWS, heads))
 
 
 @partial(jax.jit, static_argnames=("size", "config"))
 def prefill(weights, tokens, pad, size: int, config: model.ModelConfig):
-    """Keys and values [b k size h] of each block for tokens [b p], the first `pad` [b] of them padding."""
-    index = jnp.arange(tokens.shape[1]) - pad[:, None]
+    """Keys and values [n size h] of each block for tokens [b p], the first `pad` [b] of them padding."""
+    (b, p), kv = tokens.shape, config.kv_heads
+    index = jnp.arange(p) - pad[:, None]
 
     def attend(q, k, v):
         out = model.attention(q, k, v, model.Mask("causal", 0), (index >= 0).astype(jnp.int32))
-        room = (0, 0), (0, 0), (0, size - k.shape[1]), (0, 0)
-        return out, [place(jnp.pad(x.transpose(0, 2, 1, 3), room)) for x in (k, v)]
+        flat = [x.transpose(0, 2, 1, 3).reshape(b * kv, p, -1) for x in (k, v)]
+        return out, [place(jnp.pad(x, ((0, 0), (0, size - p), (0, 0)))) for x in flat]
 
     return forward(weights, tokens, jnp.maximum(index, 0), [attend] * config.layers, config)[1]
 
 
 def decode(weights, cache, last, slot, pad, config: model.ModelConfig):
     """(logits [b v] after the ids `last` [b], the cache with these in its place `slot`, one for all rows)."""
-    index = jnp.arange(cache[0][0].shape[2])
-    see = ((index >= pad[:, None]) & (index <= slot))[:, None, None]  # [b 1 1 s]
+    index, wide = jnp.arange(cache[0][0].shape[1]), jnp.promote_types(config.dtype, jnp.float32)
+    see = jnp.repeat((index >= pad[:, None]) & (index <= slot), config.kv_heads, 0)[:, None]  # [n 1 s]
 
     def attend(held, q, k, v):
-        held = lax.optimization_barrier([
-            place(lax.dynamic_update_slice_in_dim(x, new.transpose(0, 2, 1, 3), slot, axis=2))
-            for x, new in zip(held, (k, v), strict=True)])
-        return model.softmax_mix(q[:, 0] * q.shape[-1]**-0.5, *held, see)[:, None], held
+        keys, values = held = [place(lax.dynamic_update_slice_in_dim(x, new.reshape(len(x), 1, -1), slot, 1))
+                               for x, new in zip(held, (k, v), strict=True)]
+        own = q.reshape(len(keys), -1, q.shape[-1]) * q.shape[-1]**-0.5  # [n g h]
+        scores = jnp.einsum("ngh,nsh->ngs", own, keys, preferred_element_type=wide)
+        share = jax.nn.softmax(jnp.where(see, scores, jnp.finfo(wide).min)).astype(values.dtype)
+        return jnp.einsum("ngs,nsh->ngh", share, values).reshape(q.shape), held
 
     states, cache = forward(weights, last[:, None], (slot - pad)[:, None],
                             [partial(attend, held) for held in cache], config)
@@ -168,7 +176,7 @@ def extend(weights, cache, last, done, pad, keys, width, made, n, how: How, eos,
 @partial(jax.jit, static_argnames="size", donate_argnums=0)
 def grow(cache, size: int):
     """The cache with room for `size` positions."""
-    return jax.tree.map(lambda x: place(jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))), cache)
+    return jax.tree.map(lambda x: place(jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0)))), cache)
 
 
 def padded(prompts: list, fill: int) -> tuple[np.ndarray, np.ndarray]:
