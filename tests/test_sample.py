@@ -3,7 +3,6 @@ import io
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ equal = np.testing.assert_array_equal
 GREEDY, WARM = How(np.float32(0)), How(np.float32(1))
 FEW = How(np.float32(0.8), np.float32(40), np.float32(0.9))
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (5, 1, 33, 40)]
+prepare = jax.jit(sample.prepare, static_argnames="config")
 pytestmark = pytest.mark.usefixtures("hasty")
 
 
@@ -44,7 +44,7 @@ def untied(tiny):
 
 def made(params, config, prompts, tokens=20, how=WARM, seeds=None, eos=-1, **others):
     """`generate` with these parameters; rows draw by seeds 0, 1, ..."""
-    weights = sample.prepare(params, config)
+    weights = prepare(params, config=config)
     seeds = range(len(prompts)) if seeds is None else seeds
     return sample.generate(weights, prompts, tokens, [*seeds], how, eos, config, **others)
 
@@ -85,9 +85,8 @@ def test_draws_depend_on_the_seed_and_the_place_alone(untied, params):
 def test_a_row_ends_at_eos_and_the_batch_with_its_last_row(untied, params):
     """After eos comes eos; other rows do not notice; nothing is made once all rows have ended."""
     plain = made(params, untied, PROMPTS[:2])
-    eos = int(plain[0, 6])
-    first = plain[0].tolist().index(eos)
-    assert eos not in plain[1]
+    first = next(i for i, id in enumerate(plain[0]) if i > 5 and id not in [*plain[0, :i], *plain[1]])
+    eos = int(plain[0, first])
     ended = made(params, untied, PROMPTS[:2], eos=eos)
     equal(ended[0], [*plain[0, :first], *[eos] * (20 - first)])
     equal(ended[1], plain[1])
@@ -104,7 +103,7 @@ def test_eight_devices_give_what_one_does(untied, params):
     mesh = model.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
     placed = jax.device_put(params, model.shardings(config, mesh))
     with jax.set_mesh(mesh):
-        weights = jax.jit(partial(sample.prepare, config=config))(placed)
+        weights = prepare(placed, config=config)
         for rows in (4, 3):  # the second is one that data and fsdp do not divide
             for how in (GREEDY, WARM, FEW):
                 got = sample.generate(weights, PROMPTS[:rows], 20, [*range(rows)], how, -1, config)

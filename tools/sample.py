@@ -173,7 +173,7 @@ def extend(weights, cache, last, done, pad, keys, width, made, n, how: How, eos,
     return model.pin(out), cache
 
 
-@partial(jax.jit, static_argnames="size", donate_argnums=0)
+@partial(jax.jit, static_argnames="size")
 def grow(cache, size: int):
     """The cache with room for `size` positions."""
     return jax.tree.map(lambda x: place(jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0)))), cache)
