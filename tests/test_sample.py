@@ -101,7 +101,7 @@ def test_eight_devices_give_what_one_does(untied, params):
     """By the table's rules: parts of weights and of the cache live on each device, and ids are the same."""
     mesh = model.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
     one = {how: made(params, untied, PROMPTS, how=how) for how in (GREEDY, WARM, FEW)}
-    placed = jax.device_put(params, model.shardings(config, mesh))
+    placed = jax.device_put(params, model.shardings(untied, mesh))
     with jax.set_mesh(mesh):
         weights = prepare(placed, config=untied)
         for rows in (4, 3):  # the second is one that data and fsdp do not divide
@@ -109,7 +109,7 @@ def test_eight_devices_give_what_one_does(untied, params):
                 got = sample.generate(weights, PROMPTS[:rows], 20, [*range(rows)], how, -1, untied)
                 equal(got, one[how][:rows])
         ids, pad = sample.padded(PROMPTS, 0)
-        cache = sample.prefill(weights, ids[:, :-1], pad, 64, untied)
+        cache = sample.prefill(weights, ids[:, :-1], pad, 128, untied)
     parts = {n: x.addressable_shards[0].data.shape for n, x in weights[1][0].items()}
     assert parts["gate"] == (16, 24) and parts["q"] == (16, 1, 2, 8) and parts["down"] == (24, 16)
     assert weights[0]["embed"].addressable_shards[0].data.shape == (129, 16)
