@@ -820,17 +820,17 @@ def find(run: str, step: int | None = None) -> tuple[Checkpoints, int, dict]:
     return checkpoints, step, metas[step]
 
 
-def load(run: str, step: int | None = None):
+def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits [b t v].
 
-    `config.model` is the shape of that checkpoint; for the step see `find`.
+    `config.model` is the shape of that checkpoint; for the step see `find`. mesh: fields unlike the run's.
     """
     checkpoints, step, meta = find(run, step)
     directory = Path(run).expanduser()
     config = from_json(Config, json.loads((directory / "config.json").read_text()))
     config = replace(config, model=from_json(ModelConfig, meta["model"]))
     jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
-    mesh = model.make_mesh(config.mesh) if jax.process_count() > 1 else \
+    mesh = model.make_mesh(replace(config.mesh, **mesh or {})) if mesh or jax.process_count() > 1 else \
         model.make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.params(step, model.state_like(config.model, config.optimizer, mesh))
     tokenizer = data.load_tokenizer(directory / "tokenizer.model")

@@ -15,7 +15,6 @@ from configs.active_forgetting import reset_embeddings
 from configs.muon import muon
 from configs.stacking import stack
 from model import Edited, Mask, MeshConfig, Model
-from tools.sample import generate
 
 CAUSAL = Mask("causal", 0)
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -609,58 +608,6 @@ def test_no_gradient_crosses_segments(untied, params, packed, mask):
 
     moved = np.any(np.asarray(influence(inputs)) != 0, axis=-1).reshape(chosen.shape)
     equal(moved, chosen > 0)
-
-
-# ------------------------------------------------------------------------------------------------- generation
-
-
-def sampled(params, prompt, length, temperature, key, config, width=12):
-    """`generate` for prompts padded with `width` - p ids that must not matter."""
-    b, p = prompt.shape
-    padded = np.concatenate([prompt, np.full((b, width - p), 255 - width)], axis=1).astype(np.int32)
-    return np.asarray(generate(params, padded, p, length, temperature, jax.random.key(key), config))
-
-
-PROMPT = np.random.default_rng(2).integers(0, 256, (2, 5))
-
-
-def test_greedy_generation_equals_recomputing_everything(untied, params):
-    naive, apply = np.zeros((2, 13), np.int32), jax.jit(model.apply, static_argnames="config")
-    naive[:, :5] = PROMPT
-    for t in range(5, 13):
-        naive[:, t] = np.argmax(apply(params, naive, config=untied)[:, t - 1], -1)
-    got = sampled(params, PROMPT, 8, 0.0, 0, untied)
-    equal(got, naive[:, 5:])
-    assert len(np.unique(got)) > 2  # not one id for ever, which would hide much
-
-
-def test_padding_of_the_prompt_does_not_matter(untied, params):
-    for temperature in (0.0, 1.0):
-        equal(sampled(params, PROMPT, 8, temperature, 0, untied),
-              sampled(params, PROMPT, 8, temperature, 0, untied, width=5))
-
-
-def test_samples_depend_on_the_key_alone(untied, params):
-    one = sampled(params, PROMPT, 8, 1.0, 1, untied)
-    equal(one, sampled(params, PROMPT, 8, 1.0, 1, untied))
-    assert np.any(one != sampled(params, PROMPT, 8, 1.0, 2, untied))
-    assert one.min() >= 0 and one.max() < 258
-
-
-def test_a_longer_generation_continues_a_shorter_one(untied, params):
-    equal(sampled(params, PROMPT, 1, 1.0, 1, untied), sampled(params, PROMPT, 8, 1.0, 1, untied)[:, :1])
-
-
-def test_temperature_flattens_the_distribution(untied, params):
-    """Of 500 first ids for a prompt, the likeliest one's share is its probability: softmax(logits / T)."""
-    prompt = np.repeat(PROMPT[:1], 500, 0)
-    scores = jax.jit(model.apply, static_argnames="config")(params, PROMPT[:1], config=untied)[0, -1]
-    shares = []
-    for temperature in (1e-4, 0.3, 1.0):
-        drawn = sampled(params, prompt, 1, temperature, 3, untied, width=5)[:, 0]
-        shares.append(np.mean(drawn == int(jnp.argmax(scores))))
-        assert shares[-1] == pytest.approx(float(jnp.max(jax.nn.softmax(scores / temperature))), abs=0.08)
-    assert shares[0] == 1 and shares[0] > shares[1] > shares[2]
 
 
 # ------------------------------------------------------------------------------------------------------ edits

@@ -16,6 +16,9 @@ less. --profile DIR writes a trace of five more steps, for XProf or Perfetto (ui
 .json.gz). --apart adds what a step's time is made of, `apart_ms`: the forward pass, the backward pass (the
 gradient's time less the forward's), the update (the step's less the gradient's), and beside them `products`:
 all products of weights with activations in them, each timed alone.
+
+--generate times tools/sample.py instead: sample_tokens after --batch random prompts of --seq tokens, drawn at
+sample_temperature, the prompts' own pass included; with --init_from RUN by that run's model.
 """
 import collections
 import contextlib
@@ -34,7 +37,7 @@ import numpy as np
 
 import model
 import train
-from tools import fit
+from tools import fit, sample
 
 SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(train.ModelConfig)} | {
     "batch": "phases.0.batch", "seq": "phases.0.seq"}
@@ -138,6 +141,27 @@ def apart(config: train.Config, mesh, state, batch, step_ms: float) -> dict[str,
     return {name: round(ms, 2) for name, ms in parts.items()}
 
 
+def generation(config: train.Config, seconds: float) -> dict:
+    """Generate anew for `seconds`: tokens/s of all rows at the median time, of which no row ends early."""
+    phase, params = config.phases[0], None
+    if config.init_from:
+        params, of_run, *_ = train.load(config.init_from)
+        config = dataclasses.replace(config, model=of_run.model)
+    shape, batch = config.model, phase.batch
+    params = params or model.init(shape, jax.random.key(config.seed))
+    weights = jax.jit(sample.prepare, static_argnames="config")(params, config=shape)
+    prompts = np.random.default_rng(0).integers(0, shape.vocab, (batch, phase.seq)).tolist()
+    how, times = sample.How(np.float32(config.sample_temperature)), []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        begun = time.perf_counter()
+        sample.generate(weights, prompts, config.sample_tokens, [*range(batch)], how, -1, shape)
+        times.append(time.perf_counter() - begun)
+    ms = 1e3 * statistics.median(times[1:])  # the first compiles
+    return dict(tokens_per_s=round(batch * config.sample_tokens / ms * 1e3, 1), ms=round(ms, 1),
+                first_s=round(times[0], 2), runs=len(times) - 1, params=model.count(shape), dtype=shape.dtype,
+                device=jax.devices()[0].device_kind, jax=jax.__version__)
+
+
 def against(command: str, rounds: int, arguments: list[str]) -> dict:
     """Run this benchmark and a command in turn, and compare."""
     ours = [sys.executable, str(train.ROOT / "train.py"), "bench", *arguments]
@@ -167,6 +191,7 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--together", type=int, default=1, help="runs that are one program")
     parser.add_argument("--profile", metavar="DIR", help="write a trace there")
     parser.add_argument("--apart", action="store_true", help="take a step's time apart")
+    parser.add_argument("--generate", action="store_true", help="time sampling, not training")
     parser.add_argument("--vary", choices=["seeds", "rates"], default="seeds", help="what these differ in")
     parser.usage = "%(prog)s [CONFIG] [options] [--batch N --seq N --layers N --path.to.field VALUE ...]"
     first = arguments and not arguments[0].startswith("-")
@@ -174,7 +199,7 @@ def main(arguments: list[str]) -> dict:
     a, overrides = parser.parse_known_args(arguments[1:] if first else arguments)
     if a.against:
         together = ["--together", str(a.together), "--vary", a.vary]
-        rest = [file, "--seconds", str(a.seconds), *together, *overrides]
+        rest = [file, "--seconds", str(a.seconds), *together, *["--generate"] * a.generate, *overrides]
         result = against(a.against, a.rounds, rest)
         print(json.dumps(result))
         return result
@@ -198,6 +223,7 @@ def main(arguments: list[str]) -> dict:
     if a.together < 1 or (a.together > 1 and jax.device_count() > 1):
         raise train.InputError(f"bench: --together is {a.together} on {jax.device_count()} devices; allowed "
                                "is 1 and more, and more than 1 on one device alone")
-    result = measure(config, a.seconds, a.together, a.vary, a.profile, a.apart)
+    result = generation(config, a.seconds) if a.generate else \
+        measure(config, a.seconds, a.together, a.vary, a.profile, a.apart)
     print(json.dumps(result))
     return result
