@@ -1,11 +1,9 @@
-"""Trackers: TensorBoard's event files and W&B's offline ones hold each step once, however a run was stopped."""
+"""Trackers: TensorBoard's event files and W&B's offline ones hold each step once, after a kill too."""
 import importlib.util
 import json
-import os
-import signal
 from dataclasses import replace
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -47,41 +45,36 @@ def killed(config: Config, step: int):
             train.Run(config).train()
 
 
-def rows_of(config: Config) -> dict[str, list[tuple[int, float]]]:
-    """{metric: (step, value)} of metrics.jsonl."""
-    found: dict = {}
-    for line in open(os.path.join(config.runs, config.name, "metrics.jsonl")):
-        row = json.loads(line)
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                found.setdefault(name, []).append((row["step"], value))
-    return found
-
-
-def same(track: dict, rows: dict):
-    """Each metric at each step once, with its value to float32."""
-    assert track.keys() == rows.keys()
+def same(track: dict[str, list], run: Path):
+    """A track, {metric: [(step, value)]}, has all that metrics.jsonl says, to float32, and each step once."""
+    rows: dict = {}
+    for row in map(json.loads, open(run / "metrics.jsonl")):
+        for name in (n for n in row if n != "step" and row[n] is not None):
+            rows.setdefault(name, {})[row["step"]] = row[name]
+    assert track.keys() == rows.keys() and {"train/loss", "eval/corpus/bpb"} <= rows.keys()
     for name in rows:
-        assert [s for s, _ in track[name]] == [s for s, _ in rows[name]], name
-        np.testing.assert_allclose([v for _, v in track[name]], [v for _, v in rows[name]], rtol=1e-6)
+        assert [s for s, _ in track[name]] == [*rows[name]], name
+        np.testing.assert_allclose([v for _, v in track[name]], [*rows[name].values()], rtol=1e-6)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")
-@pytest.mark.parametrize("before", ["tensorboard", "none"])
-def test_tensorboard_has_each_step_once_after_a_kill(config, before):
-    """Killed at 7 of 12, resumed from 4: 5 to 7 come again, and count once; or followed from there on only."""
+def test_tensorboard_has_each_step_once_after_a_kill(config):
+    """Followed from step 5 on, with its past; killed at 10, it has 9 and 10 again after the checkpoint 8."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    killed(replace(config, tracker=before), 7)
-    train.Run(config := replace(config, tracker="tensorboard")).train()
-    folder = os.path.join(config.runs, "run", "tensorboard")
-    assert len(os.listdir(folder)) == (2 if before == "tensorboard" else 1)
-    track = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-    same({n: [(e.step, e.value) for e in track.Scalars(n)] for n in track.Tags()["scalars"]}, rows_of(config))
-    train.Run(config).train()  # complete: nothing is told again
-    assert len(os.listdir(folder)) == (2 if before == "tensorboard" else 1)
+    config, run = replace(config, tracker="tensorboard"), Path(config.runs) / "run"
+    killed(replace(config, tracker="none"), 5)
+    killed(config, 10)
+    train.Run(config).train()
+    assert len([*run.glob("tensorboard/*")]) == 2
+    track = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    found = {n: [(e.step, e.value) for e in track.Scalars(n)] for n in track.Tags()["scalars"]}
+    same({n: points for n, points in found.items() if points}, run)
+    assert len(found["eval/corpus.test/bpb"]) == 1
+    train.Run(config).train()  # complete: nothing to follow
+    assert len([*run.glob("tensorboard/*")]) == 2
 
 
-def offline(file) -> dict[str, list[tuple[int, float]]]:
+def offline(file: Path) -> dict[str, list[tuple[int, float]]]:
     """{metric: (step, value)} of a .wandb file: LevelDB's log of protocol buffers, behind seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
     content, at, whole, found = file.read_bytes(), 7, b"", {}
@@ -106,15 +99,15 @@ def test_wandb_offline_has_each_step_once_after_a_kill(config, monkeypatch):
     import wandb
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = replace(config, tracker="wandb")
-    killed(config, 7)
-    folder = train.Path(config.runs) / "run" / "wandb"
-    identity = (folder / "id").read_text()
+    monkeypatch.setattr(train.Run, "conclude", lambda run: run.out.sync())
+    config, run = replace(config, tracker="wandb"), Path(config.runs) / "run"
+    killed(config, 6)
+    identity = (run / "wandb/id").read_text()
     train.Run(config).train()
     wandb.finish()
-    file, = folder.glob("offline-run-*/*.wandb")
-    assert file.name == f"run-{identity}.wandb" and (folder / "id").read_text() == identity
-    same(offline(file), rows_of(config))
+    file, = run.glob("wandb/offline-run-*/*.wandb")
+    assert file.name == f"run-{identity}.wandb"
+    same(offline(file), run)
 
 
 def test_what_is_not_installed_is_said_before_anything_is_built(config, monkeypatch, capsys):

@@ -42,8 +42,9 @@ def begin(run: train.Run, start: int) -> Callable[[dict], None] | None:
 
 
 def figures(row: dict) -> dict[str, float]:
-    """The numbers of a row but its step; what was not finite is left out."""
-    return {name: value for name, value in row.items() if name != "step" and value is not None}
+    """The finite numbers of a row but its step; of an evaluation's row, those that the step's own has not."""
+    known = {"step"} if "train/loss" in row else {"step", "train/tokens", "train/flops", "phase"}
+    return {name: value for name, value in row.items() if name not in known and value is not None}
 
 
 def tensorboard(run: train.Run, start: int) -> tuple[Callable, int]:
