@@ -27,7 +27,6 @@ import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +107,7 @@ class Config:
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
     sample_tokens: int = 200  # of each continuation
     sample_temperature: float = 0.8  # 0 takes the likeliest token
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # that follows metrics.jsonl, in RUN/tracker
 
 
 # -------------------------------------------------------------------------------- configs in, out and checked
@@ -308,6 +308,8 @@ def check(config: Config) -> None:
         (not d.sources, "data.sources is empty; allowed is one source and more"),
         (d.dev + d.test >= 1, f"data.dev and data.test are {d.dev} and {d.test}; allowed are shares that "
          "leave something to train on"),
+        (config.tracker != "none" and not getattr(importlib.util.find_spec(config.tracker), "origin", None),
+         f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}"),
     ]
     for i, phase in enumerate(config.phases):
         mix = phase.mixture if isinstance(phase.mixture, dict) else dict.fromkeys(d.sources, 1.0)
@@ -451,7 +453,7 @@ class Reporter:
         if leads():
             data.write(path, b"".join(kept))
         self.file, self.course, self.start = open(path if leads() else os.devnull, "a"), course, start
-        self.live, self.begun, self.last = sys.stdout.isatty(), time.perf_counter(), None
+        self.live, self.begun, self.last, self.track = sys.stdout.isatty(), time.perf_counter(), None, None
         self.shown = self.waited = self.stall = 0.0
         self.peak, self.recent = load_file(ROOT / "tools/fit.py").peak(), collections.deque(maxlen=100)
 
@@ -459,6 +461,8 @@ class Reporter:
         """One JSON object on a line of its own; what is not finite becomes null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.file.write(json.dumps(finite) + "\n")
+        if self.track:
+            self.track(finite)
 
     def sync(self):
         """Every row so far onto the disk, and what comes now out of the next step's time."""
@@ -486,13 +490,7 @@ class Reporter:
         self.row(row)
         if not self.live and now - self.shown < 5 and step != c.ends[-1]:
             return
-        pace = (now - self.begun) / (c.flops[step] - c.flops[self.start])
-        left = timedelta(seconds=int((c.flops[-1] - c.flops[step]) * pace))
-        self.shown, mfu = now, f" | mfu {row['perf/mfu']:.1%}" if "perf/mfu" in row else ""
-        text = " | ".join([f"{c.flops[step] / c.flops[-1]:6.1%}", f"step {step}/{c.ends[-1]}",
-                           f"loss {row['train/loss']:.3f}", f"lr {row['train/lr']:.2e}",
-                           f"grad {row['train/grad_norm']:.2f}",
-                           f"{row.get('perf/tokens_per_s', 0):,.0f} tok/s{mfu}", f"ETA {left}"])
+        self.shown, text = now, load_file(ROOT / "tools/track.py").line(self, row, now)
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\x1b[2K{text[:width]}" if self.live else text, end="" if self.live else "\n", flush=True)
 
@@ -635,6 +633,7 @@ class Run:
             data.write(self.directory / "tokenizer.model", self.tokenizer.model)
             data.write(self.directory / "config.json", json.dumps(to_json(self.config), indent=1))
         self.out = Reporter(self.directory / "metrics.jsonl", start, self.course, bool(self.done))
+        self.out.track = load_file(ROOT / "tools/track.py").begin(self, start)
         if start:
             self.out.say(f"resuming from step {start}" + (": this run is complete" if self.done else ""))
         return start
@@ -722,6 +721,7 @@ class Run:
             self.out.row({"step": step, **row, **self.spent(step)})
             said = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in row.items())
             self.out.say(f"step {step}: {', '.join(said)}")
+        load_file(ROOT / "tools/curves.py").follow(self)
         if (steered := self.stops.get(step)) is not None:
             self.loader.log[steered].append({name: row[f"eval/{name}/loss"] for name in self.caches})
 

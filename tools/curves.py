@@ -1,5 +1,6 @@
-"""Draw a run's curves.png again, from its metrics.jsonl."""
+"""Draw a run's curves.png, from its metrics.jsonl: at evaluations, at the end, and by this command again."""
 import json
+import time
 from pathlib import Path
 
 import matplotlib
@@ -10,12 +11,27 @@ import train
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen
 
+SHARE = 0.05  # of the time that drawing may take while a run goes on
+LAST = {"took": 0.0, "ended": 0.0}  # seconds: this process's last drawing during a run
+
+
+def follow(run: train.Run):
+    """Draw a run at an evaluation, unless the last drawing took more than its share of the time since."""
+    begun = time.monotonic()
+    if not train.leads() or LAST["took"] > SHARE * (begun - LAST["ended"]):
+        return
+    run.out.sync()
+    draw(run.directory)
+    LAST.update(took=time.monotonic() - begun, ended=time.monotonic())
+
 
 def draw(run: Path):
     """Loss and bits per byte over training FLOPs, the rate, and where each phase begins, at what size."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in rows if r.get("train/loss") is not None]
     evals = [r for r in rows if any(k.startswith("eval/") for k in r)]
+    if not steps:  # nothing finite yet
+        return
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1),
                                             layout="constrained")
     flops = [r["train/flops"] for r in steps]

@@ -56,7 +56,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen
 
 EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
-HARMLESS = "name runs prompts sample_tokens sample_temperature save_every keep".split()  # to a finished run
+HARMLESS = "name runs prompts sample_tokens sample_temperature save_every keep tracker".split()  # at its end
 KEEP = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs too, for the runs to come
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 MEASURES = "bpb", "speed_up_flops", "speed_up_tokens"
