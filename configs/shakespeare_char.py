@@ -37,13 +37,13 @@ def validation(params, apply, config: Config, windows: int = 2_000, seed: int = 
     seq, ids = config.phases[-1].seq, np.frombuffer(rest.encode(), np.uint8).astype(np.int32)
 
     def nats(starts: np.ndarray) -> np.ndarray:
-        each = [ids[start[:, None] + np.arange(seq + 1)] for start in np.split(starts, range(250, len(starts), 250))]
-        return np.concatenate([np.asarray(nll(apply(params, rows[:, :-1]), rows[:, 1:])).mean(1) for rows in each])
+        each = [ids[some[:, None] + np.arange(seq + 1)] for some in np.split(starts, range(250, len(starts), 250))]
+        return np.concatenate([nll(apply(params, rows[:, :-1]), rows[:, 1:]).mean(1) for rows in each])
 
     drawn = nats(np.random.default_rng(seed).integers(0, len(ids) - seq, windows))
-    return {"eval/validation/loss": float(drawn.mean()), "eval/validation/bpb": float(drawn.mean() / np.log(2)),
-            "eval/validation/loss_se": float(drawn.std(ddof=1)) / windows**0.5,
-            "eval/whole/loss": float(nats(np.arange(0, len(ids) - seq, seq)).mean())}
+    found = dict(loss=drawn.mean(), loss_se=drawn.std(ddof=1) / windows**0.5, bpb=drawn.mean() / np.log(2))
+    whole = nats(np.arange(0, len(ids) - seq, seq)).mean()
+    return {f"eval/validation/{k}": float(v) for k, v in found.items()} | {"eval/whole/loss": float(whole)}
 
 
 config = Config(

@@ -274,3 +274,67 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path, capsys):
         assert train.main(["eval", str(here / "runs/tasked"), *map(str, more)]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------- the real harness, by hand
+
+@pytest.mark.study
+def test_the_harness_gives_the_exported_model_the_same_scores(tmp_path, tiny, data_config, corpus, pieces,
+                                                              monkeypatch):
+    """lm-evaluation-harness on local files: choices, completions and pairs, some beyond the model's rows."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    why = "pip install lm_eval torch transformers: {} is not installed"
+    harness = pytest.importorskip("lm_eval", reason=why.format("lm_eval"))
+    for name in ("torch", "transformers", "lm_eval.models.huggingface"):
+        pytest.importorskip(name, reason=why.format(name))
+    if not (train.ROOT / "tools/export.py").is_file():
+        pytest.skip("python train.py export is not there yet")
+
+    data.write(tmp_path / "pieces.model", pieces.model)
+    config = train.Config(
+        name="tasked", runs=str(tmp_path), model=train.replace(tiny, vocab=pieces.vocab),
+        data=train.replace(data_config, tokenizer=str(tmp_path / "pieces.model"), dev=0, test=0),
+        phases=(train.Phase(steps=30, batch=8, seq=64),), overlap=8, schedule=train.Schedule(peak=1e-2),
+        sample_tokens=4)
+    train.Run(config, __file__).train()
+    assert train.main(["export", str(tmp_path / "tasked"), str(tmp_path / "exported")]) == 0
+
+    text = "\n".join(p.read_text("utf-8") for p in sorted(corpus.rglob("*.txt")))
+    rng = np.random.default_rng(0)
+    def cut(size): return text[(at := int(rng.integers(len(text) - size))):at + size]
+    quiz = [dict(query=cut(int(rng.integers(0, 50))), gold=int(rng.integers(3)),
+                 choices=[cut(int(rng.integers(1, 20))) + "." for _ in range(3)]) for _ in range(60)]
+    quiz += [dict(query=cut(400) + tail, gold=0, choices=["tree", "self"]) for tail in ("", " ", "\n\n")]
+    following = [cut(int(rng.integers(2, 60))) for _ in range(40)]
+    following = [dict(context=t[:len(t) // 2], completion=t[len(t) // 2:]) for t in following]
+    pairs = [dict(sentence_good=cut(20), sentence_bad=cut(20)) for _ in range(40)]
+    files = dict(quiz=quiz, following=following, pairs=pairs)
+    paths = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items()}
+    (tmp_path / "blimp").mkdir()
+    shutil.copy(paths["pairs"], tmp_path / "blimp")
+    assert train.main(["eval", str(tmp_path / "tasked"), "--blimp", str(tmp_path / "blimp"), "--tasks",
+                       paths["quiz"], paths["following"]]) == 0
+    ours = json.loads((tmp_path / "tasked/eval.json").read_text())
+
+    def task(name: str, kind: str, metrics: str, **how) -> dict:
+        return how | dict(
+            task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=paths[name])),
+            test_split="test", output_type=kind, metric_list=[dict(metric=m) for m in metrics.split()])
+
+    asked = [task("quiz", "multiple_choice", "acc acc_norm acc_bytes", doc_to_text="query", doc_to_target="gold",
+                  doc_to_choice="choices"),
+             task("following", "loglikelihood", "acc perplexity", doc_to_text="context",
+                  doc_to_target="completion"),
+             task("pairs", "multiple_choice", "acc", doc_to_text="", doc_to_target=0, target_delimiter="",
+                  doc_to_choice="{{[sentence_good, sentence_bad]}}")]
+    loaded = dict(pretrained=str(tmp_path / "exported"), dtype="float32")
+    found = harness.simple_evaluate("hf", loaded, batch_size=8, device="cpu", tasks=asked)["results"]
+    for here, there in (("task/quiz/acc", "quiz acc"), ("task/quiz/acc_norm", "quiz acc_norm"),
+                        ("task/quiz/acc_bytes", "quiz acc_bytes"), ("task/following/exact", "following acc"),
+                        ("blimp/pairs", "pairs acc")):
+        name, metric = there.split()
+        assert ours[here] == pytest.approx(found[name][f"{metric},none"], abs=1e-12), here
+        assert ours[f"{here}_se"] == pytest.approx(found[name][f"{metric}_stderr,none"], abs=1e-9)
+    assert ours["task/following/perplexity"] == pytest.approx(found["following"]["perplexity,none"], rel=1e-4)
+    assert len({v for k, v in ours.items() if k.startswith("task/quiz/acc") and not k.endswith("_se")}) > 1
