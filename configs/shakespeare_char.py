@@ -1,6 +1,21 @@
 """Tiny Shakespeare by characters, at nanoGPT's setting for a CPU: as many tokens and parameters, less loss.
 
-TODO
+nanoGPT's README has 1.88 nats a character on validation after 2,000 steps of 12 rows of 64 characters, for 4
+layers of width 128. Here: the same steps, rows and split (the first 90 % are trained on), 800,128 parameters,
+where it has 804,096 with its positions. Arms, which differ in the optimiser alone:
+
+    plain   nanoGPT's: AdamW, 1e-3, 100 steps of warm-up, a cosine to a tenth: the control
+    adamw   a higher rate, that falls in a line to nothing
+    muon    Muon for the matrices, at a higher rate still: what `config` is
+
+What all three have beyond GPT-2: SwiGLU, RoPE, RMSNorm, smaller initial outputs, and rows end to end, so that
+1.5 passes leave no character out, where random starts miss a fifth. Characters are bytes: 258 pieces, of
+which the text has 65. MEASURED
+
+    python train.py configs/shakespeare_char.py --data.sources.shakespeare.documents.path input.txt
+    python train.py study configs/shakespeare_char.py --seeds 3       nine runs
+
+A run takes four minutes on two CPU cores. The text is karpathy/char-rnn's, looked for in ../shared/data.
 """
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,13 +52,18 @@ def validation(params, apply, config: Config, windows: int = 2_000, seed: int = 
     seq, ids = config.phases[-1].seq, np.frombuffer(rest.encode(), np.uint8).astype(np.int32)
 
     def nats(starts: np.ndarray) -> np.ndarray:
-        each = [ids[some[:, None] + np.arange(seq + 1)] for some in np.split(starts, range(250, len(starts), 250))]
+        each = np.split(ids[starts[:, None] + np.arange(seq + 1)], range(250, len(starts), 250))
         return np.concatenate([nll(apply(params, rows[:, :-1]), rows[:, 1:]).mean(1) for rows in each])
 
     drawn = nats(np.random.default_rng(seed).integers(0, len(ids) - seq, windows))
     found = dict(loss=drawn.mean(), loss_se=drawn.std(ddof=1) / windows**0.5, bpb=drawn.mean() / np.log(2))
     whole = nats(np.arange(0, len(ids) - seq, seq)).mean()
     return {f"eval/validation/{k}": float(v) for k, v in found.items()} | {"eval/whole/loss": float(whole)}
+
+
+def last(rows: list[dict]) -> float:
+    """The validation loss in the end, from the rows of a metrics.jsonl."""
+    return next(row["eval/validation/loss"] for row in reversed(rows) if "eval/validation/loss" in row)
 
 
 config = Config(
@@ -61,9 +81,10 @@ config = Config(
     prompts=("ROMEO:\n",),
     sample_tokens=300,
 )
+adam = replace(config, optimizer=partial(adamw, b2=0.99))
 arms = {
+    "plain": replace(adam, schedule=Schedule(shape="cosine", peak=1e-3, warmup=100, final=0.1)),
+    "adamw": replace(adam, schedule=replace(config.schedule, peak=3e-3)),
     "muon": config,
-    "adamw": replace(config, optimizer=adamw, schedule=replace(config.schedule, peak=3e-3)),
-    "plain": replace(config, optimizer=partial(adamw, b2=0.99), schedule=Schedule(
-        shape="cosine", peak=1e-3, warmup=100, final=0.1)),
 }
+measures = {"validation": last}

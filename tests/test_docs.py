@@ -56,7 +56,8 @@ def test_an_example_is_a_config_that_is_accepted(examples, name):
 def test_all_examples_together_train(examples, tmp_path, tiny, hasty):
     """Every function of theirs in one run of a few steps, on notebooks."""
     for i in range(24):
-        cells = [dict(cell_type="code", source=[f"def f{i}(x):\n", f"    return {j}\n"]) for j in range(i + 9)]
+        cells = [dict(cell_type="code", source=[f"def f{i}(x):\n", f"    return {j}\n"])
+                 for j in range(i + 9)]
         (tmp_path / f"{i}.ipynb").write_text(json.dumps(dict(cells=cells)))
     (tmp_path / "broken.ipynb").write_text("{")
     source, phase, changed = data.Source(None), train.Phase(steps=4, batch=8, seq=32), {}
@@ -77,8 +78,9 @@ def test_all_examples_together_train(examples, tmp_path, tiny, hasty):
     config = train.Config(
         name="all", runs=str(tmp_path), model=tiny,
         phases=(phase, replace(phase, edits=(phase.repeat[0].apply,), steer=0)),
-        data=data.DataConfig(sources=dict(modules=source, functions=source), tokenizer="bytes", dev=0.2, test=0.1,
-                             max_skipped=0.5), overlap=8, eval_every=2, eval_tokens=200, sample_tokens=4, save_every=4, **changed)
+        data=data.DataConfig(sources=dict(modules=source, functions=source), tokenizer="bytes", dev=0.2,
+                             test=0.1, max_skipped=0.5),
+        overlap=8, eval_every=2, eval_tokens=200, sample_tokens=4, save_every=4, **changed)
     train.Run(config, __file__).train()
     rows = [json.loads(line) for line in (tmp_path / "all/metrics.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "train/loss" in r]

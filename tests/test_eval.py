@@ -276,6 +276,38 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path, capsys):
         assert said in error and error.count("\n") == 1
 
 
+# ------------------------------------------------------------------------------------------- tiny Shakespeare
+
+def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, hasty, capsys):
+    """At its size, on the rest of the text; a run without dev and test ends with its figures and a sample."""
+    shakespeare = train.load_file(train.ROOT / "configs/shakespeare_char.py")
+    size = 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 64 * 128 + 128  # of a GPT-2 without biases, head tied
+    assert model.count(shakespeare.config.model) == pytest.approx(size, rel=0.02)
+    text = "".join(np.random.default_rng(0).choice(list("abc d\n"), 3_000))
+    (tmp_path / "input.txt").write_text(text)
+    line = (f"{train.ROOT}/configs/shakespeare_char.py --runs {tmp_path} --phases.0.steps 4 --phases.0.seq 16 "
+            "--phases.0.batch 8 --model.layers 1 --model.embed 16 --model.mlp 16 --model.heads 2 "
+            "--model.kv_heads 2 --model.head_dim 8 --evals.0.windows 300 --sample_tokens 4 --eval_every 2 "
+            f"--data.sources.shakespeare.documents.path {tmp_path}/input.txt")
+    config, file = train.parse(line.split())
+    assert "".join(d.text for d in config.data.sources["shakespeare"].documents()) == text[:2_700]
+    params = table(5)
+    found = shakespeare.validation(params, bigram, config)
+    ids, wide = list(text[2_700:].encode()), params.astype(np.float64)
+    each = np.array([np.log(np.exp(wide[a]).sum()) - wide[a, b] for a, b in zip(ids, ids[1:], strict=False)])
+    rows = np.array([each[i:i + 16].mean() for i in range(len(ids) - 16)])
+    assert found["eval/whole/loss"] == pytest.approx(rows[::16].mean(), rel=1e-5)
+    assert abs(found["eval/validation/loss"] - rows.mean()) < 4 * found["eval/validation/loss_se"] < 0.2
+    assert found["eval/validation/loss_se"] == pytest.approx(rows.std() / 300**0.5, rel=0.2)
+    summary = train.Run(config, file).train()
+    metrics = [json.loads(r) for r in (tmp_path / "shakespeare_char/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in metrics if "eval/validation/loss" in r] == [2, 4]
+    assert summary["eval/validation/loss"] == pytest.approx(shakespeare.last(metrics), rel=1e-5)
+    assert (tmp_path / "shakespeare_char/samples.txt").read_text().startswith("ROMEO")
+    (tmp_path / "input.txt").write_text("é" * 99)
+    assert train.main(line.split()) == 2 and "ASCII" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------- the real harness, by hand
 
 @pytest.mark.study
@@ -322,8 +354,8 @@ def test_the_harness_gives_the_exported_model_the_same_scores(tmp_path, tiny, da
             task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=paths[name])),
             test_split="test", output_type=kind, metric_list=[dict(metric=m) for m in metrics.split()])
 
-    asked = [task("quiz", "multiple_choice", "acc acc_norm acc_bytes", doc_to_text="query", doc_to_target="gold",
-                  doc_to_choice="choices"),
+    asked = [task("quiz", "multiple_choice", "acc acc_norm acc_bytes", doc_to_text="query",
+                  doc_to_target="gold", doc_to_choice="choices"),
              task("following", "loglikelihood", "acc perplexity", doc_to_text="context",
                   doc_to_target="completion"),
              task("pairs", "multiple_choice", "acc", doc_to_text="", doc_to_target=0, target_delimiter="",
