@@ -285,7 +285,7 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, hasty, capsy
     assert model.count(shakespeare.config.model) == pytest.approx(size, rel=0.02)
     text = "".join(np.random.default_rng(0).choice(list("abc d\n"), 3_000))
     (tmp_path / "input.txt").write_text(text)
-    line = (f"{train.ROOT}/configs/shakespeare_char.py --runs {tmp_path} --phases.0.steps 4 --phases.0.seq 16 "
+    line = (f"{shakespeare.__file__} --runs {tmp_path} --phases.0.steps 4 --phases.0.seq 16 "
             "--phases.0.batch 8 --model.layers 1 --model.embed 16 --model.mlp 16 --model.heads 2 "
             "--model.kv_heads 2 --model.head_dim 8 --evals.0.windows 300 --sample_tokens 4 --eval_every 2 "
             f"--data.sources.shakespeare.documents.path {tmp_path}/input.txt")

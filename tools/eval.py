@@ -99,21 +99,24 @@ def held_out(cache: data.Cache, split: str, tokenizer: data.Tokenizer, seq: int,
                    lambda: (tokenizer.decode(ids(d)).encode("utf-8") for d in range(len(found))), batches)
 
 
-def bits_per_byte(losses: Callable, held: HeldOut) -> dict[str, float]:
-    """`loss` (nats per token) and `bpb` of held-out documents with the latter's standard error `bpb_se`.
-
-    losses: arrays -> [b, t]. The standard error is that of a ratio of sums over documents.
+def per_byte(nats: np.ndarray, size: np.ndarray) -> dict[str, float]:
+    """`bpb`, bits per byte of texts that need `nats` [n] and have `size` [n] bytes, and its standard error
+    `bpb_se`, that of a ratio of sums.
     """
+    n, bits, whole = len(nats), nats / math.log(2), float(size.sum())
+    bpb = float(bits.sum()) / whole
+    spread = float(np.sum((bits - bpb * size) ** 2))
+    return dict(bpb=bpb, bpb_se=math.sqrt(spread * n / (n - 1)) / whole if n > 1 else math.nan)
+
+
+def bits_per_byte(losses: Callable, held: HeldOut) -> dict[str, float]:
+    """`loss` (nats per token) of held-out documents, and what `per_byte` says; losses: arrays -> [b, t]."""
     nats, tokens = np.zeros(len(held.paths)), 0
     for arrays, document in held.batches():
         counted = document >= 0
         np.add.at(nats, document[counted], np.asarray(losses(arrays), np.float64)[counted])
         tokens += int(counted.sum())
-    n, size, bits = len(nats), float(held.bytes.sum()), nats / math.log(2)
-    bpb = float(bits.sum()) / size
-    spread = float(np.sum((bits - bpb * held.bytes) ** 2))
-    return dict(loss=float(nats.sum()) / tokens, bpb=bpb,
-                bpb_se=math.sqrt(spread * n / (n - 1)) / size if n > 1 else math.nan)
+    return dict(loss=float(nats.sum()) / tokens) | per_byte(nats, held.bytes)
 
 
 def measure(losses: Callable, caches: dict, split: str, config: train.Config, phase: train.Phase,
@@ -154,7 +157,7 @@ def during(run: train.Run, step: int, losses: Callable, scores: Callable) -> dic
 
     losses, scores: of `model.evaluators`.
     """
-    config, params, row = run.config, run.state.params, {}
+    config, params, row = replace(run.config, model=run.shape), run.state.params, {}
     if config.data.dev:
         found, _ = measure(partial(losses, params, run.state.step), run.caches, "dev", config,
                            config.phases[run.loader.phase_of(step)], run.tokenizer, config.eval_tokens)
@@ -317,14 +320,11 @@ def item(where: str, record: dict, tokenizer: data.Tokenizer, delimiter: str) ->
 def figures(items: list[Item], nats: np.ndarray, greedy: np.ndarray) -> dict[str, float]:
     """{metric: value} of a task, see above; nats, greedy: of all its texts in turn."""
     if items[0].answer is None:
-        size, n = np.array([len(i.texts[0].encode()) for i in items]), len(items)
-        bits, found = nats / math.log(2), mean("exact", greedy) | mean("loglikelihood", -nats)
+        found = mean("exact", greedy) | mean("loglikelihood", -nats)
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(nats.mean()))
-        bpb, spread = bits.sum() / size.sum(), np.sum((bits - bits.sum() / size.sum() * size) ** 2)
-        return found | dict(
-            perplexity=perplexity, perplexity_se=perplexity * found["loglikelihood_se"], bpb=float(bpb),
-            bpb_se=math.sqrt(spread * n / (n - 1)) / float(size.sum()) if n > 1 else math.nan)
+        return found | dict(perplexity=perplexity, perplexity_se=perplexity * found["loglikelihood_se"]) | \
+            per_byte(nats, np.array([len(i.texts[0].encode()) for i in items]))
     each = np.split(-nats, np.cumsum([len(i.texts) for i in items])[:-1])
     by = dict(acc=lambda text: 1, acc_norm=len, acc_bytes=lambda text: len(text.encode()))
     return {k: v for name, length in by.items() for k, v in mean(name, [
