@@ -86,11 +86,11 @@ def test_the_boundary_is_where_the_context_s_own_pieces_end(pieces):
 
 
 def choices(seed: int, n: int) -> list[dict]:
-    """Questions with two to five choices of 1 to 12 characters, some beyond ASCII."""
+    """Questions with two to five choices of 2 to 13 characters, some beyond ASCII."""
     rng = np.random.default_rng(seed)
     letters = list("abcdefgh é木")
     def word(): return "x" + "".join(rng.choice(letters, rng.integers(0, 12)))
-    rows = [dict(query=word(), choices=[word() for _ in range(rng.integers(2, 6))]) for _ in range(n)]
+    rows = [dict(query=word(), choices=[c + word() for c in "abcde"[:rng.integers(2, 6)]]) for _ in range(n)]
     return [r | dict(gold=int(rng.integers(len(r["choices"])))) for r in rows]
 
 
@@ -220,8 +220,8 @@ def run(tmp_path_factory, tiny, data_config, hasty):
     (here / "pairs").mkdir()
     write(here / "pairs/some.jsonl", [dict(sentence_good="the tree", sentence_bad="\x01\x02\x03\x04ZQZ")] * 5)
     config = train.Config(
-        name="tasked", runs=str(here / "runs"), model=tiny, data=train.replace(data_config, dev=0, test=0),
-        phases=(train.Phase(steps=6, batch=8, seq=32),), overlap=8, eval_every=3, save_every=3, keep=2,
+        name="tasked", runs=str(here / "runs"), model=train.replace(tiny, layers=1),
+        data=train.replace(data_config, dev=0, test=0), phases=(train.Phase(steps=6, batch=8, seq=32),), overlap=8, eval_every=3, save_every=3, keep=2,
         evals=(partial(evaluate.tasks, path=str(here / "quiz.jsonl")), partial(noted, word="steps"),
                partial(evaluate.blimp, path=str(here / "pairs"))), sample_tokens=4)
     train.check(config)
@@ -298,7 +298,7 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, hasty, capsy
     rows = np.array([each[i:i + 16].mean() for i in range(len(ids) - 16)])
     assert found["eval/whole/loss"] == pytest.approx(rows[::16].mean(), rel=1e-5)
     assert abs(found["eval/validation/loss"] - rows.mean()) < 4 * found["eval/validation/loss_se"] < 0.2
-    assert found["eval/validation/loss_se"] == pytest.approx(rows.std() / 300**0.5, rel=0.2)
+    assert found["eval/validation/loss_se"] == pytest.approx(rows.std() / 2_000**0.5, rel=0.1)
     summary = train.Run(config, file).train()
     metrics = [json.loads(r) for r in (tmp_path / "shakespeare_char/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in metrics if "eval/validation/loss" in r] == [2, 4]
