@@ -221,7 +221,8 @@ def run(tmp_path_factory, tiny, data_config, hasty):
     write(here / "pairs/some.jsonl", [dict(sentence_good="the tree", sentence_bad="\x01\x02\x03\x04ZQZ")] * 5)
     config = train.Config(
         name="tasked", runs=str(here / "runs"), model=train.replace(tiny, layers=1),
-        data=train.replace(data_config, dev=0, test=0), phases=(train.Phase(steps=6, batch=8, seq=32),), overlap=8, eval_every=3, save_every=3, keep=2,
+        data=train.replace(data_config, dev=0, test=0), phases=(train.Phase(steps=6, batch=8, seq=32),),
+        overlap=8, eval_every=3, save_every=3, keep=2,
         evals=(partial(evaluate.tasks, path=str(here / "quiz.jsonl")), partial(noted, word="steps"),
                partial(evaluate.blimp, path=str(here / "pairs"))), sample_tokens=4)
     train.check(config)
