@@ -317,7 +317,7 @@ def test_the_harness_gives_the_exported_model_the_same_scores(tmp_path, tiny, da
     """lm-evaluation-harness on local files: choices, completions and pairs, some beyond the model's rows."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    why = "pip install lm_eval torch transformers: {} is not installed"
+    why = "pip install 'lm_eval[hf]': {} is not installed"
     harness = pytest.importorskip("lm_eval", reason=why.format("lm_eval"))
     for name in ("torch", "transformers", "lm_eval.models.huggingface"):
         pytest.importorskip(name, reason=why.format(name))
