@@ -286,7 +286,7 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, hasty, capsy
     assert model.count(shakespeare.config.model) == pytest.approx(size, rel=0.02)
     text = "".join(np.random.default_rng(0).choice(list("abc d\n"), 3_000))
     (tmp_path / "input.txt").write_text(text)
-    line = (f"{shakespeare.__file__} --runs {tmp_path} --phases.0.steps 4 --phases.0.seq 16 "
+    line = (f"{shakespeare.__file__}:adamw --runs {tmp_path} --phases.0.steps 4 --phases.0.seq 16 "
             "--phases.0.batch 8 --model.layers 1 --model.embed 16 --model.mlp 16 --model.heads 2 "
             "--model.kv_heads 2 --model.head_dim 8 --evals.0.windows 300 --sample_tokens 4 --eval_every 2 "
             f"--data.sources.shakespeare.documents.path {tmp_path}/input.txt")
@@ -301,10 +301,10 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, hasty, capsy
     assert abs(found["eval/validation/loss"] - rows.mean()) < 4 * found["eval/validation/loss_se"] < 0.2
     assert found["eval/validation/loss_se"] == pytest.approx(rows.std() / 2_000**0.5, rel=0.1)
     summary = train.Run(config, file).train()
-    metrics = [json.loads(r) for r in (tmp_path / "shakespeare_char/metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(r) for r in (tmp_path / "shakespeare_char-adamw/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in metrics if "eval/validation/loss" in r] == [2, 4]
     assert summary["eval/validation/loss"] == pytest.approx(shakespeare.last(metrics), rel=1e-5)
-    assert (tmp_path / "shakespeare_char/samples.txt").read_text().startswith("ROMEO")
+    assert (tmp_path / "shakespeare_char-adamw/samples.txt").read_text().startswith("ROMEO")
     (tmp_path / "input.txt").write_text("é" * 99)
     assert train.main(line.split()) == 2 and "ASCII" in capsys.readouterr().err
 
