@@ -301,10 +301,11 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, hasty, capsy
     assert abs(found["eval/validation/loss"] - rows.mean()) < 4 * found["eval/validation/loss_se"] < 0.2
     assert found["eval/validation/loss_se"] == pytest.approx(rows.std() / 2_000**0.5, rel=0.1)
     summary = train.Run(config, file).train()
-    metrics = [json.loads(r) for r in (tmp_path / "shakespeare_char-adamw/metrics.jsonl").read_text().splitlines()]
+    here = tmp_path / "shakespeare_char-adamw"
+    metrics = [json.loads(r) for r in (here / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in metrics if "eval/validation/loss" in r] == [2, 4]
     assert summary["eval/validation/loss"] == pytest.approx(shakespeare.last(metrics), rel=1e-5)
-    assert (tmp_path / "shakespeare_char-adamw/samples.txt").read_text().startswith("ROMEO")
+    assert (here / "samples.txt").read_text().startswith("ROMEO")
     (tmp_path / "input.txt").write_text("é" * 99)
     assert train.main(line.split()) == 2 and "ASCII" in capsys.readouterr().err
 
