@@ -795,7 +795,7 @@ class Run:
 
     def conclude(self) -> dict[str, Any]:
         """The last row, and what tools/eval.py and tools/summary.py make of the run."""
-        found = {k: v for k, v in verb("eval", [str(self.directory)]).items() if k.startswith("eval/")}
+        found = {k: v for k, v in verb("eval", [str(self.directory)]).items() if ".test/" in k}
         self.out.row({"step": self.total, **found, **self.spent(self.total)})
         self.out.sync()
         return verb("summary", [str(self.directory)])

@@ -3,7 +3,7 @@
 Jordan et al. 2024 orthogonalise the momentum of each matrix by a Newton-Schulz iteration; Liu et al. 2025
 (arXiv 2502.16982) give it weight decay and an update of AdamW's size, so that one rate serves all parameters.
 Embeddings, gains and an untied head keep AdamW. `muon` works for any config: `optimizer=muon`.
-Not run in full yet: twelve runs of 300 steps, of eight layers.
+Not run in full yet: twelve runs of 300 steps, of eight layers, perhaps half an hour on two CPU cores.
 
     python train.py study configs/muon.py --seeds 3 --jobs 2
     python train.py configs/muon.py                           one arm by hand
