@@ -396,7 +396,7 @@ def dense(x, w, axes: tuple[str, ...]):
 
 
 def block(x, w, angles, attend_fn: Callable, config: ModelConfig, dense: Callable = dense):
-    """One transformer block: x [b t d], weights `w` for `dense`, and `attend_fn(q, k, v) -> (output, aux)`."""
+    """One transformer block: x [b t d], weights `w` for `dense`, `attend_fn(q, k, v) -> (output, aux)`."""
     rows = table(config)
 
     def times(x, name):

@@ -40,9 +40,9 @@ class How(NamedTuple):
 def prepare(params, config: model.ModelConfig):
     """Parameters as generation reads them, placed by the table's rules: (others, [of each block]).
 
-    In the dtype of the computation, once; each block's apart, as XLA on CPU would copy a slice of the stack for
-    each token; and a matrix in parts of its outputs, since one core alone multiplies a row with a matrix there,
-    but several cores as many of them. The head is [v d], as a tied one is, which needs no transposing.
+    In the dtype of the computation, once; each block's apart, as XLA on CPU would copy a slice of the stack
+    for each token; and a matrix in parts of its outputs, as there one core alone multiplies a row with a
+    matrix, but several cores several of them. The head is [v d], as a tied one is: no need to transpose.
     """
     mesh = get_abstract_mesh()
     cores = min(8, os.cpu_count()) if jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1) else 1
