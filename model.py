@@ -393,8 +393,8 @@ def dense(x, w, axes: tuple[str, ...]):
     return checkpoint_name(y.reshape(*x.shape[:2], *w.shape[inputs:]), "product")
 
 
-def block(x, w, angles, attend_fn: Callable, config: ModelConfig):
-    """One transformer block: x [b t d], its weights `w`, and `attend_fn(q, k, v) -> (output, aux)`."""
+def block(x, w, angles, attend_fn: Callable, config: ModelConfig, dense: Callable = dense):
+    """One transformer block: x [b t d], weights `w` for `dense`, `attend_fn(q, k, v) -> (output, aux)`."""
     rows = table(config)
 
     def times(x, name):

@@ -22,6 +22,7 @@ equal = np.testing.assert_array_equal
 GREEDY, WARM = How(np.float32(0)), How(np.float32(1))
 FEW = How(np.float32(0.8), np.float32(40), np.float32(0.9))
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (5, 1, 33, 40)]
+narrow = jax.jit(sample.narrow)
 prepare = jax.jit(sample.prepare, static_argnames="config")
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -110,7 +111,7 @@ def test_eight_devices_give_what_one_does(untied, params):
                 equal(got, one[how][:rows])
         ids, pad = sample.padded(PROMPTS, 0)
         cache = sample.prefill(weights, ids[:, :-1], pad, 128, untied)
-    parts = {n: x.addressable_shards[0].data.shape for n, x in weights[1][0].items()}
+    parts = {n: x[0].addressable_shards[0].data.shape for n, x in weights[1][0].items()}
     assert parts["gate"] == (16, 24) and parts["q"] == (16, 1, 2, 8) and parts["down"] == (24, 16)
     assert weights[0]["embed"].addressable_shards[0].data.shape == (129, 16)
     assert cache[0][0].addressable_shards[0].data.size * 8 == cache[0][0].size
@@ -119,7 +120,7 @@ def test_eight_devices_give_what_one_does(untied, params):
 def kept(shares, top_k=np.inf, top_p=np.inf):
     """Which of these probabilities `narrow` leaves."""
     scores = jnp.log(jnp.asarray([shares], jnp.float32))
-    out = sample.narrow(scores, np.float32(top_k), np.float32(top_p))[0]
+    out = narrow(scores, np.float32(top_k), np.float32(top_p))[0]
     return np.flatnonzero(np.isfinite(out)).tolist()
 
 
@@ -278,6 +279,6 @@ def test_mistakes_are_one_sentence(said, tmp_path):
             (["--prompts", tmp_path / "bad.jsonl"], '{"text": "x"}'),
             (["--prompts", tmp_path / "no"], "--prompts", "no such"),
             (["--prompts", tmp_path / "none.txt"], "--prompts"), (["--stream", "--n", 2], "--stream", "2"),
-            (["--mesh.tensor", 3], "tensor 3", "8 devices"), (["--mesh.tensor", 8], "kv_heads", "8")]:
+            (["--mesh.tensor", 3], "tensor 3", "8 devices"), (["--mesh.tensor", 8], "vocab", "258", "8")]:
         err = said(*arguments, code=2)
         assert err.count("\n") == 1 and all(w.lower() in err.lower() for w in words), (arguments, err)

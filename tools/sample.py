@@ -9,6 +9,7 @@ does not fit a device: --mesh.data, --mesh.fsdp and --mesh.tensor, of which thos
 """
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -39,16 +40,34 @@ class How(NamedTuple):
 def prepare(params, config: model.ModelConfig):
     """Parameters as generation reads them, placed by the table's rules: (others, [of each block]).
 
-    In the dtype of the computation, once, and each block's in arrays of its own, since XLA on CPU would write
-    a copy of a slice of the stack for each token.
+    In the dtype of the computation, once; each block's apart, as XLA on CPU would copy a slice of the stack
+    for each token; and a matrix in parts of its outputs, as there one core alone multiplies a row with a
+    matrix, but several cores several of them. The head is [v d], as a tied one is: no need to transpose.
     """
+    mesh = get_abstract_mesh()
+    cores = min(8, os.cpu_count()) if jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1) else 1
+
     def placed(x, axes):
         return model.pin(x.astype(config.dtype), *(model.RULES[a] for a in axes))
 
+    def parts(x, axis):
+        return jnp.split(x, max(n for n in range(1, cores + 1) if x.shape[axis] % n == 0), axis)
+
+    def parted(x, axes):
+        return parts(placed(x, axes), 1 if axes[0] == "embed" else -1) if len(axes) > 1 else placed(x, axes)
+
     rows = model.table(config)
-    others = {n: placed(params[n], p.axes) for n, p in rows.items() if p.axes[0] != "layers"}
-    return others, [{n: placed(x[i], rows[n].axes[1:]) for n, x in model.blocks(params, config).items()}
+    others = {n: placed(params[n], rows[n].axes) for n in ("embed", "norm")}
+    if not config.tied or cores > 1:  # else the table itself is the head
+        head = others["embed"] if config.tied else placed(params["head"].T, ("vocab", "embed"))
+        others["head"] = parts(head, 0)
+    return others, [{n: parted(x[i], rows[n].axes[1:]) for n, x in model.blocks(params, config).items()}
                     for i in range(config.layers)]
+
+
+def dense(x, w: list, axes: tuple[str, ...]):
+    """`model.dense` by a matrix in parts."""
+    return jnp.concatenate([model.dense(x, part, axes) for part in w], 2)
 
 
 def forward(weights, tokens, positions, attends, config: model.ModelConfig):
@@ -57,18 +76,17 @@ def forward(weights, tokens, positions, attends, config: model.ModelConfig):
     angles, kept = model.rope(positions, config), []
     x = model.pin(model.pin(others["embed"], model.RULES["vocab"], None)[tokens], model.ROWS)
     for w, attend in zip(layers, attends, strict=True):
-        x, aux = model.block(x, w, angles, attend, config)
+        x, aux = model.block(x, w, angles, attend, config, dense)
         kept.append(aux)
     return model.rms_norm(x, others["norm"], config.norm_eps), kept
 
 
 def score(others, states, config: model.ModelConfig):
-    """Logits [b v] of states [b d]. A tied table is read as it lies: XLA would transpose `model.logits`'s."""
-    if not config.tied:
-        return model.logits(others, states[:, None], config)[:, 0]
-    embed = model.pin(others["embed"], model.RULES["vocab"])
+    """Logits [b v] in float32 or wider, from final states [b d]."""
     wide = jnp.promote_types(config.dtype, jnp.float32)
-    return jnp.einsum("bd,vd->bv", states, embed, preferred_element_type=wide)
+    heads = [model.pin(part, model.RULES["vocab"]) for part in others.get("head", [others["embed"]])]
+    return jnp.concatenate([jnp.einsum("bd,vd->bv", states, part, preferred_element_type=wide)
+                            for part in heads], -1)
 
 
 def place(x):
