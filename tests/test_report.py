@@ -13,6 +13,22 @@ from train import Config, Phase
 
 report = train.load_file(train.ROOT / "tools/report.py")
 OWNED = "<script>document.documentElement.dataset.owned = 1</script><b>&amp;"  # a sample may say anything
+USE = """<script>
+const all = what => [...document.querySelectorAll(what)], html = document.documentElement;
+const send = (target, type, x) => target.dispatchEvent(new PointerEvent(type, {clientX: x, bubbles: true}));
+const drawn = all("figure > svg").filter(svg => svg.clientWidth);
+all("#logx, #logy, [data-axis], .legend button, .legend button").forEach(button => {
+  button.click();
+  send(button, "pointerenter", 0);
+  send(button, "pointerleave", 0);
+});
+all(".legend button").forEach(button => button.click());
+const middle = svg => svg.getBoundingClientRect().left + svg.clientWidth / 2;
+drawn.forEach(svg => send(svg, "pointermove", middle(svg)));
+html.dataset.pointed = all(".tip").filter(tip => !tip.hidden && tip.textContent.includes("step")).length;
+["down", "move", "up"].forEach((way, i) => send(drawn[0], "pointer" + way, middle(drawn[0]) + 60 * i));
+if (!document.getElementById("whole").hidden) html.dataset.part = "shown";
+</script>"""
 
 
 def make_run(path: Path, steps: int = 60, done: bool = True, sources=("code",), seed=0, **more) -> Path:
@@ -33,7 +49,8 @@ def make_run(path: Path, steps: int = 60, done: bool = True, sources=("code",), 
     test = {f"eval/{n}.test/{k}": v for n in sources for k, v in figures}
     if done:
         rows.append({"step": steps, **test, **spent})
-        end = dict(versions={"jax": "0.10.2"}, host=path.name, commit="c0ffee", gzip_bpb=2.2, xz_bpb=2.1)
+        end = dict(versions={"jax": "0.10.2"}, host=path.name, commit="c0ffee", device="cpu", devices=1,
+                   gzip_bpb=2.2, xz_bpb=2.1)
         (path / "summary.json").write_text(json.dumps(rows[-2] | test | end))
         (path / "samples.txt").write_text(OWNED)
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -68,7 +85,8 @@ def made(tmp_path_factory) -> dict[str, Path]:
             "torn": make_run(root / "torn", done=False), "new": make_run(root / "new"),
             "study": make_study(root / "depth")}
     with open(made["torn"] / "metrics.jsonl", "a") as rows:  # a line that is no row, a row, a torn line
-        rows.write('[1]\n{"step": 20, "train/loss": null, "train/tokens": 1, "train/flops": 1.0}\n{"step": 2')
+        row = {"step": 20, "train/loss": None, "train/tokens": 1, "train/flops": 1.0, "phase": 0}
+        rows.write(f'[1]\n{json.dumps(row)}\n{{"step": 2')
     for name in ("metrics.jsonl", "summary.json", "samples.txt"):
         (made["new"] / name).unlink()
     (made["new"] / "config.json").write_text('{"name": ')
@@ -145,12 +163,16 @@ def test_where_the_page_goes(made, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 def test_a_browser_draws_it(page, tmp_path):
-    """Without a network: every chart has curves, and nothing went wrong or was refused."""
+    """Without a network: every chart has curves, on each axis, and says what is under the pointer; a part of
+    the axis is shown alone; nothing goes wrong or is refused.
+    """
+    (tmp_path / "used.html").write_text(page.read_text("utf-8") + USE)
     flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --dump-dom "
              "--disable-background-networking --disable-component-update --enable-logging=stderr").split()
-    line = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    line = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "used.html").as_uri()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=180)
     tag, = re.findall("<html[^>]*>", done.stdout)
     charts = sum(len(s["charts"]) for s in data_of(page)["sections"] if s["title"] != "More figures")
-    assert f'data-drawn="{charts}"' in tag and "data-error" not in tag and "data-owned" not in tag
-    assert "CONSOLE" not in done.stderr and done.stdout.count('class="curve"') >= charts
+    assert f'data-drawn="{charts}"' in tag and f'data-pointed="{charts}"' in tag and "data-part" in tag
+    assert "data-error" not in tag and "data-owned" not in tag and "CONSOLE" not in done.stderr
+    assert done.stdout.count('class="curve"') >= charts

@@ -64,7 +64,7 @@ def rows_of(path: Path) -> tuple[list[dict], int]:
             row = json.loads(line)
         except ValueError:  # torn
             continue
-        if isinstance(row, dict) and {"step", "train/tokens", "train/flops"} <= row.keys():
+        if isinstance(row, dict) and {"step", "phase", "train/tokens", "train/flops"} <= row.keys():
             rows.append(row)
     return rows, len(lines) - len(rows)
 
@@ -349,7 +349,7 @@ def study(path: Path, result: dict) -> str:
         if image else "", "</section>"])
 
 
-def page(runs: list[Shown], studies: list[tuple[Path, dict]]) -> str:
+def page(titles: list[str], runs: list[Shown], studies: list[tuple[Path, dict]]) -> str:
     """The page; whatever somebody else wrote is escaped in it."""
     drawn = curves(runs)
     names = ['<span class=key><svg width=26 height=10><line x1=1 x2=25 y1=5 y2=5 '
@@ -357,7 +357,6 @@ def page(runs: list[Shown], studies: list[tuple[Path, dict]]) -> str:
              f'{text(run["name"])}</span>' for run in drawn["runs"]]
     configs = [(name, train.flatten({k: v for k, v in run.config.items() if k not in ("name", "runs")}))
                for run, name in zip(runs, names, strict=True) if run.config]
-    titles = [result["study"] for _, result in studies] or [run.name for run in runs]
     gaps = dict(
         title=text(", ".join(titles[:4]) + (f" and {len(titles) - 4} more" if len(titles) > 4 else "")),
         made=time.strftime("%Y-%m-%d %H:%M"), runs=str(len(runs)), overview=overview(runs, names),
@@ -382,5 +381,5 @@ def main(arguments: list[str]):
     paths = [path.expanduser() for path in a.runs]
     runs, studies = collect(paths)
     out = (a.out or (paths[0] if len(paths) == 1 else Path()) / "report.html").expanduser()
-    data.write(out, page(runs, studies))
+    data.write(out, page([path.resolve().name for path in paths], runs, studies))
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 1e6:.1f} MB")
