@@ -340,8 +340,9 @@ def test_the_harness_gives_the_exported_model_the_same_scores(tmp_path, tiny, da
     quiz = [dict(query=cut(int(rng.integers(0, 50))), gold=int(rng.integers(3)),
                  choices=[cut(int(rng.integers(1, 20))) + "." for _ in range(3)]) for _ in range(60)]
     quiz += [dict(query=cut(400) + tail, gold=0, choices=["tree", "self"]) for tail in ("", " ", "\n\n")]
-    following = [cut(int(rng.integers(2, 60))) for _ in range(40)]
-    following = [dict(context=t[:len(t) // 2], completion=t[len(t) // 2:]) for t in following]
+    following = [cut(int(rng.integers(30, 90))) for _ in range(40)]  # cut within words too
+    following = [dict(context=t[:-15], completion=t[-15:]) for t in following]
+    following += [dict(context=p, completion=c) for p, c in (("the", " tree"), ("roots", " stay"))]
     pairs = [dict(sentence_good=cut(20), sentence_bad=cut(20)) for _ in range(40)]
     files = dict(quiz=quiz, following=following, pairs=pairs)
     paths = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items()}
