@@ -215,19 +215,11 @@ def read_tokenizer(name: str) -> data.Tokenizer:
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Pairs of pieces in the order in which SentencePiece joins them: by falling score of what they make.
 
-    Of equal scores it takes the leftmost. Where a piece is a b = b c, and the text has a b c, that is a + b,
-    which must come before b + c here: an order by rank knows no place. So of two such cuts, of a piece of n
-    characters after m and after n - m, m comes first if the first n - m characters are the last ones too.
+    Of equal scores it takes the leftmost, which ranks cannot say. It would matter for pieces a b c in a row
+    with a b = b c alone, to which joining by scores does not lead: the order of a piece's own cuts is free.
     """
-    def order(piece: str, cut: int) -> tuple[int, bool]:
-        short = min(cut, len(piece) - cut)
-        return short, (cut == short) != (piece[short:] == piece[:len(piece) - short])
-
-    out = []
-    for piece in sorted(scores, key=scores.get, reverse=True):
-        cuts = (i for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores)
-        out += [(piece[:i], piece[i:]) for i in sorted(cuts, key=functools.partial(order, piece))]
-    return out
+    return [(piece[:i], piece[i:]) for piece in sorted(scores, key=scores.get, reverse=True)
+            for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
 
 
 def of_pieces(tokenizer: data.SentencePiece) -> dict:
