@@ -282,3 +282,14 @@ def test_mistakes_are_one_sentence(said, tmp_path):
             (["--mesh.tensor", 3], "tensor 3", "8 devices"), (["--mesh.tensor", 8], "vocab", "258", "8")]:
         err = said(*arguments, code=2)
         assert err.count("\n") == 1 and all(w.lower() in err.lower() for w in words), (arguments, err)
+
+
+@pytest.mark.parametrize("of_run", [False, True])
+def test_generation_can_be_timed(run, capsys, of_run):
+    """`bench --generate`, of a shape or of a run's model."""
+    given = ["--init_from", str(run)] if of_run else ["--layers", "1", "--embed", "32", "--mlp", "48"]
+    assert train.main(["bench", "--generate", "--batch", "2", "--seq", "5", "--sample_tokens", "20",
+                       "--seconds", "0", *given]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["runs"] >= 3 and row["tokens_per_s"] == pytest.approx(2 * 20 / row["ms"] * 1e3, rel=0.1)
+    assert row["params"] == model.count(train.load(str(run))[1].model) or not of_run
