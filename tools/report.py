@@ -9,7 +9,6 @@ import collections
 import html
 import json
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -73,7 +72,7 @@ def collect(paths: list[Path]) -> tuple[list[Shown], list[tuple[Path, dict]]]:
     """(the runs, the studies with their results) that the arguments name."""
     runs, studies = {}, []
     for path in paths:
-        result, inside = read(path / "study.json"), {}
+        result, inside = read(path / "study.json"), {}  # directory: colour
         if (path / "config.json").is_file():
             inside = {path: str(path)}
         elif result:
@@ -85,10 +84,10 @@ def collect(paths: list[Path]) -> tuple[list[Shown], list[tuple[Path, dict]]]:
             raise InputError(f"{str(path)!r} is neither a run (it has no config.json) nor a study (it has no "
                              "study.json, and no run in it)")
         runs |= inside
-    names = [path.resolve().name for path in runs]
-    shown = []
-    for (path, group), name in zip(runs.items(), names, strict=True):
-        name = name if names.count(name) == 1 else os.path.join(*path.resolve().parts[-2:])
+    names, shown = collections.Counter(path.resolve().name for path in runs), []
+    for path, group in runs.items():
+        *_, above, name = path.resolve().parts
+        name = name if names[name] == 1 and (path in paths or len(paths) == 1) else f"{above}/{name}"
         shown.append(Shown(path, name, group, *rows_of(path / "metrics.jsonl"), read(path / "config.json"),
                            read(path / "summary.json")))
     return shown, studies
