@@ -311,6 +311,9 @@ def main(arguments: list[str]) -> str:
     temperature = config.sample_temperature if a.temperature is None else a.temperature
     how = How(*map(np.float32, (temperature, a.top_k or math.inf, a.top_p if a.top_p < 1 else math.inf)))
     texts = [prompt for prompt in (a.prompt or config.prompts) for _ in range(a.n)]
+    if not texts:
+        print(f"the config of {a.run} has no prompts")
+        return ""
     alone = len(texts) == 1 and not a.json and jax.process_count() == 1  # processes must go at one pace
     stream = a.stream or (alone and sys.stdout.isatty())
     if stream and not alone:
