@@ -40,7 +40,7 @@ def draw(run: Path):
     smooth = np.convolve(np.pad(losses, (width - 1, 0), "edge"), np.ones(width) / width, "valid")
     top.plot(flops, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     top.plot(flops, smooth, color="tab:blue", label=f"train loss, mean of {width} (nats per token)")
-    for i, key in enumerate(sorted({k for r in evals for k in r if k.endswith("/bpb")})):
+    for i, key in enumerate(sorted({k for r in evals for k in r if k.endswith("/bpb") and r[k] is not None})):
         points = [(r["train/flops"], r[key]) for r in evals if r.get(key) is not None]
         top.plot(*zip(*points, strict=True), "o-" if len(points) > 1 else "*", color=f"C{i + 1}",
                  markersize=5 if len(points) > 1 else 12,
