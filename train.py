@@ -859,7 +859,7 @@ def verb(name: str, arguments: list[str]):
 
 def main(arguments: list[str]) -> int:
     """The command line; 2 for what the user can mend, said in one sentence on stderr."""
-    load_file(ROOT / "tools/fit.py").keep_memory()
+    load_file(ROOT / "tools/fit.py").tune_for_cpu()
     jax.config.update("jax_compilation_cache_dir", str(data.cache_home() / "compiled"))
     try:
         with blame(OSError):  # a full disk, a directory that may not be written

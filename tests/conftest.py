@@ -21,8 +21,10 @@ import jax
 import data
 import model
 import train
+from tools import fit
 from tools.corpus import train_bpe
 
+fit.tune_for_cpu()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 hypothesis.settings.register_profile(
     "coppice", deadline=None, max_examples=100, derandomize=True, database=None)
