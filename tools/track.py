@@ -74,6 +74,7 @@ def weights_and_biases(run: train.Run, start: int) -> tuple[Callable, int]:
     says how far it came, and ignores rows before that: they come out the same, byte for byte.
     """
     import wandb
+    wandb.finish()  # what this process tracked before; within a second, its directory would be this one's
     folder, environment = run.directory / "wandb", os.environ
     if not start or not (folder / "id").exists():  # a run that begins anew is another one
         data.write(folder / "id", data.digest([str(run.directory.resolve()), time.time_ns()]))
@@ -84,6 +85,5 @@ def weights_and_biases(run: train.Run, start: int) -> tuple[Callable, int]:
                      "that `wandb login` has opened, or WANDB_MODE=offline"):
         track = wandb.init(project=environment.get("WANDB_PROJECT", "coppice"), name=run.config.name,
                            id=(folder / "id").read_text(), dir=run.directory, resume="allow",
-                           config=train.to_json(run.config), reinit="finish_previous",
-                           settings=wandb.Settings(console="off"))
+                           config=train.to_json(run.config), settings=wandb.Settings(console="off"))
     return lambda row: track.log(figures(row), step=row["step"]), track.starting_step
