@@ -81,11 +81,11 @@ def peak() -> float:
 
 
 def tune_for_cpu():
-    """What XLA on a CPU is faster with; to be called before JAX looks for devices, and of no effect elsewhere.
+    """What makes XLA faster on a CPU: call it before JAX looks for devices. Of no effect elsewhere.
 
     The GNU C library keeps what is freed, since XLA asks for a step's scratch anew at each step. With room
-    beyond the heap's end, and small pieces merged as they are freed, that scratch fits where the last one was:
-    otherwise a process came to hold six of them. What reads the same arrays becomes one loop of several
+    beyond the heap's end, and small pieces merged as they are freed, that scratch fits where the last one
+    was: otherwise a process came to hold six of them. What reads the same arrays becomes one loop of several
     outputs, so that parameters and moments are updated in one pass, in place.
     """
     if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
@@ -93,7 +93,8 @@ def tune_for_cpu():
             libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX, M_TOP_PAD, M_MXFAST
     given = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_extra_options" not in given:
-        os.environ["XLA_FLAGS"] = f"{given} --xla_backend_extra_options=xla_cpu_use_multi_output_fusion".strip()
+        wanted = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
+        os.environ["XLA_FLAGS"] = f"{given} {wanted}".strip()
 
 
 def sizes(text: str) -> list[int]:
