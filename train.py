@@ -107,7 +107,7 @@ class Config:
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
     sample_tokens: int = 200  # of each continuation
     sample_temperature: float = 0.8  # 0 takes the likeliest token
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # that follows metrics.jsonl, in RUN/tracker
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # gets the rows of metrics.jsonl too
 
 
 # -------------------------------------------------------------------------------- configs in, out and checked

@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="coppice-tests-")
 
 import jax
+import jax.numpy as jnp
 
 import data
 import model
@@ -43,6 +44,18 @@ def course_of(config, context) -> model.Course:
     """Shapes, budgets and rates of every step of a config, as a run works them out."""
     with train.blame():
         return model.plot_course(config, context, [data.batch_lengths(phase) for phase in config.phases])
+
+
+def strong(config: model.ModelConfig) -> dict[str, jax.Array]:
+    """Parameters of a shape like `tiny`; blocks and gains matter more than in the table's draw, so that
+    nothing hides behind the residual stream.
+    """
+    rng, out = np.random.default_rng(1), {}
+    for name, row in model.table(config).items():
+        inputs = dict(embed=1, o=32, down=48).get(name, 32)
+        x = rng.uniform(0.5, 1.5, row.shape) if row.std is None else rng.normal(size=row.shape) / inputs**0.5
+        out[name] = jnp.asarray(x, jnp.float32)
+    return out
 
 
 def pytest_collection_modifyitems(config, items):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import strong
 
 import data
 import model
@@ -23,16 +24,8 @@ equal = np.testing.assert_array_equal
 
 @pytest.fixture(scope="module")
 def params(tiny):
-    """Parameters of the tiny model and an untied head, which a tied one leaves alone.
-
-    Blocks and gains matter more than in the table's draw, so that nothing hides behind the residual stream.
-    """
-    rng, out = np.random.default_rng(1), {}
-    for name, row in model.table(replace(tiny, tied=False)).items():
-        inputs = dict(embed=1, o=32, down=48).get(name, 32)
-        x = rng.uniform(0.5, 1.5, row.shape) if row.std is None else rng.normal(size=row.shape) / inputs**0.5
-        out[name] = jnp.asarray(x, jnp.float32)
-    return out
+    """Parameters of the tiny model and an untied head, which a tied one leaves alone."""
+    return strong(replace(tiny, tied=False))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,19 +29,14 @@ pytestmark = pytest.mark.usefixtures("hasty")
 
 
 @pytest.fixture(scope="module")
-def params(tiny):
-    """Of the tiny model, with an untied head and QK-norm; blocks and gains matter more than as drawn."""
-    rng, out = np.random.default_rng(1), {}
-    for name, row in model.table(replace(tiny, tied=False, qk_norm=True)).items():
-        inputs = dict(embed=1, o=32, down=48).get(name, 32)
-        x = rng.uniform(0.5, 1.5, row.shape) if row.std is None else rng.normal(size=row.shape) / inputs**0.5
-        out[name] = jnp.asarray(x, jnp.float32)
-    return out
+def untied(tiny):
+    return replace(tiny, tied=False, qk_norm=True)
 
 
 @pytest.fixture(scope="module")
-def untied(tiny):
-    return replace(tiny, tied=False, qk_norm=True)
+def params(untied):
+    """Of the tiny model, with an untied head and QK-norm."""
+    return strong(untied)
 
 
 def made(params, config, prompts, tokens=20, how=WARM, seeds=None, eos=-1, **others):
