@@ -393,6 +393,11 @@ class Cache:
                                  f"the token cache {self.directory} is not complete, and nobody builds it")
             time.sleep(0.1)
 
+    def abandon(self):
+        """End the builder, and so all waiting for it."""
+        if self.builder:
+            self.builder[0].terminate()
+
     def counts(self, shards: int) -> Counter:
         """What the first so many shards hold and what was left out, by kind."""
         return sum((Counter(self.facts(i)["counts"]) for i in range(shards)), Counter())

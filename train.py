@@ -516,31 +516,19 @@ def past(config: Config, course: model.Course, step: int) -> dict[str, Any]:
                            "schedule (the rates of steps already taken)": data.digest(rates)}
 
 
-def open_caches(config: Config, tokenizer: data.Tokenizer) -> dict[str, data.Cache]:
-    """The token cache of each source: built, or if `data.stream` left to a process of its own."""
-    d, caches = config.data, {}
-    if not d.stream:
-        return {name: data.build(name, d, tokenizer, config.seed) for name in d.sources}
-    for name in d.sources:
-        place = data.place(name, d, tokenizer, config.seed)
-        builder = None if (place / "complete").exists() else \
-            load_file(ROOT / "tools/corpus.py").spawn(config, name, place)
-        caches[name] = data.Cache(place, name, builder)
-    return caches
-
-
 def assemble(config: Config, own: Path | None = None):
     """(config with its vocabulary, tokenizer, caches by source): all that a run reads, built if need be.
 
     own: a tokenizer file to use in place of what the config names.
     """
-    tokenizer = data.load_tokenizer(own) if own else \
-        load_file(ROOT / "tools/corpus.py").make_tokenizer(config.data, config.model.vocab)
+    corpus = load_file(ROOT / "tools/corpus.py")
+    tokenizer = data.load_tokenizer(own) if own else corpus.make_tokenizer(config.data, config.model.vocab)
     if config.model.vocab not in (0, tokenizer.vocab) and not config.init_from:
         raise InputError(f"model.vocab is {config.model.vocab}, but the tokenizer {config.data.tokenizer!r} "
                          f"has {tokenizer.vocab} pieces; allowed is that, or 0 for as many as it has")
     config = replace(config, model=replace(config.model, vocab=config.model.vocab or tokenizer.vocab))
-    caches, most = open_caches(config, tokenizer), config.data.window if config.data.stream else math.inf
+    caches = corpus.open_caches(config, tokenizer)
+    most = config.data.window if config.data.stream else math.inf
     for name, cache in caches.items():
         counts = cache.counts(min(most, cache.wait(most)))
         for kind in (k for k in counts if k.startswith("skipped")):
@@ -586,8 +574,7 @@ class Run:
         self.total, self.compiled = int(self.course.ends[-1]), {}
         self.stops = {int(end): None for end in self.course.ends}  # {step: phase to be steered there, if any}
         for i, (phase, end) in enumerate(zip(config.phases, [*self.stops], strict=True)):
-            if phase.steer:
-                self.stops |= dict.fromkeys(range(end - phase.steps, end, phase.steer)[1:], i)
+            self.stops |= dict.fromkeys(range(end - phase.steps, end, phase.steer or phase.steps)[1:], i)
 
     def first(self):
         """The state and shape before any step: drawn, or that of what `init_from` names."""
@@ -734,18 +721,25 @@ class Run:
             "sealed": sealed, "fingerprints": self.fingerprints(sealed), "log": self.loader.log,
             "start": self.loader.start, "past": past(self.config, self.course, step),
             "positions": dict(zip(self.caches, self.loader.positions(step).tolist(), strict=True))})
-        self.saved = time.monotonic()
+        self.saved, self.newest = time.monotonic(), step
         self.out.stall = self.saved - begun
 
     def train(self) -> dict[str, Any] | None:
-        """From the last checkpoint to the end; gives what summary.json holds, or None after a SIGTERM."""
+        """From the last checkpoint to the end; gives what summary.json holds, None after a signal to end."""
         self.directory.mkdir(parents=True, exist_ok=True)
         stop: list = []
-        old = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+
+        def halt(number: int, _):
+            stop.append(signal.Signals(number).name)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C once more ends it at once
+            for cache in self.caches.values() if jax.process_count() == 1 else ():
+                cache.abandon()  # or this would wait for rows that may take an hour to come
+
+        before = {number: signal.signal(number, halt) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with data.locked(self.directory / ".lock", f"run {self.directory}") if leads() else \
                     contextlib.nullcontext():
-                step = self.begin()
+                self.newest = step = self.begin()
                 self.saved = time.monotonic()
                 for end in sorted(s for s in self.stops if s > step):
                     if not self.phase(step, end, stop):
@@ -754,26 +748,33 @@ class Run:
                 self.checkpoints.close()
                 return self.done or self.conclude()
         finally:
-            signal.signal(signal.SIGTERM, old)
+            for pair in before.items():
+                signal.signal(*pair)
 
     def phase(self, step: int, end: int, stop: list) -> bool:
         """The loop: for each step up to `end` the edits due before it, its update, and what is due after.
 
-        Each step, processes ask for a checkpoint (1), or after a SIGTERM (`stop`) to save and end (2); they
+        Each step, processes ask for a checkpoint (1), or after a signal (in `stop`) to save and end (2); they
         hear of it, the same step everywhere, with the step's metrics. False if the run ends for that.
         """
         config, pending = self.config, None
         make = functools.partial(self.loader.batch, own=functools.partial(model.own_rows, self.mesh))
         with contextlib.closing(data.prefetch(make, range(step + 1, end + 1))) as batches:
             while step < end:
+                begun = time.perf_counter()
+                try:
+                    batch = next(batches)
+                except InputError:
+                    if not stop or jax.process_count() > 1:
+                        raise
+                    return self.leave(step, stop, pending)  # nobody builds what this waited for any more
+                self.out.waited += time.perf_counter() - begun
                 if edits := model.due(config, self.course, step):
                     if pending:  # what is asked for there is asked for again
                         self.finish(*pending)
                     pending = None
                     self.edit(edits, step)
-                begun, step = time.perf_counter(), step + 1
-                batch = next(batches)
-                self.out.waited += time.perf_counter() - begun
+                step += 1
                 watch = any(model.due(config, self.course, s) for s in range(max(0, step - 5), step))
                 ask = 2 if stop else int(time.monotonic() - self.saved > 60 * config.save_minutes)
                 metrics = self.update(step, batch, watch) | {"asked": model.largest(ask, self.mesh)}
@@ -788,10 +789,18 @@ class Run:
                         self.save(step)
                     self.out.sync()
                 if asked == 2:
-                    self.checkpoints.close()
-                    self.out.say(f"stopped by SIGTERM; step {step} is saved, and the same command resumes")
-                    return False
+                    return self.leave(step, stop)
         return True
+
+    def leave(self, step: int, stop: list, pending: tuple | None = None) -> bool:
+        """End after a signal, with the row that is `pending` written and all up to `step` saved; False."""
+        if pending:
+            self.finish(*pending)
+        if step > self.newest:
+            self.save(step)
+        self.checkpoints.close()
+        self.out.say(f"stopped by {[*stop, 'SIGTERM'][0]}; step {step} is saved, the same command resumes")
+        return False
 
     def conclude(self) -> dict[str, Any]:
         """The last row, and what tools/eval.py and tools/summary.py make of the run."""
@@ -860,7 +869,8 @@ def verb(name: str, arguments: list[str]):
 def main(arguments: list[str]) -> int:
     """The command line; 2 for what the user can mend, said in one sentence on stderr."""
     load_file(ROOT / "tools/fit.py").tune_for_cpu()
-    jax.config.update("jax_compilation_cache_dir", str(data.cache_home() / "compiled"))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(data.cache_home() / "compiled"))
     try:
         with blame(OSError):  # a full disk, a directory that may not be written
             if arguments and (ROOT / "tools" / f"{arguments[0]}.py").is_file():
@@ -873,6 +883,9 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         print("error:", *str(error).split(), file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

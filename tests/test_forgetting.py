@@ -13,7 +13,6 @@ import pytest
 from conftest import course_of
 from hypothesis import example, given
 from hypothesis import strategies as st
-from jax.experimental.compilation_cache import compilation_cache
 
 import data
 import model
@@ -23,12 +22,12 @@ from data import DOCUMENT, ROW, START, Document, Source
 from model import MeshConfig, ModelConfig, Schedule
 from train import Edit
 
+pytestmark = pytest.mark.usefixtures("hasty")
 forgetting = train.load_file(train.ROOT / "configs/active_forgetting.py")
 equal = np.testing.assert_array_equal
 K, STEPS = 10, 24  # resets after 10 and 20 steps; the last episode is cut short
 WORDS = "def return self tree loss stack layer import class of".split()
 DRAWN = []  # (step, embedding) of each reset
-KEEP = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
 
 
 def verses():
@@ -68,19 +67,6 @@ def tiny(tmp_path, arm: str = "forgetting", **changes) -> train.Config:
         data=replace(config.data, sources=sources, dev=0.1, test=0.0),
         model=ModelConfig(layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=16))
     return replace(config, **changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(hasty):
-    """Programs are kept: all runs here take the same ones."""
-    old = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *KEEP)}
-    for name, value in {"jax_compilation_cache_dir": str(data.cache_home() / "hasty"), **KEEP}.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def trained(config: train.Config, devices: int = 1, resets: tuple[int, ...] = ()):

@@ -104,17 +104,9 @@ class Place:
     config: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        """This process's, without its simulated devices, keeping every compiled program."""
+        """This process's, without its simulated devices."""
         kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "COLUMNS")}
-        return (
-            kept
-            | {
-                "XDG_CACHE_HOME": str(self.root / "cache"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            }
-            | more
-        )
+        return kept | {"XDG_CACHE_HOME": str(self.root / "cache")} | more
 
     def command(self, *arguments) -> list[str]:
         """A command line that trains this config; with a verb first, that verb."""
@@ -648,6 +640,89 @@ def test_sigterm_saves_and_exits_well_and_a_second_process_is_refused(place, com
     assert timeless(rows_of(run)) == timeless(rows_of(complete.directory))
 
 
+HELD = '''"""A stream that stops giving while the file `held` is beside this one."""
+import time
+from pathlib import Path
+
+from data import DataConfig, Document, Source
+from model import ModelConfig
+from train import Config, Phase
+
+
+def verses():
+    """Documents of 40 bytes; none after 512 while the file is there."""
+    for i in range(1_024):
+        while i >= 512 and Path("ROOT/held").exists():
+            time.sleep(0.02)
+        yield Document(str(i), f"{i:07d} " * 5)
+
+
+config = Config(
+    model=ModelConfig(layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=16),
+    data=DataConfig(sources={"verses": Source(verses)}, tokenizer="bytes", dev=0.1, test=0.1,
+                    shard_tokens=1, window=1, stream=True),
+    phases=(Phase(steps=45, batch=8, seq=64),), overlap=8, eval_every=5, eval_tokens=500, save_every=100,
+    sample_tokens=2)
+'''
+
+
+def alive(pid: int) -> bool:
+    """Is there such a process, and does it still run?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes by /proc")
+def test_a_run_that_waits_for_its_stream_is_stopped_by_a_signal_and_leaves_no_builder(place):
+    """Ctrl-C and SIGTERM save the last step there were rows for and end at once; after SIGKILL the builder
+    ends by itself. Then the stream goes on, and the run is as one never stopped.
+    """
+    (place.root / "held.py").write_text(HELD.replace("ROOT", str(place.root)))
+    (place.root / "held").touch()
+    run, line = place.run("held"), place.command("held.py", "--runs", "runs", "--name")
+
+    def builders() -> list[int]:
+        found = (place.root / "cache/coppice/tokens").glob("verses-*.json")
+        lines = {p.parent.name: p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()}
+        return [int(pid) for file in found for pid, said in lines.items()
+                if str(file).encode() in said and alive(int(pid))]
+
+    steps, out = [], place.root / "held.out"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with open(out, "w") as said:
+            process = subprocess.Popen([*line, "held"], env=place.environment(), cwd=place.root, stdout=said,
+                                       stderr=said)
+        begun = since = time.monotonic()
+        reached = 0
+        while time.monotonic() < since + 2:  # rows were coming, and for two seconds none has
+            assert process.poll() is None and time.monotonic() < begun + 120, out.read_text()
+            if on_disk(run) != reached or not reached or (steps and "resuming" not in out.read_text()):
+                reached, since = on_disk(run), time.monotonic()
+            time.sleep(0.05)
+        assert builders()
+        process.send_signal(number)
+        process.wait(20)
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert process.returncode == 0 and "Traceback" not in out.read_text(), out.read_text()
+            said = re.search(rf"stopped by {number.name}; step (\d+) is saved", out.read_text())
+            steps.append(int(said[1]))
+            assert checkpoints(run)[-1] == steps[-1] and steps[-1] > 0
+        deadline = time.monotonic() + 10
+        while builders():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert steps[0] == steps[1]
+    (place.root / "held").unlink()
+    done = [place.go(*line, name) for name in ("held", "never-held")]
+    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
+    assert resumed_from(done[0].stdout) == steps[0]
+    assert timeless(rows_of(run)) == timeless(rows_of(place.run("never-held")))
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 
@@ -665,12 +740,7 @@ def here(place, monkeypatch):
     monkeypatch.setattr(model, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.root / "cache"))
     monkeypatch.chdir(place.root)
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    old = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield place
-    for name, value in old.items():
-        jax.config.update(name, value)
+    return place
 
 
 def refused(capsys, arguments: list, *words: str):

@@ -67,7 +67,6 @@ class Place:
             port = free.getsockname()[1]
         environment = os.environ | dict(
             XDG_CACHE_HOME=str(self.root / "cache"), JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
             XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
         started = []
         for i in range(processes):

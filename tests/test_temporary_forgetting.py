@@ -201,11 +201,9 @@ def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then()
 
 @pytest.fixture
 def one_device(monkeypatch, hasty):
-    """One device, for the compilation cache as it was."""
-    whole, kept = model.make_mesh, jax.config.jax_compilation_cache_dir
+    """One device."""
+    whole = model.make_mesh
     monkeypatch.setattr(model, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
-    yield
-    jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, capsys, one_device):

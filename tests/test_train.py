@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import data
 import model
@@ -31,7 +30,6 @@ from train import Config, Edit, Phase
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)
 CAUSAL = Mask("causal", 0)
-KEEP_ALL = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
 
 # --------------------------------------------------------------- functions that the configs below are made of
 
@@ -158,19 +156,6 @@ def tiny_config(tmp_path="", **changes) -> Config:
         sample_tokens=3,
     )
     return replace(config, **changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Every program that is compiled here is kept, since many tests need the same ones."""
-    old = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *KEEP_ALL)}
-    for name, value in {"jax_compilation_cache_dir": str(data.cache_home() / "compiled"), **KEEP_ALL}.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

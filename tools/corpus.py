@@ -6,7 +6,6 @@ speed of batch(step) from the finished cache, and that of tokenizing beside raw 
 lognormal, packings of 100,000 drawn lengths (mean about 900, rows of 2,048). Where the library `grain` can be
 imported, its packings on the same lengths too. The last line of bench is one JSON object.
 """
-import atexit
 import heapq
 import importlib.util
 import io
@@ -17,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -241,15 +241,34 @@ def inspect(config: train.Config, step: int, rows: int):
     console.print(", ".join(f"{k} {v:.4g}" for k, v in batch.metrics.items()), style="bold")
 
 
+def open_caches(config: train.Config, tokenizer: data.Tokenizer) -> dict[str, data.Cache]:
+    """The token cache of each source: built, or if `data.stream` left to a process of its own."""
+    d, caches = config.data, {}
+    if not d.stream:
+        return {name: data.build(name, d, tokenizer, config.seed) for name in d.sources}
+    for name in d.sources:
+        place = data.place(name, d, tokenizer, config.seed)
+        caches[name] = data.Cache(place, name, None if (place / "complete").exists() else
+                                  spawn(config, name, place))
+    return caches
+
+
 def spawn(config: train.Config, name: str, place: Path) -> tuple[subprocess.Popen, Path]:
     """(process, log): a source's token cache being built at `place`, for as long as this process lives."""
     file, log = place.with_suffix(".json"), place.with_suffix(".log")
     data.write(file, json.dumps(train.to_json(config)))
-    command = [sys.executable, train.ROOT / "train.py", "corpus", "build", file, "--only", name]
+    command = [sys.executable, train.ROOT / "train.py", "corpus", "build", file, "--only", name,
+               "--parent", str(os.getpid())]
     with open(log, "w") as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
-    atexit.register(process.terminate)
     return process, log
+
+
+def end_with(parent: int):
+    """End this process within a second of its parent, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def main(arguments: list[str]):
@@ -259,6 +278,7 @@ def main(arguments: list[str]):
     parser.add_argument("rest", nargs="*", metavar="CONFIG",
                         help="a config file and --path.to.field VALUE overrides")
     parser.add_argument("--only", metavar="SOURCE", help="build this source's cache alone")
+    parser.add_argument("--parent", type=int, metavar="PID", help="with --only: end when this process ends")
     parser.add_argument("--lengths", choices=["lognormal"], help="bench: these in place of a config's")
     parser.add_argument("--step", type=int, default=1, help="inspect: the batch of this step")
     parser.add_argument("--rows", type=int, default=4, help="inspect: so many of its rows")
@@ -281,6 +301,8 @@ def main(arguments: list[str]):
     if known.only and known.only not in config.data.sources:
         raise data.InputError(f"--only is {known.only!r}; allowed are {', '.join(config.data.sources)}")
     if known.only:
+        if known.parent:
+            threading.Thread(target=end_with, args=[known.parent], daemon=True).start()
         tokenizer = make_tokenizer(config.data, config.model.vocab)
         data.build(known.only, config.data, tokenizer, config.seed)
         return

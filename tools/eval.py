@@ -363,7 +363,8 @@ def test_split(config: train.Config, tokenizer: data.Tokenizer, losses: Callable
     """What is known of the test split, printed too; losses: arrays -> [b t]."""
     parts, phase = mesh.shape["data"] * mesh.shape["fsdp"], config.phases[-1]
     phase = replace(phase, batch=-(-phase.batch // parts) * parts)
-    found, held = measure(losses, train.open_caches(config, tokenizer), "test", config, phase, tokenizer)
+    caches = train.load_file(train.ROOT / "tools/corpus.py").open_caches(config, tokenizer)
+    found, held = measure(losses, caches, "test", config, phase, tokenizer)
     result = {f"eval/{name}.test/{k}": v for name, of in found.items() for k, v in of.items()}
     texts = [t for h in held.values() for t in h.texts()]
     result |= compressed(texts) | {"held_out_paths": [p for h in held.values() for p in h.paths]}

@@ -268,12 +268,13 @@ def make(study: Study, jobs: list[Job]) -> dict[Job, dict]:
             process.terminate()  # they save and exit
         raise SystemExit(0)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         with ThreadPoolExecutor(len(devices)) as pool:
             return {j: found for j, found in zip(jobs, pool.map(one, jobs), strict=True) if found}
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for pair in before.items():
+            signal.signal(*pair)
 
 
 def tune(study: Study) -> tuple[dict[str, dict], list[dict]]:
