@@ -8,12 +8,19 @@ from functools import partial
 from pathlib import Path
 
 import hypothesis
+import jaxlib
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"  # all of these before jax is imported
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs here run a few times, so they are compiled in a hurry: both of these make it six times faster. Runs
+# in tests/test_runs.py go without, as users' do. An XLA that does not know a flag would end the process.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * any(
+    b"xla_cpu_use_fusion_emitters" in file.read_bytes()
+    for file in Path(jaxlib.__file__).parent.glob("libjax_common*"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="coppice-tests-")
 # A program is compiled once for all tests of this process, and for all that they start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
@@ -34,14 +41,6 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 hypothesis.settings.register_profile(
     "coppice", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("coppice")
-
-
-@pytest.fixture(scope="module")
-def hasty():
-    """Programs are compiled in a hurry from here to the end of the module, as each runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def course_of(config, context) -> model.Course:

@@ -53,7 +53,7 @@ def test_an_example_is_a_config_that_is_accepted(examples, name):
         json.loads(json.dumps(train.to_json(config)))
 
 
-def test_all_examples_together_train(examples, tmp_path, tiny, hasty):
+def test_all_examples_together_train(examples, tmp_path, tiny):
     """Every function of theirs in one run of a few steps, on notebooks."""
     for i in range(24):
         cells = [dict(cell_type="code", source=[f"def f{i}(x):\n", f"    return {j}\n"])

@@ -212,7 +212,7 @@ def noted(params, apply, config, word: str = "x"):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny, data_config, hasty):
+def run(tmp_path_factory, tiny, data_config):
     """A run on eight devices that asks for tasks and pairs as it trains, without dev or test; its metrics."""
     here = tmp_path_factory.mktemp("tasks")
     write(here / "quiz.jsonl", choices(0, 12))
@@ -279,7 +279,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------- tiny Shakespeare
 
-def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, hasty, capsys):
+def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
     """At its size, on the rest of the text; a run without dev and test ends with its figures and a sample."""
     shakespeare = train.load_file(train.ROOT / "configs/shakespeare_char.py")
     size = 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 64 * 128 + 128  # of a GPT-2 without biases, head tied

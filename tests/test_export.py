@@ -27,7 +27,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-pytestmark = pytest.mark.usefixtures("hasty")
 equal = np.testing.assert_array_equal
 LLAMA3 = (8.0, 1.0, 4.0, 32.0)  # slow, between and fast frequencies all occur
 SCALED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,

@@ -22,7 +22,6 @@ from data import DOCUMENT, ROW, START, Document, Source
 from model import MeshConfig, ModelConfig, Schedule
 from train import Edit
 
-pytestmark = pytest.mark.usefixtures("hasty")
 forgetting = train.load_file(train.ROOT / "configs/active_forgetting.py")
 equal = np.testing.assert_array_equal
 K, STEPS = 10, 24  # resets after 10 and 20 steps; the last episode is cut short

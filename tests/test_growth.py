@@ -25,7 +25,6 @@ equal = np.testing.assert_array_equal
 IDS = np.random.default_rng(0).integers(0, 258, (2, 12), np.int32)
 
 
-pytestmark = pytest.mark.usefixtures("hasty")  # each edit is a program of its own
 
 
 @pytest.fixture

@@ -104,8 +104,9 @@ class Place:
     config: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        """This process's, without its simulated devices."""
-        kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "COLUMNS")}
+        """This process's, without its simulated devices, and fully optimised."""
+        own = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "COLUMNS"
+        kept = {k: v for k, v in os.environ.items() if k not in own}
         return kept | {"XDG_CACHE_HOME": str(self.root / "cache")} | more
 
     def command(self, *arguments) -> list[str]:

@@ -25,7 +25,6 @@ FEW = How(np.float32(0.8), np.float32(40), np.float32(0.9))
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (5, 1, 33, 40)]
 narrow = jax.jit(sample.narrow)
 prepare = jax.jit(sample.prepare, static_argnames="config")
-pytestmark = pytest.mark.usefixtures("hasty")
 
 
 @pytest.fixture(scope="module")

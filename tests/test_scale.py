@@ -66,8 +66,8 @@ class Place:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         environment = os.environ | dict(
-            XDG_CACHE_HOME=str(self.root / "cache"), JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+            XDG_CACHE_HOME=str(self.root / "cache"),
+            XLA_FLAGS=re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"]))
         started = []
         for i in range(processes):
             launch = ["launch", f"localhost:{port}", "--processes", str(processes), "--process", str(i)]

@@ -422,7 +422,7 @@ def small(arm: str) -> tuple[model.ModelConfig, dict, dict]:
 scores_of = jax.jit(model.apply, static_argnums=2)
 
 
-def test_copies_that_are_silenced_keep_the_function_and_learn_from_there(hasty):
+def test_copies_that_are_silenced_keep_the_function_and_learn_from_there():
     """G_zero: logits as before within 1e-5; the copies' other weights are the layer's, and they learn."""
     config, before, after = small("identity")
     ids = jnp.arange(24).reshape(2, 12)
@@ -433,7 +433,7 @@ def test_copies_that_are_silenced_keep_the_function_and_learn_from_there(hasty):
     assert (np.abs(grads["down"]).max((1, 2)) > 0).all() and (np.abs(grads["o"]).max((1, 2, 3, 4)) > 0).all()
 
 
-def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end(hasty):
+def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end():
     config, before, after = small("annealed")
     weights, ids = stacking.arms["annealed"].weights, jnp.arange(24).reshape(2, 12)
     start = stacking.arms["annealed"].phases[0].steps

@@ -200,7 +200,7 @@ def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then()
 
 
 @pytest.fixture
-def one_device(monkeypatch, hasty):
+def one_device(monkeypatch):
     """One device."""
     whole = model.make_mesh
     monkeypatch.setattr(model, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))

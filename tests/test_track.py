@@ -12,7 +12,6 @@ import train
 from model import ModelConfig, Schedule
 from train import Config, Phase
 
-pytestmark = pytest.mark.usefixtures("hasty")
 STEPS = 12
 
 

@@ -201,11 +201,7 @@ def edit(edits, state: State, config: Config, mesh=None, seed: int = 0) -> tuple
 
 def stepper(config: Config, shape: ModelConfig = TINY):
     """`(state, batch, rate or {group: rate}) -> (state, metrics)`, jitted."""
-    step = jax.jit(
-        model.make_step(config, shape),
-        static_argnames="mask",
-        compiler_options={"xla_backend_optimization_level": 0},
-    )  # half the time to compile
+    step = jax.jit(model.make_step(config, shape), static_argnames="mask")
 
     def take(state, batch, rates):
         rates = rates if isinstance(rates, dict) else dict.fromkeys(model.groups(shape), rates)
