@@ -1,6 +1,7 @@
 """What the tests share: eight simulated devices, a cache directory of their own, a corpus, a tiny model."""
 import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -41,6 +42,15 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 hypothesis.settings.register_profile(
     "coppice", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("coppice")
+
+
+USERS = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # for programs compiled as users' are
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """This process's for one that it starts, with so many devices."""
+    flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
+    return os.environ | {"XLA_FLAGS": flags} | more
 
 
 def course_of(config, context) -> model.Course:

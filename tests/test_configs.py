@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_the_evaluation_gives_a_model_that_knows_the_process_what_is_expected(tr
 def test_truncation_trained_is_within_a_hundredth_of_the_closed_form(arm, tmp_path, request):
     file = str(train.ROOT / "configs/truncation.py")
     line = [sys.executable, str(train.ROOT / "train.py"), f"{file}:{arm}", "--runs", str(tmp_path)]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as anyone would run it
+    env = os.environ | conftest.USERS  # one device, as anyone would run it
     subprocess.run(line, env=env, check=True, stdout=subprocess.DEVNULL)
     rows = (tmp_path / f"truncation-{arm}/metrics.jsonl").read_text().splitlines()
     last = [row for row in map(json.loads, rows) if "truncation/m2" in row][-1]
@@ -287,7 +288,7 @@ def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
         if not shared.is_dir():
             pytest.skip(f"{shared} is not there")
         (tmp_path / "shared").symlink_to(shared)
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as anyone would run it
+    env = os.environ | conftest.USERS  # one device, as anyone would run it
 
     def go(*words):
         line = [sys.executable, str(train.ROOT / "train.py"), *words]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,10 +105,9 @@ class Place:
     config: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        """This process's, without its simulated devices, and fully optimised."""
-        own = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "COLUMNS"
-        kept = {k: v for k, v in os.environ.items() if k not in own}
-        return kept | {"XDG_CACHE_HOME": str(self.root / "cache")} | more
+        """This process's, with one device, a cache of these runs' own, and no width of a terminal."""
+        kept = conftest.environment(XDG_CACHE_HOME=str(self.root / "cache"), **more)
+        return {k: v for k, v in kept.items() if k != "COLUMNS"}
 
     def command(self, *arguments) -> list[str]:
         """A command line that trains this config; with a verb first, that verb."""
@@ -124,14 +124,14 @@ class Place:
         )
 
     def train(self, name: str, *arguments, **more: str) -> subprocess.CompletedProcess:
-        """Train this config as a run of its own."""
-        return self.go(*self.training(name, *arguments), **more)
+        """Train this config as a run of its own, its programs compiled as a user's are."""
+        return self.go(*self.training(name, *arguments), **conftest.USERS | more)
 
     def start(self, name: str, **more: str) -> subprocess.Popen:
         """Begin to train."""
         return subprocess.Popen(
             self.training(name),
-            env=self.environment(**more),
+            env=self.environment(**conftest.USERS | more),
             cwd=self.root,
             text=True,
             stdout=subprocess.PIPE,
@@ -1206,7 +1206,7 @@ def test_status_line_lives_on_a_terminal(place, complete):
     termios.tcsetwinsize(theirs, (24, 160))
     process = subprocess.Popen(
         place.training("live"),
-        env=place.environment(SLOW="0.004"),
+        env=place.environment(SLOW="0.004", **conftest.USERS),
         cwd=place.root,
         stdin=theirs,
         stdout=theirs,

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,9 +66,7 @@ class Place:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        environment = os.environ | dict(
-            XDG_CACHE_HOME=str(self.root / "cache"),
-            XLA_FLAGS=re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"]))
+        environment = conftest.environment(devices, XDG_CACHE_HOME=str(self.root / "cache"))
         started = []
         for i in range(processes):
             launch = ["launch", f"localhost:{port}", "--processes", str(processes), "--process", str(i)]
@@ -270,7 +269,7 @@ def test_collectives_are_counted_as_often_as_loops_turn():
 
 def report(*arguments) -> tuple[int, str, dict]:
     """(exit code, what was printed, the JSON object) of fit. Its process prints for itself."""
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | conftest.USERS
     done = subprocess.run([sys.executable, ROOT / "train.py", "fit", *map(str, arguments), "--json"],
                           capture_output=True, text=True, env=environment, timeout=400)
     assert done.stdout and "Traceback" not in done.stderr, done.stderr

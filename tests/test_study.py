@@ -1,13 +1,13 @@
 """tools/study.py: intervals, speed-ups, verdicts, rates; studies made up and trained; configs/stacking.py."""
 import json
 import math
-import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,10 +313,9 @@ def test_the_shape_and_tokenizer_of_a_run_to_start_from_are_no_change(file, trai
 
 def test_a_quick_study_end_to_end_by_the_command_line_and_again(file):
     line = [sys.executable, train.ROOT / "train.py", "study", file, "--quick", "--runs", file.parent / "runs"]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
 
     def go() -> str:
-        done = subprocess.run(line, capture_output=True, text=True, env=env)
+        done = subprocess.run(line, capture_output=True, text=True, env=conftest.environment())
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout
 
@@ -341,8 +340,7 @@ def test_a_quick_study_end_to_end_by_the_command_line_and_again(file):
 
 def test_sigterm_saves_the_run_in_flight_and_ends_the_study(file):
     line = [sys.executable, train.ROOT / "train.py", "study", file, "--seeds", "1", "--runs", file.parent]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=conftest.environment()) as process:
         metrics, limit = file.parent / "tiny/deep-0.01-s0/metrics.jsonl", time.monotonic() + 60
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:
             time.sleep(0.05)

@@ -3,16 +3,12 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 import train
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen
-
 SHARE = 0.05  # of the time that drawing may take while a run goes on
-LAST = {"took": 0.0, "ended": 0.0}  # seconds: this process's last drawing during a run
+LAST = {"took": 2.0, "ended": time.monotonic()}  # seconds: this process's last drawing during a run, if any
 
 
 def follow(run: train.Run):
@@ -27,13 +23,14 @@ def follow(run: train.Run):
 
 def draw(run: Path):
     """Loss and bits per byte over training FLOPs, the rate, and where each phase begins, at what size."""
+    from matplotlib.figure import Figure  # which takes a second: a short run does so at its end alone
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in rows if r.get("train/loss") is not None]
     evals = [r for r in rows if any(k.startswith("eval/") for k in r)]
     if not steps:  # nothing finite yet
         return
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1),
-                                            layout="constrained")
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     flops = [r["train/flops"] for r in steps]
     losses = np.array([r["train/loss"] for r in steps])
     width = max(1, len(losses) // 50)
@@ -57,7 +54,6 @@ def draw(run: Path):
     top.legend(loc="upper right")
     top.grid(alpha=0.3)
     figure.savefig(run / "curves.partial", format="png", dpi=110)
-    pyplot.close(figure)
     (run / "curves.partial").rename(run / "curves.png")
 
 

@@ -43,17 +43,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 import data
 import model
 import train
 from data import InputError
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen
 
 EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
 HARMLESS = "name runs prompts sample_tokens sample_temperature save_every keep tracker".split()  # at its end
@@ -361,10 +358,11 @@ def draw(result: dict):
     where nothing was tested.
     """
     if result["measures"] and all(f["bpb"][0] is None for f in result["arms"].values()):
-        figure, panel = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
-        draw_measures(panel, result)
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        draw_measures(figure.subplots(), result)
         return figure
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col")
     name = result["control"]
     control = result["arms"][name]["runs"]
     for (top, bottom), axis in zip(axes.T, ("tokens", "flops"), strict=True):
@@ -482,6 +480,5 @@ def main(arguments: list[str]) -> dict:
     data.write(study.directory / "study.json", json.dumps(result, indent=1))
     figure = draw(result)
     figure.savefig(study.directory / "study.png", dpi=110)
-    pyplot.close(figure)
     print(f"\n{table(result)}\n\n{study.directory} has study.json and study.png")
     return result
