@@ -81,7 +81,7 @@ def test_all_examples_together_train(examples, tmp_path, tiny):
         phases=(phase, replace(phase, edits=(phase.repeat[0].apply,), steer=0)),
         data=data.DataConfig(sources=dict(modules=source, functions=source), tokenizer="bytes", dev=0.2,
                              test=0.1, max_skipped=0.5),
-        overlap=8, eval_every=2, eval_tokens=200, sample_tokens=4, save_every=4, **changed)
+        overlap=8, eval_every=2, eval_tokens=200, prompts=(), save_every=4, **changed)
     train.Run(config, __file__).train()
     rows = [json.loads(line) for line in (tmp_path / "all/metrics.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "train/loss" in r]

@@ -501,18 +501,18 @@ config = Config(
 
 
 def test_a_streamed_and_steered_run_is_the_same_under_kills(place):
-    """Killed at decisions, and while shards are built; from the finished cache the rows are the same.
+    """Killed at decisions, while shards are built; from the finished cache the rows are the same.
 
     The log in the checkpoint holds the dev losses of each decision, and the rows drawn follow it.
     """
     (place.root / "steered.py").write_text(STEERED)
     train_it = ["steered.py", "--runs", "runs"]
-    kills = [place.go(*place.command(*train_it, "--name", "hurt"), HURT=str(n)) for n in (1, 2, 3)]
-    assert [k.returncode for k in kills] == [-signal.SIGKILL] * 3
-    assert [resumed_from(k.stdout) for k in kills] in ([0, 14, 28], [0, 7, 28], [0, 14, 20], [0, 7, 20])
+    kills = [place.go(*place.command(*train_it, "--name", "hurt"), HURT=str(n)) for n in (1, 3)]
+    assert [k.returncode for k in kills] == [-signal.SIGKILL] * 2
+    assert [resumed_from(k.stdout) for k in kills] in ([0, 14], [0, 7])
     done = [place.go(*place.command(*train_it, "--name", name)) for name in ("hurt", "unhurt")]
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
-    assert resumed_from(done[0].stdout) in (42, 49)  # the save in flight may be lost
+    assert resumed_from(done[0].stdout) in (30, 35)  # the save in flight may be lost
     rows, other = (timeless(rows_of(place.run(name))) for name in ("hurt", "unhurt"))
     assert rows == other
     evaluated = {r["step"]: [r[f"eval/{s}/loss"] for s in "ab"] for r in rows if "eval/a/loss" in r}
@@ -592,27 +592,25 @@ def test_a_run_that_grows_twice_and_forgets_is_the_same_under_kills_and_on_anoth
     np.testing.assert_allclose(*map(np.asarray, drawn), atol=1e-5)
 
 
-def test_a_branch_starts_from_another_run_s_checkpoint(place, complete, here, capsys):
+def test_a_branch_starts_from_another_run_s_checkpoint(here, capsys):
     """With the optimiser and the place in the data, at the same rates, it is that run going on; with the
     parameters alone it begins at its data's start; its own checkpoint comes before the other's."""
     phase = ["--phases.0.steps", "10", "--phases.1.steps", "4", "--phases.1.edits", "()"]
     flat = ["--schedule.shape", "constant", "--schedule.warmup", "0", "--save_every", "10",
             "--phases.0.mixture", "{'lines': 1.0}", "--phases.1.mixture", "{'lines': 1.0}"]
     longer = ["--phases.0.steps", "20", "--phases.1.steps", "1", "--phases.1.edits", "()"]
-    trunk = place.train("trunk", *longer, *flat)
-    assert trunk.returncode == 0, trunk.stderr
+    ran(capsys, here.training("trunk", *longer, *flat))
     origin = ["--init_from", "runs/trunk@10", *phase, *flat]
-    assert place.train("on", *origin, "--init_with", "all").returncode == 0
-    assert place.train("anew", *origin).returncode == 0
-    old, on, anew = ([r["train/loss"] for r in rows_of(place.run(n)) if "train/loss" in r]
+    ran(capsys, here.training("on", *origin, "--init_with", "all"))
+    ran(capsys, here.training("anew", *origin))
+    old, on, anew = ([r["train/loss"] for r in rows_of(here.run(n)) if "train/loss" in r]
                      for n in ("trunk", "on", "anew"))
     assert on[:10] == old[10:20] and len(on) == 14
     assert anew[0] != on[0] and anew[0] < old[0] - 0.2
-    meta = [train.Checkpoints(place.run(n) / "checkpoints").meta(10) for n in ("trunk", "on")]
+    meta = [train.Checkpoints(here.run(n) / "checkpoints").meta(10) for n in ("trunk", "on")]
     for source, drawn in meta[0]["positions"].items():
         assert meta[1]["positions"][source] == pytest.approx(2 * drawn, abs=64)
-    again = place.train("on", *origin, "--init_with", "all")
-    assert again.returncode == 0 and resumed_from(again.stdout) == 14
+    assert resumed_from(ran(capsys, here.training("on", *origin, "--init_with", "all"))) == 14
     base = [here.config, "--runs", here.root / "runs", "--name", "none"]
     refused(capsys, [*base, "--init_from", "runs/trunk@7"], "trunk", "step 7", "10, 20, 21")
     refused(capsys, [*base, "--init_from", "runs/nowhere"], "nowhere", "config.json")
@@ -743,6 +741,13 @@ def here(place, monkeypatch):
     return place
 
 
+def ran(capsys, command: list[str]) -> str:
+    """What a command prints that is run in this process, and ends well."""
+    capsys.readouterr()
+    assert train.main(command[2:]) == 0
+    return capsys.readouterr().out
+
+
 def refused(capsys, arguments: list, *words: str):
     """Run the command line in this process: exit code 2 and one sentence with these words."""
     capsys.readouterr()
@@ -854,20 +859,19 @@ def test_refusal_of_a_whole_process(place, complete):
     assert place.train("whole").returncode == 0
 
 
-def test_horizon_of_a_constant_schedule_may_be_extended(place, complete):
+def test_horizon_of_a_constant_schedule_may_be_extended(here, capsys):
     """The run goes on from its end; its rows stay; the test split's figures come again, at the new end."""
-    run, constant = place.run("longer"), ("--schedule.shape", "constant", "--phases.0.steps", "6")
-    assert place.train("longer", *constant, "--phases.1.steps", "4").returncode == 0
+    run = here.run("longer")
+    line = here.training("longer", "--schedule.shape", "constant", "--phases.0.steps", 6, "--phases.1.steps")
+    ran(capsys, [*line, "4"])
     before = [r for r in rows_of(run) if "train/loss" in r]
-    done = place.train("longer", *constant, "--phases.1.steps", "8")
-    assert done.returncode == 0 and resumed_from(done.stdout) == 10
+    assert resumed_from(ran(capsys, [*line, "8"])) == 10
     rows = rows_of(run)
     steps = [r for r in rows if "train/loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 15)) and steps[:10] == before
     assert [r["step"] for r in rows if any(".test/" in k for k in r)] == [14] == [rows[-1]["step"]]
     assert json.loads((run / "summary.json").read_text())["step"] == 14
-    done = place.train("longer", *constant, "--phases.1.steps", "6")
-    assert done.returncode == 2 and one_sentence(done.stderr, "14 steps", "12")
+    refused(capsys, [*line[2:], "6"], "14 steps", "12")
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "index.npz", "seal.json", "documents.jsonl"])
@@ -979,16 +983,14 @@ def test_run_goes_on_without_a_damaged_checkpoint(place, complete):
     assert timeless(rows_of(run)) == timeless(rows_of(complete.directory))
 
 
-def test_other_text_under_a_run_is_refused(place, complete, corpus):
+def test_other_text_under_a_run_is_refused(here, corpus, capsys):
     """A corpus that has changed since the run began: the fingerprint tells."""
-    config, text = place.root / "changing.py", place.root / "text"
+    config, text = here.root / "changing.py", here.root / "text"
     shutil.copytree(corpus, text)
-    config.write_text(place.config.read_text().replace(str(corpus), str(text)).replace("steps=30", "steps=2"))
-    command = place.command(config, "--runs", place.root / "runs")
-    assert place.go(*command).returncode == 0
+    config.write_text(here.config.read_text().replace(str(corpus), str(text)).replace("steps=30", "steps=2"))
+    ran(capsys, here.command(config, "--runs", here.root / "runs"))
     next(text.glob("*.txt")).write_text("something else\n" * 9)
-    done = place.go(*command)
-    assert done.returncode == 2 and one_sentence(done.stderr, "other text", "files")
+    refused(capsys, [config, "--runs", here.root / "runs"], "other text", "files")
 
 
 # ------------------------------------------------------------------------------------------------------ tools

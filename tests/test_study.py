@@ -34,7 +34,7 @@ deep = Config(
     model=ModelConfig(layers=2, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=16),
     data=DataConfig(sources={"a": Source(partial(text, path="PATH"))}, tokenizer="bytes", dev=0.1, test=0.1),
     phases=(Phase(steps=400, batch=4, seq=32),), schedule=Schedule(peak=1e-2, warmup=2),
-    overlap=8, eval_every=2, eval_tokens=500, sample_tokens=4,
+    overlap=8, eval_every=2, eval_tokens=500, prompts=(),
 )
 grown = replace(deep, model=replace(deep.model, layers=1), phases=(
     replace(deep.phases[0], schedule=Schedule(shape="constant", peak=2e-2, warmup=2)),

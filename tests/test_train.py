@@ -153,7 +153,7 @@ def tiny_config(tmp_path="", **changes) -> Config:
         eval_tokens=200,
         save_every=100,
         keep=20,
-        sample_tokens=3,
+        prompts=(),
     )
     return replace(config, **changes)
 
