@@ -327,16 +327,17 @@ def test_running_again_changes_nothing(place, complete):
 # ---------------------------------------------------------------------------------------- killed, and resumed
 
 
-def test_killed_while_the_cache_is_built(place, complete):
-    """What is sealed is kept; the cache and the losses are those of the run never killed."""
-    tokens, kept = place.root / "cache/coppice/tokens", place.root / "kept"
+def test_killed_while_the_cache_is_built_between_steps_and_at_the_phase_boundary(place, complete):
+    """What is sealed is kept; then at an evaluation, and when the edit of the second phase is about to be
+    applied. The cache and the run are those never killed."""
+    tokens, kept, run = place.root / "cache/coppice/tokens", place.root / "kept", place.run("hurt-thrice")
     shutil.move(tokens, kept)
-    killed = place.train("cache", HURT="document 900")
+    killed = place.train(run.name, HURT="document 900")
     assert killed.returncode == -signal.SIGKILL
     sealed = {p: p.read_bytes() for p in tokens.glob("lines-*/00000[01]/*")}
     assert len({p.parent for p in sealed}) == 2 and not list(tokens.glob("lines-*/complete"))
-    done = place.train("cache")
-    assert done.returncode == 0 and resumed_from(done.stdout) == 0
+    killed = place.train(run.name, HURT="evaluation 1")
+    assert killed.returncode == -signal.SIGKILL and resumed_from(killed.stdout) == 0
     assert all(p.read_bytes() == content for p, content in sealed.items())
     ours, theirs = (
         {
@@ -347,20 +348,13 @@ def test_killed_while_the_cache_is_built(place, complete):
         for d in (tokens, kept)
     )
     assert ours == theirs
-    assert_same(place.run("cache"), complete.directory)
-
-
-def test_killed_between_steps_and_at_the_phase_boundary(place, complete):
-    """At an evaluation, and when the edit of the second phase is about to be applied."""
-    run = place.run("boundary")
-    assert place.train("boundary", HURT="evaluation 1").returncode == -signal.SIGKILL
     reached = on_disk(run)
     assert 15 <= reached <= 20
-    killed = place.train("boundary", HURT=f"edit {BOUNDARY}")
+    killed = place.train(run.name, HURT=f"edit {BOUNDARY}")
     assert killed.returncode == -signal.SIGKILL
     assert_recent(killed.stdout, reached)
     assert on_disk(run) == BOUNDARY
-    done = place.train("boundary")
+    done = place.train(run.name)
     assert done.returncode == 0
     assert_recent(done.stdout, BOUNDARY)
     assert_same(run, complete.directory)
@@ -396,15 +390,14 @@ def test_killed_during_a_save_and_at_random(place, complete):
         if caught and checkpoints(run):
             break
     assert caught, "no attempt caught a save in the middle"
-    for _ in range(2):
-        reached, delay, begun = on_disk(run), rng.uniform(0, 0.5), []
+    reached, delay, begun = on_disk(run), rng.uniform(0, 0.5), []
 
-        def later(reached=reached, delay=delay, begun=begun) -> bool:
-            if not begun and on_disk(run) > reached + 2:
-                begun.append(time.monotonic())
-            return bool(begun) and time.monotonic() > begun[0] + delay
+    def later() -> bool:
+        if not begun and on_disk(run) > reached + 2:
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() > begun[0] + delay
 
-        assert_recent(kill_when(place.start("saves", SLOW="0.004"), later), reached)
+    assert_recent(kill_when(place.start("saves", SLOW="0.004"), later), reached)
     reached = on_disk(run)
     done = place.train("saves")
     assert done.returncode == 0
