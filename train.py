@@ -747,6 +747,11 @@ class Run:
                     step = end
                 self.checkpoints.close()
                 return self.done or self.conclude()
+        except InputError:  # of an edit, or of a source: what is being saved is not lost
+            if jax.process_count() == 1 and hasattr(self, "checkpoints"):
+                with contextlib.suppress(InputError):
+                    self.checkpoints.close()
+            raise
         finally:
             for pair in before.items():
                 signal.signal(*pair)

@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config, items):
     """Tests that are marked long run only where `-m` names their mark; files that take minutes come first,
     or of the two processes one would end by waiting for the other.
     """
-    items.sort(key=lambda item: item.path.name not in ("test_runs.py", "test_scale.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_runs.py", "test_scale.py", "test_train.py"))
     for item in items:
         for mark in ("soak", "study"):
             if item.get_closest_marker(mark) and mark not in config.getoption("-m"):
