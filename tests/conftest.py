@@ -25,8 +25,9 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * any(
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="coppice-tests-")
 # A program is compiled once for all tests of this process, and for all that they start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["MPLCONFIGDIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "matplotlib")  # its list of fonts
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ USERS = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # for programs
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """This process's for one that it starts, with so many devices."""
     flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
-    return os.environ | {"XLA_FLAGS": flags} | more
+    small = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # programs too: those to come need not
+    return os.environ | {"XLA_FLAGS": flags} | small | more
 
 
 def course_of(config, context) -> model.Course:
@@ -75,7 +77,8 @@ def pytest_collection_modifyitems(config, items):
     """Tests that are marked long run only where `-m` names their mark; files that take minutes come first,
     or of the two processes one would end by waiting for the other.
     """
-    items.sort(key=lambda item: item.path.name not in ("test_runs.py", "test_scale.py", "test_train.py"))
+    long = [f"test_{name}.py" for name in ("runs", "scale", "train", "growth", "study")]
+    items.sort(key=lambda item: item.path.name not in long)
     for item in items:
         for mark in ("soak", "study"):
             if item.get_closest_marker(mark) and mark not in config.getoption("-m"):

@@ -1348,8 +1348,9 @@ else:
 '''
 
 
-def test_streamed_batches_are_those_of_a_finished_cache(home, tmp_path, kills=20):
-    """Readers and builders are killed twenty times while shards are being built, and resumed with another
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.soak)])
+def test_streamed_batches_are_those_of_a_finished_cache(kills, home, tmp_path):
+    """Readers and builders are killed so often while shards are being built, and resumed with another
     number of processes, each of which reads its rows alone: a curriculum by score, a change of length, and a
     mixture that moves. Every row is as one process reads it from the finished cache."""
     (tmp_path / "stream.py").write_text(STREAM)

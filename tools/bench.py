@@ -97,7 +97,7 @@ def measure(config: train.Config, seconds: float, together: int = 1, vary: str =
     memory = step.memory_analysis()
     rate, peak = size / ms * 1e3, fit.peak()
     flops = rate * model.flops_per_token(shape, phase.seq)
-    more = dict(apart_ms=apart(config, mesh, state, batches[0], ms)) if taken_apart else {}
+    more = dict(apart_ms=apart(config, mesh, state, batches[0], ms, seconds)) if taken_apart else {}
     return dict(tokens_per_s=round(rate), step_ms=round(ms, 2), compile_s=round(compile_s, 2),
                 step_ms_quartiles=[round(low, 2), round(high, 2)],
                 host_stall=round(stall, 4), mfu=round(flops / peak, 4) if peak else None,
@@ -107,7 +107,7 @@ def measure(config: train.Config, seconds: float, together: int = 1, vary: str =
                 device=jax.devices()[0].device_kind, jax=jax.__version__, **more)
 
 
-def median_ms(function, *arguments, seconds: float = 3.0) -> float:
+def median_ms(seconds: float, function, *arguments) -> float:
     """Milliseconds that a call takes, its result waited for: the median of those within `seconds`."""
     times = []
     jax.block_until_ready(function(*arguments))
@@ -118,16 +118,17 @@ def median_ms(function, *arguments, seconds: float = 3.0) -> float:
     return 1e3 * statistics.median(times)
 
 
-def apart(config: train.Config, mesh, state, batch, step_ms: float) -> dict[str, float]:
+def apart(config: train.Config, mesh, state, batch, step_ms: float, seconds: float) -> dict[str, float]:
     """What `--apart` adds; forward, backward and update sum to `step_ms`."""
+    seconds = min(3.0, seconds)
     shape, mask = config.model, model.Mask("causal", 0)
 
     def loss(params, batch):
         return jnp.mean(model.losses(params, batch, mask, shape, config.token_loss, {"step": 0}))
 
     with jax.set_mesh(mesh):
-        forward = median_ms(jax.jit(loss), state.params, batch)
-        gradient = median_ms(jax.jit(jax.value_and_grad(loss)), state.params, batch)
+        forward = median_ms(seconds, jax.jit(loss), state.params, batch)
+        gradient = median_ms(seconds, jax.jit(jax.value_and_grad(loss)), state.params, batch)
         products, rows, sizes = 0.0, batch["tokens"].size, collections.Counter()
         for p in model.table(shape).values():
             if p.group in ("matrix", "head") or (p.group == "embed" and shape.tied):
@@ -136,7 +137,7 @@ def apart(config: train.Config, mesh, state, batch, step_ms: float) -> dict[str,
         for (i, o), times in sizes.items():  # [rows, i] x [i, o], and the two products of its gradient
             for a, b in (((rows, i), (i, o)), ((rows, o), (o, i)), ((i, rows), (rows, o))):
                 a, b = jnp.ones(a, shape.dtype), jnp.ones(b, shape.dtype)
-                products += times * median_ms(jax.jit(jnp.matmul), a, b, seconds=0.3)
+                products += times * median_ms(seconds / 10, jax.jit(jnp.matmul), a, b)
     parts = dict(forward=forward, backward=gradient - forward, update=step_ms - gradient, products=products)
     return {name: round(ms, 2) for name, ms in parts.items()}
 

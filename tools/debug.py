@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> list[float]:
     batch, phase = run.loader.batch(1), config.phases[0]
     arrays, mask = model.put(batch.arrays, run.mesh), model.Mask(**batch.mask)
     losses = []
+    run.first()
     with jax.disable_jit(), jax.debug_nans(True):
-        run.first()
         context = run.context._replace(key=jax.random.fold_in(run.key("edits"), 0))
         run.state, run.shape = model.apply_edits(list(phase.edits), run.state, run.shape, config.optimizer,
                                                  run.mesh, context)
