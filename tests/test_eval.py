@@ -322,15 +322,12 @@ def test_the_harness_gives_the_exported_model_the_same_scores(tmp_path, tiny, da
     harness = pytest.importorskip("lm_eval", reason=why.format("lm_eval"))
     for name in ("torch", "transformers", "lm_eval.models.huggingface"):
         pytest.importorskip(name, reason=why.format(name))
-    if not (train.ROOT / "tools/export.py").is_file():
-        pytest.skip("python train.py export is not there yet")
-
     data.write(tmp_path / "pieces.model", pieces.model)
     config = train.Config(
         name="tasked", runs=str(tmp_path), model=train.replace(tiny, vocab=pieces.vocab),
         data=train.replace(data_config, tokenizer=str(tmp_path / "pieces.model"), dev=0, test=0),
         phases=(train.Phase(steps=30, batch=8, seq=64),), overlap=8, schedule=train.Schedule(peak=1e-2),
-        sample_tokens=4)
+        prompts=())
     train.Run(config, __file__).train()
     assert train.main(["export", str(tmp_path / "tasked"), str(tmp_path / "exported")]) == 0
 

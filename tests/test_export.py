@@ -52,7 +52,7 @@ def config_of(data_config, tmp_path, name: str = "tiny", **fields) -> Config:
     """A config of two steps in rows of 64."""
     return Config(name=name, runs=str(tmp_path / "runs"), **dict(
         data=data_config, phases=(Phase(steps=2, batch=8, seq=64),), overlap=8, eval_tokens=500,
-        schedule=Schedule(shape="constant", warmup=0), sample_tokens=4, prompts=("the",)) | fields)
+        schedule=Schedule(shape="constant", warmup=0), prompts=()) | fields)
 
 
 def run_of(config: Config) -> tuple[str, dict]:

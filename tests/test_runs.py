@@ -495,7 +495,7 @@ config = Config(
                     tokenizer="bytes", dev=0.1, test=0.1, shard_tokens=1, window=2, stream=True),
     phases=(Phase(steps=20, batch=4, seq=64, mixture=moving, lengths=growing, order=easy),
             Phase(steps=40, batch=4, seq=32, mixture=steered, steer=10, edits=(partial(stack, times=2),))),
-    overlap=8, eval_every=100, eval_tokens=500, save_every=7, sample_tokens=10, evals=(noticed,),
+    overlap=8, eval_every=100, eval_tokens=500, save_every=7, prompts=(), evals=(noticed,),
 )
 '''
 
@@ -668,7 +668,7 @@ config = Config(
     data=DataConfig(sources={"verses": Source(verses)}, tokenizer="bytes", dev=0.1, test=0.1,
                     shard_tokens=1, window=1, stream=True),
     phases=(Phase(steps=45, batch=8, seq=64),), overlap=8, eval_every=5, eval_tokens=500, save_every=100,
-    sample_tokens=2)
+    prompts=())
 '''
 
 

@@ -49,7 +49,7 @@ config = Config(
                     dev=0.1, test=0.1),
     phases=(phase, Phase(steps=8, batch=8, seq=32, edits=(partial(stack, times=2, moments="map"),))),
     schedule=Schedule(peak=1e-2, warmup=4), overlap=8, eval_every=8, eval_tokens=500, save_every=5, keep=9,
-    sample_tokens=4,
+    prompts=(), sample_tokens=4,
 )
 '''
 
@@ -131,7 +131,7 @@ def test_a_mesh_and_processes_compute_what_one_device_does(place, whole):
     good(place.train("meshed", "--mesh.fsdp", "2", "--mesh.tensor", "2", devices=8))
     near(place.rows("meshed"), whole, 1e-4)
     place.branch("split", "meshed")
-    done = place.train("split", "--mesh.fsdp", "2", devices=2, processes=2)
+    done = place.train("split", "--mesh.fsdp", "2", "--prompts", "('the',)", devices=2, processes=2)
     good(done)
     assert f"resuming from step {KEPT}\n" in done[0][1] and "2 processes" in done[0][1]
     near(place.rows("split"), whole, 1e-4)
