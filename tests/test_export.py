@@ -23,14 +23,18 @@ from tools import export
 from tools.corpus import train_bpe
 from train import Config, Phase, Schedule
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+torch = transformers = tokenizers = None
 
 equal = np.testing.assert_array_equal
 LLAMA3 = (8.0, 1.0, 4.0, 32.0)  # slow, between and fast frequencies all occur
 SCALED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def libraries():
+    """Imported where these tests run, for it takes seconds."""
+    globals().update({name: pytest.importorskip(name) for name in ("torch", "transformers", "tokenizers")})
 
 
 def ids_of(vocab: int, length: int = 512) -> np.ndarray:
