@@ -1,5 +1,7 @@
 """tools/eval.py beyond bits per byte: minimal pairs, multiple choice, completions, and where they come up."""
+import gzip
 import json
+import lzma
 import math
 import shutil
 from functools import partial
@@ -7,6 +9,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -275,6 +278,14 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path, capsys):
         assert train.main(["eval", str(here / "runs/tasked"), *map(str, more)]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+
+
+def test_texts_are_compressed_as_gzip_9_and_xz_9_compress_them():
+    texts = [prose(i, size).encode() for i, size in enumerate((1, 40, 4_000, 100_000))]
+    for name, compress in (("gzip_bpb", partial(gzip.compress, compresslevel=9)),
+                           ("xz_bpb", partial(lzma.compress, preset=9))):
+        bits = 8 * sum(len(compress(text)) for text in texts)
+        assert evaluate.compressed(texts)[name] == bits / sum(map(len, texts))
 
 
 # ------------------------------------------------------------------------------------------- tiny Shakespeare

@@ -16,6 +16,7 @@ memory traffic (what it works on, written and read once) and of its collectives,
 code 1 where something does not fit, with what to change, compiled to be sure of it.
 """
 import ctypes
+import gc
 import importlib.metadata
 import json
 import math
@@ -81,13 +82,15 @@ def peak() -> float:
 
 
 def tune_for_cpu():
-    """What makes XLA faster on a CPU: call it before JAX looks for devices. Of no effect elsewhere.
+    """What makes XLA faster on a CPU, and tracing anywhere: call it before JAX looks for devices.
 
     The GNU C library keeps what is freed, since XLA asks for a step's scratch anew at each step. With room
     beyond the heap's end, and small pieces merged as they are freed, that scratch fits where the last one
     was: otherwise a process came to hold six of them. What reads the same arrays becomes one loop of several
-    outputs, so that parameters and moments are updated in one pass, in place.
+    outputs, so that parameters and moments are updated in one pass, in place. Tracing makes many objects,
+    nearly all of which live: Python looks for garbage less often (an eighth of the time of a short run).
     """
+    gc.set_threshold(50_000)
     if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
         for option, value in ((-4, 0), (-1, -1), (-8, 1), (-2, 2**30), (1, 0)):
             libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX, M_TOP_PAD, M_MXFAST
