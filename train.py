@@ -886,7 +886,7 @@ def main(arguments: list[str]) -> int:
                 return 0
             Run(*parse(arguments)).train()
     except InputError as error:
-        print("error:", *str(error).split(), file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # at once: threads may write too
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
