@@ -490,7 +490,7 @@ def test_float64_is_float64_throughout(untied, params):
                 for h in (1e-5, -1e-5)]
         slope = float(np.sum((ends[0] - ends[1]) * rows()["weights"])) / 2e-5
         assert slope == pytest.approx(sum(float(np.sum(grads[n] * way[n])) for n in wide), rel=1e-7)
-    same((each, grads), value_and_grad(params, rows(), CAUSAL, untied))
+    same(jax.tree.map(np.asarray, (each, grads)), value_and_grad(params, rows(), CAUSAL, untied))
 
 
 # Loss and gradient norm of two AdamW steps from the table's own draw, as this code gave them on a CPU with
