@@ -23,7 +23,7 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * any(
     b"xla_cpu_use_fusion_emitters" in file.read_bytes()
     for file in Path(jaxlib.__file__).parent.glob("libjax_common*"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="coppice-tests-")
-# A program is compiled once for all tests of this process, and for all that they start.
+# A program of some size is compiled once for all tests of this process, and any for all that they start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -51,8 +51,8 @@ USERS = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # for programs
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """This process's for one that it starts, with so many devices."""
     flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
-    small = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # programs too: those to come need not
-    return os.environ | {"XLA_FLAGS": flags} | small | more
+    every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # small programs too are kept for the next
+    return os.environ | {"XLA_FLAGS": flags} | every | more
 
 
 def course_of(config, context) -> model.Course:

@@ -88,7 +88,7 @@ def tune_for_cpu():
     beyond the heap's end, and small pieces merged as they are freed, that scratch fits where the last one
     was: otherwise a process came to hold six of them. What reads the same arrays becomes one loop of several
     outputs, so that parameters and moments are updated in one pass, in place. Tracing makes many objects,
-    nearly all of which live: Python looks for garbage less often (an eighth of the time of a short run).
+    nearly all of which live, and jax is called back at each look for garbage: Python looks less often.
     """
     gc.set_threshold(50_000)
     if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
