@@ -44,7 +44,7 @@ def slow(row, rng, seconds=0.0):
 
 phase = Phase(steps=12, batch=8, seq=32, repeat=(Edit(reset_embeddings, every=5),), objective=partial(slow))
 config = Config(
-    model=ModelConfig(layers=1, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=258, unroll=1),
+    model=ModelConfig(layers=1, embed=96, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=258, unroll=1),
     data=DataConfig(sources={"files": Source(partial(text, path="CORPUS"))}, tokenizer="bytes",
                     dev=0.1, test=0.1),
     phases=(phase, Phase(steps=8, batch=8, seq=32, edits=(partial(stack, times=2, moments="map"),))),
@@ -210,7 +210,8 @@ def test_launch_s_mistakes_are_one_sentence():
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def test_a_disk_that_is_full_is_one_sentence_and_the_run_resumes_with_checkpoints_by_time(place, whole):
-    """No file may grow beyond 60 kB, as if the disk were full: exit code 2, one sentence, nothing lost.
+    """No file may grow beyond 60 KiB, as if the disk were full: exit code 2, one sentence, nothing lost.
+    The copies in source/ are smaller; one array, the 97 KiB of embeddings, is larger in any file.
     Threads of Orbax's that still write may print what they meet around it. Then, with room, a checkpoint
     after each step, where the time is shorter than that; the newest two stay, and multiples of four.
     """
