@@ -353,16 +353,15 @@ class Damaged(InputError):
 
 @contextlib.contextmanager
 def blame(errors=ValueError, kind: type[InputError] = InputError, sentence: str = "{error}"):
-    """What goes wrong inside, as a sentence for the user; {reason} is what was at the bottom of it. Mesh and
-    edits raise ValueErrors that say what is wrong in a config.
-    """
+    """What goes wrong inside (mesh and edits raise ValueErrors), for the user; {reason}: its first cause."""
     try:
         yield
     except errors as error:
         cause = error
         while cause.__cause__:
             cause = cause.__cause__
-        reason = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:160]}"
+        text = (str(cause).splitlines() or [""])[0].partition(" [tensorstore_spec")[0]
+        reason = f"{type(cause).__name__}: {text if len(text) < 166 else text[:60] + ' ... ' + text[-100:]}"
         raise kind(sentence.replace("{error}", str(error)).replace("{reason}", reason)) from error
 
 
@@ -880,21 +879,22 @@ def main(arguments: list[str]) -> int:
         with blame(OSError):  # a full disk, a directory that may not be written
             if arguments and (ROOT / "tools" / f"{arguments[0]}.py").is_file():
                 result = verb(arguments[0], arguments[1:])
-                return result if isinstance(result, int) else 0  # of fit: 1 for what does not
-            if "--debug" in arguments:
-                verb("debug", [word for word in arguments if word != "--debug"])
-                return 0
-            Run(*parse(arguments)).train()
+            elif "--debug" in arguments:
+                result = verb("debug", [word for word in arguments if word != "--debug"])
+            else:
+                result = Run(*parse(arguments)).train()
+            return result if isinstance(result, int) else 0  # of fit: 1 for what does not
     except InputError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # at once: threads may write too
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return 130
-    return 0
 
 
 if __name__ == "__main__":  # one module called `train`, for this process and for every config that imports it
     sys.path.insert(0, str(ROOT))
     import train
+    # A failed save of Orbax's closes an event loop that its threads still call: the save's sentence says it.
+    sys.unraisablehook = lambda it: str(it.exc_value) == "Event loop is closed" or sys.__unraisablehook__(it)
     sys.exit(train.main(sys.argv[1:]))

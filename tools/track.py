@@ -22,11 +22,11 @@ def line(out: train.Reporter, row: dict, now: float) -> str:
     step, flops = row["step"], out.course.flops
     pace = (now - out.begun) / (flops[step] - flops[out.start])
     left = timedelta(seconds=int((flops[-1] - flops[step]) * pace))
-    mfu = f" | mfu {row['perf/mfu']:.1%}" if "perf/mfu" in row else ""
+    speed = [f"{row['perf/tokens_per_s']:,.0f} tok/s"] if "perf/tokens_per_s" in row else []  # see `sync`
+    speed += [f"mfu {row['perf/mfu']:.1%}"] if "perf/mfu" in row else []
     return " | ".join([f"{flops[step] / flops[-1]:6.1%}", f"step {step}/{out.course.ends[-1]}",
                        f"loss {row['train/loss']:.3f}", f"lr {row['train/lr']:.2e}",
-                       f"grad {row['train/grad_norm']:.2f}",
-                       f"{row.get('perf/tokens_per_s', 0):,.0f} tok/s{mfu}", f"ETA {left}"])
+                       f"grad {row['train/grad_norm']:.2f}", *speed, f"ETA {left}"])
 
 
 def begin(run: train.Run, start: int) -> Callable[[dict], None] | None:
