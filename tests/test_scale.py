@@ -281,10 +281,10 @@ def test_fit_says_what_a_device_holds_and_sends(place):
     assert code == 0 and found["fits"] and found["mesh"] == dict(data=1, fsdp=8, tensor=1)
     shallow, deep = found["programs"]
     for program, layers in ((shallow, 2), (deep, 4)):
-        config = ModelConfig(layers=layers, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=258)
+        config = ModelConfig(layers=layers, embed=96, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=258)
         assert program["parameters"] == model.count(config)
         assert program["bytes"]["state"] == pytest.approx(3 * 4 * model.count(config) / 8, rel=0.01)
-    block = 4 * (shallow["parameters"] - 258 * 32 - 32) // 2  # bytes of a layer
+    block = 4 * (shallow["parameters"] - 258 * 96 - 96) // 2  # bytes of a layer
     more = {k: deep["collectives"][k][1] - shallow["collectives"][k][1] for k in ("all-gather", "all-reduce")}
     assert more["all-gather"] == pytest.approx(2 * 2 * block * 7 / 8, rel=0.05)
     assert more["all-reduce"] == pytest.approx(2 * 2 * block * 7 / 8, rel=0.05)

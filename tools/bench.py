@@ -15,7 +15,8 @@ host_stall the share of that time in which the host was busy with dispatching a 
 less. --profile DIR writes a trace of five more steps, for XProf or Perfetto (ui.perfetto.dev opens the
 .json.gz). --apart adds what a step's time is made of, `apart_ms`: the forward pass, the backward pass (the
 gradient's time less the forward's), the update (the step's less the gradient's), and beside them `products`:
-all products of weights with activations in them, each timed alone.
+all products of weights with activations in them, each timed alone (gradients for --seconds, 3 at most; each
+product for a tenth of that).
 
 --generate times tools/sample.py instead: sample_tokens after --batch random prompts of --seq tokens, drawn at
 sample_temperature, the prompts' own pass included; with --init_from RUN by that run's model.
