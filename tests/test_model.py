@@ -385,6 +385,24 @@ def test_rows_that_see_nothing_stay_finite_and_leave_the_others_alone():
 # ----------------------------------------------------------------------------------------------------- losses
 
 
+@pytest.mark.parametrize("columns", [2047, 2048, 4096])
+def test_a_product_has_the_gradients_of_a_plain_one_and_is_padded_on_one_cpu_alone(columns):
+    """Rows of a power of two are slow in a CPU's cache; on a mesh, padding them would move them about."""
+    x, w, scale = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(
+        [(16, 8), (8, columns), (16, columns)]))
+
+    def gradients(product):
+        return jax.jit(jax.grad(lambda x, w: jnp.sum(scale * product(x, w)), (0, 1)))
+
+    ours = gradients(lambda x, w: model.matmul(x, w, ("embed", "mlp"), jnp.float32))
+    for devices in (jax.devices()[:1], jax.devices()):
+        with jax.set_mesh(model.make_mesh(MeshConfig(), devices)):
+            for got, want in zip(ours(x, w), gradients(jnp.matmul)(x, w), strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+            padded = f"[16,{columns + 16}]" in str(jax.make_jaxpr(ours)(x, w))
+        assert padded == (len(devices) == 1 and columns % 2048 == 0)
+
+
 def test_nll_and_its_gradient_are_those_of_log_softmax():
     rng = np.random.default_rng(0)
     logits = (30 * rng.normal(size=(2, 3, 7))).astype(np.float32)
