@@ -31,23 +31,14 @@ from functools import partial
 
 import numpy as np
 
-from data import ROW, DataConfig, Document, InputError, Skipped, Source, concat_and_split, stdlib
-from model import Context, Edited, Model, ModelConfig, draw, groups, table
-from train import Config, Edit, Phase, Schedule
+from data import DataConfig, Document, InputError, Skipped, Source, concat_and_split, stdlib
+from lib.edits import reset_embeddings
+from lib.packing import ROW
+from lib.schedule import Schedule
+from model import ModelConfig
+from train import Config, Edit, Phase
 
 CELLS = {"2k": (2_048, 100), "20k": (20_480, 200), "200k": (204_800, 200), "all": (2**30, 600)}  # and steps
-
-
-def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edited:
-    """Active forgetting (Chen et al. 2023): draw embeddings again and reset their optimiser, count and all.
-
-    A tied head goes with them; an untied one where `head` says so. The body and its optimiser are untouched.
-    """
-    gone = {"embed", "head"} if head else {"embed"}
-    fresh = {n: draw(n, p, context.key, model.params[n].dtype)
-             for n, p in table(model.config).items() if p.group in gone}
-    policy = dict.fromkeys(gone & set(groups(model.config)), "reset")
-    return Edited(Model(model.config, model.params | fresh), policy, preserves=False)
 
 
 def alphabet(seed: int) -> dict[int, int]:
@@ -88,8 +79,6 @@ def last(rows: list[dict], metric: str, phase: int) -> float:
     """The last value of a metric in the rows of a phase; inf where it has none."""
     return ([row[metric] for row in rows if row["phase"] == phase and row.get(metric) is not None]
             or [math.inf])[-1]
-
-
 K = 250  # steps between resets
 rate = Schedule(shape="linear", peak=8e-3, warmup=50, final=0.1)  # above 0: the last episode teaches the body
 pretrain = Phase(steps=1_500, batch=16, seq=64, mixture={"old": 1.0}, schedule=rate)

@@ -5,8 +5,9 @@ the PyTorch peer's defaults; give others as --layers, --embed, --batch and so on
 
     python train.py bench --batch 8
 """
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 config = Config(
     model=ModelConfig(layers=6, embed=384, heads=6, kv_heads=6, head_dim=64, mlp=1024, vocab=4096,

@@ -24,38 +24,37 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-import data
-import train
-from configs.packing import best_fit
-from data import DOCUMENT, LENGTH, ROW, DataConfig, Source
+from data import DataConfig, Document, Documents, InputError, Source, concat_and_split, stdlib
+from lib.packing import DOCUMENT, LENGTH, ROW, best_fit
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase, load
 
-PACKINGS = dict(concat=data.concat_and_split, best_fit=best_fit)
+PACKINGS = dict(concat=concat_and_split, best_fit=best_fit)
 
 # ----------------------------------------------------------- scores, (document, tokens) -> float: low is easy
 
 
-def length(document: data.Document, tokens) -> float:
+def length(document: Document, tokens) -> float:
     """Tokens."""
     return float(len(tokens))
 
 
-def compressibility(document: data.Document, tokens) -> float:
+def compressibility(document: Document, tokens) -> float:
     """Bytes after zlib, over bytes: what repeats itself is easy."""
     text = document.text.encode("utf-8")
     return len(zlib.compress(text, 9)) / max(1, len(text))
 
 
-def field(document: data.Document, tokens, key: str) -> float:
+def field(document: Document, tokens, key: str) -> float:
     """A number of the document's metadata; infinitely hard where there is none."""
     return float(document.meta.get(key, math.inf))
 
 
-model_of = lru_cache(1)(train.load)
+model_of = lru_cache(1)(load)
 
 
-def loss(document: data.Document, tokens, run: str, context: int = 256) -> float:
+def loss(document: Document, tokens, run: str, context: int = 256) -> float:
     """Mean nats per token of a run's checkpoint on the document's first `context` tokens, in its pieces."""
     params, _, tokenizer, apply = model_of(run)
     ids = np.array([tokenizer.bos, *tokenizer.encode(document.text), tokenizer.eos])[:context + 1]
@@ -66,7 +65,7 @@ def loss(document: data.Document, tokens, run: str, context: int = 256) -> float
     return float(logs.mean())
 
 
-def rarity(documents: data.Documents) -> np.ndarray:
+def rarity(documents: Documents) -> np.ndarray:
     """Mean -log frequency of each document's tokens, counted over the documents themselves [documents]."""
     ids = [np.asarray(documents.ids(i), np.int64) for i in range(len(documents.shard))]
     counts = np.bincount(np.concatenate(ids))
@@ -88,18 +87,18 @@ def sort_rows(plan: np.ndarray, score: np.ndarray) -> np.ndarray:
     return plan[np.argsort(plan[:, ROW], kind="stable")]
 
 
-def easy_first(lengths, seq: int, documents: data.Documents, packing: str = "concat",
+def easy_first(lengths, seq: int, documents: Documents, packing: str = "concat",
                by: str = "score") -> np.ndarray:
     """The rows of a packing (a name in PACKINGS), sorted by the sources' "score" or by token "rarity".
 
     Documents are brought into that order before, so that a row holds what is about as difficult.
     """
     if packing not in PACKINGS or by not in ("score", "rarity"):
-        raise data.InputError(f"phases.packing has packing {packing!r} and by {by!r}; allowed are "
+        raise InputError(f"phases.packing has packing {packing!r} and by {by!r}; allowed are "
                               f"{', '.join(PACKINGS)}, and score or rarity")
     score = rarity(documents) if by == "rarity" else documents.of(lambda shard: shard.score)
     if np.isnan(score).any():
-        raise data.InputError("phases.packing sorts by score, but the source has none; set Source.score, or "
+        raise InputError("phases.packing sorts by score, but the source has none; set Source.score, or "
                               "packing.by to rarity")
     order = np.argsort(score, kind="stable")
     plan = PACKINGS[packing](lengths[order], seq)
@@ -118,7 +117,7 @@ def share(progress: float, pacing: str = "linear", first: float = 0.1, start: fl
     curves = dict(linear=u, root=math.sqrt(u), exponential=math.expm1(rate * u) / math.expm1(rate),
                   step=float(u >= 1))
     if pacing not in curves:
-        raise data.InputError(f"phases.order.pacing is {pacing!r}; allowed are {', '.join(curves)}")
+        raise InputError(f"phases.order.pacing is {pacing!r}; allowed are {', '.join(curves)}")
     return first + (1 - first) * curves[pacing]
 
 
@@ -138,7 +137,7 @@ def sorted_once(draw: int, rows: int, progress: float, key, hard: bool = False) 
 phase = Phase(steps=600, batch=8, seq=256, packing=partial(easy_first, packing="concat", by="score"))
 config = Config(
     model=ModelConfig(layers=4, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),
-    data=DataConfig(sources={"stdlib": Source(data.stdlib, score=compressibility)}, window=1_000_000),
+    data=DataConfig(sources={"stdlib": Source(stdlib, score=compressibility)}, window=1_000_000),
     phases=(phase,),
     schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05),
     eval_every=100,

@@ -27,10 +27,10 @@ from functools import partial
 
 import numpy as np
 
-import data
-from data import DataConfig, Source
+from data import DataConfig, InputError, Source, stdlib
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 LENGTHS = [32, 64, 128, 256, 512]
 SHARES = [0.038, 0.065, 0.103, 0.138, 0.656]  # of the positions of the pieces, as measured
@@ -45,7 +45,7 @@ def power_of_two(lengths: np.ndarray, seq: int, longest: int = 512) -> np.ndarra
     """
     lengths = np.asarray(lengths, np.int64)
     if seq & (seq - 1) or not 0 < seq <= longest:
-        raise data.InputError(f"decomposition has rows of {seq}; allowed are powers of two up to {longest}")
+        raise InputError(f"decomposition has rows of {seq}; allowed are powers of two up to {longest}")
     number = lengths // longest if seq == longest else lengths // seq % 2
     document = np.repeat(np.arange(len(lengths)), number)
     place = np.arange(len(document)) - np.repeat(np.cumsum(number) - number, number)
@@ -77,7 +77,7 @@ concat = Phase(steps=600, batch=4, seq=512)
 pieces = replace(concat, packing=partial(power_of_two, longest=512))
 config = Config(
     model=ModelConfig(layers=4, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),
-    data=DataConfig(sources={"definitions": Source(partial(data.stdlib, unit="definition"))}),
+    data=DataConfig(sources={"definitions": Source(partial(stdlib, unit="definition"))}),
     phases=(replace(pieces, lengths=partial(
         grow_p2, lengths=LENGTHS, shares=SHARES, odds=[16, 8, 4, 2, 1], cycles=8)),),
     schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05),

@@ -27,10 +27,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from configs.stacking import stack
 from data import DataConfig, Source, stdlib
-from model import ModelConfig, adamw, flops_per_token, table
-from train import Config, Phase, Schedule
+from lib.edits import stack
+from lib.optim import adamw
+from lib.schedule import Schedule
+from model import ModelConfig, flops_per_token, table
+from train import Config, Phase
 
 BLOCK = {name: p.axes[0] == "layers" for name, p in table(ModelConfig(tied=False)).items()}
 

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 
 from configs.incremental_layers import asleep
 from data import DataConfig, Source, stdlib
+from lib.schedule import Schedule
 from model import Context, Edited, Model, ModelConfig, flops_per_token, groups, table
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 BLOCKS = [name for name, p in table(ModelConfig()).items() if p.axes[0] == "layers"]
 

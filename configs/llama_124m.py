@@ -12,10 +12,11 @@ with more. `llama_350m.py` and `llama_1_3b.py` are its larger sisters.
 """
 from functools import partial
 
-from configs.jsonl import jsonl
 from data import DataConfig, Source
+from lib.readers import jsonl
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 config = Config(
     model=ModelConfig(layers=12, embed=768, heads=12, kv_heads=12, head_dim=64, mlp=2048, vocab=32_000,

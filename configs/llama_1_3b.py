@@ -9,7 +9,7 @@ three hours of 256 TPU v5e.
 from dataclasses import replace
 
 from configs.llama_124m import config as small
-from model import MeshConfig
+from lib.sharding import MeshConfig
 
 config = replace(
     small,

@@ -28,10 +28,10 @@ from functools import partial
 
 import numpy as np
 
-import data
-from data import DataConfig, Document, InputError, Skipped, Source
+from data import DataConfig, Document, InputError, Skipped, Source, stdlib
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 
 def fill(template: str, document: Document) -> str:
@@ -46,7 +46,7 @@ def in_front(document: Document, rng: np.random.Generator | None, template: str)
 
 def told(template: str) -> Iterator[Document | Skipped]:
     """`data.stdlib` with a template in front of all documents, held-out ones too."""
-    for document in data.stdlib():
+    for document in stdlib():
         yield in_front(document, None, template) if isinstance(document, Document) else document
 
 
@@ -73,7 +73,7 @@ phase = Phase(steps=540, batch=8, seq=256, mixture={"told": 1.0})
 config = Config(
     model=ModelConfig(layers=4, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),
     data=DataConfig(sources={
-        "plain": Source(data.stdlib),
+        "plain": Source(stdlib),
         "told": Source(partial(told, template="URL: {domain}\n\n"))}),
     phases=(phase, replace(phase, steps=60, mixture={"plain": 1.0})),
     schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05),

@@ -25,10 +25,11 @@ from functools import partial
 
 import numpy as np
 
-from configs.jsonl import jsonl
 from data import DataConfig, Document, Skipped, Source
+from lib.readers import jsonl
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 GENRES = ["textbook", "wiki", "conversation", "math"]
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 import optax
 
 from configs.stacking import config as stacking
-from model import Param, adamw
+from lib.optim import adamw
+from model import Param
 
 
 def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_decay: float = 0.1,

@@ -20,122 +20,17 @@ The file holds the packings themselves too, for any config: `best_fit`, `first_f
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
-import data
-from data import DataConfig, Source
+from data import DataConfig, Source, stdlib
+from lib.objectives import one_segment
+from lib.packing import best_fit
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
-
-# A packing gets the documents of a window, permuted, and gives a plan (see data.py); each piece is a segment
-# here. A bin-packer opens its rows by falling length: harmless, as `data.Rows` permutes the rows of a
-# window after packing. Within a row, pieces stand in the order in which the documents came.
-
-
-def cut(lengths: np.ndarray, seq: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, start, length) of the pieces of documents: full ones of `seq`, and what remains [pieces]."""
-    lengths = np.asarray(lengths, np.int64)
-    number = -(-lengths // seq)
-    document = np.repeat(np.arange(len(lengths)), number)
-    start = seq * (np.arange(len(document)) - np.repeat(np.cumsum(number) - number, number))
-    return document, start, np.minimum(seq, lengths[document] - start)
-
-
-def plan_of(row: np.ndarray, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The plan that puts each piece into a row, in rows from 0 without a gap."""
-    order = np.argsort(row, kind="stable")
-    row = np.asarray(row, np.int64)[order]
-    segment = np.arange(len(row)) - np.searchsorted(row, row) + 1
-    return np.stack([row, segment, document[order], start[order], length[order], np.zeros_like(row)], axis=1)
-
-
-# A segment tree in a list: node i has the children 2i and 2i + 1 and holds the larger of their values; the
-# leaves are the second half.
-
-
-def leftmost(tree: list[int], least: int) -> int:
-    """The leftmost leaf that holds `least` or more; there must be one (tree[1] says)."""
-    node, leaves = 1, len(tree) // 2
-    while node < leaves:
-        node *= 2
-        if tree[node] < least:
-            node += 1
-    return node
-
-
-def put(tree: list[int], node: int, value: int):
-    """Set a leaf, and what changes above it."""
-    tree[node] = value
-    while node > 1:
-        node //= 2
-        value = max(tree[2 * node], tree[2 * node + 1])
-        if tree[node] == value:
-            return
-        tree[node] = value
-
-
-def best_fit(lengths: np.ndarray, seq: int) -> np.ndarray:
-    """Best-fit decreasing: the longest piece first, each into the row where it leaves the least.
-
-    Only documents longer than `seq` are cut. Of rows with as much left, the last to come there is filled.
-    O(n log seq) by a tree over what rows have left: leaf c holds c where some row has exactly c left, and
-    leaf `seq` always, for a fresh row (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", 2.2).
-    """
-    document, start, length = cut(lengths, seq)
-    order = np.argsort(-length, kind="stable")
-    row, rows = np.empty(len(length), np.int64), int(np.sum(length == seq))
-    row[order[:rows]] = np.arange(rows)
-    leaves = 1 << seq.bit_length()
-    tree, having = [0] * (2 * leaves), [[] for _ in range(seq + 1)]  # rows that have exactly so much left
-    put(tree, leaves + seq, seq)
-    into = []
-    for size in length[order[rows:]].tolist():
-        leaf = leftmost(tree, size)
-        left = leaf - leaves
-        if left == seq:
-            found, rows = rows, rows + 1
-        else:
-            found = having[left].pop()
-            if not having[left]:
-                put(tree, leaf, 0)
-        left -= size
-        if left:
-            if not having[left]:
-                put(tree, leaves + left, left)
-            having[left].append(found)
-        into.append(found)
-    row[order[len(order) - len(into):]] = into
-    return plan_of(row, document, start, length)
-
-
-def first_fit(lengths: np.ndarray, seq: int) -> np.ndarray:
-    """First fit: pieces in the order given, each into the first row with room for it. O(n log n)."""
-    document, start, length = cut(lengths, seq)
-    leaves = 1 << len(length).bit_length()
-    tree, row = [seq] * (2 * leaves), []  # leaf i holds what row i has left
-    for size in length.tolist():
-        leaf = leftmost(tree, size)
-        put(tree, leaf, tree[leaf] - size)
-        row.append(leaf - leaves)
-    return plan_of(np.array(row, np.int64), document, start, length)
-
-
-def one_per_row(lengths: np.ndarray, seq: int) -> np.ndarray:
-    """A row for each piece, the rest of it padding."""
-    document, start, length = cut(lengths, seq)
-    return plan_of(np.arange(len(length)), document, start, length)
-
-
-def one_segment(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
-    """An objective: causal attention across all documents of a row, whose positions run on."""
-    real = (row["segments"] > 0).astype(np.int32)
-    return data.causal(row | dict(segments=real, positions=np.arange(len(real), dtype=np.int32) * real), rng)
-
+from train import Config, Phase
 
 concat = Phase(steps=300, batch=4, seq=256)
 config = Config(
     model=ModelConfig(layers=4, embed=128, heads=4, kv_heads=4, head_dim=32, mlp=344, vocab=1024),
-    data=DataConfig(sources={"stdlib": Source(partial(data.stdlib, unit="definition"))}, dev=0.03, test=0.03),
+    data=DataConfig(sources={"stdlib": Source(partial(stdlib, unit="definition"))}, dev=0.03, test=0.03),
     phases=(concat,),
     schedule=Schedule(shape="wsd", peak=8e-3, warmup=20, decay=0.4, final=0.05),
     overlap=32,

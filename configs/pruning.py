@@ -21,24 +21,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from configs.width_growth import fan_in
 from data import DataConfig, Source, stdlib
-from model import (
-    Context,
-    Edited,
-    Mask,
-    Model,
-    ModelConfig,
-    attention,
-    block,
-    blocks,
-    dense,
-    groups,
-    rms_norm,
-    rope,
-    table,
-)
-from train import Config, Phase, Schedule
+from lib.kernels import Mask, attention
+from lib.schedule import Schedule
+from lib.widen import fan_in
+from model import Context, Edited, Model, ModelConfig, block, blocks, dense, groups, rms_norm, rope, table
+from train import Config, Phase
 
 MLP = "embed", "mlp"  # axes of a layer's gate and up
 

@@ -4,10 +4,11 @@ Shows growth by stacking within one run. About three minutes on two CPU cores: p
 """
 from functools import partial
 
-from configs.stacking import stack
 from data import DataConfig, Source, stdlib
+from lib.edits import stack
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 config = Config(
     model=ModelConfig(layers=2, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),

@@ -21,11 +21,12 @@ from functools import partial
 
 import numpy as np
 
-import data
-from configs.packing import one_segment
-from data import DOCUMENT, DataConfig, Source
+from data import DataConfig, Documents, Source, causal, concat_and_split, stdlib
+from lib.objectives import one_segment
+from lib.packing import DOCUMENT
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 
 def tf_idf(ids: list[np.ndarray]) -> np.ndarray:
@@ -79,12 +80,12 @@ def distinct(order: list[int], ids: list[np.ndarray], alike: float) -> list[int]
     return kept
 
 
-def related(lengths, seq: int, documents: data.Documents, cluster: int = 21, k: int = 10,
+def related(lengths, seq: int, documents: Documents, cluster: int = 21, k: int = 10,
             alike: float = 0.85) -> np.ndarray:
     """Documents end to end along a path of neighbours, cut every `seq`."""
     ids = [np.asarray(documents.ids(i), np.int64) for i in range(len(lengths))]
     order = np.array(distinct(path(neighbours(tf_idf(ids), k), cluster), ids, alike), np.int64)
-    plan = data.concat_and_split(lengths[order], seq)
+    plan = concat_and_split(lengths[order], seq)
     plan[:, DOCUMENT] = order[plan[:, DOCUMENT]]
     return plan
 
@@ -92,7 +93,7 @@ def related(lengths, seq: int, documents: data.Documents, cluster: int = 21, k: 
 phase = Phase(steps=600, batch=4, seq=512, objective=one_segment)
 config = Config(
     model=ModelConfig(layers=4, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),
-    data=DataConfig(sources={"definitions": Source(partial(data.stdlib, unit="definition"))},
+    data=DataConfig(sources={"definitions": Source(partial(stdlib, unit="definition"))},
                     window=1_000_000),
     phases=(replace(phase, packing=partial(related, cluster=21, k=10, alike=0.85)),),
     schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05),
@@ -102,5 +103,5 @@ config = Config(
 arms = {
     "chance": replace(config, phases=(phase,)),
     "related": config,
-    "related_apart": replace(config, phases=(replace(config.phases[0], objective=data.causal),)),
+    "related_apart": replace(config, phases=(replace(config.phases[0], objective=causal),)),
 }

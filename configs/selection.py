@@ -26,13 +26,14 @@ from functools import partial
 
 import numpy as np
 
-import data
-from configs.packing import best_fit
-from data import DOCUMENT, DataConfig, Document, InputError, Skipped, Source
+from data import DataConfig, Document, Documents, InputError, Skipped, Source, concat_and_split, stdlib, text
+from lib.cache import Shard
+from lib.packing import DOCUMENT, best_fit
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
-PACKINGS = dict(concat=data.concat_and_split, best_fit=best_fit)
+PACKINGS = dict(concat=concat_and_split, best_fit=best_fit)
 
 
 def documented(document: Document, tokens) -> float:
@@ -54,7 +55,7 @@ def pack(keep: np.ndarray, lengths: np.ndarray, seq: int, packing: str) -> np.nd
     return plan
 
 
-def scores(documents: data.Documents) -> np.ndarray:
+def scores(documents: Documents) -> np.ndarray:
     """The score of each document [documents]."""
     score = documents.of(lambda shard: shard.score).astype(float)
     if np.isnan(score).any():
@@ -71,24 +72,24 @@ def best(value: np.ndarray, lengths: np.ndarray, share: float) -> np.ndarray:
     return keep
 
 
-def threshold(lengths, seq: int, documents: data.Documents, least: float = 0.0,
+def threshold(lengths, seq: int, documents: Documents, least: float = 0.0,
               packing: str = "concat") -> np.ndarray:
     """Documents that score `least` or more."""
     return pack(scores(documents) >= least, lengths, seq, packing)
 
 
-def top(lengths, seq: int, documents: data.Documents, share: float = 0.5,
+def top(lengths, seq: int, documents: Documents, share: float = 0.5,
         packing: str = "concat") -> np.ndarray:
     """The documents of highest score, until they hold `share` of all positions."""
     return pack(best(scores(documents), lengths, share), lengths, seq, packing)
 
 
-def gumbel(shard: data.Shard, seed: int) -> np.ndarray:
+def gumbel(shard: Shard, seed: int) -> np.ndarray:
     """Standard Gumbel noise for each document of a shard, which the seed alone decides."""
     return np.random.default_rng([seed, int(shard.directory.name)]).gumbel(size=len(shard.split))
 
 
-def sampled(lengths, seq: int, documents: data.Documents, share: float = 0.5, temperature: float = 2.0,
+def sampled(lengths, seq: int, documents: Documents, share: float = 0.5, temperature: float = 2.0,
             seed: int = 0, packing: str = "concat") -> np.ndarray:
     """Documents drawn one by one, ~ exp(standardised score / temperature) of those left, up to `share`.
 
@@ -143,12 +144,12 @@ def distinct(documents: Iterable[Document | Skipped], near: float = 0.0, hashes:
 
 def distinct_stdlib(near: float = 0.0) -> Iterator[Document | Skipped]:
     """`data.stdlib` without duplicates."""
-    return distinct(data.stdlib(), near)
+    return distinct(stdlib(), near)
 
 
 def distinct_text(path: str, separator: str = "", near: float = 0.0) -> Iterator[Document | Skipped]:
     """`data.text` without duplicates."""
-    return distinct(data.text(path, separator), near)
+    return distinct(text(path, separator), near)
 
 
 phase = Phase(steps=600, batch=8, seq=256)

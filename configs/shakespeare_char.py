@@ -30,16 +30,18 @@ from functools import partial
 
 import numpy as np
 
-import data
 from configs.muon import muon
-from data import DataConfig, Document, InputError, Source
-from model import ModelConfig, adamw, nll
-from train import Config, Phase, Schedule
+from data import DataConfig, Document, InputError, Source, text
+from lib.kernels import nll
+from lib.optim import adamw
+from lib.schedule import Schedule
+from model import ModelConfig
+from train import Config, Phase
 
 
 def parts(path: str, share: float = 0.9) -> tuple[str, str]:
     """The first `share` of a text's characters, and the rest."""
-    whole = next(data.text(path))
+    whole = next(text(path))
     if not isinstance(whole, Document) or not whole.text.isascii():
         raise InputError(f"source path {path!r} is no text of ASCII characters, which are one byte each")
     return whole.text[:int(share * len(whole.text))], whole.text[int(share * len(whole.text)):]

@@ -36,10 +36,11 @@ from functools import partial
 
 import numpy as np
 
-from configs.active_forgetting import reset_embeddings
 from data import DataConfig, Document, Source
+from lib.edits import reset_embeddings
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Edit, Phase, Schedule
+from train import Config, Edit, Phase
 
 COPULA, FIRST = 1, 259  # ids: of the copula, which is bos; of the first word, after unk, bos, eos and bytes
 LENGTH = 6  # positions of a sentence: context, query and answer, less the last word, which is only a target

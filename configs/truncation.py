@@ -24,10 +24,11 @@ from functools import partial
 
 import numpy as np
 
-from configs.packing import one_per_row
 from data import DataConfig, Document, Source
+from lib.packing import one_per_row
+from lib.schedule import Schedule
 from model import ModelConfig
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 BITS = 15  # of a document: 16 positions, since it has an end
 

@@ -36,9 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data import Bytes, DataConfig, Source, Tokenizer, load_tokenizer, stdlib
+from data import DataConfig, Source, stdlib
+from lib.schedule import Schedule
+from lib.tokenizers import Bytes, Tokenizer, load_tokenizer
 from model import Context, Edited, Model, ModelConfig, draw, flops_per_token, groups, table
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 
 def piece_names(tokenizer: Tokenizer) -> list[str]:

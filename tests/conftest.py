@@ -34,11 +34,13 @@ import jax.numpy as jnp
 
 import data
 import model
-import train
-from tools import fit
-from tools.corpus import train_bpe
+from lib.cache import Cache, build
+from lib.errors import user_errors
+from lib.hardware import tune_for_cpu
+from lib.schedule import Plan, make_plan
+from lib.tokenizers import Bytes, SentencePiece, train_bpe
 
-fit.tune_for_cpu()
+tune_for_cpu()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 hypothesis.settings.register_profile(
     "coppice", deadline=None, max_examples=100, derandomize=True, database=None)
@@ -55,10 +57,10 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags} | every | more
 
 
-def course_of(config, context) -> model.Course:
+def course_of(config, context) -> Plan:
     """Shapes, budgets and rates of every step of a config, as a run works them out."""
-    with train.blame():
-        return model.plot_course(config, context, [data.batch_lengths(phase) for phase in config.phases])
+    with user_errors():
+        return make_plan(config, context, [data.batch_lengths(phase) for phase in config.phases])
 
 
 def strong(config: model.ModelConfig) -> dict[str, jax.Array]:
@@ -120,16 +122,16 @@ def data_config(corpus) -> data.DataConfig:
 
 
 @pytest.fixture(scope="session")
-def pieces(corpus) -> data.SentencePiece:
+def pieces(corpus) -> SentencePiece:
     """A SentencePiece tokenizer of 320 pieces, trained on the corpus."""
     texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))]
-    return data.SentencePiece(train_bpe(texts, 320))
+    return SentencePiece(train_bpe(texts, 320))
 
 
 @pytest.fixture(scope="session")
-def cache(data_config) -> data.Cache:
+def cache(data_config) -> Cache:
     """The corpus in bytes, built."""
-    return data.build("corpus", data_config, data.Bytes(), 0)
+    return build("corpus", data_config, Bytes(), 0)
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 import data
 import model
 import train
-from data import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START
+from lib.config import ROOT, load_file
+from lib.objectives import one_segment
+from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, best_fit, first_fit, one_per_row
+from train import parse
 
-packing = train.load_file(train.ROOT / "configs/packing.py")
-truncation = train.load_file(train.ROOT / "configs/truncation.py")
-study = train.load_file(train.ROOT / "tools/study.py")
-PACKINGS = [packing.best_fit, packing.first_fit, packing.one_per_row]
+packing = load_file(ROOT / "configs/packing.py")
+truncation = load_file(ROOT / "configs/truncation.py")
+study = load_file(ROOT / "tools/study.py")
+PACKINGS = [best_fit, first_fit, one_per_row]
 
 
 @st.composite
@@ -81,7 +84,7 @@ def test_a_packing_keeps_every_position_and_cuts_no_document_that_fits(pack, cas
 @given(case=documents())
 def test_best_fit_makes_the_rows_that_a_search_through_all_rows_makes(case):
     lengths, seq = case
-    assert rows_of(packing.best_fit(lengths, seq)) == slow_best_fit(lengths.tolist(), seq)
+    assert rows_of(best_fit(lengths, seq)) == slow_best_fit(lengths.tolist(), seq)
 
 
 @given(case=documents())
@@ -91,13 +94,13 @@ def test_first_fit_makes_the_rows_that_a_search_from_the_first_makes(case):
     for w in (min(seq, n - start) for n in lengths.tolist() for start in range(0, n, seq)):
         fits = next((r for r in rows if sum(r) + w <= seq), None)
         rows.append([w]) if fits is None else fits.append(w)
-    assert rows_of(packing.first_fit(lengths, seq)) == [sorted(r, reverse=True) for r in rows]
+    assert rows_of(first_fit(lengths, seq)) == [sorted(r, reverse=True) for r in rows]
 
 
 def test_best_fit_of_the_paper_s_documents():
-    assert rows_of(packing.best_fit(np.array([14, 7, 5, 2, 3]), 8)) == [[8], [7], [6, 2], [5, 3]]
+    assert rows_of(best_fit(np.array([14, 7, 5, 2, 3]), 8)) == [[8], [7], [6, 2], [5, 3]]
     # rows that hold 8, 6, 6 and 4 of 8 after the longer documents: 3 goes where 4 are left
-    assert rows_of(packing.best_fit(np.array([8, 6, 6, 4, 3]), 8)) == [[8], [6], [6], [4, 3]]
+    assert rows_of(best_fit(np.array([8, 6, 6, 4, 3]), 8)) == [[8], [6], [6], [4, 3]]
 
 
 @pytest.mark.parametrize("pack", PACKINGS)
@@ -113,7 +116,7 @@ def test_no_documents_give_an_empty_plan(pack):
 
 def test_best_fit_of_100_000_documents_wastes_next_to_nothing():
     lengths = np.random.default_rng(0).lognormal(6.2, 1.1, 100_000).astype(np.int64) + 1
-    plan = packing.best_fit(lengths, 2048)
+    plan = best_fit(lengths, 2048)
     assert plan[:, LENGTH].sum() == lengths.sum()
     assert plan[-1, ROW] + 1 <= 1.0002 * math.ceil(lengths.sum() / 2048)
     assert np.all(np.bincount(plan[:, DOCUMENT])[lengths <= 2048] == 1)
@@ -122,20 +125,20 @@ def test_best_fit_of_100_000_documents_wastes_next_to_nothing():
 def test_without_a_mask_a_row_is_one_segment_whose_positions_run_on():
     row = dict(tokens=np.arange(8), segments=np.array([1, 1, 1, 2, 2, 3, 0, 0], np.int32),
                positions=np.array([0, 1, 2, 0, 1, 0, 0, 0], np.int32))
-    made, mask = packing.one_segment(row, np.random.default_rng(0))
+    made, mask = one_segment(row, np.random.default_rng(0))
     assert made["segments"].tolist() == [1] * 6 + [0] * 2 and made["positions"].tolist() == [*range(6), 0, 0]
     assert made["tokens"] is row["tokens"] and mask == data.causal(row, None)[1]
     assert row["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
 
 
 def test_an_arm_of_a_config_file_is_named_after_a_colon(capsys):
-    file = str(train.ROOT / "configs/packing.py")
-    config, _ = train.parse([f"{file}:best_fit", "--seed", "3"])
-    assert config.phases[0].packing is packing.best_fit
+    file = str(ROOT / "configs/packing.py")
+    config, _ = parse([f"{file}:best_fit", "--seed", "3"])
+    assert config.phases[0].packing is best_fit
     assert (config.seed, config.name) == (3, "packing-best_fit")
-    assert train.parse([file])[0].name == "packing"
+    assert parse([file])[0].name == "packing"
     for arm in packing.arms:
-        train.check(train.parse([f"{file}:{arm}"])[0])
+        train.check(parse([f"{file}:{arm}"])[0])
     assert train.main([f"{file}:worst_fit"]) == 2
     assert "concat_no_mask, concat, best_fit" in capsys.readouterr().err
 
@@ -217,8 +220,8 @@ def test_the_evaluation_gives_a_model_that_knows_the_process_what_is_expected(tr
 @pytest.mark.study
 @pytest.mark.parametrize("arm", ["full", "truncated"])
 def test_truncation_trained_is_within_a_hundredth_of_the_closed_form(arm, tmp_path, request):
-    file = str(train.ROOT / "configs/truncation.py")
-    line = [sys.executable, str(train.ROOT / "train.py"), f"{file}:{arm}", "--runs", str(tmp_path)]
+    file = str(ROOT / "configs/truncation.py")
+    line = [sys.executable, str(ROOT / "train.py"), f"{file}:{arm}", "--runs", str(tmp_path)]
     env = os.environ | conftest.USERS  # one device, as anyone would run it
     subprocess.run(line, env=env, check=True, stdout=subprocess.DEVNULL)
     rows = (tmp_path / f"truncation-{arm}/metrics.jsonl").read_text().splitlines()
@@ -231,12 +234,12 @@ def test_truncation_trained_is_within_a_hundredth_of_the_closed_form(arm, tmp_pa
 
 # ------------------------------------------------------------------------------------------------ the studies
 
-STUDIES = [p for p in sorted((train.ROOT / "configs").glob("*.py")) if "\narms = " in p.read_text("utf-8")]
+STUDIES = [p for p in sorted((ROOT / "configs").glob("*.py")) if "\narms = " in p.read_text("utf-8")]
 
 
 def asked(path, **given) -> study.Study:
     """The study that a command line asks for."""
-    quick = hasattr(train.load_file(path), "quick")
+    quick = hasattr(load_file(path), "quick")
     plain = dict(config=str(path), arms="", quick=quick, seeds=2, jobs=1, runs="runs")
     return study.read(argparse.Namespace(**plain | given))
 
@@ -244,7 +247,7 @@ def asked(path, **given) -> study.Study:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_every_arm_of_a_study_is_accepted_in_full_and_with_quick(path):
     """`read` refuses a control, default arms and claims that name no arm."""
-    file = vars(train.load_file(path))
+    file = vars(load_file(path))
     default, arms = asked(path), ",".join(file["arms"])
     control = file.get("control", default.arms[0])
     assert set(default.arms) == {control, *file.get("default_arms", file["arms"])}
@@ -255,15 +258,15 @@ def test_every_arm_of_a_study_is_accepted_in_full_and_with_quick(path):
         assert len(every.claims) == len(file.get("claims", ())) and set(every.arms) == set(file["arms"])
         for arm in every.arms:
             for rate in every.rates[:1] or [None]:
-                config, _ = train.parse([str(w) for w in study.command(every, study.Job(arm, rate, 1))])
+                config, _ = parse([str(w) for w in study.command(every, study.Job(arm, rate, 1))])
                 train.check(config)
                 assert rate is None or config.schedule.peak == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("path", [p for p in STUDIES if "one budget of" in train.load_file(p).__doc__],
+@pytest.mark.parametrize("path", [p for p in STUDIES if "one budget of" in load_file(p).__doc__],
                          ids=lambda p: p.stem)
 def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(path):
-    file = train.load_file(path)
+    file = load_file(path)
     context = model.Context(jax.random.key(0), 0, None, None, None)
     budget = "flops" if "budget of model FLOPs" in " ".join(file.__doc__.split()) else "tokens"
     courses = [course_of(config, context) for config in file.arms.values()]
@@ -278,11 +281,11 @@ def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(path):
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("path", [p for p in STUDIES if hasattr(train.load_file(p), "quick")],
+@pytest.mark.parametrize("path", [p for p in STUDIES if hasattr(load_file(p), "quick")],
                          ids=lambda p: p.stem)
 def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
     """In a directory of its own, beside the runs that it starts from, which are made in a hurry."""
-    file, shared, here = train.load_file(path), train.ROOT.parent / "shared", tmp_path / "here"
+    file, shared, here = load_file(path), ROOT.parent / "shared", tmp_path / "here"
     here.mkdir()
     if "../shared" in path.read_text("utf-8"):
         if not shared.is_dir():
@@ -291,7 +294,7 @@ def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
     env = os.environ | conftest.USERS  # one device, as anyone would run it
 
     def go(*words):
-        line = [sys.executable, str(train.ROOT / "train.py"), *words]
+        line = [sys.executable, str(ROOT / "train.py"), *words]
         done = subprocess.run(line, env=env, cwd=here, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -301,7 +304,7 @@ def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
         go(*small, "--phases.1.steps", "4")
     for name in {arm.init_from for arm in file.arms.values()} - {"", "runs/quickstart"}:
         stem, arm = name.removeprefix("runs/").split("-")  # made by another arm
-        go(f"{train.ROOT}/configs/{stem}.py:{arm}", *small)
+        go(f"{ROOT}/configs/{stem}.py:{arm}", *small)
     said = go("study", str(path), "--quick", "--jobs", str(min(2, os.cpu_count())))
     result = json.loads((here / f"runs/{path.stem}-quick/study.json").read_text())
     assert [*result["arms"]] == asked(path).arms and not result["failed"]

@@ -20,22 +20,22 @@ import pytest
 from hypothesis import example, given
 
 import data
-import tools.eval as evaluation
-from data import (
-    DOCUMENT,
-    LENGTH,
-    QUIET,
-    ROW,
-    SEGMENT,
-    START,
+from data import DataConfig, Document, InputError, Skipped, Source
+from lib.cache import Cache, Shard, build, tokenize
+from lib.disk import locked
+from lib.evaluate import bits_per_byte, held_out, windows
+from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, fill, permute
+from lib.prefetch import prefetch
+from lib.sources import SPLITS, split_of
+from lib.tokenizers import (
     Bytes,
-    DataConfig,
-    Document,
-    InputError,
-    Skipped,
-    Source,
+    SentencePiece,
+    escape,
+    load_tokenizer,
+    make_tokenizer,
+    tokenizer_texts,
+    train_bpe,
 )
-from tools.corpus import make_tokenizer, sample, train_bpe
 
 equal = np.testing.assert_array_equal
 
@@ -52,35 +52,35 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 100, 255, 256, 257, 1_000, 4_096, 5_003])
 def test_permute_is_a_permutation(n):
-    out = data.permute(np.arange(n), n, 1, 2)
+    out = permute(np.arange(n), n, 1, 2)
     equal(np.sort(out), np.arange(n))
     assert out.dtype == np.int64
 
 
 def test_permute_of_nothing_is_nothing():
-    assert data.permute(np.arange(0), 0, 1).shape == (0,)
+    assert permute(np.arange(0), 0, 1).shape == (0,)
 
 
 def test_permute_follows_its_key():
     keys = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1), (2**40, 0, 0))
-    images = [data.permute(np.arange(1_000), 1_000, *key) for key in keys]
+    images = [permute(np.arange(1_000), 1_000, *key) for key in keys]
     for one, other in itertools.combinations(images, 2):
         assert np.mean(one == other) < 0.02
     for image in images:  # and it is no mere shift: neighbours part
         assert np.mean(np.abs(np.diff(image)) < 10) < 0.1
-    equal(images[0], data.permute(np.arange(1_000), 1_000, *keys[0]))
+    equal(images[0], permute(np.arange(1_000), 1_000, *keys[0]))
 
 
 @given(st.integers(1, 10**12), st.data())
 def test_permute_of_one_is_as_within_many(n, drawn):
     index = drawn.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
-    many = data.permute(np.array(index), n, 3)
-    assert [int(data.permute(i, n, 3)[0]) for i in index] == many.tolist()
+    many = permute(np.array(index), n, 3)
+    assert [int(permute(i, n, 3)[0]) for i in index] == many.tolist()
     assert all(0 <= i < n for i in many.tolist())
 
 
 def test_splits_have_their_shares():
-    splits = Counter(data.split_of(f"some/path/{i}.py", 0.05, 0.1) for i in range(20_000))
+    splits = Counter(split_of(f"some/path/{i}.py", 0.05, 0.1) for i in range(20_000))
     assert splits[1] / 20_000 == pytest.approx(0.05, abs=0.006)
     assert splits[2] / 20_000 == pytest.approx(0.1, abs=0.008)
     assert set(splits) == {0, 1, 2}
@@ -89,11 +89,11 @@ def test_splits_have_their_shares():
 def test_split_follows_the_path_alone():
     """The same for any shares that leave it room: a larger dev split takes from train, never from test."""
     paths = [f"é/{i}" for i in range(2_000)]
-    few, more = ([data.split_of(p, dev, 0.1) for p in paths] for dev in (0.05, 0.3))
-    assert few == [data.split_of(p, 0.05, 0.1) for p in paths]
+    few, more = ([split_of(p, dev, 0.1) for p in paths] for dev in (0.05, 0.3))
+    assert few == [split_of(p, 0.05, 0.1) for p in paths]
     assert all((a == 2) == (b == 2) and (a != 1 or b == 1) for a, b in zip(few, more, strict=True))
-    assert {data.split_of(p, 0.0, 0.0) for p in paths} == {0}
-    assert {data.split_of(f"{i}\udcff", 0.3, 0.3) for i in range(100)} == {0, 1, 2}  # as odd names decode
+    assert {split_of(p, 0.0, 0.0) for p in paths} == {0}
+    assert {split_of(f"{i}\udcff", 0.3, 0.3) for i in range(100)} == {0, 1, 2}  # as odd names decode
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -180,8 +180,8 @@ def test_encoding_together_is_as_encoding_apart(pieces, texts):
 @given(anything, anything)
 @example("\u2585", "\x10c")
 def test_escapes_are_unambiguous(one, other):
-    assert (data.escape(one) == data.escape(other)) == (one == other)
-    assert not {"\u2581", "\u2585"} & set(data.escape(one))
+    assert (escape(one) == escape(other)) == (one == other)
+    assert not {"\u2581", "\u2585"} & set(escape(one))
 
 
 def test_cut_characters_are_replaced(pieces):
@@ -209,13 +209,13 @@ def test_impossible_vocabularies_name_a_possible_one(asked, word):
     with pytest.raises(InputError, match=f"model.vocab is {asked}, but .* {word} \\d+ pieces") as caught:
         train_bpe(texts, asked)
     allowed = int(str(caught.value).split(f"{word} ")[1].split()[0])
-    assert data.SentencePiece(train_bpe(texts, allowed)).vocab == allowed
+    assert SentencePiece(train_bpe(texts, allowed)).vocab == allowed
 
 
 def test_texts_with_sentencepiece_s_own_marks_are_learnt_from():
     """It drops training texts with U+2585, unless they are escaped."""
     model = train_bpe(["tree \u2585\u2581 " * 50, "stool"], 290)
-    assert len(data.SentencePiece(model).encode("tree tree ")) < 6
+    assert len(SentencePiece(model).encode("tree tree ")) < 6
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
@@ -227,8 +227,8 @@ def test_tokenizer_without_text_is_an_input_error(texts):
 def test_load_tokenizer_takes_what_was_saved(tmp_path, pieces):
     (tmp_path / "a.model").write_bytes(pieces.model)
     (tmp_path / "b.model").write_bytes(Bytes.model)
-    assert data.load_tokenizer(tmp_path / "a.model").encode("the tree") == pieces.encode("the tree")
-    assert isinstance(data.load_tokenizer(str(tmp_path / "b.model")), Bytes)
+    assert load_tokenizer(tmp_path / "a.model").encode("the tree") == pieces.encode("the tree")
+    assert isinstance(load_tokenizer(str(tmp_path / "b.model")), Bytes)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x00" * 100, None, "directory"])
@@ -239,13 +239,13 @@ def test_load_tokenizer_refuses_junk(tmp_path, pieces, content):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"t\.model"):
-        data.load_tokenizer(path)
+        load_tokenizer(path)
 
 
 def test_load_tokenizer_refuses_half_a_model(tmp_path, pieces):
     (tmp_path / "t.model").write_bytes(pieces.model[:len(pieces.model) // 2])
     with pytest.raises(InputError, match=r"t\.model.*not a SentencePiece model"):
-        data.load_tokenizer(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")
 
 
 def test_bpe_is_trained_once_and_kept(home, data_config):
@@ -264,8 +264,8 @@ def test_bpe_needs_a_size(home, data_config):
 
 
 def test_tokenizer_is_learnt_from_training_documents_alone(data_config, corpus):
-    texts = sample(data_config)
-    expected = [d.text for d in data.text(str(corpus)) if data.split_of(d.path, 0.1, 0.1) == 0]
+    texts = tokenizer_texts(data_config)
+    expected = [d.text for d in data.text(str(corpus)) if split_of(d.path, 0.1, 0.1) == 0]
     assert sorted(texts) == sorted(expected) and len(texts) < 40
 
 
@@ -274,10 +274,10 @@ def test_sample_is_bounded_and_does_not_follow_the_order(data_config, corpus):
         return reversed(list(data.text(path)))
 
     config = replace(data_config, sample_mib=0.01)
-    texts = sample(config)
-    assert 0 < sum(map(len, texts)) <= 0.01 * 2**20 and texts == sample(config)
+    texts = tokenizer_texts(config)
+    assert 0 < sum(map(len, texts)) <= 0.01 * 2**20 and texts == tokenizer_texts(config)
     turned = replace(config, sources={"corpus": Source(partial(backwards, str(corpus)))})
-    assert sample(turned) == texts
+    assert tokenizer_texts(turned) == texts
 
 
 def test_sample_of_a_source_without_end_ends():
@@ -286,7 +286,7 @@ def test_sample_of_a_source_without_end_ends():
             yield Document(str(i), "a tree " * 100)
         raise AssertionError("read to the end")
 
-    texts = sample(DataConfig(sources={"endless": Source(endless)}, sample_mib=0.01))
+    texts = tokenizer_texts(DataConfig(sources={"endless": Source(endless)}, sample_mib=0.01))
     assert 0 < sum(map(len, texts)) <= 0.01 * 2**20
 
 
@@ -326,29 +326,29 @@ def files(directory):
 @pytest.mark.parametrize("which", ["bytes", "pieces"])
 def test_cache_holds_the_documents_in_order(data_config, corpus, pieces, which):
     tokenizer = Bytes() if which == "bytes" else pieces
-    cache = data.build("corpus", data_config, tokenizer, 0)
+    cache = build("corpus", data_config, tokenizer, 0)
     got = list(contents(cache, tokenizer))
-    expected = [(d.path, d.text, {}, data.split_of(d.path, 0.1, 0.1)) for d in data.text(str(corpus))]
+    expected = [(d.path, d.text, {}, split_of(d.path, 0.1, 0.1)) for d in data.text(str(corpus))]
     assert [g[:4] for g in got] == expected and all(math.isnan(g[4]) for g in got)
     assert cache.total["counts"]["documents"] == 40
     assert cache.total["counts"]["bytes"] == sum(f.stat().st_size for f in corpus.rglob("*.txt"))
-    assert {s: cache.total["counts"][f"{s} documents"] for s in data.SPLITS} == dict(train=31, dev=3, test=6)
+    assert {s: cache.total["counts"][f"{s} documents"] for s in SPLITS} == dict(train=31, dev=3, test=6)
     assert cache.shard(0).tokens.dtype == np.uint16
 
 
 def test_shards_are_sealed_by_size_and_counted(home):
-    cache = data.build("many", MANY, Bytes(), 0)
+    cache = build("many", MANY, Bytes(), 0)
     expected = [d for d in many() if isinstance(d, Document)]
     got = [c[:4] for c in contents(cache, Bytes())]
     assert [c[:3] for c in got] == [(d.path, d.text, d.meta) for d in expected]
     assert cache.total["shards"] == 3 and cache.total["counts"]["skipped: odd"] == 7
     assert [len(cache.shard(i).bytes) for i in range(3)] == [253, 253, 187]
-    one = data.build("many", replace(MANY, shard_tokens=10**9), Bytes(), 0)
+    one = build("many", replace(MANY, shard_tokens=10**9), Bytes(), 0)
     assert one.total["shards"] == 1 and [c[:4] for c in contents(one, Bytes())] == got
 
 
 def test_large_vocabularies_have_wide_tokens(home):
-    cache = data.build("stars", DataConfig(sources={"stars": Source(stars)}), Points(), 0)
+    cache = build("stars", DataConfig(sources={"stars": Source(stars)}), Points(), 0)
     assert cache.shard(0).tokens.dtype == np.uint32
     assert [text for _, text, *_ in contents(cache, Points())] == [d.text for d in stars()]
 
@@ -359,7 +359,7 @@ def test_undecodable_and_empty_files_are_skipped_and_counted(home, tmp_path):
         (tmp_path / "in" / name).write_bytes(content)
     source = Source(partial(data.text, path=str(tmp_path / "in")))
     config = DataConfig(sources={"x": source}, max_skipped=0.75)
-    counts = data.build("x", config, Bytes(), 0).total["counts"]
+    counts = build("x", config, Bytes(), 0).total["counts"]
     assert (counts["documents"], counts["skipped: undecodable"], counts["skipped: empty"]) == (1, 2, 1)
 
 
@@ -370,7 +370,7 @@ def lonely():
 
 
 def test_lone_surrogates_are_skipped_and_counted(home):
-    cache = data.build("lonely", DataConfig(sources={"lonely": Source(lonely)}, max_skipped=0.5), Bytes(), 0)
+    cache = build("lonely", DataConfig(sources={"lonely": Source(lonely)}, max_skipped=0.5), Bytes(), 0)
     assert cache.total["counts"]["skipped: lone surrogates"] == 1
     assert [c[:2] for c in contents(cache, Bytes())] == [("b\udcff", "tree")]
 
@@ -384,19 +384,19 @@ def test_source_without_text_is_an_input_error(home, tmp_path, content, why):
     config = DataConfig(sources={"x": Source(partial(data.text, path=str(tmp_path / "in")))})
     for _ in range(2):  # and so it stays
         with pytest.raises(InputError, match=f"'x' gives no document with text in it.*{why}"):
-            data.build("x", config, Bytes(), 0)
+            build("x", config, Bytes(), 0)
 
 
 def test_cache_is_found_again(home, data_config):
-    first = data.build("corpus", data_config, Bytes(), 0)
+    first = build("corpus", data_config, Bytes(), 0)
     before = {p: p.stat().st_mtime_ns for p in first.directory.rglob("*")}
-    again = data.build("corpus", data_config, Bytes(), 5)  # no `prepare`: the seed does not matter
+    again = build("corpus", data_config, Bytes(), 5)  # no `prepare`: the seed does not matter
     assert again.directory == first.directory and again.total['fingerprint'] == first.total['fingerprint']
     assert {p: p.stat().st_mtime_ns for p in first.directory.rglob("*")} == before
 
 
 def test_fingerprint_is_the_same_wherever_it_is_built(home, data_config, cache):
-    again = data.build("corpus", data_config, Bytes(), 0)
+    again = build("corpus", data_config, Bytes(), 0)
     assert again.directory != cache.directory and again.total['fingerprint'] == cache.total['fingerprint']
     assert files(again.directory) == files(cache.directory)
 
@@ -419,7 +419,7 @@ def test_fingerprint_covers_every_document(tmp_path, monkeypatch):
     for i, change in enumerate(changes):
         monkeypatch.setattr(sys.modules[__name__], "VERSION", change)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(i)))
-        prints.append(data.build("changing", config, Bytes(), 0))
+        prints.append(build("changing", config, Bytes(), 0))
     assert len({cache.directory.name for cache in prints}) == 1
     assert len({cache.total['fingerprint'] for cache in prints}) == len(changes)
 
@@ -431,8 +431,8 @@ def test_cache_key_follows_tokenizer_and_settings(home, data_config, pieces):
                replace(data_config, sources={"corpus": replace(source, score=length)}),
                replace(data_config, sources={"corpus": replace(source, prepare=tagged)}),
                replace(data_config, sources={"corpus": replace(source, documents=many)})]
-    caches = [data.build("corpus", config, Bytes(), 0) for config in (data_config, *changed)]
-    caches += [data.build("corpus", data_config, pieces, 0), data.build("corpus", changed[4], Bytes(), 1)]
+    caches = [build("corpus", config, Bytes(), 0) for config in (data_config, *changed)]
+    caches += [build("corpus", data_config, pieces, 0), build("corpus", changed[4], Bytes(), 1)]
     assert len({c.directory for c in caches}) == len({c.total['fingerprint'] for c in caches}) == len(caches)
 
 
@@ -443,7 +443,7 @@ def test_cache_key_follows_an_edited_file(home, tmp_path):
     for content, when in (("tree", 1), ("root", 2), ("roots", 2)):
         file.write_text(content)
         os.utime(file, ns=(when, when))
-        cache = data.build("x", config, Bytes(), 0)
+        cache = build("x", config, Bytes(), 0)
         prints.append(cache.total['fingerprint'])
         assert [c[1] for c in contents(cache, Bytes())] == [content]
     assert len(set(prints)) == 3
@@ -454,7 +454,7 @@ def test_interrupted_build_is_taken_up_where_it_stopped(home, tmp_path, monkeypa
     """Shards sealed before are not written again; the result is byte for byte that of a build in one go."""
     monkeypatch.setitem(FAIL, "after", after)
     with pytest.raises(OSError, match="the disk is gone"):
-        data.build("many", MANY, Bytes(), 0)
+        build("many", MANY, Bytes(), 0)
     (directory,) = (p for p in (home / "tokens").iterdir() if p.is_dir()) if after > 256 else (None,)
     sealed = {p: p.stat().st_mtime_ns for p in directory.rglob("*")} if directory else {}
     assert len(sealed) == after // 256 * 5  # each shard a directory of four files
@@ -463,18 +463,20 @@ def test_interrupted_build_is_taken_up_where_it_stopped(home, tmp_path, monkeypa
         (directory / "000002.partial" / "tokens.bin").write_bytes(b"half")
         (directory / "complete.partial").write_text("{")
     monkeypatch.setitem(FAIL, "after", None)
-    cache = data.build("many", MANY, Bytes(), 0)
+    cache = build("many", MANY, Bytes(), 0)
     assert all(p.stat().st_mtime_ns == time for p, time in sealed.items() if p.is_file())
     assert not list(cache.directory.glob("*.partial"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    whole = data.build("many", MANY, Bytes(), 0)
+    whole = build("many", MANY, Bytes(), 0)
     assert whole.directory != cache.directory and files(whole.directory) == files(cache.directory)
 
 
 BUILDER = '''
 import os, sys, time
 sys.path[:0] = [os.environ["COPPICE"], os.environ["HERE"]]
-from data import Bytes, DataConfig, Document, Source, build
+from data import DataConfig, Document, Source
+from lib.cache import build
+from lib.tokenizers import Bytes
 
 def slow():
     with open(os.environ["HERE"] + "/log", "a") as log:
@@ -507,16 +509,16 @@ def test_two_builders_make_one_cache(home, tmp_path):
 
 
 def test_lock_that_must_not_wait_refuses(tmp_path):
-    with data.locked(tmp_path / "run.lock"), pytest.raises(InputError, match="my run is being trained"):
-        with data.locked(tmp_path / "run.lock", busy="my run"):
+    with locked(tmp_path / "run.lock"), pytest.raises(InputError, match="my run is being trained"):
+        with locked(tmp_path / "run.lock", busy="my run"):
             raise AssertionError("both have the lock")
-    with data.locked(tmp_path / "run.lock", busy="my run"):  # given back
+    with locked(tmp_path / "run.lock", busy="my run"):  # given back
         pass
 
 
 @pytest.mark.parametrize("harm", ["truncated", "longer", "missing", "no seal", "torn seal"])
 def test_damaged_shard_is_an_input_error(home, harm):
-    directory = data.build("many", MANY, Bytes(), 0).directory
+    directory = build("many", MANY, Bytes(), 0).directory
     tokens, seal = directory / "000001" / "tokens.bin", directory / "000001" / "seal.json"
     if harm in ("truncated", "longer"):
         content = tokens.read_bytes()
@@ -527,7 +529,7 @@ def test_damaged_shard_is_an_input_error(home, harm):
         seal.unlink()
     else:
         seal.write_text(seal.read_text()[:20])
-    cache = data.build("many", MANY, Bytes(), 0)
+    cache = build("many", MANY, Bytes(), 0)
     assert len(cache.shard(0).tokens)
     with pytest.raises(InputError, match="000001 is damaged") as caught:
         cache.shard(1)
@@ -554,14 +556,14 @@ def with_many(**functions):
 
 
 def test_prepare_changes_training_documents_alone(home):
-    cache = data.build("many", with_many(prepare=tagged), Bytes(), 0)
+    cache = build("many", with_many(prepare=tagged), Bytes(), 0)
     got, originals = {}, {d.path: d for d in many() if isinstance(d, Document)}
     for path, text, meta, split, _ in contents(cache, Bytes()):
         got.setdefault(path, []).append(text)
-        assert split == data.split_of(path, 0.1, 0.1) and meta == originals[path].meta
+        assert split == split_of(path, 0.1, 0.1) and meta == originals[path].meta
     tags = []
     for path, original in originals.items():
-        if data.split_of(path, 0.1, 0.1):
+        if split_of(path, 0.1, 0.1):
             assert got[path] == [original.text]
         else:
             assert len(got.get(path, [])) == {"3": 2, "4": 0}.get(path[-1], 1)
@@ -574,19 +576,19 @@ def test_prepare_changes_training_documents_alone(home):
 
 def test_prepare_follows_seed_and_document(home, tmp_path, monkeypatch):
     config = with_many(prepare=tagged)
-    one, other = (data.build("many", config, Bytes(), seed) for seed in (0, 1))
+    one, other = (build("many", config, Bytes(), seed) for seed in (0, 1))
     assert one.directory != other.directory
     texts = [{p: t for p, t, *_ in contents(c, Bytes())} for c in (one, other)]
-    train = [p for p in texts[0] if data.split_of(p, 0.1, 0.1) == 0]
+    train = [p for p in texts[0] if split_of(p, 0.1, 0.1) == 0]
     assert all(texts[0][p] != texts[1][p] for p in train)
     alone = Document("701", "1 tree")  # what it is given does not depend on what came before
-    ready = [list(data.tokenize(documents, config, "many", Bytes(), 0, Counter()))[-1][0].text
+    ready = [list(tokenize(documents, config, "many", Bytes(), 0, Counter()))[-1][0].text
              for documents in ([alone], [Document("702", "x"), alone])]
     assert ready[0] == ready[1] != alone.text
 
 
 def test_score_is_kept_and_minus_infinity_leaves_out(home):
-    cache = data.build("many", with_many(score=length), Bytes(), 0)
+    cache = build("many", with_many(score=length), Bytes(), 0)
     got = list(contents(cache, Bytes()))
     originals = [d for d in many() if isinstance(d, Document)]
     kept = [d for d in originals if len(d.text) >= 10]
@@ -635,7 +637,7 @@ def test_concat_and_split_covers_everything_once_in_order(sizes, seq):
 @given(lengths, st.integers(1, 50), st.data())
 def test_windows_predict_everything_once(sizes, seq, drawn):
     overlap = drawn.draw(st.integers(0, seq - 1))
-    plan = evaluation.windows(sizes, seq, overlap)
+    plan = windows(sizes, seq, overlap)
     assert all(np.all(c == 1) for c in covered(plan, sizes, quiet=False))
     orderly(plan)
     assert np.all(np.bincount(plan[:, ROW], plan[:, LENGTH]) <= seq)
@@ -650,7 +652,7 @@ def test_fill_by_hand():
     ids = [np.array(x, np.uint16) for x in ([10, 11], [20, 21, 22, 23, 24], [30])]
     plan = np.array([(0, 1, 0, 0, 3, 0), (0, 2, 1, 1, 3, 0),
                      (1, 1, 1, 3, 3, 1), (1, 2, 2, 0, 2, 0), (1, 2, 0, 0, 2, 0)])
-    got = data.fill(plan, np.array([0, 1, 2]), 7, lambda d: ids[d], SimpleNamespace(bos=1, eos=2))
+    got = fill(plan, np.array([0, 1, 2]), 7, lambda d: ids[d], SimpleNamespace(bos=1, eos=2))
     expected = dict(
         tokens=[[1, 10, 11, 20, 21, 22, 2], [22, 23, 24, 1, 30, 1, 10], [2] * 7],
         targets=[[10, 11, 2, 21, 22, 23, 2], [23, 24, 2, 30, 2, 10, 11], [2] * 7],
@@ -669,9 +671,9 @@ def test_fill_gives_each_position_its_next_token(sizes, seq, drawn):
     """For the plans of training and evaluation, with ids that tell where they are from."""
     overlap = drawn.draw(st.integers(0, seq - 1))
     special = SimpleNamespace(bos=-1, eos=-2)
-    for plan in (data.concat_and_split(sizes, seq), evaluation.windows(sizes, seq, overlap)):
+    for plan in (data.concat_and_split(sizes, seq), windows(sizes, seq, overlap)):
         rows = np.arange(plan[-1, ROW] + 1)
-        got = data.fill(plan, rows, seq, lambda d: 100 * d + np.arange(sizes[d] - 1), special)
+        got = fill(plan, rows, seq, lambda d: 100 * d + np.arange(sizes[d] - 1), special)
         predicted = []
         for r in rows:
             for segment in range(1, got["segments"][r].max() + 1):
@@ -736,7 +738,7 @@ def phase(**changes):
 @pytest.fixture(scope="module")
 def caches():
     """The caches of SKY, of three shards and of one."""
-    out = {name: data.build(name, SKY, Points(), 0) for name in SKY.sources}
+    out = {name: build(name, SKY, Points(), 0) for name in SKY.sources}
     assert [cache.total["shards"] for cache in out.values()] == [3, 1]
     return out
 
@@ -752,7 +754,7 @@ def training(documents):
     """{target: (path, place, token before it)} of all positions that are trained on, but for ends."""
     out = {}
     for d in documents():
-        if data.split_of(d.path, 0.1, 0.1) == 0:
+        if split_of(d.path, 0.1, 0.1) == 0:
             for place, char in enumerate(d.text):
                 out[ord(char)] = (d.path, place, ord(d.text[place - 1]) if place else Points.bos)
     return out
@@ -850,9 +852,9 @@ def test_order_follows_the_seed(loader):
 
 def test_loader_reads_pieces_of_words_too(corpus, data_config, pieces):
     """With a trained tokenizer: the text of every segment stands in a training document."""
-    cache = data.build("corpus", data_config, pieces, 0)
+    cache = build("corpus", data_config, pieces, 0)
     made = data.Loader({"corpus": cache}, [phase(seq=64)], data_config, pieces, 0)
-    texts = [pieces.encode(d.text) for d in data.text(str(corpus)) if data.split_of(d.path, 0.1, 0.1) == 0]
+    texts = [pieces.encode(d.text) for d in data.text(str(corpus)) if split_of(d.path, 0.1, 0.1) == 0]
     lines = [" ".join(map(str, [pieces.bos, *ids, pieces.eos])) for ids in texts]
     for step in (1, 2, 3):
         for tokens, targets, _, _ in pieces_of(made.batch(step).arrays):
@@ -946,7 +948,7 @@ def one_document():
 @pytest.mark.parametrize("mixture", [None, dict(one=1.0)])
 def test_source_without_training_documents_is_an_input_error(home, mixture):
     config = DataConfig(sources={"one": Source(one_document)}, dev=0.5, test=0.5)
-    caches = {"one": data.build("one", config, Bytes(), 0)}
+    caches = {"one": build("one", config, Bytes(), 0)}
     with pytest.raises(InputError, match="one"):
         data.Loader(caches, [phase(mixture=mixture)], config, Bytes(), 0).batch(1)
 
@@ -1015,8 +1017,8 @@ def test_packing_is_the_phase_s_own(loader):
 
 
 def test_prefetch_keeps_the_order():
-    assert list(data.prefetch(lambda step: step * step, range(1, 50))) == [s * s for s in range(1, 50)]
-    assert list(data.prefetch(str, range(3, 3))) == []
+    assert list(prefetch(lambda step: step * step, range(1, 50))) == [s * s for s in range(1, 50)]
+    assert list(prefetch(str, range(3, 3))) == []
 
 
 def test_prefetch_raises_errors_in_their_turn():
@@ -1025,7 +1027,7 @@ def test_prefetch_raises_errors_in_their_turn():
             raise InputError("step three")
         return step
 
-    stream = data.prefetch(make, range(1, 10))
+    stream = prefetch(make, range(1, 10))
     assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(InputError, match="step three"):
         next(stream)
@@ -1033,7 +1035,7 @@ def test_prefetch_raises_errors_in_their_turn():
 
 def test_prefetch_works_no_further_ahead_than_told():
     made = []
-    stream = data.prefetch(lambda step: made.append(step) or step, range(100), depth=2)
+    stream = prefetch(lambda step: made.append(step) or step, range(100), depth=2)
     for step in stream:
         assert len(made) <= step + 1 + 2 + 1  # taken, waiting in the queue, in the worker's hand
         if step == 20:
@@ -1043,7 +1045,7 @@ def test_prefetch_works_no_further_ahead_than_told():
 
 def test_prefetch_ends_its_thread_when_closed():
     before = threading.active_count()
-    stream = data.prefetch(lambda step: step, range(10**9))
+    stream = prefetch(lambda step: step, range(10**9))
     assert next(stream) == 0 and threading.active_count() == before + 1
     stream.close()
     assert threading.active_count() == before
@@ -1054,9 +1056,9 @@ def test_prefetch_ends_its_thread_when_closed():
 
 @pytest.mark.parametrize("split", ["dev", "test", "train"])
 def test_held_out_predicts_the_split_s_documents_once(cache, corpus, split):
-    held = evaluation.held_out(cache, split, Bytes(), seq=64, batch=3, overlap=16)
+    held = held_out(cache, split, Bytes(), seq=64, batch=3, overlap=16)
     sizes = {d.path: (corpus / d.path).stat().st_size for d in data.text(str(corpus))
-             if data.SPLITS[data.split_of(d.path, 0.1, 0.1)] == split}
+             if SPLITS[split_of(d.path, 0.1, 0.1)] == split}
     assert set(held.paths) == set(sizes) and len(held.paths) == dict(dev=3, test=6, train=31)[split]
     assert held.bytes.tolist() == [sizes[p] for p in held.paths]
     assert list(held.texts()) == [(corpus / p).read_bytes() for p in held.paths]
@@ -1074,10 +1076,10 @@ def test_held_out_predicts_the_split_s_documents_once(cache, corpus, split):
 
 
 def test_held_out_can_be_limited(cache):
-    whole = evaluation.held_out(cache, "test", Bytes(), 64, 3, 16)
+    whole = held_out(cache, "test", Bytes(), 64, 3, 16)
     sizes = np.cumsum(whole.bytes + 1)
     for most, kept in ((int(sizes[2]), 3), (int(sizes[2]) - 1, 2), (1, 1), (10**9, len(sizes))):
-        held = evaluation.held_out(cache, "test", Bytes(), 64, 3, 16, most=most)
+        held = held_out(cache, "test", Bytes(), 64, 3, 16, most=most)
         assert held.paths == whole.paths[:kept]
         assert sum(int(np.sum(whose >= 0)) for _, whose in held.batches()) == sizes[kept - 1]
 
@@ -1085,14 +1087,14 @@ def test_held_out_can_be_limited(cache):
 def test_held_out_of_nothing_is_nothing(home):
     config = DataConfig(sources={"one": Source(one_document)}, dev=0.0, test=0.0)
     for most in (None, 10):
-        held = evaluation.held_out(data.build("one", config, Bytes(), 0), "dev", Bytes(), 64, 3, 16, most)
+        held = held_out(build("one", config, Bytes(), 0), "dev", Bytes(), 64, 3, 16, most)
         assert held.paths == [] and list(held.batches()) == [] and list(held.texts()) == []
 
 
 def test_bits_per_byte_of_known_losses(cache):
     """Losses that depend on the target alone, summed here document by document."""
-    held = evaluation.held_out(cache, "test", Bytes(), 64, 3, 16)
-    got = evaluation.bits_per_byte(lambda arrays: arrays["targets"] / 100, held)
+    held = held_out(cache, "test", Bytes(), 64, 3, 16)
+    got = bits_per_byte(lambda arrays: arrays["targets"] / 100, held)
     nats = np.array([(sum(text) + Bytes.eos) / 100 for text in held.texts()])
     bpb = nats.sum() / math.log(2) / held.bytes.sum()
     assert got["loss"] == pytest.approx(nats.sum() / (held.bytes + 1).sum())
@@ -1100,8 +1102,8 @@ def test_bits_per_byte_of_known_losses(cache):
     residual = nats / math.log(2) - bpb * held.bytes  # of a ratio estimator (Cochran 1977, 6.4)
     n = len(nats)
     assert got["bpb_se"] == pytest.approx(math.sqrt(residual @ residual / (n - 1) / n) / held.bytes.mean())
-    one = evaluation.bits_per_byte(lambda arrays: arrays["targets"] / 100,
-                             evaluation.held_out(cache, "test", Bytes(), 64, 3, 16, most=1))
+    one = bits_per_byte(lambda arrays: arrays["targets"] / 100,
+                             held_out(cache, "test", Bytes(), 64, 3, 16, most=1))
     assert math.isnan(one["bpb_se"]) and one["bpb"] == pytest.approx(nats[0] / math.log(2) / held.bytes[0])
 
 
@@ -1190,7 +1192,7 @@ def test_a_source_that_ends_with_a_batch_stops_the_run_too(caches):
 def test_two_threads_plan_and_draw_as_one(home):
     """Batches are made in one thread while another counts epochs: no window twice, no row lost."""
     config = with_many()
-    cache = data.build("many", config, Bytes(), 0)
+    cache = build("many", config, Bytes(), 0)
 
     def slow(lengths, seq):
         time.sleep(0.01)
@@ -1264,13 +1266,13 @@ def reversed_plan(lengths, seq, documents):
     """A packing that asks for the documents: the plain plan of the later half, by score."""
     score = documents.of(lambda shard: shard.score)
     ASKED.append((lengths.tolist(), score.tolist(), [documents.ids(i).tolist() for i in range(len(lengths))],
-                  [d["path"] for d in documents.of(data.Shard.documents)]))
+                  [d["path"] for d in documents.of(Shard.documents)]))
     return data.concat_and_split(np.where(score > np.median(score), lengths, 0), seq)
 
 
 def test_a_packing_may_ask_about_its_documents_and_its_plan_is_kept(home):
     config = with_many(score=length)
-    cache = data.build("many", config, Bytes(), 0)
+    cache = build("many", config, Bytes(), 0)
     ASKED.clear()
     phases = [phase(steps=5, packing=reversed_plan)]
     batches = [data.Loader({"many": cache}, phases, config, Bytes(), 0).batch(3) for _ in range(2)]
@@ -1288,7 +1290,7 @@ def with_header(document, rng):
 def test_a_prefix_is_read_but_not_predicted(home):
     """From the loader's own batches: the header's bytes are inputs without loss, the text has it all."""
     config = replace(with_many(prepare=with_header), dev=0.0, test=0.0)
-    made = data.Loader({"many": data.build("many", config, Bytes(), 0)}, [phase(seq=48)], config, Bytes(), 0)
+    made = data.Loader({"many": build("many", config, Bytes(), 0)}, [phase(seq=48)], config, Bytes(), 0)
     texts, heads, seen = {d.path: d.text for d in many() if isinstance(d, Document)}, {}, Counter()
     assert made.rows[0][0][0].epoch >= 16
     for step in range(1, made.rows[0][0][0].epoch // 4 + 1):
@@ -1312,6 +1314,8 @@ sys.path[:0] = [os.environ["COPPICE"]]
 from types import SimpleNamespace
 import numpy as np
 import data
+from lib.cache import Cache, build, cache_directory
+from lib.tokenizers import Bytes
 
 def letters():
     for i in range(9_000):
@@ -1334,11 +1338,11 @@ phases = [SimpleNamespace(steps=40, batch=12, seq=64, order=pacing, **plain),
           SimpleNamespace(steps=40, batch=12, seq=16, order=data.shuffled, **plain)]
 what, *rest = sys.argv[1:]
 if what == "build":
-    data.build(rest[0], config, data.Bytes(), 0)
+    build(rest[0], config, Bytes(), 0)
 else:
     builder = SimpleNamespace(poll=lambda: None), None
-    caches = {n: data.Cache(data.place(n, config, data.Bytes(), 0), n, builder) for n in config.sources}
-    made = data.Loader(caches, phases, config, data.Bytes(), 0)
+    caches = {n: Cache(cache_directory(n, config, Bytes(), 0), n, builder) for n in config.sources}
+    made = data.Loader(caches, phases, config, Bytes(), 0)
     begin, end, part, parts = map(int, rest)
     for step in range(begin, end + 1):
         arrays = made.batch(step, lambda n: np.arange(n * part // parts, n * (part + 1) // parts)).arrays
@@ -1387,8 +1391,8 @@ def test_streamed_batches_are_those_of_a_finished_cache(kills, home, tmp_path):
 
 def test_a_builder_that_fails_is_reported_by_its_last_words(tmp_path):
     (tmp_path / "log").write_text("waiting\nerror: source 'a' gives no document with text in it\n")
-    cache = data.Cache(tmp_path / "a", "a", (SimpleNamespace(poll=lambda: 2), tmp_path / "log"))
+    cache = Cache(tmp_path / "a", "a", (SimpleNamespace(poll=lambda: 2), tmp_path / "log"))
     with pytest.raises(InputError, match="^source 'a' gives no document"):
         cache.wait(1)
     with pytest.raises(InputError, match="nobody builds it"):
-        data.Cache(tmp_path / "a", "a").wait()
+        Cache(tmp_path / "a", "a").wait()

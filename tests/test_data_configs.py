@@ -14,12 +14,15 @@ from conftest import prose
 
 import data
 import train
-from data import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START
+from lib.cache import Shard, build
+from lib.config import ROOT, from_json, load_file, to_json
+from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, one_per_row
+from lib.tokenizers import Bytes
 
-MODULES = [train.load_file(train.ROOT / f"configs/{name}.py") for name in (
+MODULES = [load_file(ROOT / f"configs/{name}.py") for name in (
     "curriculum", "selection", "metadata", "decomposition", "related", "mixtures")]
 curriculum, selection, metadata, decomposition, related, mixtures = MODULES
-one_per_row = train.load_file(train.ROOT / "configs/packing.py").one_per_row
+one_per_row = one_per_row
 PLAIN = train.Phase(steps=8, batch=4, seq=32)
 
 
@@ -32,8 +35,8 @@ def load_all(sources: dict, *phases, seed: int = 0, log=None) -> data.Loader:
     """A loader of several sources in bytes, all for training."""
     config = data.DataConfig(sources=sources, tokenizer="bytes", dev=0.0, test=0.0, window=1_000_000,
                              max_skipped=1.0)  # duplicates count as damage
-    caches = {name: data.build(name, config, data.Bytes(), 0) for name in sources}
-    made = data.Loader(caches, phases, config, data.Bytes(), seed)
+    caches = {name: build(name, config, Bytes(), 0) for name in sources}
+    made = data.Loader(caches, phases, config, Bytes(), seed)
     made.log = log or made.log
     return made
 
@@ -123,7 +126,7 @@ def planted():
 
 def test_rarity_is_the_mean_negative_log_frequency_of_tokens():
     documents = everything_of(planted)
-    paths = [d["path"] for d in documents.of(data.Shard.documents)]
+    paths = [d["path"] for d in documents.of(Shard.documents)]
     found = dict(zip(paths, curriculum.rarity(documents), strict=True))
     a, b = -math.log(91 / 92), -math.log(1 / 92)
     assert found["0"] == pytest.approx(a) and found["rare"] == pytest.approx((a + b) / 2)
@@ -137,7 +140,7 @@ def test_loss_under_a_checkpoint_is_that_of_its_model_over_its_own_tokens(monkey
         logits[..., ord("a")] = 3
         return logits
 
-    monkeypatch.setattr(curriculum, "model_of", lambda run: (None, None, data.Bytes(), apply))
+    monkeypatch.setattr(curriculum, "model_of", lambda run: (None, None, Bytes(), apply))
     total = math.log(257 + math.exp(3))
     found = curriculum.loss(data.Document("x", "aab"), [], run="somewhere")
     assert found == pytest.approx((2 * (total - 3) + 2 * total) / 4)  # a a b, and the end
@@ -226,7 +229,7 @@ def test_sampling_is_the_seed_s_own_and_of_the_document_not_of_the_order():
         source = {"one": data.Source(partial(some, number=40), score=curriculum.length)}
         loader = load_all(source, replace(PLAIN, packing=partial(selection.sampled, share=0.5)), seed=seed)
         documents, _, plan = loader.rows[0][0][0].window(0)
-        by_seed.append({documents.of(data.Shard.documents)[i]["path"] for i in kept(plan)})
+        by_seed.append({documents.of(Shard.documents)[i]["path"] for i in kept(plan)})
     assert by_seed[0] == by_seed[1]
 
 
@@ -442,7 +445,7 @@ def test_the_path_goes_through_every_document_once_from_like_to_like():
     along = np.mean([like[a, b] for a, b in itertools.pairwise(path)])
     chance = np.mean([like[i, i + 1] for i in range(239)])
     assert along >= 3 * chance
-    topic = [d["meta"]["topic"] for d in documents.of(data.Shard.documents)]
+    topic = [d["meta"]["topic"] for d in documents.of(Shard.documents)]
     assert np.mean([topic[a] == topic[b] for a, b in itertools.pairwise(path)]) > 0.85
 
 
@@ -521,5 +524,5 @@ def test_a_steered_loader_draws_by_its_log():
 def test_every_arm_is_a_valid_config_that_can_be_written_down(module):
     for config in module.arms.values():
         train.check(config)
-        written = json.loads(json.dumps(train.to_json(config)))
-        assert train.to_json(train.from_json(train.Config, written)) == train.to_json(config)
+        written = json.loads(json.dumps(to_json(config)))
+        assert to_json(from_json(train.Config, written)) == to_json(config)

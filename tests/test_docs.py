@@ -10,12 +10,14 @@ import pytest
 
 import data
 import train
+from lib.config import ROOT, from_json, load_file, to_json
+from train import load_config, parse
 
-README = (train.ROOT / "README.md").read_text("utf-8")
-PAGES = (train.ROOT / "configs/README.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = (ROOT / "configs/README.md").read_text("utf-8")
 EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", PAGES))
-CONFIGS = sorted((train.ROOT / "configs").glob("*.py"))
-BASE = train.load_file(train.ROOT / "configs/quickstart.py").config
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+BASE = load_file(ROOT / "configs/quickstart.py").config
 
 
 def points(text: str) -> list[str]:
@@ -30,7 +32,7 @@ def examples(tmp_path_factory) -> dict[str, train.Config]:
     for name, code in EXAMPLES.items():
         file = here / f"{''.join(filter(str.isalpha, name))}.py"
         file.write_text(code)
-        out[name] = train.load_config(str(file))
+        out[name] = load_config(str(file))
     return out
 
 
@@ -49,8 +51,8 @@ def test_an_example_is_a_config_that_is_accepted(examples, name):
         pairs = dict(Config=[(config, BASE)], Phase=[(p, BASE.phases[0]) for p in config.phases],
                      Source=[(s, BASE.data.sources["stdlib"]) for s in config.data.sources.values()])[kind]
         assert any(getattr(ours, field) != getattr(plain, field) for ours, plain in pairs), field
-    assert train.to_json(train.from_json(train.Config, json.loads(json.dumps(train.to_json(config))))) == \
-        json.loads(json.dumps(train.to_json(config)))
+    assert to_json(from_json(train.Config, json.loads(json.dumps(to_json(config))))) == \
+        json.loads(json.dumps(to_json(config)))
 
 
 def test_all_examples_together_train(examples, tmp_path, tiny):
@@ -95,7 +97,7 @@ def test_the_readme_s_own_config_is_accepted(tmp_path):
     assert blocks
     for block in blocks:
         (tmp_path / "mine.py").write_text(block)
-        train.check(train.load_config(str(tmp_path / "mine.py")))
+        train.check(load_config(str(tmp_path / "mine.py")))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -108,7 +110,7 @@ def test_a_config_s_docstring_says_what_it_costs_and_how_to_run_it(path):
     assert lines
     for line in lines:
         words = shlex.split((line or "").replace("...", ""))
-        if words and (train.ROOT / f"tools/{words[0]}.py").is_file():
+        if words and (ROOT / f"tools/{words[0]}.py").is_file():
             continue
-        config, _ = train.parse([str(train.ROOT / w) if w.startswith("configs/") else w for w in words])
+        config, _ = parse([str(ROOT / w) if w.startswith("configs/") else w for w in words])
         train.check(config)

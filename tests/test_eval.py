@@ -16,9 +16,16 @@ from hypothesis import strategies as st
 import data
 import model
 import train
+from lib import disk
+from lib.config import ROOT, from_json, load_file, to_json
+from lib.evaluate import compressed
+from lib.schedule import Schedule
+from lib.tasks import blimp, encode_pair, judged, minimal_pairs, proportion, tasks
+from lib.tokenizers import Bytes
+from train import parse
 
-evaluate = train.load_file(train.ROOT / "tools/eval.py")
-BYTES = data.Bytes()
+evaluate = load_file(ROOT / "tools/eval.py")
+BYTES = Bytes()
 CONFIG = train.Config(phases=(train.Phase(seq=64),))
 
 
@@ -51,7 +58,7 @@ def write(path, rows) -> str:
 def test_continuations_of_any_length_are_judged_as_one_piece_at_a_time(rows):
     pairs = [([BYTES.bos, *before], list(rest)) for before, rest in rows]
     params = table()
-    found, greedy = evaluate.judged(params, bigram, BYTES, pairs, 0)
+    found, greedy = judged(params, bigram, BYTES, pairs, 0)
     assert found == pytest.approx([nats(params, *pair) for pair in pairs], rel=1e-5)
     assert greedy.tolist() == [all(params[a].argmax() == b for a, b in zip(
         [before[-1], *rest[:-1]], rest, strict=True)) for before, rest in pairs]
@@ -68,11 +75,11 @@ def test_few_shapes_reach_the_model_and_contexts_are_cut_on_the_left():
 
     firsts, rest = [], [7] * 5
     pairs = [([256, *range(n)], rest) for n in range(3, 250)]
-    cut, _ = evaluate.judged(table(), apply, BYTES, pairs, 32)
+    cut, _ = judged(table(), apply, BYTES, pairs, 32)
     assert seen == {(16, 16), (64, 32)} and max(f for f in firsts if f < 256) == 249 - 33 + 5
-    whole, _ = evaluate.judged(table(), bigram, BYTES, pairs, 10_000)
+    whole, _ = judged(table(), bigram, BYTES, pairs, 10_000)
     assert cut == pytest.approx(whole, rel=1e-5)  # a bigram does not miss what was cut
-    long, _ = evaluate.judged(table(), bigram, BYTES, [([256, 1, 2], [7] * 100)], 32)
+    long, _ = judged(table(), bigram, BYTES, [([256, 1, 2], [7] * 100)], 32)
     assert long[0] == pytest.approx(nats(table(), [256, 1, 2], [7] * 100), rel=1e-5)
 
 
@@ -80,12 +87,12 @@ def test_the_boundary_is_where_the_context_s_own_pieces_end(pieces):
     """The context's last spaces go to what follows; the pieces of all of it are cut, not spelt anew."""
     for context, rest in (("the tree is", " cut back"), ("the tree is ", "cut"), ("the\n\n", "tree"),
                           ("", " the tree"), ("  ", "roots"), ("été 樹", "木 grows")):
-        before, after = evaluate.encode(pieces, context, rest)
+        before, after = encode_pair(pieces, context, rest)
         assert before == [pieces.bos, *pieces.encode(context.rstrip())]
         assert after == pieces.encode(context + rest)[len(before) - 1:]
-    assert evaluate.encode(BYTES, "a ", "b") == ([256, 97], [32, 98])
+    assert encode_pair(BYTES, "a ", "b") == ([256, 97], [32, 98])
     joined = pieces.encode("the tree")  # a piece may lie across the boundary
-    assert evaluate.encode(pieces, "the tr", "ee")[1] == joined[len(pieces.encode("the tr")):]
+    assert encode_pair(pieces, "the tr", "ee")[1] == joined[len(pieces.encode("the tr")):]
 
 
 def choices(seed: int, n: int) -> list[dict]:
@@ -100,7 +107,7 @@ def choices(seed: int, n: int) -> list[dict]:
 def test_multiple_choice_by_sums_by_characters_and_by_bytes(tmp_path):
     rows, params = choices(0, 40), table(1)
     path = write(tmp_path / "quiz.jsonl", rows)
-    found = evaluate.tasks(params, bigram, BYTES, CONFIG, path=path)
+    found = tasks(params, bigram, BYTES, CONFIG, path=path)
     heads = [r["query"].rstrip() for r in rows]  # what stands behind goes to the choices
     scores = [[-nats(params, [256, *head.encode()], list(f"{r['query'][len(head):]} {c}".encode()))
                for c in r["choices"]] for r, head in zip(rows, heads, strict=True)]
@@ -112,7 +119,7 @@ def test_multiple_choice_by_sums_by_characters_and_by_bytes(tmp_path):
     assert len({found[f"task/quiz/{name}"] for name in ("acc", "acc_norm", "acc_bytes")}) > 1
     renamed = [dict(prompt=r["query"] + " ", choices=r["choices"], answer=r["choices"][r["gold"]])
                for r in rows]
-    again = evaluate.tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "quiz.jsonl", renamed),
+    again = tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "quiz.jsonl", renamed),
                            delimiter="")
     assert all(again[k] == pytest.approx(v) for k, v in found.items())
 
@@ -121,10 +128,10 @@ def test_completions_by_likelihood_and_by_taking_the_likeliest(tmp_path):
     params = table(2)
     likely = [dict(context=c, completion=bytes([params[ord(c), :128].argmax()]).decode()) for c in "abcd"]
     params[:, 128:] = -30
-    found = evaluate.tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "next.jsonl", likely))
+    found = tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "next.jsonl", likely))
     assert found["task/next/exact"] == 1.0
     rows = [*likely, dict(prompt="ab", completion=" one two"), dict(context="", completion="é")]
-    found = evaluate.tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "next.jsonl", rows))
+    found = tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "next.jsonl", rows))
     each = np.array([nats(params, [256, *(r.get("context", "ab")).encode()], list(r["completion"].encode()))
                      for r in rows])
     size = np.array([len(r["completion"].encode()) for r in rows])
@@ -132,7 +139,7 @@ def test_completions_by_likelihood_and_by_taking_the_likeliest(tmp_path):
     assert found["task/next/loglikelihood"] == pytest.approx(-each.mean(), rel=1e-5)
     assert found["task/next/perplexity"] == pytest.approx(math.exp(each.mean()), rel=1e-4)
     assert found["task/next/bpb"] == pytest.approx(each.sum() / math.log(2) / size.sum(), rel=1e-5)
-    alone = evaluate.tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "one.jsonl", rows[-2:-1]))
+    alone = tasks(params, bigram, BYTES, CONFIG, path=write(tmp_path / "one.jsonl", rows[-2:-1]))
     assert math.isnan(alone["task/one/bpb_se"]) and math.isnan(alone["task/one/exact_se"])
 
 
@@ -144,17 +151,17 @@ def test_minimal_pairs_of_one_model_by_paradigm_and_together(tmp_path):
     right = [nats(params, [256], list(p["sentence_good"].encode()))
              < nats(params, [256], list(p["sentence_bad"].encode())) for p in pairs]
     write(tmp_path / "first.jsonl", pairs)
-    alone = evaluate.minimal_pairs(params, bigram, BYTES, tmp_path)
+    alone = minimal_pairs(params, bigram, BYTES, tmp_path)
     assert alone["blimp/first"] == alone["blimp"] == alone["blimp_pairs"] == np.mean(right)
     assert all(alone[f"blimp{end}"] == pytest.approx(alone[f"blimp/first{end}"]) for end in ("_low", "_high"))
     write(tmp_path / "second.jsonl", [p for p, good in zip(pairs, right, strict=True) if good][:10])
-    both = evaluate.minimal_pairs(params, bigram, BYTES, str(tmp_path))
+    both = minimal_pairs(params, bigram, BYTES, str(tmp_path))
     assert both["blimp/second"] == 1.0 and both["blimp"] == (1 + np.mean(right)) / 2
     assert both["blimp_pairs"] == (10 + np.sum(right)) / 50
     assert both["blimp/second_low"] == pytest.approx(1 - 1.96**2 / (10 + 1.96**2))  # Wilson at 10 of 10
     assert both["blimp/second_high"] == pytest.approx(1)
     assert both["blimp_low"] < both["blimp"] < both["blimp_high"] < 1
-    assert evaluate.blimp(params, bigram, BYTES, tmp_path) == {k: both[k] for k in ("blimp", "blimp_se")}
+    assert blimp(params, bigram, BYTES, tmp_path) == {k: both[k] for k in ("blimp", "blimp_se")}
 
 
 def test_wilson_s_interval_holds_the_share_as_often_as_it_says():
@@ -162,7 +169,7 @@ def test_wilson_s_interval_holds_the_share_as_often_as_it_says():
     for p, n in ((0.5, 40), (0.2, 67), (0.7, 200)):
         inside = 0.0
         for k in range(n + 1):
-            found = evaluate.share("x", np.arange(n) < k)
+            found = proportion("x", np.arange(n) < k)
             inside += math.comb(n, k) * p**k * (1 - p)**(n - k) * (found["x_low"] <= p <= found["x_high"])
         assert 0.93 < inside < 0.97
 
@@ -186,7 +193,7 @@ BROKEN = {
 def test_a_line_that_is_no_task_is_named(line, tmp_path):
     good = dict(context="a", choices=["b", "c"], answer=1)
     with pytest.raises(data.InputError, match=BROKEN[line]) as error:
-        evaluate.tasks(table(), bigram, BYTES, CONFIG, path=write(tmp_path / "quiz.jsonl", [good, line]))
+        tasks(table(), bigram, BYTES, CONFIG, path=write(tmp_path / "quiz.jsonl", [good, line]))
     assert str(error.value).startswith(str(tmp_path / "quiz.jsonl"))
 
 
@@ -199,9 +206,9 @@ def test_a_line_that_is_no_task_is_named(line, tmp_path):
 def test_a_line_that_is_no_pair_is_named(line, said, tmp_path):
     write(tmp_path / "pairs.jsonl", [dict(sentence_good="a", sentence_bad="b"), line])
     with pytest.raises(data.InputError, match=f"pairs.jsonl, {said}"):
-        evaluate.minimal_pairs(table(), bigram, BYTES, tmp_path)
+        minimal_pairs(table(), bigram, BYTES, tmp_path)
     with pytest.raises(data.InputError, match="no directory of .jsonl"):
-        evaluate.minimal_pairs(table(), bigram, BYTES, tmp_path / "nowhere")
+        minimal_pairs(table(), bigram, BYTES, tmp_path / "nowhere")
 
 
 # ------------------------------------------------------------------------------------------------ in a run
@@ -226,10 +233,10 @@ def run(tmp_path_factory, tiny, data_config):
         name="tasked", runs=str(here / "runs"), model=train.replace(tiny, layers=1),
         data=train.replace(data_config, dev=0, test=0), phases=(train.Phase(steps=6, batch=8, seq=32),),
         overlap=8, eval_every=3, save_every=3, keep=2,
-        evals=(partial(evaluate.tasks, path=str(here / "quiz.jsonl")), partial(noted, word="steps"),
-               partial(evaluate.blimp, path=str(here / "pairs"))), sample_tokens=4)
+        evals=(partial(tasks, path=str(here / "quiz.jsonl")), partial(noted, word="steps"),
+               partial(blimp, path=str(here / "pairs"))), sample_tokens=4)
     train.check(config)
-    assert train.from_json(train.Config, train.to_json(config)).evals[0].func is evaluate.tasks
+    assert from_json(train.Config, to_json(config)).evals[0].func is tasks
     summary = train.Run(config, __file__).train()
     rows = [json.loads(line) for line in (here / "runs/tasked/metrics.jsonl").read_text().splitlines()]
     return here, summary, rows
@@ -264,7 +271,7 @@ def test_the_command_line_adds_tasks_and_pairs_to_eval_json(run, capsys):
     assert found["blimp"] == at["blimp"] and found["task/quiz/acc"] == at["task/quiz/acc"]
     # sharded over eight devices or on one, and by what a notebook has, the same figures
     params, config, tokenizer, apply = train.load(directory, 3)
-    alone = evaluate.tasks(params, apply, tokenizer, config, path=str(here / "next.jsonl"))
+    alone = tasks(params, apply, tokenizer, config, path=str(here / "next.jsonl"))
     assert all(found[k] == pytest.approx(v, rel=1e-4) for k, v in alone.items())
 
 
@@ -285,14 +292,14 @@ def test_texts_are_compressed_as_gzip_9_and_xz_9_compress_them():
     for name, compress in (("gzip_bpb", partial(gzip.compress, compresslevel=9)),
                            ("xz_bpb", partial(lzma.compress, preset=9))):
         bits = 8 * sum(len(compress(text)) for text in texts)
-        assert evaluate.compressed(texts)[name] == bits / sum(map(len, texts))
+        assert compressed(texts)[name] == bits / sum(map(len, texts))
 
 
 # ------------------------------------------------------------------------------------------- tiny Shakespeare
 
 def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
     """At its size, on the rest of the text; a run without dev and test ends with its figures and a sample."""
-    shakespeare = train.load_file(train.ROOT / "configs/shakespeare_char.py")
+    shakespeare = load_file(ROOT / "configs/shakespeare_char.py")
     size = 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 64 * 128 + 128  # of a GPT-2 without biases, head tied
     assert model.count(shakespeare.config.model) == pytest.approx(size, rel=0.02)
     text = "".join(np.random.default_rng(0).choice(list("abc d\n"), 3_000))
@@ -301,7 +308,7 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
             "--phases.0.batch 8 --model.layers 1 --model.embed 16 --model.mlp 16 --model.heads 2 "
             "--model.kv_heads 2 --model.head_dim 8 --evals.0.windows 300 --sample_tokens 4 --eval_every 2 "
             f"--data.sources.shakespeare.documents.path {tmp_path}/input.txt")
-    config, file = train.parse(line.split())
+    config, file = parse(line.split())
     assert "".join(d.text for d in config.data.sources["shakespeare"].documents()) == text[:2_700]
     params = table(5)
     found = shakespeare.validation(params, bigram, config)
@@ -333,11 +340,11 @@ def test_the_harness_gives_the_exported_model_the_same_scores(tmp_path, tiny, da
     harness = pytest.importorskip("lm_eval", reason=why.format("lm_eval"))
     for name in ("torch", "transformers", "lm_eval.models.huggingface"):
         pytest.importorskip(name, reason=why.format(name))
-    data.write(tmp_path / "pieces.model", pieces.model)
+    disk.write(tmp_path / "pieces.model", pieces.model)
     config = train.Config(
         name="tasked", runs=str(tmp_path), model=train.replace(tiny, vocab=pieces.vocab),
         data=train.replace(data_config, tokenizer=str(tmp_path / "pieces.model"), dev=0, test=0),
-        phases=(train.Phase(steps=30, batch=8, seq=64),), overlap=8, schedule=train.Schedule(peak=1e-2),
+        phases=(train.Phase(steps=30, batch=8, seq=64),), overlap=8, schedule=Schedule(peak=1e-2),
         prompts=())
     train.Run(config, __file__).train()
     assert train.main(["export", str(tmp_path / "tasked"), str(tmp_path / "exported")]) == 0

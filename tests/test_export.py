@@ -14,14 +14,19 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-import data
 import model
 import train
 from data import InputError
-from model import MeshConfig, ModelConfig
+from lib.cache import build
+from lib.hf import read_params, read_shape
+from lib.kernels import Mask
+from lib.optim import adamw, state_like
+from lib.schedule import Schedule
+from lib.sharding import MeshConfig, make_mesh, shardings
+from lib.tokenizers import SentencePiece, load_tokenizer, read_hf_tokenizer, train_bpe
+from model import ModelConfig
 from tools import export
-from tools.corpus import train_bpe
-from train import Config, Phase, Schedule
+from train import Config, Phase
 
 torch = transformers = tokenizers = None
 
@@ -74,9 +79,9 @@ def run_of(config: Config) -> tuple[str, dict]:
 
 def read(name: str, mesh: MeshConfig | None = None, **fields) -> tuple[ModelConfig, dict]:
     """(shape, parameters) of hf:DIR, on one device or a mesh."""
-    shape = replace(export.read_shape(name), **fields)
-    mesh = model.make_mesh(mesh) if mesh else model.make_mesh(MeshConfig(), jax.devices()[:1])
-    return shape, export.read_params(name, shape, model.state_like(shape, model.adamw, mesh).params)
+    shape = replace(read_shape(name), **fields)
+    mesh = make_mesh(mesh) if mesh else make_mesh(MeshConfig(), jax.devices()[:1])
+    return shape, read_params(name, shape, state_like(shape, adamw, mesh).params)
 
 
 # ----------------------------------------------------------------------------------------------------- export
@@ -123,7 +128,7 @@ def test_what_lies_beside_the_weights(exported, data_config):
         assert (e.fast.bos_token_id, e.fast.eos_token_id) == (e.tokenizer.bos, e.tokenizer.eos)
         assert len(e.fast) == e.tokenizer.vocab == e.shape.vocab
         assert (e.out / "tokenizer.model").read_bytes() == e.tokenizer.model
-        cache = data.build("corpus", data_config, e.tokenizer, 0)
+        cache = build("corpus", data_config, e.tokenizer, 0)
         card = (e.out / "README.md").read_text()
         assert f"{model.count(e.shape):,}" in card and cache.total["fingerprint"] in card
 
@@ -143,7 +148,7 @@ def test_an_exported_run_is_a_start_too(exported, tmp_path):
         assert shape == e.shape
         for n, x in e.params.items():
             equal(back[n], x)
-        tokenizer, text = export.read_tokenizer(f"hf:{e.out}"), "the tree \u2581\n<s>樹木"
+        tokenizer, text = read_hf_tokenizer(f"hf:{e.out}"), "the tree \u2581\n<s>樹木"
         assert tokenizer.encode(text) == list(e.tokenizer.encode(text)) and tokenizer.decode(
             [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]) == text
         assert (tokenizer.bos, tokenizer.eos) == (e.tokenizer.bos, e.tokenizer.eos)
@@ -151,7 +156,7 @@ def test_an_exported_run_is_a_start_too(exported, tmp_path):
         for file in ("config.json", "tokenizer.model"):
             (tmp_path / kind).mkdir(exist_ok=True)
             shutil.copy(e.out / file, tmp_path / kind)
-        assert export.read_tokenizer(f"hf:{tmp_path / kind}").model == e.tokenizer.model
+        assert read_hf_tokenizer(f"hf:{tmp_path / kind}").model == e.tokenizer.model
 
 
 AWKWARD = [" ", "  ", "\n", "\r\n", "\t", "\x00", "\x10", "\x10e", "\x10b", "\x10c", "\u2581", "\u2585",
@@ -185,7 +190,7 @@ def test_ties_between_merges_are_broken_as_sentencepiece_does(letters, size):
         return "".join(rng.choice(list(letters), n))
 
     texts = [drawn(40) for _ in range(300)] if len(letters) > 1 else ["a" * n for n in range(1, 60)]
-    mine = data.SentencePiece(train_bpe(texts, size))
+    mine = SentencePiece(train_bpe(texts, size))
     made = export.fast_tokenizer(mine)[0]
     tried = ["".join(t) for n in range(9) for t in itertools.product(letters, repeat=n)]
     tried += [drawn(200) for _ in range(500)]
@@ -287,7 +292,7 @@ def test_each_device_of_a_mesh_gets_its_part(tmp_path):
     name = llama(tmp_path)
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     (shape, whole), (_, parts) = read(name), read(name, mesh)
-    where = model.shardings(shape, model.make_mesh(mesh))
+    where = shardings(model.table(shape), make_mesh(mesh))
     for n, x in whole.items():
         equal(parts[n], x)
         assert parts[n].sharding == where[n] and parts[n].dtype == jnp.float32
@@ -357,15 +362,15 @@ def bpe(corpus) -> SimpleNamespace:
     (None, {}, (0, 0)), ("<|turn|>", {}, (1, 0)), (None, dict(eos_token_id=[1, 0]), (1, 1)),
     ("<|turn|>", dict(bos_token_id=0, eos_token_id=1), (0, 1))], ids=["none", "by name", "several", "by id"])
 def test_the_ends_of_a_document_are_found(bpe, tmp_path, bos, config, ends):
-    tokenizer = export.read_tokenizer(bpe.save(tmp_path, bos, **config))
+    tokenizer = read_hf_tokenizer(bpe.save(tmp_path, bos, **config))
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab) == (*ends, 300)
 
 
 def test_their_tokenizer_is_kept_in_one_file(bpe, tmp_path):
     """With more rows than tokens; what spells special tokens is text, they are nothing; not truncated."""
-    tokenizer = export.read_tokenizer(bpe.save(tmp_path, None))
+    tokenizer = read_hf_tokenizer(bpe.save(tmp_path, None))
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-    again = data.load_tokenizer(tmp_path / "tokenizer.model")
+    again = load_tokenizer(tmp_path / "tokenizer.model")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
     assert bpe.size < again.vocab == 300 and again.model == tokenizer.model
     texts = ["", "the tree is cut back", "été 樹木 🌳\n\n  x", "<|endoftext|> and <|turn|>"]
@@ -379,15 +384,15 @@ def test_their_tokenizer_is_kept_in_one_file(bpe, tmp_path):
 
 def test_tokenizers_that_do_not_fit_are_refused(bpe, tmp_path):
     with pytest.raises(InputError, match=f"{bpe.size} tokens.*{bpe.size - 1} rows"):
-        export.read_tokenizer(bpe.save(tmp_path, None, vocab_size=bpe.size - 1))
+        read_hf_tokenizer(bpe.save(tmp_path, None, vocab_size=bpe.size - 1))
     with pytest.raises(InputError, match="eos_token_id"):
-        export.read_tokenizer(bpe.save(tmp_path, None, None))
+        read_hf_tokenizer(bpe.save(tmp_path, None, None))
     with pytest.raises(InputError, match="hf:DIRECTORY"):
-        data.load_tokenizer(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     change(tmp_path, eos_token_id=0)
     with pytest.raises(InputError, match="tokenizer.json cannot be read"):
-        export.read_tokenizer(f"hf:{tmp_path}")
+        read_hf_tokenizer(f"hf:{tmp_path}")
 
 
 # -------------------------------------------------------------------------------------------- runs from there
@@ -400,7 +405,7 @@ def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, 
     plain = replace(data_config, tokenizer="bpe")
     config = config_of(plain, tmp_path, init_from=name, model=ModelConfig(remat="elementwise"))
     begun = train.Run(config)
-    assert begun.config.model == replace(export.read_shape(name), remat="elementwise")
+    assert begun.config.model == replace(read_shape(name), remat="elementwise")
     assert begun.tokenizer.vocab == 300 and begun.tokenizer.eos == 0
     assert begun.train()["step"] == 2
     meshed = train.Run(replace(config, name="meshed", mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
@@ -413,7 +418,7 @@ def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, 
     np.testing.assert_allclose(losses(begun), losses(meshed), rtol=1e-4)
     shape, params = read(name)
     batch = begun.loader.batch(1).arrays
-    first = model.losses(params, batch, model.Mask("causal", 0), shape)
+    first = model.losses(params, batch, Mask("causal", 0), shape)
     assert losses(begun)[0] == pytest.approx(float(np.average(first, weights=batch["weights"])), rel=1e-5)
 
     shutil.move(tmp_path / "hub", tmp_path / "elsewhere")
@@ -426,7 +431,7 @@ def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, 
     assert end == shape
     for n, x in train.load(str(longer.directory))[0].items():
         equal(trained[n], x)
-    assert export.read_tokenizer(f"hf:{tmp_path / 'back'}").model == begun.tokenizer.model
+    assert read_hf_tokenizer(f"hf:{tmp_path / 'back'}").model == begun.tokenizer.model
 
 
 def test_a_directory_has_no_optimiser(data_config, tmp_path):

@@ -17,12 +17,21 @@ from hypothesis import strategies as st
 import data
 import model
 import train
-from configs.active_forgetting import reset_embeddings
-from data import DOCUMENT, ROW, START, Document, Source
-from model import MeshConfig, ModelConfig, Schedule
+from data import Document, Source
+from lib.cache import build
+from lib.checkpoint import Checkpoints
+from lib.config import ROOT, load_file
+from lib.edits import reset_embeddings
+from lib.optim import State, state_like
+from lib.packing import DOCUMENT, ROW, START
+from lib.schedule import Plan, Schedule, edits_at, lr_schedule
+from lib.sharding import MeshConfig, make_mesh
+from lib.sources import split_of
+from lib.tokenizers import Bytes
+from model import ModelConfig
 from train import Edit
 
-forgetting = train.load_file(train.ROOT / "configs/active_forgetting.py")
+forgetting = load_file(ROOT / "configs/active_forgetting.py")
 equal = np.testing.assert_array_equal
 K, STEPS = 10, 24  # resets after 10 and 20 steps; the last episode is cut short
 WORDS = "def return self tree loss stack layer import class of".split()
@@ -73,16 +82,16 @@ def trained(config: train.Config, devices: int = 1, resets: tuple[int, ...] = ()
 
     resets: take no step, and apply what is due after these to the state that there is.
     """
-    whole = model.make_mesh
+    whole = make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "make_mesh", lambda mesh, _=None: whole(mesh, jax.devices()[:devices]))
+        patch.setattr(train, "make_mesh", lambda mesh, _=None: whole(mesh, jax.devices()[:devices]))
         patch.setattr(train.Run, "conclude", lambda run: run.out.sync())  # no samples, no pictures
         DRAWN.clear()
         run = train.Run(config, __file__)
         run.directory.mkdir(parents=True, exist_ok=True)
         run.begin() if resets else run.train()
         for step in resets:
-            run.edit(model.due(run.config, run.course, step), step)
+            run.edit(edits_at(run.config, run.course, step), step)
     return run, dict(DRAWN)
 
 
@@ -97,11 +106,11 @@ def rows_of(run) -> list[dict]:
     return [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def state(run, step: int) -> model.State:
+def state(run, step: int) -> State:
     """Of a checkpoint: before the edits due at its step."""
-    mesh = model.make_mesh(MeshConfig(), jax.devices()[:1])
-    like = model.state_like(run.config.model, run.config.optimizer, mesh)
-    return train.Checkpoints(run.directory / "checkpoints").state(step, like)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    like = state_like(run.config.model, run.config.optimizer, mesh)
+    return Checkpoints(run.directory / "checkpoints").state(step, like)
 
 
 def bits(tree) -> list[bytes]:
@@ -124,7 +133,7 @@ def test_a_reset_leaves_the_body_and_its_optimiser_bit_for_bit(whole):
     """What the run itself does after K steps, with moments and counts that are not those of a fresh state."""
     run, drawn = whole
     before = run.state = state(run, K)
-    run.edit(model.due(run.config, run.course, K), K)
+    run.edit(edits_at(run.config, run.course, K), K)
     after = run.state
     assert bits(body(run, after.params)) == bits(body(run, before.params))
     for group in BODY:
@@ -158,7 +167,7 @@ def test_draws_follow_seed_and_step_through_a_stop_and_on_eight_devices(whole, t
     run, drawn = whole
     broken = tiny(tmp_path, eval_every=K + 2, evals=(stop,))
     first, begun = trained(broken)
-    assert K < train.Checkpoints(first.directory / "checkpoints").steps()[-1] < 2 * K
+    assert K < Checkpoints(first.directory / "checkpoints").steps()[-1] < 2 * K
     second, rest = trained(replace(broken, evals=(), eval_every=100))
     assert [*begun] == [K] and [*rest] == [2 * K]
     equal(begun[K], drawn[K])
@@ -180,17 +189,17 @@ def test_the_loss_after_a_reset_is_that_of_a_head_that_knows_nothing(whole):
     losses = {r["step"]: r["train/loss"] for r in rows_of(run) if "train/loss" in r}
     for step in (K, 2 * K, *run.course.ends.tolist()[:-1]):
         gain = np.asarray(state(run, step).params["norm"])
-        expected = math.log(data.Bytes.vocab) + np.mean(gain**2) / 2
+        expected = math.log(Bytes.vocab) + np.mean(gain**2) / 2
         assert abs(losses[step + 1] - expected) < 0.3 and losses[step] < expected - 0.5
 
 
 # -------------------------------------------------------------------------------------------- learning rates
 
 
-def course(config: train.Config) -> model.Course:
+def course(config: train.Config) -> Plan:
     """The course of a config in bytes."""
-    config = replace(config, model=replace(config.model, vocab=data.Bytes.vocab))
-    return course_of(config, model.Context(jax.random.key(0), 0, data.Bytes(), None, None))
+    config = replace(config, model=replace(config.model, vocab=Bytes.vocab))
+    return course_of(config, model.Context(jax.random.key(0), 0, Bytes(), None, None))
 
 
 @given(steps=st.integers(1, 60), cycle=st.integers(1, 70), start=st.integers(0, 5),
@@ -199,11 +208,11 @@ def course(config: train.Config) -> model.Course:
 def test_each_cycle_is_the_whole_schedule_over_its_own_steps(steps, cycle, start, shape, warmup):
     schedule = Schedule(shape=shape, peak=0.5, warmup=warmup, final=0.1, cycle=cycle)
     spent = np.cumsum(np.random.default_rng(steps).integers(1, 5, start + steps + 1))
-    rates = model.curve(schedule, spent, start, steps)
+    rates = lr_schedule(schedule, spent, start, steps)
     assert rates.shape == (steps,)
     for begin in range(0, steps, cycle):
         n = min(cycle, steps - begin)
-        once = model.curve(replace(schedule, cycle=0), spent, start + begin, n)
+        once = lr_schedule(replace(schedule, cycle=0), spent, start + begin, n)
         equal(rates[begin:begin + n], once)
 
 
@@ -284,10 +293,10 @@ def test_a_cell_draws_its_rows_over_and_over():
     """And no others, whatever was drawn before it: all of them, once in each pass."""
     sources = {"new": Source(foreign)}
     config = data.DataConfig(sources=sources, tokenizer="bytes", dev=0.0, test=0.0)
-    cache = data.build("new", config, data.Bytes(), 0)
+    cache = build("new", config, Bytes(), 0)
     phases = [train.Phase(steps=4, batch=4, seq=32), train.Phase(
         steps=6, batch=4, seq=32, packing=partial(forgetting.few, tokens=8 * 32))]
-    loader = data.Loader({"new": cache}, phases, config, data.Bytes(), 0)
+    loader = data.Loader({"new": cache}, phases, config, Bytes(), 0)
     rows = np.concatenate([loader.batch(s).arrays["tokens"] for s in range(5, 11)])
     seen, times = np.unique(rows, axis=0, return_counts=True)
     assert len(seen) == 8 and set(times) == {3}
@@ -310,9 +319,9 @@ def test_the_new_language_is_the_old_one_under_another_alphabet():
             assert a == b
             continue
         assert b.text.translate(back) == a.text and replace(b, text=a.text) == a
-        encode = data.Bytes().encode
+        encode = Bytes().encode
         equal(ids[encode(a.text)], encode(b.text))
-        seen, splits = seen + (a.text != b.text), splits | 1 << data.split_of(b.group or b.path, 0.2, 0.2)
+        seen, splits = seen + (a.text != b.text), splits | 1 << split_of(b.group or b.path, 0.2, 0.2)
     assert seen > 300 and splits == 0b111
 
 

@@ -8,19 +8,24 @@ import numpy as np
 import pytest
 from conftest import course_of
 
-import data
 import model
 import train
-from configs.stacking import stack
+from lib.config import ROOT, load_file
+from lib.edits import stack
+from lib.kernels import Mask
+from lib.optim import adamw, first_state, init_opt_state
+from lib.schedule import shapes
+from lib.sharding import MeshConfig, make_mesh, shardings
+from lib.tokenizers import load_tokenizer, train_bpe
+from lib.widen import widen
 from model import Context, Model
-from tools.corpus import train_bpe
 
-layers = train.load_file(train.ROOT / "configs/incremental_layers.py")
-learngene = train.load_file(train.ROOT / "configs/learngene.py")
-pruning = train.load_file(train.ROOT / "configs/pruning.py")
-vocabulary = train.load_file(train.ROOT / "configs/vocabulary_swap.py")
-width = train.load_file(train.ROOT / "configs/width_growth.py")
-widen = width.widen
+layers = load_file(ROOT / "configs/incremental_layers.py")
+learngene = load_file(ROOT / "configs/learngene.py")
+pruning = load_file(ROOT / "configs/pruning.py")
+vocabulary = load_file(ROOT / "configs/vocabulary_swap.py")
+width = load_file(ROOT / "configs/width_growth.py")
+widen = widen
 equal = np.testing.assert_array_equal
 IDS = np.random.default_rng(0).integers(0, 258, (2, 12), np.int32)
 
@@ -116,7 +121,7 @@ def test_widen_takes_advanced_knowledge_from_the_layer_above(tiny):
 def loss(params, config):
     rows = dict(tokens=IDS[:, :-1], targets=IDS[:, 1:], segments=np.ones((2, 11), np.int32),
                 positions=np.arange(11)[None].repeat(2, 0), weights=np.ones((2, 11)))
-    return jnp.mean(model.losses(params, rows, model.Mask("causal", 0), replace(config, unroll=1)))
+    return jnp.mean(model.losses(params, rows, Mask("causal", 0), replace(config, unroll=1)))
 
 
 gradient = jax.jit(jax.grad(loss), static_argnums=1)
@@ -140,7 +145,7 @@ def test_moments_are_mapped_as_gradients_are(tiny, double, tied, arguments):
 def trained(edited, steps=3):
     """The edited parameters after some steps of AdamW on one batch."""
     config, params = edited.model
-    transforms, opt = model.adamw(model.table(config)), model.first_opt(params, config, model.adamw)
+    transforms, opt = adamw(model.table(config)), init_opt_state(params, config, adamw)
     for _ in range(steps):
         grads = gradient(params, config)
         for group, names in model.groups(config).items():
@@ -191,16 +196,16 @@ def test_widen_refuses(tiny, arguments, message):
 def test_widen_is_the_same_on_eight_devices(tiny):
     """And on shapes alone, as a run works them out, and in turn with growth in depth."""
     edits = [partial(widen, embed=64, kv_heads=4, mlp=96, units="random", split="uneven"), stack]
-    meshes = [model.make_mesh(model.MeshConfig(), jax.devices()[:1]),
-              model.make_mesh(model.MeshConfig(fsdp=2, tensor=2))]
-    states = [model.apply_edits(edits, model.first_state(tiny, model.adamw, mesh, jax.random.key(0)), tiny,
-                                model.adamw, mesh, context()) for mesh in meshes]
+    meshes = [make_mesh(MeshConfig(), jax.devices()[:1]),
+              make_mesh(MeshConfig(fsdp=2, tensor=2))]
+    states = [train.apply_edits(edits, first_state(tiny, adamw, mesh, jax.random.key(0)), tiny,
+                                adamw, mesh, context()) for mesh in meshes]
     (one, config), (eight, _) = states
     assert (config.layers, config.embed, config.heads, config.kv_heads, config.mlp) == (4, 64, 8, 4, 96)
     for name in one.params:
         np.testing.assert_allclose(one.params[name], eight.params[name], rtol=1e-6, atol=0)
     phase = train.Phase(edits=tuple(edits))
-    assert model.shapes(train.Config(model=tiny, phases=(phase,)), context()) == [config]
+    assert shapes(train.Config(model=tiny, phases=(phase,)), context()) == [config]
 
 
 def test_width_growth_arms_cost_the_same():
@@ -266,17 +271,17 @@ def test_frozen_layers_stay_bit_for_bit_and_move_again(tiny):
     config = replace(tiny, unroll=1)
     run = train.Config(model=config, optimizer=layers.asleep, clip=1e-2, weights=partial(
         layers.freeze, begin=1, until=3, layers=1))
-    mesh = model.make_mesh(model.MeshConfig(), jax.devices()[:1])
-    state = model.first_state(config, run.optimizer, mesh, jax.random.key(0))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = first_state(config, run.optimizer, mesh, jax.random.key(0))
     one = np.ones((2, 11), np.int32)
     batch = dict(tokens=IDS[:, :-1], targets=IDS[:, 1:], segments=one, positions=np.cumsum(one, 1) - 1,
                  weights=one.astype(np.float32), source=0 * one)
-    step = jax.jit(model.make_step(run, config), static_argnames="mask")
+    step = jax.jit(train.make_step(run, config), static_argnames="mask")
     rates = dict.fromkeys(model.groups(config), np.float32(1e-2))
     blocks = [n for n, p in model.table(config).items() if p.axes[0] == "layers"]
     moved = []
     for _ in range(4):
-        after, metrics = step(state, batch, rates, mask=model.Mask("causal", 0))
+        after, metrics = step(state, batch, rates, mask=Mask("causal", 0))
         pairs = [(state.params[n], after.params[n]) for n in blocks]
         pairs += [tuple(s.opt["matrix"][0].mu["q"] for s in (state, after))]
         moved.append([[bool(np.any(old[l] != new[l])) for l in (0, 1)] for old, new in pairs])
@@ -369,7 +374,7 @@ def test_pruning_arms_are_runs():
     given = context(batches=lambda n: [dict(tokens=IDS, segments=one, positions=one)])
     for config in pruning.arms.values():
         train.check(config)
-        last = model.shapes(config, given)[-1]
+        last = shapes(config, given)[-1]
         assert (last.embed, last.kv_heads, last.heads, last.mlp, last.layers) == (96, 3, 3, 256, 4)
 
 
@@ -382,7 +387,7 @@ def tokenizers(corpus, pieces, tmp_path_factory):
     texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))][::2]
     file = tmp_path_factory.mktemp("tokenizer") / "old.model"
     file.write_bytes(train_bpe(texts, 310))
-    return data.load_tokenizer(file), str(file), pieces
+    return load_tokenizer(file), str(file), pieces
 
 
 def swapped(config, tokenizers, seed=0, **arguments):
@@ -439,9 +444,9 @@ def test_a_swap_is_the_same_on_eight_devices(tiny, tokenizers):
     config = replace(tiny, vocab=old.vocab)
     for how in ("normal", "hull"):
         out = []
-        for mesh in (model.make_mesh(model.MeshConfig(), jax.devices()[:1]),
-                     model.make_mesh(model.MeshConfig(fsdp=4, tensor=2))):
-            where = model.shardings(config, mesh)
+        for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]),
+                     make_mesh(MeshConfig(fsdp=4, tensor=2))):
+            where = shardings(model.table(config), mesh)
             before = Model(config, {n: jax.device_put(x, where[n]) for n, x in some(config).items()})
             given = context(tokenizer=new)
             out.append(vocabulary.swap_vocabulary(before, given, old=file, new=how).model.params["embed"])

@@ -12,10 +12,16 @@ from conftest import strong
 
 import data
 import model
-from configs.active_forgetting import reset_embeddings
+import train
 from configs.muon import muon
-from configs.stacking import stack
-from model import Edited, Mask, MeshConfig, Model
+from lib import kernels
+from lib.cache import build
+from lib.edits import reset_embeddings, stack
+from lib.kernels import Mask, matmul, nll, softmax_mix
+from lib.optim import State, adamw, init_opt_state
+from lib.sharding import RULES, MeshConfig, make_mesh, shardings
+from lib.tokenizers import Bytes
+from model import Edited, Model
 
 CAUSAL = Mask("causal", 0)
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -94,7 +100,7 @@ def test_table_names_every_parameter_and_axis(tiny):
     rows = model.table(replace(tiny, tied=False))
     assert list(rows) == "embed attn_norm q k v o mlp_norm gate up down norm head".split()
     assert list(model.table(tiny)) == list(rows)[:-1]
-    assert {axis for p in rows.values() for axis in p.axes} == set(model.RULES)
+    assert {axis for p in rows.values() for axis in p.axes} == set(RULES)
     assert rows["q"].shape == (2, 32, 2, 2, 8) and rows["o"].shape == (2, 2, 2, 8, 32)
     assert all(len(p.axes) == len(p.shape) for p in rows.values())
 
@@ -109,7 +115,7 @@ def test_groups_part_the_parameters(tiny):
 def test_adamw_decays_matrices_and_head_alone(tiny):
     """With no gradient, what is left of a direction is the decay."""
     config = replace(tiny, tied=False)
-    for group, transform in model.adamw(model.table(config), weight_decay=0.25).items():
+    for group, transform in adamw(model.table(config), weight_decay=0.25).items():
         ones, none = {"x": jnp.ones(3)}, {"x": jnp.zeros(3)}
         direction, _ = transform.update(none, transform.init(ones), ones)
         equal(direction["x"], np.full(3, 0.25 if group in ("matrix", "head") else 0.0))
@@ -125,30 +131,30 @@ def test_flops_equal_a_sum_by_hand(tiny):
 
 def test_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
     for sizes, shape in (((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 4, 2), (1, 4, 2))):
-        mesh = model.make_mesh(MeshConfig(*sizes))
+        mesh = make_mesh(MeshConfig(*sizes))
         assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == shape
     for sizes in ((-1, -1, 1), (3, -1, 1), (2, 2, 1), (0, -1, 1), (-2, 1, 1), (4, 4, 1)):
         with pytest.raises(ValueError, match="8 devices"):
-            model.make_mesh(MeshConfig(*sizes))
+            make_mesh(MeshConfig(*sizes))
 
 
 def test_shardings_follow_the_named_axes(tiny):
-    mesh = model.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    where = {name: tuple(s.spec) for name, s in model.shardings(tiny, mesh).items()}
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    where = {name: tuple(s.spec) for name, s in shardings(model.table(tiny), mesh).items()}
     assert where["embed"] == ("tensor", "fsdp") and where["q"] == (None, "fsdp", "tensor", None, None)
     assert where["down"] == (None, "tensor", "fsdp") and where["attn_norm"] == (None, "fsdp")
 
 
 def test_sharding_that_does_not_divide_names_axis_and_mesh(tiny):
     with pytest.raises(ValueError, match=r"axis kv_heads of parameter . is 2, which mesh.tensor \(4\)"):
-        model.shardings(replace(tiny, vocab=256), model.make_mesh(MeshConfig(data=2, tensor=4)))
+        shardings(model.table(replace(tiny, vocab=256)), make_mesh(MeshConfig(data=2, tensor=4)))
 
 
 def test_unknown_axis_has_no_sharding(tiny, monkeypatch):
     odd = model.table(tiny) | {"extra": model.Param(("experts",), (4,), 1.0)}
     monkeypatch.setattr(model, "table", lambda config: odd)
     with pytest.raises(KeyError, match="experts"):
-        model.shardings(tiny, model.make_mesh(MeshConfig()))
+        shardings(model.table(tiny), make_mesh(MeshConfig()))
 
 
 # --------------------------------------------------------------------------------------------- initialisation
@@ -163,8 +169,8 @@ def test_draws_depend_on_key_and_name_alone(tiny, drawn):
 
 
 def test_draws_are_the_same_on_any_number_of_devices(tiny):
-    mesh = model.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    where = model.shardings(tiny, mesh)["gate"]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    where = shardings(model.table(tiny), mesh)["gate"]
     draw = partial(model.draw, "gate", model.table(tiny)["gate"], dtype="float32")
     spread = jax.jit(draw, out_shardings=where)(jax.random.key(3))
     assert len(spread.sharding.device_set) == 8
@@ -287,7 +293,7 @@ def heads(length, kv=2, share=2, width=8, batch=2, seed=0):
 
 
 MASKS = [Mask(kind, window) for kind in ("causal", "prefix", "bidirectional") for window in (0, 3)]
-attention = jax.jit(model.attention, static_argnames=("mask", "implementation"))
+attention = jax.jit(kernels.attention, static_argnames=("mask", "implementation"))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -319,7 +325,7 @@ def test_xla_attention_has_the_gradient_of_reference():
     @partial(jax.jit, static_argnames="implementation")
     def grads(implementation):
         def total(*qkv):
-            out = model.attention(*qkv, Mask("causal", 70), segments, implementation=implementation)
+            out = kernels.attention(*qkv, Mask("causal", 70), segments, implementation=implementation)
             return jnp.sum(jnp.sin(out))
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
@@ -340,7 +346,7 @@ def test_mask_has_no_defaults_and_refuses_junk():
 def test_attention_has_no_default_mask(tiny, params):
     q, k, v, segments, _ = heads(4)
     with pytest.raises(TypeError):
-        model.attention(q, k, v, segments=segments)
+        kernels.attention(q, k, v, segments=segments)
     with pytest.raises(TypeError):
         model.losses(params, rows(), config=tiny)
 
@@ -363,7 +369,7 @@ def test_softmax_mix_has_the_gradient_of_plain_softmax():
         scores = jnp.where(jnp.tile(see, (1, 1, 2, 1)), jnp.einsum("bkth,bksh->bkts", q, k), -jnp.inf)
         return jnp.einsum("bkts,bksh->bkth", jax.nn.softmax(scores), v)
 
-    got, back = jax.vjp(lambda *x: model.softmax_mix(*x, see), q, k, v)
+    got, back = jax.vjp(lambda *x: softmax_mix(*x, see), q, k, v)
     expected, plain_back = jax.vjp(plain, q, k, v)
     close(got, expected)
     for one, other in zip(back(out), plain_back(out), strict=True):
@@ -375,8 +381,8 @@ def test_rows_that_see_nothing_stay_finite_and_leave_the_others_alone():
     q, k, v, out = (100 * rng.normal(size=(4, 1, 1, 4, 4))).astype(np.float32)
     see = np.tri(4, dtype=bool)[None, None]
     blind = see & (np.arange(4) != 2)[:, None]
-    mix = jax.jit(lambda see, out: jax.vjp(lambda *x: model.softmax_mix(*x, see), q, k, v)[1](out))
-    assert all(np.all(np.isfinite(x)) for x in (model.softmax_mix(q, k, v, blind), *mix(blind, out)))
+    mix = jax.jit(lambda see, out: jax.vjp(lambda *x: softmax_mix(*x, see), q, k, v)[1](out))
+    assert all(np.all(np.isfinite(x)) for x in (softmax_mix(q, k, v, blind), *mix(blind, out)))
     out[:, :, 2] = 0  # as the losses of rows that see nothing are not counted
     for one, other in zip(mix(see, out), mix(blind, out), strict=True):
         close(one, other)
@@ -394,9 +400,9 @@ def test_a_product_has_the_gradients_of_a_plain_one_and_is_padded_on_one_cpu_alo
     def gradients(product):
         return jax.jit(jax.grad(lambda x, w: jnp.sum(scale * product(x, w)), (0, 1)))
 
-    ours = gradients(lambda x, w: model.matmul(x, w, ("embed", "mlp"), jnp.float32))
+    ours = gradients(lambda x, w: matmul(x, w, ("embed", "mlp"), jnp.float32))
     for devices in (jax.devices()[:1], jax.devices()):
-        with jax.set_mesh(model.make_mesh(MeshConfig(), devices)):
+        with jax.set_mesh(make_mesh(MeshConfig(), devices)):
             for got, want in zip(ours(x, w), gradients(jnp.matmul)(x, w), strict=True):
                 np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
             padded = f"[16,{columns + 16}]" in str(jax.make_jaxpr(ours)(x, w))
@@ -411,7 +417,7 @@ def test_nll_and_its_gradient_are_those_of_log_softmax():
     def plain(x):
         return -jnp.take_along_axis(jax.nn.log_softmax(x), targets[..., None], -1)[..., 0]
 
-    got, back = jax.vjp(lambda x: model.nll(x, targets), logits)
+    got, back = jax.vjp(lambda x: nll(x, targets), logits)
     expected, plain_back = jax.vjp(plain, logits)
     close(got, expected)
     close(back(out)[0], plain_back(out)[0])
@@ -419,7 +425,7 @@ def test_nll_and_its_gradient_are_those_of_log_softmax():
 
 def test_nll_of_huge_logits_is_finite():
     logits = jnp.array([[[1e30, -1e30, 0.0]]])
-    loss, back = jax.vjp(lambda x: model.nll(x, jnp.array([[0]])), logits)
+    loss, back = jax.vjp(lambda x: nll(x, jnp.array([[0]])), logits)
     equal(loss, [[0.0]])
     equal(back(jnp.ones((1, 1)))[0], np.zeros((1, 1, 3)))
 
@@ -518,11 +524,11 @@ GOLDEN = [6.6044450, 7.4317150, 3.6630270, 4.7360573]
 
 
 def test_golden_first_losses(tiny, drawn):
-    run = SimpleNamespace(optimizer=model.adamw, weights=None, token_loss=model.cross_entropy,
+    run = SimpleNamespace(optimizer=adamw, weights=None, token_loss=model.cross_entropy,
                           reduce=model.weighted_mean, clip=1.0)
-    state = model.State(drawn, model.first_opt(drawn, tiny, model.adamw), jnp.int32(0), jnp.int32(0))
+    state = State(drawn, init_opt_state(drawn, tiny, adamw), jnp.int32(0), jnp.int32(0))
     rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-2))
-    step, got = jax.jit(model.make_step(run, tiny), static_argnames="mask"), []
+    step, got = jax.jit(train.make_step(run, tiny), static_argnames="mask"), []
     for _ in range(2):
         state, metrics = step(state, rows(seed=7), rates, mask=CAUSAL)
         got += [float(metrics["train/loss"]), float(metrics["train/grad_norm"])]
@@ -546,8 +552,8 @@ def packed():
     phase = SimpleNamespace(steps=4, batch=4, seq=128, mixture=None, lengths=None, steer=0,
                             order=data.shuffled, packing=data.concat_and_split,
                             objective=data.causal)
-    caches = {"verses": data.build("verses", config, data.Bytes(), 0)}
-    loader = data.Loader(caches, [phase], config, data.Bytes(), 0)
+    caches = {"verses": build("verses", config, Bytes(), 0)}
+    loader = data.Loader(caches, [phase], config, Bytes(), 0)
     batches = [loader.batch(step) for step in (1, 2)]
     assert all(b.mask == dict(kind="causal", window=0) for b in batches)
     return [b.arrays for b in batches]
@@ -631,7 +637,7 @@ def context(seed=0):
 
 def optimizer_state(config, params):
     """An AdamW state with moments and a count that are not those of a fresh one."""
-    first = jax.eval_shape(lambda p: model.first_opt(p, config, model.adamw), used(config, params))
+    first = jax.eval_shape(lambda p: init_opt_state(p, config, adamw), used(config, params))
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype) if x.shape else x.dtype.type(7), first)
@@ -659,8 +665,8 @@ def adam_moments(opt):
 def test_stack_maps_moments_with_the_blocks(tiny, params):
     opt, old = optimizer_state(tiny, params), used(tiny, params)
     edited = stack(Model(tiny, old), context(), layers=(1, 0, 1), moments="map")
-    fresh = model.first_opt(edited.model.params, edited.model.config, model.adamw)
-    (before, _), (after, counts) = adam_moments(opt), adam_moments(model.carry(opt, fresh, edited, tiny))
+    fresh = init_opt_state(edited.model.params, edited.model.config, adamw)
+    (before, _), (after, counts) = adam_moments(opt), adam_moments(train.transfer_opt_state(opt, fresh, edited, tiny))
     assert counts == dict(embed=7, vector=7, matrix=7)
     for moment in ("mu", "nu"):
         for name, row in model.table(tiny).items():
@@ -670,8 +676,8 @@ def test_stack_maps_moments_with_the_blocks(tiny, params):
 
 def test_stack_resets_moments_and_counts(tiny, params):
     edited = stack(Model(tiny, used(tiny, params)), context(), moments="reset")
-    fresh = model.first_opt(edited.model.params, edited.model.config, model.adamw)
-    moments, counts = adam_moments(model.carry(optimizer_state(tiny, params), fresh, edited, tiny))
+    fresh = init_opt_state(edited.model.params, edited.model.config, adamw)
+    moments, counts = adam_moments(train.transfer_opt_state(optimizer_state(tiny, params), fresh, edited, tiny))
     assert set(counts.values()) == {0}
     assert not any(np.any(x) for tree in moments.values() for x in tree.values())
     assert moments["mu"]["q"].shape == (4, 32, 2, 2, 8)
@@ -691,9 +697,9 @@ def test_stack_refuses_an_unknown_policy(tiny, params):
 
 def test_policy_that_does_not_fit_is_refused(tiny, params):
     edited = stack(Model(tiny, used(tiny, params)), context())._replace(policy={})  # every group kept
-    fresh = model.first_opt(edited.model.params, edited.model.config, model.adamw)
+    fresh = init_opt_state(edited.model.params, edited.model.config, adamw)
     with pytest.raises(ValueError, match="'keep'.*'(vector|matrix)'"):
-        model.carry(optimizer_state(tiny, params), fresh, edited, tiny)
+        train.transfer_opt_state(optimizer_state(tiny, params), fresh, edited, tiny)
 
 
 @pytest.mark.parametrize("tied,head,gone", [
@@ -724,7 +730,7 @@ def test_reset_embeddings_keep_the_body_s_optimiser(tiny, params):
     config = replace(tiny, tied=False)
     opt = optimizer_state(config, params)
     edited = reset_embeddings(Model(config, params), context(), head=False)
-    after = model.carry(opt, model.first_opt(edited.model.params, config, model.adamw), edited, config)
+    after = train.transfer_opt_state(opt, init_opt_state(edited.model.params, config, adamw), edited, config)
     (old, _), (new, counts) = adam_moments(opt), adam_moments(after)
     assert counts == dict(embed=0, vector=7, matrix=7, head=7)
     for moment in ("mu", "nu"):
@@ -785,15 +791,15 @@ def test_random_layers_are_drawn_as_at_initialisation(tiny, params):
         if row.axes[0] == "layers":
             equal(edited.model.params[name][2], fresh[name][2])
             equal(edited.model.params[name][:2], old[name])
-    first = model.first_opt(edited.model.params, edited.model.config, model.adamw)
-    moments, counts = adam_moments(model.carry(optimizer_state(tiny, params), first, edited, tiny))
+    first = init_opt_state(edited.model.params, edited.model.config, adamw)
+    moments, counts = adam_moments(train.transfer_opt_state(optimizer_state(tiny, params), first, edited, tiny))
     assert not edited.preserves and set(counts.values()) == {7}
     assert all(not np.any(tree["q"][2]) and np.any(tree["q"][1]) for tree in moments.values())
     with pytest.raises(ValueError, match="new is 'zero'"):
         stack(Model(tiny, old), context(), layers=(0, -1), new="zero")
 
 
-def a_run(optimizer=model.adamw, clip=0.0):
+def a_run(optimizer=adamw, clip=0.0):
     """What `make_step` needs of a config."""
     return SimpleNamespace(optimizer=optimizer, weights=None, token_loss=model.cross_entropy,
                            reduce=model.weighted_mean, clip=clip)
@@ -806,7 +812,7 @@ def test_muon_orthogonalises_each_layer_with_the_table_s_axes(tiny, params):
     grads = {n: jnp.asarray(np.random.default_rng(i).normal(size=x.shape), x.dtype)
              for i, (n, x) in enumerate(old.items())}
     got = {}
-    for make in (partial(muon, weight_decay=0.0), partial(model.adamw, weight_decay=0.0)):
+    for make in (partial(muon, weight_decay=0.0), partial(adamw, weight_decay=0.0)):
         transforms = make(rows_)
         for group, names in model.groups(tiny).items():
             g, p = ({n: tree[n] for n in names} for tree in (grads, old))
@@ -820,7 +826,7 @@ def test_muon_orthogonalises_each_layer_with_the_table_s_axes(tiny, params):
             assert np.mean((values > 0.6) & (values < 1.3)) > 0.9, name  # but for those near 0 before
             assert np.sqrt(np.mean(x**2)) == pytest.approx(0.2, rel=0.25)
     for group in ("embed", "vector"):
-        jax.tree.map(equal, got[muon, group], got[model.adamw, group])
+        jax.tree.map(equal, got[muon, group], got[adamw, group])
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -828,10 +834,10 @@ def test_accumulation_is_the_whole_batch(tiny, params, parts):
     """With loss weights that differ from part to part: sums over all, not means of means."""
     weights = np.random.default_rng(0).random((4, 24)) * [[0.1], [3], [1], [0]]
     batch = rows(batch=4) | dict(weights=jnp.asarray(weights, jnp.float32))
-    state = model.State(used(tiny, params), model.first_opt(used(tiny, params), tiny, model.adamw),
+    state = State(used(tiny, params), init_opt_state(used(tiny, params), tiny, adamw),
                         jnp.int32(0), jnp.int32(0))
     rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-3))
-    out = [jax.jit(model.make_step(a_run(clip=0.5), tiny, n), static_argnames="mask")(
+    out = [jax.jit(train.make_step(a_run(clip=0.5), tiny, n), static_argnames="mask")(
         state, batch, rates, mask=Mask("causal", 0)) for n in (1, parts)]
     for name in ("train/loss", "train/grad_norm"):
         assert float(out[0][1][name]) == pytest.approx(float(out[1][1][name]), rel=1e-5)

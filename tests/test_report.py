@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import train
+from lib.config import ROOT, load_file, to_json
 from train import Config, Phase
 
-report = train.load_file(train.ROOT / "tools/report.py")
+report = load_file(ROOT / "tools/report.py")
 OWNED = "<script>document.documentElement.dataset.owned = 1</script><b>&amp;"  # a sample may say anything
 USE = """<script>
 const all = what => [...document.querySelectorAll(what)], html = document.documentElement;
@@ -35,7 +36,7 @@ def make_run(path: Path, steps: int = 60, done: bool = True, sources=("code",), 
     """The files of a run of two phases with a curve down from 5 to 2, without the run."""
     path.mkdir(parents=True)
     config = Config(name=path.name, phases=(Phase(steps=steps // 2), Phase(steps=steps // 2)), **more)
-    (path / "config.json").write_text(json.dumps(train.to_json(config)))
+    (path / "config.json").write_text(json.dumps(to_json(config)))
     rng, rows = np.random.default_rng(seed), []
     for s in range(1, (steps if done else steps // 3) + 1):
         spent = {"train/tokens": 4_096 * s, "train/flops": 1e9 * s, "phase": int(s > steps // 2)}
@@ -59,7 +60,7 @@ def make_run(path: Path, steps: int = 60, done: bool = True, sources=("code",), 
 
 def make_study(path: Path) -> Path:
     """A study of two arms and two seeds, one claim, as tools/study.py writes it down."""
-    study = train.load_file(train.ROOT / "tools/study.py")
+    study = load_file(ROOT / "tools/study.py")
     arms = {arm: dict(rate=0.01, bracketed=arm == "plain", tuning={}) for arm in ("plain", "grown")}
     runs = {arm: {s: make_run(path / f"{arm}-0.01-s{s}", seed=s) for s in (1, 2)} for arm in arms}
     runs = {arm: {s: study.figures(run) for s, run in own.items()} for arm, own in runs.items()}

@@ -22,10 +22,17 @@ import pexpect
 import pytest
 from pexpect import fdpexpect
 
-import data
 import model
 import train
-from model import MeshConfig, ModelConfig
+from lib import checkpoint
+from lib.checkpoint import Checkpoints
+from lib.config import from_json, load_file
+from lib.errors import InputError
+from lib.optim import adamw, first_state, state_like
+from lib.sharding import MeshConfig, make_mesh
+from lib.tokenizers import Bytes, load_tokenizer
+from model import ModelConfig
+from train import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -39,7 +46,7 @@ from functools import partial
 from pathlib import Path
 
 from data import DataConfig, Source, causal, text
-from configs.stacking import stack
+from lib.edits import stack
 from model import ModelConfig
 from train import Config, Phase, Schedule
 
@@ -240,7 +247,7 @@ def test_complete_run_leaves_every_file(complete):
     assert {p.name for p in (run / "source").iterdir()} == {"train.py", "model.py", "data.py", "tiny.py"}
     assert (run / "source/tiny.py").read_text().startswith('"""A tiny run with hooks')
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert isinstance(data.load_tokenizer(run / "tokenizer.model"), data.Bytes)
+    assert isinstance(load_tokenizer(run / "tokenizer.model"), Bytes)
     assert checkpoints(run) == [50, 55, 60] and (run / "samples.txt").read_text("utf-8").strip()
     written = json.loads((run / "config.json").read_text())
     assert written["model"]["vocab"] == 258 and written["phases"][1]["edits"][0]["function"].endswith(
@@ -444,7 +451,7 @@ from functools import partial
 import numpy as np
 
 from data import DataConfig, Document, Source
-from configs.stacking import stack
+from lib.edits import stack
 from model import ModelConfig
 from train import Config, Phase
 
@@ -522,7 +529,7 @@ def test_a_streamed_and_steered_run_is_the_same_under_kills(place):
     for first, losses in ((20, [1, 1]), *((s, evaluated[s]) for s in (30, 40, 50))):
         share = np.mean([r["data/a/rows"] for r in steps[first:first + 10]]) / 4
         assert share == pytest.approx(losses[0]**2 / (losses[0]**2 + losses[1]**2), abs=0.05)
-    meta = train.Checkpoints(place.run("hurt") / "checkpoints").meta(60)
+    meta = Checkpoints(place.run("hurt") / "checkpoints").meta(60)
     assert meta["log"] == [[], [dict(zip("ab", evaluated[s], strict=True)) for s in (30, 40, 50)]]
 
 
@@ -531,12 +538,14 @@ import os, signal
 from functools import partial
 
 from data import DataConfig, Source, text
-from configs.active_forgetting import reset_embeddings
-from configs.stacking import stack
-from model import ModelConfig, Schedule
-from train import ROOT, Config, Edit, Phase, load_file
+from lib.edits import reset_embeddings
+from lib.edits import stack
+from model import ModelConfig
+from lib.schedule import Schedule
+from lib.config import ROOT, load_file
+from train import Config, Edit, Phase
 
-widen = load_file(ROOT / "configs/width_growth.py").widen
+widen = load_file(ROOT / "lib/widen.py").widen
 
 
 def forget(model, context):
@@ -607,7 +616,7 @@ def test_a_branch_starts_from_another_run_s_checkpoint(here, capsys):
                      for n in ("trunk", "on", "anew"))
     assert on[:10] == old[10:20] and len(on) == 14
     assert anew[0] != on[0] and anew[0] < old[0] - 0.2
-    meta = [train.Checkpoints(here.run(n) / "checkpoints").meta(10) for n in ("trunk", "on")]
+    meta = [Checkpoints(here.run(n) / "checkpoints").meta(10) for n in ("trunk", "on")]
     for source, drawn in meta[0]["positions"].items():
         assert meta[1]["positions"][source] == pytest.approx(2 * drawn, abs=64)
     assert resumed_from(ran(capsys, here.training("on", *origin, "--init_with", "all"))) == 14
@@ -740,8 +749,8 @@ def one_sentence(err: str, *words: str) -> bool:
 @pytest.fixture
 def here(place, monkeypatch):
     """This process as the command line sees it: one device, and the runs' own cache."""
-    whole = model.make_mesh
-    monkeypatch.setattr(model, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
+    whole = make_mesh
+    monkeypatch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.root / "cache"))
     monkeypatch.chdir(place.root)
     return place
@@ -917,7 +926,7 @@ def begun(here, tmp_path, victim):
     run = tmp_path / "victim"
     shutil.copytree(victim, run)
     (run / "summary.json").unlink()
-    config, file = train.parse([str(here.config), "--runs", str(tmp_path), "--name", "victim"])
+    config, file = parse([str(here.config), "--runs", str(tmp_path), "--name", "victim"])
 
     def begin() -> int:
         made = train.Run(config, file)
@@ -951,26 +960,26 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(case, begu
 def test_a_flipped_bit_is_noticed(begun, capsys):
     """Of parameters or moments, by the sums of their bits. With none intact the run is refused."""
     run, begin = begun
-    whole, rng = train.Checkpoints(run / "checkpoints"), np.random.default_rng(0)
+    whole, rng = Checkpoints(run / "checkpoints"), np.random.default_rng(0)
     for step, item in ((60, "params"), (55, "opt"), (50, "params")):
         meta = whole.meta(step)
-        shape = train.from_json(ModelConfig, meta["model"])
-        mesh = model.make_mesh(MeshConfig(), jax.devices()[:1])
-        state = whole.state(step, model.state_like(shape, model.adamw, mesh))
+        shape = from_json(ModelConfig, meta["model"])
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        state = whole.state(step, state_like(shape, adamw, mesh))
         part = state.params if item == "params" else state.opt["matrix"][0].mu
         name = sorted(part)[rng.integers(len(part))]
         bits = np.array(part[name])
         bits.reshape(-1).view(np.uint32)[rng.integers(bits.size)] ^= 1 << int(rng.integers(32))
         part[name] = jnp.asarray(bits)
         shutil.rmtree(run / "checkpoints" / str(step))
-        kept, checksums = train.Checkpoints(run / "checkpoints", keep=9), model.checksums
-        model.checksums = lambda state, meta=meta: meta["checksums"]  # as before the bit was flipped
+        kept, checksums = Checkpoints(run / "checkpoints", keep=9), checkpoint.checksums
+        checkpoint.checksums = lambda state, meta=meta: meta["checksums"]  # as before the bit was flipped
         try:
             kept.save(step, state, meta)
             kept.close()
         finally:
-            model.checksums = checksums
-    with pytest.raises(train.InputError, match="checkpoints/50 is damaged .*with none before it"):
+            checkpoint.checksums = checksums
+    with pytest.raises(InputError, match="checkpoints/50 is damaged .*with none before it"):
         begin()
     assert checkpoints(run) == [50] and capsys.readouterr().out.count("not as written: ") == 2
 
@@ -996,7 +1005,7 @@ def test_load_gives_a_model_that_computes(complete):
     assert out.shape == (2, 11, 258) and config.model.layers == 4 and np.isfinite(out).all()
     np.testing.assert_allclose(out[0, :4], out[1, :4], rtol=1e-4, atol=1e-5)
     assert np.abs(out[0, 4:] - out[1, 4:]).max() > 1e-3
-    with pytest.raises(train.InputError, match="no checkpoint of step 7.*50, 55, 60"):
+    with pytest.raises(InputError, match="no checkpoint of step 7.*50, 55, 60"):
         train.load(str(complete.directory), 7)
 
 
@@ -1108,9 +1117,9 @@ def test_bench_ends_in_one_json_object(here, capsys):
 @pytest.mark.parametrize("vary", ["seeds", "rates"])
 def test_runs_together_are_the_runs_in_turn(vary):
     """The program that `bench --together` times computes what each run would alone."""
-    bench = train.load_file(ROOT / "tools/bench.py")
+    bench = load_file(ROOT / "tools/bench.py")
     shape = model.ModelConfig(layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, mlp=32, vocab=64)
-    config, mesh = train.Config(model=shape), model.make_mesh(model.MeshConfig(), jax.devices()[:1])
+    config, mesh = train.Config(model=shape), make_mesh(MeshConfig(), jax.devices()[:1])
     tokens = np.random.default_rng(0).integers(0, 64, (2, 2, 16), np.int32)
     ones = np.ones((2, 16), np.int32)
     same = dict(segments=ones, positions=np.cumsum(ones, 1) - 1, source=0 * ones,
@@ -1118,13 +1127,13 @@ def test_runs_together_are_the_runs_in_turn(vary):
     rows = [dict(tokens=t, targets=t[:, ::-1]) | same for t in tokens]
     rates = np.array([1e-2, 3e-2], np.float32)
     batch = jax.tree.map(lambda *x: np.stack(x), *rows) if vary == "seeds" else rows[0]
-    state = model.first_state(shape, config.optimizer, mesh, jax.random.key(0))
+    state = first_state(shape, config.optimizer, mesh, jax.random.key(0))
     by_group = dict.fromkeys(model.groups(shape), rates)
     step, states = bench.program(config, mesh, state, batch, by_group, 2, vary)
     states, metrics = step(*step(states, batch, by_group)[:1], batch, by_group)
     for i in range(2):
         own, one = rows[i if vary == "seeds" else 0], dict.fromkeys(by_group, rates[i])
-        alone = model.first_state(shape, config.optimizer, mesh, jax.random.key(0))
+        alone = first_state(shape, config.optimizer, mesh, jax.random.key(0))
         run, alone = bench.program(config, mesh, alone, own, one, 1, vary)
         for _ in range(2):
             alone, last = run(alone, own, one)

@@ -12,19 +12,19 @@ from conftest import strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import model
 import train
-from model import MeshConfig
-from tools import sample
-from tools.sample import CHUNK, How
+from lib import generate as generation
+from lib.generate import CHUNK, Sampling, generate, padded, pick, prefill, read_text, settled
+from lib.sharding import MeshConfig, make_mesh, shardings
+from lib.tokenizers import Bytes
 
 equal = np.testing.assert_array_equal
-GREEDY, WARM = How(np.float32(0)), How(np.float32(1))
-FEW = How(np.float32(0.8), np.float32(40), np.float32(0.9))
+GREEDY, WARM = Sampling(np.float32(0)), Sampling(np.float32(1))
+FEW = Sampling(np.float32(0.8), np.float32(40), np.float32(0.9))
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (5, 1, 33, 40)]
-narrow = jax.jit(sample.narrow)
-prepare = jax.jit(sample.prepare, static_argnames="config")
+narrow = jax.jit(generation.narrow)
+prepare = jax.jit(generation.prepare, static_argnames="config")
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def made(params, config, prompts, tokens=20, how=WARM, seeds=None, eos=-1, **oth
     """`generate` with these parameters; rows draw by seeds 0, 1, ..."""
     weights = prepare(params, config=config)
     seeds = range(len(prompts)) if seeds is None else seeds
-    return sample.generate(weights, prompts, tokens, [*seeds], how, eos, config, **others)
+    return generate(weights, prompts, tokens, [*seeds], how, eos, config, **others)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_greedy_generation_equals_recomputing_everything(tiny, untied, params, monkeypatch, tied):
     """Each id is the likeliest by the whole model without a cache, which grows on the way to 40 tokens."""
-    monkeypatch.setattr(sample, "ROOM", 64)
+    monkeypatch.setattr(generation, "ROOM", 64)
     config, tokens = (tiny, 20) if tied else (untied, 40)
     apply = jax.jit(model.apply, static_argnames="config")
     used = {name: params[name] for name in model.table(config)}
@@ -95,17 +95,17 @@ def test_a_row_ends_at_eos_and_the_batch_with_its_last_row(untied, params):
 
 def test_eight_devices_give_what_one_does(untied, params):
     """By the table's rules: parts of weights and of the cache live on each device, and ids are the same."""
-    mesh = model.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
     one = {how: made(params, untied, PROMPTS, how=how) for how in (GREEDY, WARM, FEW)}
-    placed = jax.device_put(params, model.shardings(untied, mesh))
+    placed = jax.device_put(params, shardings(model.table(untied), mesh))
     with jax.set_mesh(mesh):
         weights = prepare(placed, config=untied)
         for rows in (4, 3):  # the second is one that data and fsdp do not divide
             for how in one:
-                got = sample.generate(weights, PROMPTS[:rows], 20, [*range(rows)], how, -1, untied)
+                got = generate(weights, PROMPTS[:rows], 20, [*range(rows)], how, -1, untied)
                 equal(got, one[how][:rows])
-        ids, pad = sample.padded(PROMPTS, 0)
-        cache = sample.prefill(weights, ids[:, :-1], pad, 128, untied)
+        ids, pad = padded(PROMPTS, 0)
+        cache = prefill(weights, ids[:, :-1], pad, 128, untied)
     parts = {n: x[0].addressable_shards[0].data.shape for n, x in weights[1][0].items()}
     assert parts["gate"] == (16, 24) and parts["q"] == (16, 1, 2, 8) and parts["down"] == (24, 16)
     assert weights[0]["embed"].addressable_shards[0].data.shape == (129, 16)
@@ -146,22 +146,22 @@ def test_draws_follow_the_distribution():
     made, rows = np.array([0.1, 0.4, 0.05, 0.3, 0.15]), 4000
     keys = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(jnp.arange(rows))
     scores = jnp.tile(jnp.log(made).astype(jnp.float32), (rows, 1))
-    for how in (How(1.0), How(0.5), How(2.0, 3.0), How(1.0, 4.0, 0.8)):
+    for how in (Sampling(1.0), Sampling(0.5), Sampling(2.0, 3.0), Sampling(1.0, 4.0, 0.8)):
         left = np.zeros(5)
         left[kept(made ** (1 / how.temperature), how.top_k, how.top_p)] = 1
         expected = left * made ** (1 / how.temperature)
-        drawn = np.bincount(sample.pick(scores, keys, 3, how), minlength=5) / rows
+        drawn = np.bincount(pick(scores, keys, 3, how), minlength=5) / rows
         np.testing.assert_allclose(drawn, expected / expected.sum(), atol=0.04)
         assert not drawn[left == 0].any()
-    equal(sample.pick(scores, keys, 3, How(0.0)), np.ones(rows))
+    equal(pick(scores, keys, 3, Sampling(0.0)), np.ones(rows))
 
 
 def test_text_ends_before_the_first_stop_or_eos():
-    tokenizer, ids = data.Bytes(), np.array([*b"one. two; three", 257, *b"! four"])
-    assert sample.read(ids, tokenizer, []) == ("one. two; three", "eos")
-    assert sample.read(ids, tokenizer, [";", ". "]) == ("one", "stop")
-    assert sample.read(ids, tokenizer, ["!"]) == ("one. two; three", "eos")
-    assert sample.read(ids[:6], tokenizer, ["two"]) == ("one. t", "length")
+    tokenizer, ids = Bytes(), np.array([*b"one. two; three", 257, *b"! four"])
+    assert read_text(ids, tokenizer, []) == ("one. two; three", "eos")
+    assert read_text(ids, tokenizer, [";", ". "]) == ("one", "stop")
+    assert read_text(ids, tokenizer, ["!"]) == ("one. two; three", "eos")
+    assert read_text(ids[:6], tokenizer, ["two"]) == ("one. t", "length")
 
 
 @settings(max_examples=60)
@@ -171,11 +171,11 @@ def test_what_is_shown_while_streaming_stays(pieces, parts, stops):
     """After any number of tokens it is a beginning of the text that comes out; cut characters wait."""
     raw = b"".join(p.encode() if isinstance(p, str) else p for p in parts)
     text = raw.decode("utf-8", "replace")
-    for tokenizer, ids in ((data.Bytes(), list(raw)), (pieces, pieces.encode(text))):
-        whole = sample.read(np.array(ids, int), tokenizer, stops)[0]
+    for tokenizer, ids in ((Bytes(), list(raw)), (pieces, pieces.encode(text))):
+        whole = read_text(np.array(ids, int), tokenizer, stops)[0]
         for n in range(len(ids) + 1):
-            text, why = sample.read(np.array(ids[:n], int), tokenizer, stops)
-            shown = sample.settled(text, stops)
+            text, why = read_text(np.array(ids[:n], int), tokenizer, stops)
+            shown = settled(text, stops)
             assert whole.startswith(shown), (shown, whole)
             if why == "stop":
                 assert text == whole

@@ -20,19 +20,22 @@ import pytest
 import data
 import model
 import train
-from model import Mask, MeshConfig, ModelConfig
+from lib.config import ROOT
+from lib.kernels import Mask, attention, choose, splash
+from lib.sharding import MeshConfig, make_mesh, own_rows, put
+from model import ModelConfig
 from tools import fit
 
-ROOT = train.ROOT
 TOTAL, KEPT = 20, 10  # steps of a run, and the checkpoint that others go on from
 TINY = '''"""Packed rows, two resets and a growth in twenty steps."""
 import time
 from functools import partial
 
-from configs.active_forgetting import reset_embeddings
-from configs.stacking import stack
+from lib.edits import reset_embeddings
+from lib.edits import stack
 from data import DataConfig, Source, causal, text
-from model import ModelConfig, Schedule
+from model import ModelConfig
+from lib.schedule import Schedule
 from train import Config, Edit, Phase
 
 
@@ -359,30 +362,30 @@ def test_splash_equals_the_reference(window):
             return jnp.sum(attend(*x) * wave * (segments > 0)[..., None, None, None])
         return jax.value_and_grad(value, (0, 1, 2))(*qkv)
 
-    ours = both(lambda *x: model.splash(*x, mask, jnp.asarray(segments), interpret=True))
-    theirs = both(lambda *x: model.attention(*x, mask, segments, implementation="reference"))
+    ours = both(lambda *x: splash(*x, mask, jnp.asarray(segments), interpret=True))
+    theirs = both(lambda *x: attention(*x, mask, segments, implementation="reference"))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
 def test_the_choice_of_attention():
     """The fused one where it can do what is asked, by name alone if it can."""
     causal, prefix = Mask("causal", 0), Mask("prefix", 0)
-    assert model.choose("auto", causal, 256, "float32", "cpu") == "xla"
-    assert model.choose("auto", causal, 256, "bfloat16", "gpu") == "xla"
-    assert model.choose("cudnn", causal, 256, "bfloat16", "gpu") == "cudnn"
-    assert model.choose("auto", causal, 256, "float32", "gpu") == "xla"
-    assert model.choose("auto", causal, 256, "float32", "tpu") == "splash"
-    assert model.choose("auto", causal, 200, "float32", "tpu") == "xla" == model.choose(
+    assert choose("auto", causal, 256, "float32", "cpu") == "xla"
+    assert choose("auto", causal, 256, "bfloat16", "gpu") == "xla"
+    assert choose("cudnn", causal, 256, "bfloat16", "gpu") == "cudnn"
+    assert choose("auto", causal, 256, "float32", "gpu") == "xla"
+    assert choose("auto", causal, 256, "float32", "tpu") == "splash"
+    assert choose("auto", causal, 200, "float32", "tpu") == "xla" == choose(
         "auto", prefix, 256, "float32", "tpu")
     cases = ("splash", prefix, "tpu"), ("splash", causal, "cpu"), ("cudnn", causal, "gpu")
     for name, mask, platform in cases:
         with pytest.raises(ValueError, match=f"model.attention is {name}; allowed for .* are auto, "):
-            model.choose(name, mask, 256, "float32", platform)
+            choose(name, mask, 256, "float32", platform)
 
 
 def test_own_rows_of_a_batch_and_rows_that_no_mesh_divides():
-    mesh = model.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    np.testing.assert_array_equal(model.own_rows(mesh, 8), np.arange(8))  # one process has all
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    np.testing.assert_array_equal(own_rows(mesh, 8), np.arange(8))  # one process has all
     ones = dict(tokens=np.ones((6, 4), np.int32))
-    assert model.put(ones, mesh)["tokens"].sharding.is_fully_replicated
-    assert not model.put(dict(tokens=np.ones((8, 4), np.int32)), mesh)["tokens"].sharding.is_fully_replicated
+    assert put(ones, mesh)["tokens"].sharding.is_fully_replicated
+    assert not put(dict(tokens=np.ones((8, 4), np.int32)), mesh)["tokens"].sharding.is_fully_replicated

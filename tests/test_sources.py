@@ -14,8 +14,11 @@ import fsspec
 import pytest
 
 import data
-from configs.jsonl import jsonl
-from data import Bytes, DataConfig, Document, InputError, Skipped, Source
+from data import DataConfig, Document, InputError, Skipped, Source
+from lib.cache import build
+from lib.readers import jsonl
+from lib.sources import definitions, split_of
+from lib.tokenizers import Bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +31,7 @@ def home(tmp_path, monkeypatch):
 
 def built(documents, **fields):
     """The cache of one source in bytes."""
-    return data.build("x", DataConfig(sources={"x": Source(documents)}, **fields), Bytes(), 0)
+    return build("x", DataConfig(sources={"x": Source(documents)}, **fields), Bytes(), 0)
 
 
 def kept(cache):
@@ -211,10 +214,12 @@ import json, sys, time
 from functools import partial
 sys.path.insert(0, sys.argv[1])
 import data
-from configs.jsonl import jsonl
+from lib.cache import build
+from lib.readers import jsonl
+from lib.tokenizers import Bytes
 source = data.Source(partial(jsonl, path=sys.argv[2], content="doc.text", longest=30_000))
 start = time.time()
-cache = data.build("x", data.DataConfig(sources={"x": source}, tokenizer="bytes"), data.Bytes(), 0)
+cache = build("x", data.DataConfig(sources={"x": source}, tokenizer="bytes"), Bytes(), 0)
 status = open("/proc/self/status").read()  # ru_maxrss would begin with what the parent had
 gib = int(status.split("VmHWM:")[1].split()[0]) / 2**20
 print(json.dumps([cache.total["counts"], gib, time.time() - start]))
@@ -277,17 +282,19 @@ import os, sys
 from functools import partial
 sys.path.insert(0, sys.argv[1])
 import data
-from configs.jsonl import jsonl
-seal, left = data.seal, 2
+from lib import cache
+from lib.readers import jsonl
+from lib.tokenizers import Bytes
+seal, left = cache.seal, 2
 def killed(*args):
     global left
     if not left:
         os.kill(os.getpid(), 9)
     left -= 1
     return seal(*args)
-data.seal = killed
+cache.seal = killed
 source = data.Source(partial(jsonl, path=sys.argv[2], content="doc.text", longest=30_000))
-data.build("x", data.DataConfig(sources={"x": source}, shard_tokens=300_000), data.Bytes(), 0)
+cache.build("x", data.DataConfig(sources={"x": source}, shard_tokens=300_000), Bytes(), 0)
 """
 
 
@@ -324,11 +331,11 @@ def test_definitions_are_of_the_split_of_their_module():
 def test_definitions_have_decorators_and_odd_line_ends():
     text = ('@one(\n 1)\n@two\ndef f():\r\n    "\x0c \u2028"\r\n\nx = 1\n'
             "async def g(): pass\nclass C:\n  def h(s): 0")
-    found = data.definitions(Document("m.py", text))
+    found = definitions(Document("m.py", text))
     assert [(d.path, d.text) for d in found] == [
         ("m.py:f", '@one(\n 1)\n@two\ndef f():\r\n    "\x0c \u2028"\r\n'),
         ("m.py:g", "async def g(): pass\n"), ("m.py:C", "class C:\n  def h(s): 0")]
-    assert data.definitions(Document("m.py", "print 1")) == [Skipped("m.py", "unparsable")]
+    assert definitions(Document("m.py", "print 1")) == [Skipped("m.py", "unparsable")]
 
 
 def grouped():
@@ -340,7 +347,7 @@ def test_a_group_shares_a_split(home):
     cache = built(grouped, dev=0.3, test=0.3)
     shard = cache.shard(0)
     splits = {int(d["path"]): int(s) for d, s in zip(shard.documents(), shard.split, strict=True)}
-    assert splits == {i: data.split_of(f"g{i % 4}", 0.3, 0.3) for i in range(40)}
+    assert splits == {i: split_of(f"g{i % 4}", 0.3, 0.3) for i in range(40)}
     assert len(set(splits.values())) > 1
 
 
@@ -406,17 +413,17 @@ Small(data_dir=sys.argv[2]).download_and_prepare(file_format="array_record")
 """
 
 READ = """
-import importlib.util, json
-spec = importlib.util.spec_from_file_location("config_tfds", sys.argv[1] + "/configs/tfds.py")
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-found = list(module.tfds("small", sys.argv[2], **json.loads(sys.argv[3])))
+import json
+sys.path.insert(0, sys.argv[1])
+from lib.errors import InputError
+from lib.readers import tfds
+found = list(tfds("small", sys.argv[2], **json.loads(sys.argv[3])))
 print(json.dumps([[d.path, d.text, d.meta] for d in found]))
-print(json.dumps([d.path for d in module.tfds("small", sys.argv[2], content="title")]))
+print(json.dumps([d.path for d in tfds("small", sys.argv[2], content="title")]))
 for names in (dict(data_set="large"), dict(data_set="small", split="dev")):
     try:
-        next(module.tfds(data_dir=sys.argv[2], **names))
-    except module.InputError as error:
+        next(tfds(data_dir=sys.argv[2], **names))
+    except InputError as error:
         print(error)
 """
 

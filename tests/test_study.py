@@ -17,16 +17,19 @@ from conftest import course_of
 import data
 import model
 import train
+from lib.config import ROOT, load_file, to_json
+from lib.disk import write
+from train import parse
 
-study = train.load_file(train.ROOT / "tools/study.py")
-stacking = train.load_file(train.ROOT / "configs/stacking.py")
+study = load_file(ROOT / "tools/study.py")
+stacking = load_file(ROOT / "configs/stacking.py")
 
 FILE = '''"""Two arms on lines of text."""
 from dataclasses import replace
 from functools import partial
 
 from data import DataConfig, Source, text
-from configs.stacking import stack
+from lib.edits import stack
 from model import ModelConfig
 from train import Config, Phase, Schedule
 
@@ -126,7 +129,7 @@ class Trainer:
         self.optimum, self.offset, self.made, self.fail, self.pid = optimum, offset, [], {}, 1
 
     def __call__(self, line, stdout, stderr, env):
-        config, arm = train.parse([str(word) for word in line[2:]])[0], line[2].split(":")[-1]
+        config, arm = parse([str(word) for word in line[2:]])[0], line[2].split(":")[-1]
         self.made.append(config.name)
         self.code = self.fail.get(config.name, 0)
         if self.code:
@@ -138,10 +141,10 @@ class Trainer:
         rows += [rows[-1] | {"eval/a.test/bpb": end + 1, "train/loss": 2 * end}]
         del rows[-1]["eval/a/bpb"]
         run = Path(config.runs) / config.name
-        data.write(run / "metrics.jsonl", "\n".join(map(json.dumps, rows)))
-        data.write(run / "config.json", json.dumps(train.to_json(config)))
+        write(run / "metrics.jsonl", "\n".join(map(json.dumps, rows)))
+        write(run / "config.json", json.dumps(to_json(config)))
         made_by = dict.fromkeys("versions commit host device devices".split())
-        data.write(run / "summary.json", json.dumps(made_by))
+        write(run / "summary.json", json.dumps(made_by))
         return self
 
     def wait(self):
@@ -312,7 +315,7 @@ def test_the_shape_and_tokenizer_of_a_run_to_start_from_are_no_change(file, trai
 
 
 def test_a_quick_study_end_to_end_by_the_command_line_and_again(file):
-    line = [sys.executable, train.ROOT / "train.py", "study", file, "--quick", "--runs", file.parent / "runs"]
+    line = [sys.executable, ROOT / "train.py", "study", file, "--quick", "--runs", file.parent / "runs"]
 
     def go() -> str:
         done = subprocess.run(line, capture_output=True, text=True, env=conftest.environment())
@@ -339,7 +342,7 @@ def test_a_quick_study_end_to_end_by_the_command_line_and_again(file):
 
 
 def test_sigterm_saves_the_run_in_flight_and_ends_the_study(file):
-    line = [sys.executable, train.ROOT / "train.py", "study", file, "--seeds", "1", "--runs", file.parent]
+    line = [sys.executable, ROOT / "train.py", "study", file, "--seeds", "1", "--runs", file.parent]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=conftest.environment()) as process:
         metrics, limit = file.parent / "tiny/deep-0.01-s0/metrics.jsonl", time.monotonic() + 60
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:

@@ -10,10 +10,14 @@ from conftest import course_of
 import data
 import model
 import train
-from tools.corpus import make_tokenizer
+from lib.config import ROOT, load_file
+from lib.schedule import Plan, edits_at
+from lib.sharding import make_mesh
+from lib.tokenizers import make_tokenizer
+from train import load_config
 
-FILE = train.ROOT / "configs/temporary_forgetting.py"
-forgetting = train.load_file(FILE)
+FILE = ROOT / "configs/temporary_forgetting.py"
+forgetting = load_file(FILE)
 COPULA, FIRST, LENGTH = forgetting.COPULA, forgetting.FIRST, forgetting.LENGTH
 WORDS = 50  # 22 nouns, 22 adjectives, 6 new words
 NOUNS = 22
@@ -172,9 +176,9 @@ def test_measures_are_means_of_the_last_three_values_and_what_was_lost_on_the_wa
     assert {c["measure"] for c in forgetting.claims} <= {*forgetting.measures}
 
 
-def course(arm: str) -> tuple[train.Config, model.Course]:
+def course(arm: str) -> tuple[train.Config, Plan]:
     """An arm, and what each of its steps is to be."""
-    config = train.load_config(f"{FILE}:{arm}")
+    config = load_config(f"{FILE}:{arm}")
     train.check(config)
     context = model.Context(jax.random.key(0), 0, None, None, None)
     return config, course_of(config, context)
@@ -184,7 +188,7 @@ def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then()
     plans = {arm: course(arm) for arm in forgetting.arms}
     control, every = plans[forgetting.control][1], forgetting.EVERY
     steps = int(control.ends[-1])
-    resets = {arm: [s for s in range(steps + 1) if model.due(*plan, s)] for arm, plan in plans.items()}
+    resets = {arm: [s for s in range(steps + 1) if edits_at(*plan, s)] for arm, plan in plans.items()}
     end = int(plans["temporary"][1].ends[0])
     assert resets == dict(vanilla=[], active=[*range(every, steps, every)],
                           temporary=[*range(every, end, every)])
@@ -202,8 +206,8 @@ def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then()
 @pytest.fixture
 def one_device(monkeypatch):
     """One device."""
-    whole = model.make_mesh
-    monkeypatch.setattr(model, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
+    whole = make_mesh
+    monkeypatch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
 
 
 def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, capsys, one_device):
@@ -218,7 +222,7 @@ def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, caps
     evals = [r for r in rows if "pos/new" in r]
     assert [r["step"] for r in evals] == [2, 4, 6, 8]
     assert len([r for r in rows if 0 < r.get("train/loss", 0) < 10]) == 8
-    study = train.load_file(train.ROOT / "tools/study.py")
+    study = load_file(ROOT / "tools/study.py")
     last = study.figures(tmp_path / "run", measures=forgetting.measures)["last"]
     assert last["head/context"] == pytest.approx(np.mean([r["pos/head/context"] for r in evals[1:]]))
     assert last["new_lost"] == pytest.approx(max(r["pos/new"] for r in evals) - last["new"])

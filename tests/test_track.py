@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
+import lib.corpus
 import train
-from model import ModelConfig, Schedule
+from lib.schedule import Schedule
+from model import ModelConfig
 from train import Config, Phase
 
 STEPS = 12
@@ -113,6 +114,6 @@ def test_what_is_not_installed_is_said_before_anything_is_built(config, monkeypa
     """In one sentence with what to install; a tracker that is not chosen is not imported either."""
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
-    monkeypatch.setattr(data, "build", None)
+    monkeypatch.setattr(lib.corpus, "build", None)
     assert train.main(["--tracker", "wandb", "--runs", config.runs]) == 2
     assert capsys.readouterr().err == "error: tracker is 'wandb', which is not installed; pip install wandb\n"

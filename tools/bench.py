@@ -37,40 +37,47 @@ import jax.numpy as jnp
 import numpy as np
 
 import model
-import train
-from tools import fit, sample
+from lib import hardware
+from lib.arguments import Arguments
+from lib.errors import InputError
+from lib.generate import Sampling, generate, prepare
+from lib.kernels import Mask
+from lib.optim import first_state
+from lib.sharding import make_mesh, put
+from model import ModelConfig, count, flops_per_token, groups, init, losses, table
+from train import ROOT, Config, check, compile_step, load, make_step, parse
 
-SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(train.ModelConfig)} | {
+SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(ModelConfig)} | {
     "batch": "phases.0.batch", "seq": "phases.0.seq"}
 
 
-def program(config: train.Config, mesh, state, batch, rates, together: int, vary: str):
+def program(config: Config, mesh, state, batch, rates, together: int, vary: str):
     """(the step compiled, the state it begins with), for one run or for several as one program."""
-    mask = model.Mask("causal", 0)
+    mask = Mask("causal", 0)
     if together == 1:
-        return model.compile_step(config, config.model, mesh, state, batch, rates, mask), state
-    one = model.make_step(config, config.model)
+        return compile_step(config, config.model, mesh, state, batch, rates, mask), state
+    one = make_step(config, config.model)
     state = jax.tree.map(lambda x: jnp.stack([x] * together), state)
     step = jax.vmap(lambda *a: one(*a, mask), in_axes=(0, None if vary == "rates" else 0, 0))
     return jax.jit(step, donate_argnums=0).lower(state, batch, rates).compile(), state
 
 
-def measure(config: train.Config, seconds: float, together: int = 1, vary: str = "seeds",
+def measure(config: Config, seconds: float, together: int = 1, vary: str = "seeds",
             profile: str | None = None, taken_apart: bool = False) -> dict:
     """Steps of the first phase for `seconds`: rates, compile time in s, memory of the step in GiB."""
-    mesh, shape, phase = model.make_mesh(config.mesh), config.model, config.phases[0]
+    mesh, shape, phase = make_mesh(config.mesh), config.model, config.phases[0]
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.vocab, (8, phase.batch, phase.seq + 1), dtype=np.int32)
     ones = np.ones((phase.batch, phase.seq), np.int32)
     same = dict(segments=ones, positions=np.cumsum(ones, 1) - 1, weights=ones.astype(np.float32),
                 source=ones * 0)
-    batches = [model.put(dict(tokens=t[:, :-1], targets=t[:, 1:]) | same, mesh) for t in tokens]
+    batches = [put(dict(tokens=t[:, :-1], targets=t[:, 1:]) | same, mesh) for t in tokens]
     if together > 1 and vary == "seeds":
         batches = [jax.tree.map(lambda *x: jnp.stack(x), *(batches[(i + j) % 8] for j in range(together)))
                    for i in range(8)]
-    state = model.first_state(shape, config.optimizer, mesh, jax.random.key(config.seed))
+    state = first_state(shape, config.optimizer, mesh, jax.random.key(config.seed))
     peaks = np.float32(config.schedule.peak)
-    rates = dict.fromkeys(model.groups(shape), np.full(together, peaks) if together > 1 else peaks)
+    rates = dict.fromkeys(groups(shape), np.full(together, peaks) if together > 1 else peaks)
     begun = time.perf_counter()
     step, state = program(config, mesh, state, batches[0], rates, together, vary)
     compile_s = time.perf_counter() - begun
@@ -96,8 +103,8 @@ def measure(config: train.Config, seconds: float, together: int = 1, vary: str =
     low, middle, high = (1e3 * float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
     ms, size = middle, together * phase.batch * phase.seq
     memory = step.memory_analysis()
-    rate, peak = size / ms * 1e3, fit.peak()
-    flops = rate * model.flops_per_token(shape, phase.seq)
+    rate, peak = size / ms * 1e3, hardware.peak()
+    flops = rate * flops_per_token(shape, phase.seq)
     more = dict(apart_ms=apart(config, mesh, state, batches[0], ms, seconds)) if taken_apart else {}
     return dict(tokens_per_s=round(rate), step_ms=round(ms, 2), compile_s=round(compile_s, 2),
                 step_ms_quartiles=[round(low, 2), round(high, 2)],
@@ -119,19 +126,19 @@ def median_ms(seconds: float, function, *arguments) -> float:
     return 1e3 * statistics.median(times)
 
 
-def apart(config: train.Config, mesh, state, batch, step_ms: float, seconds: float) -> dict[str, float]:
+def apart(config: Config, mesh, state, batch, step_ms: float, seconds: float) -> dict[str, float]:
     """What `--apart` adds; forward, backward and update sum to `step_ms`."""
     seconds = min(3.0, seconds)
-    shape, mask = config.model, model.Mask("causal", 0)
+    shape, mask = config.model, Mask("causal", 0)
 
     def loss(params, batch):
-        return jnp.mean(model.losses(params, batch, mask, shape, config.token_loss, {"step": 0}))
+        return jnp.mean(losses(params, batch, mask, shape, config.token_loss, {"step": 0}))
 
     with jax.set_mesh(mesh):
         forward = median_ms(seconds, jax.jit(loss), state.params, batch)
         gradient = median_ms(seconds, jax.jit(jax.value_and_grad(loss)), state.params, batch)
         products, rows, sizes = 0.0, batch["tokens"].size, collections.Counter()
-        for p in model.table(shape).values():
+        for p in table(shape).values():
             if p.group in ("matrix", "head") or (p.group == "embed" and shape.tied):
                 inside = [n for a, n in zip(p.axes, p.shape, strict=True) if a not in ("layers", "embed")]
                 sizes[shape.embed, math.prod(inside)] += p.shape[0] if p.axes[0] == "layers" else 1
@@ -143,37 +150,37 @@ def apart(config: train.Config, mesh, state, batch, step_ms: float, seconds: flo
     return {name: round(ms, 2) for name, ms in parts.items()}
 
 
-def generation(config: train.Config, seconds: float) -> dict:
+def generation(config: Config, seconds: float) -> dict:
     """Generate anew for `seconds`: tokens/s of all rows at the median time, of which no row ends early."""
     phase, params = config.phases[0], None
     if config.init_from:
-        params, of_run, *_ = train.load(config.init_from)
+        params, of_run, *_ = load(config.init_from)
         config = dataclasses.replace(config, model=of_run.model)
     shape, batch = config.model, phase.batch
-    params = params or model.init(shape, jax.random.key(config.seed))
-    weights = jax.jit(sample.prepare, static_argnames="config")(params, config=shape)
+    params = params or init(shape, jax.random.key(config.seed))
+    weights = jax.jit(prepare, static_argnames="config")(params, config=shape)
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (batch, phase.seq)).tolist()
-    how, times = sample.How(np.float32(config.sample_temperature)), []
+    how, times = Sampling(np.float32(config.sample_temperature)), []
     while len(times) < 4 or sum(times[1:]) < seconds:
         begun = time.perf_counter()
-        sample.generate(weights, prompts, config.sample_tokens, [*range(batch)], how, -1, shape)
+        generate(weights, prompts, config.sample_tokens, [*range(batch)], how, -1, shape)
         times.append(time.perf_counter() - begun)
     ms = 1e3 * statistics.median(times[1:])  # the first compiles
     return dict(tokens_per_s=round(batch * config.sample_tokens / ms * 1e3, 1), ms=round(ms, 1),
-                first_s=round(times[0], 2), runs=len(times) - 1, params=model.count(shape), dtype=shape.dtype,
+                first_s=round(times[0], 2), runs=len(times) - 1, params=count(shape), dtype=shape.dtype,
                 device=jax.devices()[0].device_kind, jax=jax.__version__)
 
 
 def against(command: str, rounds: int, arguments: list[str]) -> dict:
     """Run this benchmark and a command in turn, and compare."""
-    ours = [sys.executable, str(train.ROOT / "train.py"), "bench", *arguments]
+    ours = [sys.executable, str(ROOT / "train.py"), "bench", *arguments]
     rows = []
     for i in range(rounds):
         pair = []
         for line in (ours, shlex.split(command)):
             done = subprocess.run(line, capture_output=True, text=True)
             if done.returncode:
-                raise train.InputError(f"bench: {shlex.join(line)} ended with {done.returncode}: "
+                raise InputError(f"bench: {shlex.join(line)} ended with {done.returncode}: "
                                        f"{done.stderr.strip()[-300:]}")
             pair.append(json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_s"])
         rows.append(pair)
@@ -186,7 +193,7 @@ def against(command: str, rounds: int, arguments: list[str]) -> dict:
 
 def main(arguments: list[str]) -> dict:
     """Command line; gives what it prints last."""
-    parser = train.Arguments("bench", __doc__)
+    parser = Arguments("bench", __doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure")
     parser.add_argument("--against", metavar="COMMAND", help="another benchmark to alternate with")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is run, with --against")
@@ -197,7 +204,7 @@ def main(arguments: list[str]) -> dict:
     parser.add_argument("--vary", choices=["seeds", "rates"], default="seeds", help="what these differ in")
     parser.usage = "%(prog)s [CONFIG] [options] [--batch N --seq N --layers N --path.to.field VALUE ...]"
     first = arguments and not arguments[0].startswith("-")
-    file = arguments[0] if first else str(train.ROOT / "configs/bench.py")
+    file = arguments[0] if first else str(ROOT / "configs/bench.py")
     a, overrides = parser.parse_known_args(arguments[1:] if first else arguments)
     if a.against:
         together = ["--together", str(a.together), "--vary", a.vary]
@@ -207,7 +214,7 @@ def main(arguments: list[str]) -> dict:
         return result
     flags = [f"--{SHORT.get(name, name)}{eq}{value}" if word.startswith("--") else word for word in overrides
              for name, eq, value in [word.removeprefix("--").partition("=")]]
-    config, _ = train.parse([file, *flags])
+    config, _ = parse([file, *flags])
     given = {f.split("=")[0].removeprefix("--model.") for f in flags}
     m = config.model
     if {"embed", "heads"} & given:
@@ -216,14 +223,14 @@ def main(arguments: list[str]) -> dict:
         kv_heads = m.kv_heads if "kv_heads" in given else heads
         m = dataclasses.replace(m, heads=heads, head_dim=wide, kv_heads=kv_heads)
     config = dataclasses.replace(config, model=m)
-    train.check(config)
+    check(config)
     if m.vocab < 1:
-        raise train.InputError("bench: model.vocab is 0; allowed is 1 and more, "
+        raise InputError("bench: model.vocab is 0; allowed is 1 and more, "
                                "since there is no tokenizer to take it from")
     if a.apart and a.together > 1:
-        raise train.InputError("bench: --apart is for one run; allowed is --together 1")
+        raise InputError("bench: --apart is for one run; allowed is --together 1")
     if a.together < 1 or (a.together > 1 and jax.device_count() > 1):
-        raise train.InputError(f"bench: --together is {a.together} on {jax.device_count()} devices; allowed "
+        raise InputError(f"bench: --together is {a.together} on {jax.device_count()} devices; allowed "
                                "is 1 and more, and more than 1 on one device alone")
     result = generation(config, a.seconds) if a.generate else \
         measure(config, a.seconds, a.together, a.vary, a.profile, a.apart)

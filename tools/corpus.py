@@ -6,95 +6,31 @@ speed of batch(step) from the finished cache, and that of tokenizing beside raw 
 lognormal, packings of 100,000 drawn lengths (mean about 900, rows of 2,048). Where the library `grain` can be
 imported, its packings on the same lengths too. The last line of bench is one JSON object.
 """
-import heapq
 import importlib.util
-import io
 import itertools
 import json
 import os
-import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import sentencepiece
 from rich.console import Console
 from rich.text import Text
 
-import data
-import train
-
-
-def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
-    """Train a BPE model with byte fallback and no normalisation; the same bytes for the same texts. Pieces
-    may hold spaces: 4096 give 3.7 bytes a token on the standard library, 3.3 where they stop at spaces."""
-    out = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(data.escape(t) for t in texts), model_writer=out, model_type="bpe", unk_id=0,
-            bos_id=1, eos_id=2, pad_id=-1, vocab_size=max(vocab, 260), byte_fallback=True,
-            add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            split_by_whitespace=False, allow_whitespace_only_pieces=True, split_by_unicode_script=False,
-            character_coverage=0.9995, max_sentence_length=2**30, num_threads=1, minloglevel=2)
-    except RuntimeError as error:
-        most, least = (re.search(r, str(error)) for r in (r"<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
-        problem = "the tokenizer has no text to learn from: the training split is empty"
-        if most or least:
-            limit = f"can give at most {most[1]}" if most else f"needs at least {least[1]}"
-            problem = f"model.vocab is {vocab}, but this corpus {limit} pieces"
-        raise data.InputError(problem) from None
-    if vocab < 260:
-        raise data.InputError(f"model.vocab is {vocab}, but 256 bytes and their like need at least 260 "
-                              "pieces")
-    return out.getvalue()
-
-
-def sample(config: data.DataConfig) -> list[str]:
-    """Texts for the tokenizer: of each source, those of lowest path hash within its share of `sample_mib`."""
-    share, texts = int(config.sample_mib * 2**20 / len(config.sources)), []
-    for source in config.sources.values():
-        heap, held, seen = [], 0, 0  # by falling hash: the largest hash leaves first
-        for number, document in enumerate(source.documents()):
-            if isinstance(document, data.Skipped) or data.SURROGATE.search(document.text) \
-                    or data.split_of(document.group or document.path, config.dev, config.test):
-                continue
-            heapq.heappush(heap, (-data.path_hash(document.path), number, document.text))
-            held, seen = held + len(document.text), seen + len(document.text)
-            while held > share and len(heap) > 1:
-                held -= len(heapq.heappop(heap)[2])
-            if seen > 64 * share:  # so that a corpus without end has a tokenizer too
-                break
-        texts += [t[:share] for _, _, t in sorted(heap, reverse=True)]
-    return texts
-
-
-def make_tokenizer(config: data.DataConfig, vocab: int) -> data.Tokenizer:
-    """The tokenizer that the config names; a "bpe" one of `vocab` pieces is trained once and cached."""
-    if config.tokenizer == "bytes":
-        return data.Bytes()
-    if config.tokenizer.startswith("hf:"):
-        return train.load_file(train.ROOT / "tools/export.py").read_tokenizer(config.tokenizer)
-    if config.tokenizer != "bpe":
-        return data.load_tokenizer(Path(config.tokenizer).expanduser())
-    if vocab <= 0:
-        raise data.InputError("model.vocab is 0, but a tokenizer that is to be trained needs a number of "
-                              'pieces; set model.vocab, or data.tokenizer to "bytes" or a SentencePiece file')
-    key = data.digest([data.FORMAT, "bpe", vocab, config.sample_mib, config.dev, config.test,
-                       [[name, data.identity(s.documents)] for name, s in config.sources.items()]])
-    path = data.cache_home() / "tokenizers" / f"{key}.model"
-    with data.locked(path.with_suffix(".lock")):
-        if not path.exists():
-            data.write(path, train_bpe(sample(config), vocab))
-    return data.load_tokenizer(path)
+from data import Loader
+from lib import cache
+from lib.arguments import Arguments
+from lib.cache import build
+from lib.errors import InputError
+from lib.packing import DOCUMENT, ROW, best_fit, concat_and_split, fill, first_fit
+from lib.sources import SURROGATE, Document
+from lib.tokenizers import Bytes, SentencePiece, make_tokenizer
+from train import Config, Run, assemble, check, parse
 
 
 def timed(work) -> tuple[float, object]:
@@ -117,11 +53,11 @@ def figures(lengths: np.ndarray, seq: int, rows: int, pieces: np.ndarray, plan_s
 def ours(lengths: np.ndarray, seq: int, pack) -> dict:
     """A packing of ours: plan, then every row of it as `data.fill` makes it for `batch(step)`."""
     plan_s, plan = timed(lambda: pack(lengths, seq))
-    rows, ids = int(plan[-1, data.ROW]) + 1, np.zeros(int(lengths.max()), np.uint16)
+    rows, ids = int(plan[-1, ROW]) + 1, np.zeros(int(lengths.max()), np.uint16)
     some = (np.arange(i, min(i + 256, rows)) for i in range(0, rows, 256))
-    made = (data.fill(plan, which, seq, lambda d: ids[:lengths[d] - 1], data.Bytes()) for which in some)
+    made = (fill(plan, which, seq, lambda d: ids[:lengths[d] - 1], Bytes()) for which in some)
     fill_s, _ = timed(lambda: deque(made, maxlen=0))
-    pieces = np.bincount(plan[:, data.DOCUMENT], minlength=len(lengths))
+    pieces = np.bincount(plan[:, DOCUMENT], minlength=len(lengths))
     return figures(lengths, seq, rows, pieces, plan_s, plan_s + fill_s)
 
 
@@ -150,8 +86,7 @@ def theirs(lengths: np.ndarray, seq: int, bins: int) -> dict:
 
 def packings(lengths: np.ndarray, seq: int) -> dict:
     """Figures of each packing, printed as a table."""
-    mine = train.load_file(train.ROOT / "configs/packing.py")
-    work = {p.__name__: partial(ours, pack=p) for p in (data.concat_and_split, mine.first_fit, mine.best_fit)}
+    work = {p.__name__: partial(ours, pack=p) for p in (concat_and_split, first_fit, best_fit)}
     if importlib.util.find_spec("grain"):  # not a requirement
         work |= {"grain concat": partial(theirs, bins=0), "grain best-fit, 64 bins": partial(theirs, bins=64),
                  "grain best-fit, 1024 bins": partial(theirs, bins=1024)}
@@ -166,10 +101,10 @@ def packings(lengths: np.ndarray, seq: int) -> dict:
     return out
 
 
-def batches(config: train.Config, tokenizer, caches: dict, seconds: float) -> dict:
+def batches(config: Config, tokenizer, caches: dict, seconds: float) -> dict:
     """Tokens/s of batch(step) in the first phase, plans made, in this one thread."""
     phase = config.phases[0]
-    loader = data.Loader(caches, config.phases, config.data, tokenizer, config.seed)
+    loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
     steps = itertools.islice(itertools.cycle(range(1, phase.steps + 1)), 1, None)
     loader.batch(1)
     count, begun, cpu = 0, time.perf_counter(), time.process_time()
@@ -181,21 +116,21 @@ def batches(config: train.Config, tokenizer, caches: dict, seconds: float) -> di
     return out
 
 
-def tokenizing(config: train.Config, tokenizer) -> dict:
+def tokenizing(config: Config, tokenizer) -> dict:
     """MB/s, best of three in turn: the cache built anew, and raw SentencePiece in one thread and in all.
 
     share: of raw_core times the cores; share_of_raw: of all threads, where others use the cores too.
     """
     texts = [d.text for s in config.data.sources.values() for d in s.documents()
-             if isinstance(d, data.Document) and not data.SURROGATE.search(d.text)]
+             if isinstance(d, Document) and not SURROGATE.search(d.text)]
     size, cores = sum(len(t.encode("utf-8")) for t in texts) / 1e6, os.cpu_count()
 
     def build():
         with tempfile.TemporaryDirectory() as place, mock.patch.dict(os.environ, XDG_CACHE_HOME=place):
-            return [data.build(name, config.data, tokenizer, config.seed) for name in config.data.sources]
+            return [cache.build(name, config.data, tokenizer, config.seed) for name in config.data.sources]
 
     work = dict(build=build)
-    if isinstance(tokenizer, data.SentencePiece):
+    if isinstance(tokenizer, SentencePiece):
         encode = tokenizer.processor.encode
         work |= dict(raw_core=lambda: encode(texts, num_threads=1),
                      raw=lambda: encode(texts, num_threads=cores))
@@ -207,21 +142,21 @@ def tokenizing(config: train.Config, tokenizer) -> dict:
     return out
 
 
-def bench(config: train.Config, seconds: float) -> dict:
+def bench(config: Config, seconds: float) -> dict:
     """All that `bench` measures of a config."""
-    config, tokenizer, caches = train.assemble(config)
+    config, tokenizer, caches = assemble(config)
     shards = [c.shard(i) for c in caches.values() for i in range(c.total["shards"])]
     lengths = np.concatenate([np.diff(s.offsets)[s.split == 0] + 1 for s in shards])
     return dict(packings=packings(lengths, config.phases[0].seq),
                 batch=batches(config, tokenizer, caches, seconds), tokenizing=tokenizing(config, tokenizer))
 
 
-def inspect(config: train.Config, step: int, rows: int):
+def inspect(config: Config, step: int, rows: int):
     """Print rows of batch(step): its segments in turn in different colours, `|` between them."""
-    run = train.Run(config)
+    run = Run(config)
     tokenizer, caches, loader = run.tokenizer, run.caches, run.loader
     if not 1 <= step <= loader.ends[-1]:
-        raise data.InputError(f"--step is {step}; allowed are 1 to {loader.ends[-1]}")
+        raise InputError(f"--step is {step}; allowed are 1 to {loader.ends[-1]}")
     batch, console = loader.batch(step), Console(soft_wrap=True, highlight=False)
     for r in range(min(rows, len(batch.arrays["tokens"]))):
         row = {k: v[r] for k, v in batch.arrays.items()}
@@ -241,29 +176,6 @@ def inspect(config: train.Config, step: int, rows: int):
     console.print(", ".join(f"{k} {v:.4g}" for k, v in batch.metrics.items()), style="bold")
 
 
-def open_caches(config: train.Config, tokenizer: data.Tokenizer) -> dict[str, data.Cache]:
-    """The token cache of each source: built, or if `data.stream` left to a process of its own."""
-    d, caches = config.data, {}
-    if not d.stream:
-        return {name: data.build(name, d, tokenizer, config.seed) for name in d.sources}
-    for name in d.sources:
-        place = data.place(name, d, tokenizer, config.seed)
-        caches[name] = data.Cache(place, name, None if (place / "complete").exists() else
-                                  spawn(config, name, place))
-    return caches
-
-
-def spawn(config: train.Config, name: str, place: Path) -> tuple[subprocess.Popen, Path]:
-    """(process, log): a source's token cache being built at `place`, for as long as this process lives."""
-    file, log = place.with_suffix(".json"), place.with_suffix(".log")
-    data.write(file, json.dumps(train.to_json(config)))
-    command = [sys.executable, train.ROOT / "train.py", "corpus", "build", file, "--only", name,
-               "--parent", str(os.getpid())]
-    with open(log, "w") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
-    return process, log
-
-
 def end_with(parent: int):
     """End this process within a second of its parent, however that ended."""
     while os.getppid() == parent:
@@ -273,7 +185,7 @@ def end_with(parent: int):
 
 def main(arguments: list[str]):
     """Command line."""
-    parser = train.Arguments("corpus", __doc__)
+    parser = Arguments("corpus", __doc__)
     parser.add_argument("what", choices=["build", "tokenizer", "inspect", "bench"])
     parser.add_argument("rest", nargs="*", metavar="CONFIG",
                         help="a config file and --path.to.field VALUE overrides")
@@ -284,8 +196,8 @@ def main(arguments: list[str]):
     parser.add_argument("--rows", type=int, default=4, help="inspect: so many of its rows")
     parser.add_argument("--seconds", type=float, default=5.0, help="bench: how long to ask for batches")
     known, overrides = parser.parse_known_args(arguments)
-    config, _ = train.parse([*known.rest, *overrides])
-    train.check(config)
+    config, _ = parse([*known.rest, *overrides])
+    check(config)
     if known.what == "inspect":
         return inspect(config, known.step, known.rows)
     if known.what == "bench":
@@ -299,16 +211,16 @@ def main(arguments: list[str]):
         return
     config = replace(config, data=replace(config.data, stream=False))
     if known.only and known.only not in config.data.sources:
-        raise data.InputError(f"--only is {known.only!r}; allowed are {', '.join(config.data.sources)}")
+        raise InputError(f"--only is {known.only!r}; allowed are {', '.join(config.data.sources)}")
     if known.only:
         if known.parent:
             threading.Thread(target=end_with, args=[known.parent], daemon=True).start()
         tokenizer = make_tokenizer(config.data, config.model.vocab)
-        data.build(known.only, config.data, tokenizer, config.seed)
+        build(known.only, config.data, tokenizer, config.seed)
         return
-    config, tokenizer, caches = train.assemble(config)
+    config, tokenizer, caches = assemble(config)
     print(f"tokenizer: {tokenizer.vocab} pieces")
-    for name, cache in caches.items():
-        counts = ", ".join(f"{v:,} {k}" for k, v in cache.total["counts"].items())
-        print(f"{name}: {cache.total['shards']} shards, {counts}; fingerprint {cache.total['fingerprint']}")
-        print(f"  {cache.directory}")
+    for name, one in caches.items():
+        counts = ", ".join(f"{v:,} {k}" for k, v in one.total["counts"].items())
+        print(f"{name}: {one.total['shards']} shards, {counts}; fingerprint {one.total['fingerprint']}")
+        print(f"  {one.directory}")

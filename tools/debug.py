@@ -8,28 +8,31 @@ operation that makes a NaN stops it and is named. Leaves no run. --steps N: how 
 import jax
 import numpy as np
 
-import data
-import model
-import train
+from lib.arguments import Arguments
+from lib.errors import InputError
+from lib.kernels import Mask
+from lib.sharding import put
+from model import groups
+from train import Run, apply_edits, make_step, parse
 
 
 def main(arguments: list[str]) -> list[float]:
     """Command line; gives the losses."""
-    parser = train.Arguments("debug", __doc__)
+    parser = Arguments("debug", __doc__)
     parser.add_argument("--steps", type=int, default=50)
     known, rest = parser.parse_known_args(arguments)
-    config, file = train.parse(rest)
-    run = train.Run(config, file)
+    config, file = parse(rest)
+    run = Run(config, file)
     batch, phase = run.loader.batch(1), config.phases[0]
-    arrays, mask = model.put(batch.arrays, run.mesh), model.Mask(**batch.mask)
+    arrays, mask = put(batch.arrays, run.mesh), Mask(**batch.mask)
     losses = []
     run.first()
     with jax.disable_jit(), jax.debug_nans(True):
         context = run.context._replace(key=jax.random.fold_in(run.key("edits"), 0))
-        run.state, run.shape = model.apply_edits(list(phase.edits), run.state, run.shape, config.optimizer,
+        run.state, run.shape = apply_edits(list(phase.edits), run.state, run.shape, config.optimizer,
                                                  run.mesh, context)
-        step = model.make_step(run.config, run.shape, phase.accumulate)
-        rates = {g: np.float32(run.course.rates[g][:phase.steps + 1].max()) for g in model.groups(run.shape)}
+        step = make_step(run.config, run.shape, phase.accumulate)
+        rates = {g: np.float32(run.course.rates[g][:phase.steps + 1].max()) for g in groups(run.shape)}
         try:
             while len(losses) < known.steps and (not losses or losses[-1] > losses[0] / 2):
                 run.state, metrics = step(run.state, arrays, rates, mask)
@@ -37,9 +40,9 @@ def main(arguments: list[str]) -> list[float]:
                 print(f"step {len(losses)}: loss {losses[-1]:.4f}, "
                       f"grad norm {float(metrics['train/grad_norm']):.4f}", flush=True)
         except FloatingPointError as error:
-            raise data.InputError(f"debug: step {len(losses) + 1} makes a NaN: {error}") from error
+            raise InputError(f"debug: step {len(losses) + 1} makes a NaN: {error}") from error
     if not losses or losses[-1] > losses[0] / 2:
-        raise data.InputError(f"debug: {len(losses)} steps on one batch leave a loss of {losses[-1:]}, from "
+        raise InputError(f"debug: {len(losses)} steps on one batch leave a loss of {losses[-1:]}, from "
                               f"{losses[:1]}; below half of that is expected: look at schedule.peak, the "
                               "objective and the loss")
     print(f"one batch is learnt: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps")

@@ -12,205 +12,25 @@ hf:DIR, of models of type "llama" (RoPE plain, linear or Llama 3's), gives shape
 any other `data.tokenizer` than "bpe" comes first, and may be hf:DIR too. Without a bos its place is taken by
 eos; the embedding may have more rows than the tokenizer has tokens.
 """
-import functools
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-import data
 import model
-import train
-from data import InputError
+from data import batch_lengths
+from lib.arguments import Arguments
+from lib.checkpoint import find_checkpoint
+from lib.config import to_json
+from lib.errors import InputError, user_errors
+from lib.hf import PLAIN, ROPE, safetensors_package, sides, tensors
+from lib.tokenizers import ESCAPES, Bytes, HuggingFace, SentencePiece, Tokenizer
+from model import ModelConfig, count, reparametrised, table
+from train import Config, load
 
-# Parameters of `model.table` by their names in a Llama checkpoint.
-NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-NAMES |= {name: f"model.layers.{{}}.{theirs}.weight" for name, theirs in {
-    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}.items()}
-# What `model.ModelConfig.rope_scaling` holds, by the kind of rope that a config.json names.
-ROPE = {"default": [], "linear": ["factor"], "llama3": [
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-         "quantization_config": None, "sliding_window": None}  # where a config.json says nothing else
-
-
-def library():
-    """The package safetensors."""
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise InputError("export and init_from hf: need the package safetensors: pip install safetensors") \
-            from None
-    return safetensors
-
-
-def tensors(shape: model.ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """{name of a tensor: (parameter, layer)} of a checkpoint."""
-    return {NAMES[name].format(layer): (name, layer) for name, p in model.table(shape).items()
-            for layer in (range(shape.layers) if p.axes[0] == "layers" else [None])}
-
-
-def sides(p: model.Param) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a layer's inputs and outputs, see `model.dense`; no outputs where it is no factor, but a
-    lookup table or gains. A checkpoint has factors as matrices [outputs, inputs].
-    """
-    shape, axes = ((x[1:] if p.axes[0] == "layers" else x) for x in (p.shape, p.axes))
-    inputs = len(axes) if p.group in ("embed", "vector") else 1 if axes[0] == "embed" else len(axes) - 1
-    return shape[:inputs], shape[inputs:]
-
-
-# ------------------------------------------------------------------------------------------- where runs start
-
-def branch(config: train.Config, directory: Path) -> tuple[train.Config, Path | None]:
-    """(config with the shape and, unless it names one, the tokenizer of what `init_from` names, file of the
-    run's own tokenizer). Once the run in `directory` has a checkpoint, shape and tokenizer are read there:
-    what it started from need not be any more.
-    """
-    name, begun = config.init_from, any(directory.glob("checkpoints/[0-9]*"))
-    if begun:
-        shape = json.loads((directory / "config.json").read_text())["model"]
-    else:
-        shape = read_shape(name) if name.startswith("hf:") else train.find(*run_step(name))[2]["model"]
-    shape = train.from_json(model.ModelConfig, shape) if isinstance(shape, dict) else shape
-    how = "dtype param_dtype attention unroll remat logits_mib".split()
-    config = replace(config, model=replace(shape, **{field: getattr(config.model, field) for field in how}))
-    if config.data.tokenizer == "bpe":
-        tokenizer = name if name.startswith("hf:") else f"{run_step(name)[0]}/tokenizer.model"
-        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
-    train.check(config)
-    return config, directory / "tokenizer.model" if begun else None
-
-
-def run_step(name: str) -> tuple[str, int | None]:
-    """RUN or RUN@STEP as (run, step)."""
-    run, at, step = name.rpartition("@")
-    return (run, int(step)) if at and step.isdigit() else (name, None)
-
-
-def start(run: train.Run):
-    """Give a run, its state just drawn, what `init_from` names: parameters, or all of a checkpoint."""
-    config, like = run.config, model.state_like(run.shape, run.config.optimizer, run.mesh)
-    if config.init_from.startswith("hf:"):
-        run.state = run.state.replace(params=read_params(config.init_from, run.shape, like.params))
-        return
-    checkpoints, step, meta = train.find(*run_step(config.init_from))
-    run.since = meta["since_reset"]
-    if config.init_with == "params":
-        run.state = run.state.replace(params=checkpoints.params(step, like))
-        return
-    written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
-    if written != json.loads(json.dumps(train.to_json(config.optimizer))):
-        raise InputError(f'init_with is "all", but {config.init_from} has another optimizer')
-    taken = checkpoints.state(step, like)
-    run.state = run.state.replace(params=taken.params, opt=taken.opt)
-    run.loader.start = [meta["positions"].get(name, 0) for name in run.caches]
-
-
-# ----------------------------------------------------------------------------------------------------- import
-
-def read_json(name: str, file: str) -> dict:
-    """A JSON file of hf:DIR; {} where it is not there, but for config.json, which must be."""
-    path = Path(name.removeprefix("hf:")).expanduser() / file
-    if not path.is_file() and file != "config.json":
-        return {}
-    with train.blame((OSError, ValueError), InputError, f"{name} is no local Hugging Face directory: {path} "
-                     "cannot be read ({reason})"):
-        return json.loads(path.read_text("utf-8"))
-
-
-def read_shape(name: str) -> model.ModelConfig:
-    """The shape of hf:DIR. Raises InputError for what is not Llama's, with the field and what is allowed."""
-    c = read_json(name, "config.json")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # of transformers 5 and 4
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    rules = [(f, c.get(f, plain if f != "model_type" else None), [plain]) for f, plain in PLAIN.items()]
-    rules += [("rope_type", kind, list(ROPE)),
-              ("partial_rotary_factor", (c | rope).get("partial_rotary_factor"), [None, 1.0])]
-    for field, found, allowed in rules:
-        if found not in allowed:
-            raise InputError(f"{name}: {field} in config.json is {found!r}; allowed is "
-                             f"{' or '.join(map(repr, allowed))}")
-    context = {"original_max_position_embeddings": c.get("max_position_embeddings")} | rope
-    with train.blame((KeyError, TypeError, ValueError), InputError, f"{name}: config.json does not have all "
-                     "that a Llama model needs ({reason})"):
-        heads, embed = c["num_attention_heads"], c["hidden_size"]
-        return model.ModelConfig(
-            layers=c["num_hidden_layers"], embed=embed, heads=heads, mlp=c["intermediate_size"],
-            kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or embed // heads,
-            vocab=c["vocab_size"], tied=c.get("tie_word_embeddings", False),
-            norm_eps=float(c.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 1e4),
-            rope_scaling=tuple(float(context[field]) for field in ROPE[kind]))
-
-
-def read_params(name: str, shape: model.ModelConfig, like: dict[str, jax.ShapeDtypeStruct]) -> dict:
-    """The parameters of hf:DIR in the dtypes and places of `like`, of which each device reads its own part.
-
-    Raises InputError for tensors that are missing, not known, or not of the shape that config.json says.
-    """
-    directory, table = Path(name.removeprefix("hf:")).expanduser(), model.table(shape)
-    files = read_json(name, "model.safetensors.index.json").get("weight_map")
-    open_file = functools.cache(lambda file: library().safe_open(directory / file, framework="np"))
-    with train.blame((OSError, library().SafetensorError), InputError, f"{name} cannot be read ({{reason}})"):
-        files = files or dict.fromkeys(open_file("model.safetensors").keys(), "model.safetensors")
-        wanted = tensors(shape)
-        extra = {n for n in files.keys() - wanted if not n.endswith("inv_freq") and n != NAMES["head"]}
-        if odd := sorted(extra | wanted.keys() - files):
-            raise InputError(f"{name}: tensors are missing, or are none of the Llama model that config.json "
-                             f"describes: {', '.join(odd[:6])}{', ...' * (len(odd) > 6)}")
-        views = {n: open_file(files[n]).get_slice(n) for n in wanted}
-    for n, (parameter, _) in wanted.items():
-        inputs, outputs = sides(table[parameter])
-        size = [math.prod(outputs), math.prod(inputs)] if outputs else list(inputs)
-        if views[n].get_shape() != size:
-            raise InputError(f"{name}: tensor {n} is {views[n].get_shape()}; config.json asks for {size}")
-
-    def part(parameter: str, index: tuple[slice, ...]) -> np.ndarray:
-        p = table[parameter]
-        index = [slice(*one.indices(n)[:2]) for one, n in zip(index, p.shape, strict=True)]
-        layers = range(index[0].start, index[0].stop) if p.axes[0] == "layers" else [None]
-        inner, (inputs, outputs) = index[len(index) - sum(map(len, sides(p))):], sides(p)
-        if outputs:  # of each side only the first axis is ever split over devices (model.RULES)
-            firsts = (outputs, inner[len(inputs)]), (inputs, inner[0])
-            rest = [math.prod(side[1:]) for side, _ in firsts]
-            inner = [slice(one.start * n, one.stop * n) for n, (_, one) in zip(rest, firsts, strict=True)]
-        made = [views[NAMES[parameter].format(layer)][tuple(inner)] for layer in layers]
-        made = np.stack([x.T if outputs else x for x in made]).astype(like[parameter].dtype)
-        return made.reshape([one.stop - one.start for one in index])
-
-    return {n: jax.make_array_from_callback(x.shape, x.sharding, functools.partial(part, n))
-            for n, x in like.items()}
-
-
-def read_tokenizer(name: str) -> data.Tokenizer:
-    """The tokenizer of hf:DIR: its tokenizer.json or, without one, its tokenizer.model."""
-    config, named = read_json(name, "config.json"), read_json(name, "tokenizer_config.json")
-    tokenizer = read_json(name, "tokenizer.json")
-    if not tokenizer:
-        return data.load_tokenizer(Path(name.removeprefix("hf:")).expanduser() / "tokenizer.model")
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-
-    def find(which: str) -> int | None:
-        number, token = config.get(f"{which}_token_id"), named.get(f"{which}_token")
-        number = number[0] if isinstance(number, list) else number  # the first ends a text, others a turn
-        return added.get(token["content"] if isinstance(token, dict) else token) if number is None else number
-
-    if (eos := find("eos")) is None:
-        raise InputError(f"{name}: neither eos_token_id in config.json nor eos_token in "
-                         "tokenizer_config.json says which token ends a document; give one")
-    bos = find("bos")
-    kept = dict(bos=eos if bos is None else bos, eos=eos, vocab=config["vocab_size"], tokenizer=tokenizer)
-    return data.HuggingFace(json.dumps(kept, ensure_ascii=False).encode())
-
-
-# ----------------------------------------------------------------------------------------- export: tokenizers
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Pairs of pieces in the order in which SentencePiece joins them: by falling score of what they make.
@@ -222,7 +42,7 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
             for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
 
 
-def of_pieces(tokenizer: data.SentencePiece) -> dict:
+def of_pieces(tokenizer: SentencePiece) -> dict:
     """The parts of tokenizer.json that are a SentencePiece model behind `data.escape`."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -238,8 +58,8 @@ def of_pieces(tokenizer: data.SentencePiece) -> dict:
                          'removal of spaces or pieces defined by a user, as data.tokenizer "bpe" trains it')
     scores = {p.piece: p.score for p in spec.pieces if p.type == kinds.NORMAL}
     spaces = [(" ", "\u2581")]
-    normalizers = [replaced(a, b) for a, b in [*data.ESCAPES.items(), *spaces]]
-    undo = [replaced(pair, char) for char, pair in reversed(data.ESCAPES.items())]  # U+0010 itself last
+    normalizers = [replaced(a, b) for a, b in [*ESCAPES.items(), *spaces]]
+    undo = [replaced(pair, char) for char, pair in reversed(ESCAPES.items())]  # U+0010 itself last
     decoders = [replaced("\u2581", " "), dict(type="ByteFallback"), dict(type="Fuse")]
     if norm.add_dummy_prefix:
         normalizers.append(dict(type="Prepend", prepend="\u2581"))
@@ -265,20 +85,20 @@ def of_bytes() -> dict:
     letters = {byte: chr(byte) for byte in seen}
     letters |= {byte: chr(0x100 + i) for i, byte in enumerate(sorted({*range(256)} - {*seen}))}
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-    ends = {data.Bytes.bos: "<s>", data.Bytes.eos: "</s>"}
+    ends = {Bytes.bos: "<s>", Bytes.eos: "</s>"}
     bpe = dict(vocab={token: i for i, token in (letters | ends).items()}, merges=[], byte_fallback=False,
                fuse_unk=False, unk_token=None)
     return dict(added_tokens=list(ends.items()), normalizer=None, pre_tokenizer=level, decoder=level,
                 model=bpe)
 
 
-def fast_tokenizer(tokenizer: data.Tokenizer) -> tuple[dict, dict]:
+def fast_tokenizer(tokenizer: Tokenizer) -> tuple[dict, dict]:
     """(tokenizer.json, the names of bos and eos) that give `tokenizer`'s ids."""
-    if isinstance(tokenizer, data.HuggingFace):
+    if isinstance(tokenizer, HuggingFace):
         name = tokenizer.processor.id_to_token
         return json.loads(tokenizer.model)["tokenizer"], {
             f"{end}_token": name(getattr(tokenizer, end)) for end in ("bos", "eos")}
-    made = of_bytes() if isinstance(tokenizer, data.Bytes) else of_pieces(tokenizer)
+    made = of_bytes() if isinstance(tokenizer, Bytes) else of_pieces(tokenizer)
     names = dict(made["added_tokens"])
     ends = dict(bos_token=names[tokenizer.bos], eos_token=names[tokenizer.eos])
     bos = dict(SpecialToken=dict(id=ends["bos_token"], type_id=0))
@@ -295,15 +115,13 @@ def fast_tokenizer(tokenizer: data.Tokenizer) -> tuple[dict, dict]:
                                                     tokens=[ends["bos_token"]])})), ends
 
 
-# -------------------------------------------------------------------------------------- export: the directory
-
-def describe(config: train.Config, tokenizer: data.Tokenizer, dtype: str) -> dict:
+def describe(config: Config, tokenizer: Tokenizer, dtype: str) -> dict:
     """config.json of a model, as transformers 4 and 5 read it."""
     m = config.model
     kind = next(kind for kind, fields in ROPE.items() if len(fields) == len(m.rope_scaling))
     scaling = {f: int(x) if f.startswith("original") else x
                for f, x in zip(ROPE[kind], m.rope_scaling, strict=True)} | dict(rope_type=kind)
-    rows = max(n for phase in config.phases for n in data.batch_lengths(phase)[0])
+    rows = max(n for phase in config.phases for n in batch_lengths(phase)[0])
     context = max(rows, int(m.rope_scaling[0] * m.rope_scaling[3]) if kind == "llama3" else 0)
     return {field: plain for field, plain in PLAIN.items() if plain is not None} | dict(
         architectures=["LlamaForCausalLM"], vocab_size=m.vocab, hidden_size=m.embed, head_dim=m.head_dim,
@@ -316,12 +134,12 @@ def describe(config: train.Config, tokenizer: data.Tokenizer, dtype: str) -> dic
         dtype=dtype, torch_dtype=dtype)
 
 
-def card(run: Path, config: train.Config, meta: dict, ends: dict[str, str]) -> str:
+def card(run: Path, config: Config, meta: dict, ends: dict[str, str]) -> str:
     """README.md: what the model is, what it was trained on, its scores, its config."""
     found = [json.loads((run / f).read_text()) for f in ("summary.json", "eval.json") if (run / f).exists()]
     scores = {k: v for figures in found for k, v in figures.items() if isinstance(v, int | float) and (
         k.startswith(("eval/", "blimp", "gzip", "xz", "train/tokens", "train/flops")))}
-    facts = {"parameters": f"{model.count(config.model):,}", "checkpoint": f"step {meta['step']}"}
+    facts = {"parameters": f"{count(config.model):,}", "checkpoint": f"step {meta['step']}"}
     facts |= {f"text of {name}": f"fingerprint {print_} of the first {meta['sealed'][name]} shards"
               for name, print_ in meta["fingerprints"].items()}
     facts |= {f"`{k}`": f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in scores.items()}
@@ -348,12 +166,12 @@ tokenizer, model = (c.from_pretrained("{run.name}") for c in (AutoTokenizer, Aut
 Scores are those that the run ended with.
 
 ```json
-{json.dumps(train.to_json(config), indent=1)}
+{json.dumps(to_json(config), indent=1)}
 ```
 """
 
 
-def llama_params(config: train.Config, params: dict, step: int) -> dict:
+def llama_params(config: Config, params: dict, step: int) -> dict:
     """The parameters of a Llama that computes what the run's model does. Raises InputError if none does."""
     m = config.model
     if m.qk_norm:
@@ -363,15 +181,15 @@ def llama_params(config: train.Config, params: dict, step: int) -> dict:
                          "is a multiple of model.heads")
     if not config.weights:
         return params
-    with train.blame((KeyError, TypeError, IndexError), InputError, "weights is a function of the batch, "
+    with user_errors((KeyError, TypeError, IndexError), InputError, "weights is a function of the batch, "
                      "which no Llama is ({reason}); allowed is one of the parameters and the step"):
-        params = model.effective(config.weights, params, jnp.int32(step), {})
-    if {n: x.shape for n, x in params.items()} != {n: p.shape for n, p in model.table(m).items()}:
+        params = reparametrised(config.weights, params, jnp.int32(step), {})
+    if {n: x.shape for n, x in params.items()} != {n: p.shape for n, p in table(m).items()}:
         raise InputError("weights gives other parameters than model.table names; allowed are all of these")
     return params
 
 
-def write_params(directory: Path, params: dict, shape: model.ModelConfig, dtype: str, most: float):
+def write_params(directory: Path, params: dict, shape: ModelConfig, dtype: str, most: float):
     """Safetensors of at most so many bytes each (one tensor may be larger), and an index where there are
     several.
     """
@@ -394,7 +212,7 @@ def write_params(directory: Path, params: dict, shape: model.ModelConfig, dtype:
     for i, chosen in enumerate(files, 1):
         file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         made = {n: tensor(*tensors(shape)[n]) for n in chosen}
-        library().numpy.save_file(made, directory / file, metadata={"format": "pt"})
+        safetensors_package().numpy.save_file(made, directory / file, metadata={"format": "pt"})
         where |= dict.fromkeys(chosen, file)
     if len(files) > 1:
         index = dict(metadata=dict(total_size=sum(size.values())), weight_map=where)
@@ -403,7 +221,7 @@ def write_params(directory: Path, params: dict, shape: model.ModelConfig, dtype:
 
 def main(arguments: list[str]):
     """Command line."""
-    parser = train.Arguments("export", __doc__)
+    parser = Arguments("export", __doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("directory", type=Path, metavar="dir", help="to write; must be new, or empty")
     parser.add_argument("--step", type=int, help="checkpoint; see above")
@@ -414,9 +232,9 @@ def main(arguments: list[str]):
         parser.error(f"--shard-mb is {a.shard_mb}; allowed is more than 0")
     if a.directory.exists() and (not a.directory.is_dir() or any(a.directory.iterdir())):
         parser.error(f"{a.directory} is there already and not empty; allowed is a new directory")
-    library()
-    _, step, meta = train.find(a.run, a.step)
-    params, config, tokenizer, _ = train.load(a.run, step)
+    safetensors_package()
+    _, step, meta = find_checkpoint(a.run, a.step)
+    params, config, tokenizer, _ = load(a.run, step)
     params = llama_params(config, params, step)
     fast, ends = fast_tokenizer(tokenizer)
     unk = fast["model"].get("unk_token")
@@ -434,8 +252,8 @@ def main(arguments: list[str]):
     write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
     for file, content in files.items():
         (partly / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-    if not isinstance(tokenizer, data.HuggingFace):
+    if not isinstance(tokenizer, HuggingFace):
         (partly / "tokenizer.model").write_bytes(tokenizer.model)
     (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
     partly.rename(a.directory)
-    print(f"{a.directory}: step {step} of {a.run}, {model.count(config.model):,} parameters in {a.dtype}")
+    print(f"{a.directory}: step {step} of {a.run}, {count(config.model):,} parameters in {a.dtype}")

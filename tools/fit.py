@@ -15,8 +15,6 @@ collectives with the bytes that each device sends, and a roofline: the time of i
 memory traffic (what it works on, written and read once) and of its collectives, none of which overlap. Exit
 code 1 where something does not fit, with what to change, compiled to be sure of it.
 """
-import ctypes
-import gc
 import importlib.metadata
 import json
 import math
@@ -27,7 +25,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,16 +34,19 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-import data
-import model
-import train
-from data import InputError
+from data import batch_lengths
+from lib import schedule
+from lib.arguments import Arguments
+from lib.banner import grid
+from lib.disk import cache_home
+from lib.errors import InputError, user_errors
+from lib.hardware import hardware
+from lib.kernels import Mask
+from lib.optim import state_like
+from lib.sharding import MeshConfig, by_row, make_mesh
+from model import Context, ModelConfig, count, flops_per_token, groups
+from train import ROOT, Config, check, compile_step, load, parse
 
-# Of one device, from the makers' data sheets: dense bfloat16 FLOP/s, GiB of memory, its GB/s, GB/s to others.
-HARDWARE = {"NVIDIA A100": (312e12, 80, 2039, 300), "NVIDIA H100": (989e12, 80, 3350, 450),
-            "NVIDIA H200": (989e12, 141, 4800, 450), "NVIDIA B200": (2250e12, 180, 8000, 900),
-            "TPU v4": (275e12, 32, 1228, 300), "TPU v5 lite": (197e12, 16, 819, 200),
-            "TPU v5": (459e12, 95, 2765, 600), "TPU v6 lite": (918e12, 32, 1640, 448)}
 # What XLA asks of a GPU that is not here, from the makers' sheets and XLA's own list of them: name, compute
 # capability, multiprocessors, float32 units of each, its shared memory, bytes of the second cache, GHz.
 GPUS = {"a100": ("NVIDIA A100", 8, 108, 64, 167_936, 41_943_040, 1.41),
@@ -69,35 +69,6 @@ class Program(NamedTuple):
     seconds: dict[str, float]  # flops, memory, network; empty where the hardware is not known
     flops: float  # model FLOPs of the step
     compile_s: float
-
-
-def hardware(kind: str) -> tuple[float, float, float, float]:
-    """HARDWARE of a kind of device, by the longest name that it begins with; zeros where it is not known."""
-    return HARDWARE.get(max((n for n in HARDWARE if kind.startswith(n)), key=len, default=""), (0, 0, 0, 0))
-
-
-def peak() -> float:
-    """Peak FLOP/s of all devices together; 0 where their kind is not known."""
-    return jax.device_count() * hardware(jax.devices()[0].device_kind)[0]
-
-
-def tune_for_cpu():
-    """What makes XLA faster on a CPU, and tracing anywhere: call it before JAX looks for devices.
-
-    The GNU C library keeps what is freed, since XLA asks for a step's scratch anew at each step. With room
-    beyond the heap's end, and small pieces merged as they are freed, that scratch fits where the last one
-    was: otherwise a process came to hold six of them. What reads the same arrays becomes one loop of several
-    outputs, so that parameters and moments are updated in one pass, in place. Tracing makes many objects,
-    nearly all of which live, and jax is called back at each look for garbage: Python looks less often.
-    """
-    gc.set_threshold(50_000)
-    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
-        for option, value in ((-4, 0), (-1, -1), (-8, 1), (-2, 2**30), (1, 0)):
-            libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX, M_TOP_PAD, M_MXFAST
-    given = os.environ.get("XLA_FLAGS", "")
-    if "xla_backend_extra_options" not in given:
-        wanted = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
-        os.environ["XLA_FLAGS"] = f"{given} {wanted}".strip()
 
 
 def sizes(text: str) -> list[int]:
@@ -173,30 +144,30 @@ def gpus(kind: str, count: int) -> list:
     return there.devices
 
 
-def rows_like(phase, seq: int, mesh) -> tuple[dict, model.Mask]:
+def rows_like(phase, seq: int, mesh) -> tuple[dict, Mask]:
     """(shapes of a batch's arrays on a mesh, its mask): what the objective makes of a row of zeros."""
     zeros = np.zeros(seq, np.int32)
     plain = dict(tokens=zeros, targets=zeros, segments=zeros + 1, positions=np.arange(seq, dtype=np.int32),
                  weights=np.ones(seq, np.float32), source=zeros)
     row, mask = phase.objective(plain, np.random.default_rng(0))
     rows = phase.batch * phase.seq // seq
-    return {k: jax.ShapeDtypeStruct((rows, *v.shape), v.dtype, sharding=model.by_row(mesh, rows))
-            for k, v in row.items()}, model.Mask(**mask)
+    return {k: jax.ShapeDtypeStruct((rows, *v.shape), v.dtype, sharding=by_row(mesh, rows))
+            for k, v in row.items()}, Mask(**mask)
 
 
-def inspect(config: train.Config, mesh, phase: int, shape: model.ModelConfig, seq: int) -> Program:
+def inspect(config: Config, mesh, phase: int, shape: ModelConfig, seq: int) -> Program:
     """Compile one step of a phase for a mesh."""
-    p, like = config.phases[phase], model.state_like(shape, config.optimizer, mesh)
+    p, like = config.phases[phase], state_like(shape, config.optimizer, mesh)
     arrays, mask = rows_like(p, seq, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    rates = {g: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for g in model.groups(shape)}
+    rates = {g: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for g in groups(shape)}
     kind, devices, begun = mesh.devices.flat[0].device_kind, mesh.devices.size, time.perf_counter()
     fastest, gib, fast, network = hardware(kind)
     gib *= float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if kind.startswith("NVIDIA") else 1
-    flops = float(p.batch * p.seq * model.flops_per_token(shape, seq))
-    said = dict(phase=phase, parameters=model.count(shape), batch=(p.batch * p.seq // seq, seq), flops=flops)
+    flops = float(p.batch * p.seq * flops_per_token(shape, seq))
+    said = dict(phase=phase, parameters=count(shape), batch=(p.batch * p.seq // seq, seq), flops=flops)
     try:
-        step = model.compile_step(config, shape, mesh, like, arrays, rates, mask, p.accumulate)
+        step = compile_step(config, shape, mesh, like, arrays, rates, mask, p.accumulate)
     except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses what does not fit
         used = re.search(r"(?:Used |required[^(]*\()([\d.]+)([GM])\D+([\d.]+)([GM])", str(error))
         if not used:
@@ -218,25 +189,25 @@ def inspect(config: train.Config, mesh, phase: int, shape: model.ModelConfig, se
                    seconds=seconds, compile_s=compile_s)
 
 
-def programs(config: train.Config, mesh) -> Iterator[Program]:
+def programs(config: Config, mesh) -> Iterator[Program]:
     """Every program that a run takes on a mesh."""
-    context = model.Context(jax.random.key(0), 0, None, lambda n: [], train.load)
-    with train.blame():
-        shapes, seen = model.shapes(config, context), set()
+    context = Context(jax.random.key(0), 0, None, lambda n: [], load)
+    with user_errors():
+        shapes, seen = schedule.shapes(config, context), set()
         for i, (phase, shape) in enumerate(zip(config.phases, shapes, strict=True)):
-            for seq in data.batch_lengths(phase)[0]:
+            for seq in batch_lengths(phase)[0]:
                 key = shape, phase.batch * phase.seq, seq, phase.accumulate, phase.objective
                 if key not in seen:
                     yield inspect(config, mesh, i, shape, seq)
                 seen.add(key)
 
 
-def changes(config: train.Config, devices: int) -> Iterator[tuple[train.Config, str]]:
+def changes(config: Config, devices: int) -> Iterator[tuple[Config, str]]:
     """What makes a run smaller on a device, each on top of the last: parameters split over all, activations
     computed again, batches taken in parts."""
     said = ""
     if config.mesh.fsdp != devices and config.model.embed % devices == 0:
-        mesh, said = model.MeshConfig(data=1, fsdp=devices), f"--mesh.data 1 --mesh.fsdp {devices}"
+        mesh, said = MeshConfig(data=1, fsdp=devices), f"--mesh.data 1 --mesh.fsdp {devices}"
         yield (config := replace(config, mesh=mesh)), said
     for how in ("elementwise", "all")[("none", "elementwise", "all").index(config.model.remat):]:
         config = replace(config, model=replace(config.model, remat=how))
@@ -246,40 +217,6 @@ def changes(config: train.Config, devices: int) -> Iterator[tuple[train.Config, 
         config = replace(config, phases=tuple(replace(p, accumulate=2 * p.accumulate) for p in config.phases))
         parts = " ".join(f"--phases.{i}.accumulate {p.accumulate}" for i, p in enumerate(config.phases))
         yield config, f"{said} {parts}".strip()
-
-
-def grid(devices, mesh) -> str:
-    """The devices, and how a mesh arranges them."""
-    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return f"{len(devices)} x {devices[0].device_kind}, mesh {sizes}"
-
-
-def banner(run: train.Run, step, attention: str):
-    """Print what is about to run, before it runs; step, attention: the first phase's, compiled and chosen."""
-    config, course = run.config, run.course
-    shapes, tokens, first = course.models, int(course.tokens[-1]), course.models[0]
-    multiply, square = jax.jit(jnp.matmul), np.ones((1024, 1024), first.dtype)
-    for _ in range(2):
-        begun = time.perf_counter()
-        multiply(square, square).block_until_ready()
-    speed = run.mesh.devices.size * 2 * 1024**3 / (time.perf_counter() - begun)
-    memory = step.memory_analysis()
-    memory = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    later = config.data.stream or any(p.steer for p in config.phases)
-    epochs = {} if later else run.loader.epochs(int(course.ends[-1]))
-    epochs = ", ".join(f"{name} {n:.2f}" for name, n in epochs.items()) or "not known yet"
-    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    lines = {
-        "run": f"{config.runs}/{config.name}",
-        "parameters": " -> ".join(f"{model.count(m):,} ({m.layers} layers)" for m in dict.fromkeys(shapes)),
-        "tokens": f"{tokens:,}, {tokens / model.count(shapes[-1]):.1f} a parameter; epochs: {epochs}",
-        "FLOPs": f"{course.flops[-1]:.3g}",
-        "memory": f"{memory:,.0f} MiB a device in the first phase",
-        "devices": grid(run.mesh.devices.ravel(), run.mesh) + processes,
-        "attention": f"{attention}, {first.dtype}",
-        "expected": f"{timedelta(seconds=int(course.flops[-1] / speed * 2))} at half a bare matmul's speed",
-    }
-    print("\n".join(f"{k:>11}  {v}" for k, v in lines.items()), flush=True)
 
 
 def show(p: Program):
@@ -300,7 +237,7 @@ def show(p: Program):
               f"{slowest}; one after the other, {mfu:.0%} MFU")
 
 
-def here(a, config: train.Config) -> int:
+def here(a, config: Config) -> int:
     """In a process of its own: compile, print; 1 where something does not fit."""
     if a.devices:
         jax.config.update("jax_num_cpu_devices", a.devices)  # no effect on other platforms
@@ -309,8 +246,8 @@ def here(a, config: train.Config) -> int:
         devices = gpus(kind[0], int(kind[2]))
     else:
         devices = topologies.get_topology_desc(a.topology, platform="tpu").devices
-    with train.blame():
-        mesh = model.make_mesh(config.mesh, devices)
+    with user_errors():
+        mesh = make_mesh(config.mesh, devices)
     found = list(programs(config, mesh))
     print(grid(devices, mesh))
     for program in found:
@@ -318,7 +255,7 @@ def here(a, config: train.Config) -> int:
     advice = None
     if not all(p.fits for p in found):
         for changed, said in changes(config, len(devices)):
-            trial = list(programs(changed, model.make_mesh(changed.mesh, devices)))
+            trial = list(programs(changed, make_mesh(changed.mesh, devices)))
             worst = max(p.bytes["total"] for p in trial) / 2**30
             good = all(p.fits for p in trial)
             print(f"with {said}: {worst:.2f} GiB" + ("" if good else ", too much still"))
@@ -343,31 +280,31 @@ def compiler(topology: str) -> dict[str, str]:
         if not size.isdigit() or not 1 <= int(size) <= 8:
             raise InputError(f"--topology is {topology!r}; allowed for the GPUs of a host is {kind}:1 to "
                              f"{kind}:8")
-        place = Path(os.environ.get("CUDA_PLUGIN_PATH") or data.cache_home() / "cuda")
+        place = Path(os.environ.get("CUDA_PLUGIN_PATH") or cache_home() / "cuda")
         if not (place / "jax_plugins").is_dir():
             raise InputError(f"fit: --topology {topology} needs {place}; get it by pip install --target "
                              f"{place} 'jax-cuda13-plugin[with-cuda]=={jax.__version__}'")
         return {"PYTHONPATH": os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))}
-    library = os.environ.get("TPU_LIBRARY_PATH") or data.cache_home() / "libtpu/libtpu/libtpu.so"
+    library = os.environ.get("TPU_LIBRARY_PATH") or cache_home() / "libtpu/libtpu/libtpu.so"
     if not os.path.exists(library):
         version = next(re.match("libtpu[^;]*", r)[0] for r in importlib.metadata.requires("jax")
                        if r.startswith("libtpu"))  # another one may not understand this jax
         raise InputError(f"fit: --topology needs {library}; get it by pip install --target "
-                         f"{data.cache_home() / 'libtpu'} '{version.strip()}'")
+                         f"{cache_home() / 'libtpu'} '{version.strip()}'")
     return {"TPU_LIBRARY_PATH": str(library), "TPU_SKIP_MDS_QUERY": "1"}
 
 
 def main(arguments: list[str]) -> int:
     """Command line; gives the exit code."""
-    parser = train.Arguments("fit", __doc__)
+    parser = Arguments("fit", __doc__)
     parser.add_argument("--topology", help="TPU chips, like v5e:4x4, or GPUs, like h100:8")
     parser.add_argument("--devices", type=int, default=0, help="how many of what is here")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     a, rest = parser.parse_known_args(arguments)
     if bool(a.topology) == bool(a.devices) or a.devices < 0:
         parser.error("allowed is either --topology KIND:AxB or --devices N")
-    config, _ = train.parse(rest)
-    train.check(config)
+    config, _ = parse(rest)
+    check(config)
     if not config.model.vocab:
         config = replace(config, model=replace(config.model, vocab=258)) if config.data.tokenizer == "bytes" \
             else parser.error("model.vocab is 0; allowed is 1 and more, since no tokenizer is read")
@@ -376,7 +313,7 @@ def main(arguments: list[str]) -> int:
     where = {"COPPICE_FIT": "1"}
     if a.topology:
         where |= compiler(a.topology) | {"JAX_PLATFORMS": "cpu"}
-    line = [sys.executable, train.ROOT / "train.py", "fit", *arguments]
+    line = [sys.executable, ROOT / "train.py", "fit", *arguments]
     done = subprocess.run(line, env=os.environ | where, stderr=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1) or "error:" in done.stderr or "Traceback" in done.stderr:
         said = [x for x in done.stderr.splitlines() if x.startswith("error: ") or "Error" in x]

@@ -15,11 +15,14 @@ import traceback
 import jax
 
 import train
+from lib.arguments import Arguments
+from lib.errors import InputError
+from lib.processes import is_main_process
 
 
 def main(arguments: list[str]) -> int:
     """Command line; gives the exit code."""
-    parser = train.Arguments("launch", __doc__)
+    parser = Arguments("launch", __doc__)
     parser.usage = "%(prog)s auto | HOST:PORT --processes N --process I [CONFIG | VERB] ..."
     if not arguments or arguments[0].startswith("-"):
         parser.parse_args(arguments)
@@ -35,9 +38,9 @@ def main(arguments: list[str]) -> int:
             int(given[n]) if given else None for n in ("--processes", "--process")),
             heartbeat_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
-        raise train.InputError(f"launch {address}: {error}") from error
+        raise InputError(f"launch {address}: {error}") from error
     out, code = sys.stdout, 1
-    if not train.leads():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")
     try:
         code = train.main(rest)

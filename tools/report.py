@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-import data
-import train
-from data import InputError
+from lib.arguments import Arguments
+from lib.config import flatten
+from lib.disk import write
+from lib.errors import InputError
+from train import ROOT
 
 COLORS, DASHES = 7, ("", "7 3", "2 2.5", "9 3 2 3")  # the page has the colours
 NUMBERS = 250_000  # in all curves of a page, which makes about 2 MB
@@ -354,7 +356,7 @@ def page(titles: list[str], runs: list[Shown], studies: list[tuple[Path, dict]])
     names = ['<span class=key><svg width=26 height=10><line x1=1 x2=25 y1=5 y2=5 '
              f'stroke="var(--c{run["color"]})" stroke-dasharray="{run["dash"]}" /></svg>'
              f'{text(run["name"])}</span>' for run in drawn["runs"]]
-    configs = [(name, train.flatten({k: v for k, v in run.config.items() if k not in ("name", "runs")}))
+    configs = [(name, flatten({k: v for k, v in run.config.items() if k not in ("name", "runs")}))
                for run, name in zip(runs, names, strict=True) if run.config]
     gaps = dict(
         title=text(", ".join(titles[:4]) + (f" and {len(titles) - 4} more" if len(titles) > 4 else "")),
@@ -367,18 +369,18 @@ def page(titles: list[str], runs: list[Shown], studies: list[tuple[Path, dict]])
         made_by=differences([(n, made_by(run)) for run, n in zip(runs, names, strict=True) if run.summary],
                             "the same for all" if len(runs) > 1 else "versions and place"),
         data=json.dumps(drawn, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
-    first, *rest = (train.ROOT / "tools/report.html").read_text("utf-8").split("{{")
+    first, *rest = (ROOT / "tools/report.html").read_text("utf-8").split("{{")
     return first + "".join(gaps[name] + after for name, _, after in (piece.partition("}}") for piece in rest))
 
 
 def main(arguments: list[str]):
     """Command line."""
-    parser = train.Arguments("report", __doc__)
+    parser = Arguments("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run or a study")
     parser.add_argument("--out", type=Path, help="of the page; RUN/report.html for one RUN, else report.html")
     a = parser.parse_args(arguments)
     paths = [path.expanduser() for path in a.runs]
     runs, studies = collect(paths)
     out = (a.out or (paths[0] if len(paths) == 1 else Path()) / "report.html").expanduser()
-    data.write(out, page([path.resolve().name for path in paths], runs, studies))
+    write(out, page([path.resolve().name for path in paths], runs, studies))
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 1e6:.1f} MB")

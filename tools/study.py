@@ -47,10 +47,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
-import data
-import model
-import train
-from data import InputError
+from lib.arguments import Arguments
+from lib.config import flatten, load_file, to_json
+from lib.disk import write
+from lib.errors import InputError
+from lib.schedule import schedules
+from train import ROOT, check, load_config, parse
 
 EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
 HARMLESS = "name runs prompts sample_tokens sample_temperature save_every keep tracker".split()  # at its end
@@ -181,10 +183,10 @@ def compare(arm: dict[int, dict], control: dict[int, dict], measure: str) -> dic
 
 def command(study: Study, job: Job) -> list[str]:
     """The arguments of `python train.py` that make a run."""
-    config, fields = train.load_config(f"{study.path}:{job.arm}"), {"seed": job.seed}
+    config, fields = load_config(f"{study.path}:{job.arm}"), {"seed": job.seed}
     if job.rate is not None:
         fields |= {f"{path}.peak": job.rate * (schedule.peak / config.schedule.peak)
-                   for path, schedule in model.schedules(config).items()}
+                   for path, schedule in schedules(config).items()}
     for path, value in study.quick.items():
         phases = range(len(config.phases)) if path.startswith("phases.*.") else [0]
         fields |= {path.replace("*", str(i), 1): value for i in phases}
@@ -194,12 +196,12 @@ def command(study: Study, job: Job) -> list[str]:
 
 def complete(study: Study, job: Job) -> bool:
     """Has this run ended? Raises InputError for a config that is refused, or is not what it was made by."""
-    config, run = train.parse(command(study, job))[0], study.directory / job.name
-    train.check(config)
+    config, run = parse(command(study, job))[0], study.directory / job.name
+    check(config)
     if not (run / "summary.json").exists():
         return False
-    old = train.flatten(json.loads((run / "config.json").read_text()))
-    now = train.flatten(json.loads(json.dumps(train.to_json(config))))
+    old = flatten(json.loads((run / "config.json").read_text()))
+    now = flatten(json.loads(json.dumps(to_json(config))))
     now["model.vocab"] = now["model.vocab"] or old["model.vocab"]  # 0 becomes the tokenizer's
     given = ("model.", "data.tokenizer") if config.init_from else ()  # by the run that it starts from
     if changed := sorted(k for k in old.keys() | now.keys() if old.get(k) != now.get(k)
@@ -232,7 +234,7 @@ def make(study: Study, jobs: list[Job]) -> dict[Job, dict]:
         if not complete(study, job):
             device, log = free.get(), study.directory / f"{job.name}.log"
             where = {"CUDA_VISIBLE_DEVICES": device} if isinstance(device, str) else {}
-            line = [sys.executable, train.ROOT / "train.py", *command(study, job)]
+            line = [sys.executable, ROOT / "train.py", *command(study, job)]
             with open(log, "ab") as out:
                 process = subprocess.Popen(line, stdout=out, stderr=out, env=KEEP | os.environ | where)
             running.add(process)
@@ -406,9 +408,9 @@ def draw(result: dict):
 def read(a) -> Study:
     """The study that the arguments ask for; raises InputError for what they or its file have wrong."""
     try:
-        file = vars(train.load_file(a.config))
+        file = vars(load_file(a.config))
     except Exception:
-        train.load_config(a.config)  # says what is wrong with it
+        load_config(a.config)  # says what is wrong with it
         raise
     known, quick = file.get("arms", {}), file.get("quick", {}) if a.quick else {}
     arms = a.arms.split(",") if a.arms else [*file.get("default_arms", known)]
@@ -464,7 +466,7 @@ def conclude(study: Study, seeds: int) -> dict:
 
 def main(arguments: list[str]) -> dict:
     """Command line; gives what study.json holds."""
-    parser = train.Arguments("study", __doc__)
+    parser = Arguments("study", __doc__)
     parser.add_argument("config", help="file with arms")
     parser.add_argument("--seeds", type=int, help="how many; 5, or 2 with --quick")
     parser.add_argument("--arms", help="names, separated by commas; the control runs in any case")
@@ -477,7 +479,7 @@ def main(arguments: list[str]) -> dict:
         complete(study, Job(arm, study.rates[0] if study.rates else None, 0))
     study.directory.mkdir(parents=True, exist_ok=True)
     result = conclude(study, seeds)
-    data.write(study.directory / "study.json", json.dumps(result, indent=1))
+    write(study.directory / "study.json", json.dumps(result, indent=1))
     figure = draw(result)
     figure.savefig(study.directory / "study.png", dpi=110)
     print(f"\n{table(result)}\n\n{study.directory} has study.json and study.png")

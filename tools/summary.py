@@ -8,23 +8,25 @@ from pathlib import Path
 
 import jax
 
-import data
-import train
+from lib.arguments import Arguments
+from lib.disk import write
+from lib.processes import is_main_process
+from train import ROOT, verb
 
 
 def main(arguments: list[str]) -> dict:
     """Command line; gives what summary.json holds."""
-    parser = train.Arguments("summary", __doc__)
+    parser = Arguments("summary", __doc__)
     parser.add_argument("run", help="run directory")
     run = Path(parser.parse_args(arguments).run)
-    samples = train.verb("sample", [str(run)])
-    if not train.leads():
+    samples = verb("sample", [str(run)])
+    if not is_main_process():
         return {}
-    data.write(run / "samples.txt", samples)
-    train.verb("curves", [str(run)])
+    write(run / "samples.txt", samples)
+    verb("curves", [str(run)])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(r for r in reversed(rows) if "train/loss" in r)
-    git = ["git", "-C", str(train.ROOT), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in
                 ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")}
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> dict:
                "commit": commit, "host": os.uname().nodename, "device": jax.devices()[0].device_kind,
                "devices": jax.device_count(),
                "processes": jax.process_count()}
-    data.write(run / "summary.json", json.dumps(summary, indent=1))
+    write(run / "summary.json", json.dumps(summary, indent=1))
     print(f"{run} has curves.png, samples.txt, metrics.jsonl and summary.json; next:\n"
           f"  python train.py sample {run} --prompt 'def main('\n"
           f"  python train.py {run}/config.json --schedule.peak 2e-3 --name gentler\n"

@@ -13,11 +13,15 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-import data
-import train
+from lib.config import to_json
+from lib.disk import digest, write
+from lib.errors import user_errors
+from lib.log import Reporter
+from lib.processes import is_main_process
+from train import Run
 
 
-def line(out: train.Reporter, row: dict, now: float) -> str:
+def line(out: Reporter, row: dict, now: float) -> str:
     """Where a run is, from a step's row, at a time in seconds."""
     step, flops = row["step"], out.course.flops
     pace = (now - out.begun) / (flops[step] - flops[out.start])
@@ -29,9 +33,9 @@ def line(out: train.Reporter, row: dict, now: float) -> str:
                        f"grad {row['train/grad_norm']:.2f}", *speed, f"ETA {left}"])
 
 
-def begin(run: train.Run, start: int) -> Callable[[dict], None] | None:
+def begin(run: Run, start: int) -> Callable[[dict], None] | None:
     """What takes the rows to come, in the process that leads; those up to step `start` it has by then."""
-    if run.config.tracker == "none" or run.done or not train.leads():
+    if run.config.tracker == "none" or run.done or not is_main_process():
         return None
     send, first = {"tensorboard": tensorboard, "wandb": weights_and_biases}[run.config.tracker](run, start)
     with open(run.directory / "metrics.jsonl") as rows:
@@ -47,7 +51,7 @@ def figures(row: dict) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in known and value is not None}
 
 
-def tensorboard(run: train.Run, start: int) -> tuple[Callable, int]:
+def tensorboard(run: Run, start: int) -> tuple[Callable, int]:
     """(row -> on disk, first step to send): one event file more, whose first event takes back that step and
     those after it. A run that has none gets its past too.
     """
@@ -67,7 +71,7 @@ def tensorboard(run: train.Run, start: int) -> tuple[Callable, int]:
     return send, first
 
 
-def weights_and_biases(run: train.Run, start: int) -> tuple[Callable, int]:
+def weights_and_biases(run: Run, start: int) -> tuple[Callable, int]:
     """(row -> sent, first step to send): what W&B does not have, which is everything offline.
 
     A killed run leaves an offline track without its end, so each start replaces those not synced. Online, W&B
@@ -77,13 +81,13 @@ def weights_and_biases(run: train.Run, start: int) -> tuple[Callable, int]:
     wandb.finish()  # what this process tracked before; within a second, its directory would be this one's
     folder, environment = run.directory / "wandb", os.environ
     if not start or not (folder / "id").exists():  # a run that begins anew is another one
-        data.write(folder / "id", data.digest([str(run.directory.resolve()), time.time_ns()]))
+        write(folder / "id", digest([str(run.directory.resolve()), time.time_ns()]))
     for old in folder.glob("offline-run-*"):
         if not list(old.glob("*.synced")):
             shutil.rmtree(old, ignore_errors=True)
-    with train.blame(wandb.errors.Error, sentence="tracker is 'wandb', but {reason}; allowed is an account "
+    with user_errors(wandb.errors.Error, sentence="tracker is 'wandb', but {reason}; allowed is an account "
                      "that `wandb login` has opened, or WANDB_MODE=offline"):
         track = wandb.init(project=environment.get("WANDB_PROJECT", "coppice"), name=run.config.name,
                            id=(folder / "id").read_text(), dir=run.directory, resume="allow",
-                           config=train.to_json(run.config), settings=wandb.Settings(console="off"))
+                           config=to_json(run.config), settings=wandb.Settings(console="off"))
     return lambda row: track.log(figures(row), step=row["step"]), track.starting_step
