@@ -11,13 +11,12 @@ SHARE = 0.05  # of the time that drawing may take while a run goes on
 LAST = {"took": 2.0, "ended": time.monotonic()}  # seconds: this process's last drawing during a run, if any
 
 
-def follow(run):
+def follow(directory: Path):
     """Draw a run at an evaluation, unless the last drawing took more than its share of the time since."""
     begun = time.monotonic()
     if not is_main_process() or LAST["took"] > SHARE * (begun - LAST["ended"]):
         return
-    run.out.sync()
-    draw(run.directory)
+    draw(directory)
     LAST.update(took=time.monotonic() - begun, ended=time.monotonic())
 
 

@@ -77,7 +77,7 @@ class Log:
         self.waited, self.waited_now = 0.0, 0.0  # seconds waited for batches, up to that row and up to now
         self.save_s = 0.0  # seconds that a checkpoint held up the loop since the last row
         self.begun = None  # (time, FLOPs) of the first row: the first step's time is mostly compilation
-        self.shown, self.peak = 0.0, peak()
+        self.shown, self.speed, self.peak = 0.0, {}, peak()
 
     def __enter__(self):
         return self

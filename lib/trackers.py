@@ -13,7 +13,7 @@ from lib.processes import is_main_process
 
 def start_tracker(run, start: int) -> Callable[[dict], None] | None:
     """What takes the rows to come, in the process that leads; those up to step `start` it has by then."""
-    if run.config.tracker == "none" or run.done or not is_main_process():
+    if run.config.tracker == "none" or not is_main_process():
         return None
     send, first = {"tensorboard": tensorboard, "wandb": weights_and_biases}[run.config.tracker](run, start)
     with open(run.directory / "metrics.jsonl") as rows:
