@@ -1,0 +1,151 @@
+"""What a study's runs say: figures of each run, paired differences, intervals and verdicts."""
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from scipy.special import stdtrit
+
+from lib.study import Claim
+
+EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
+NOT_JUDGED = "not judged"  # the verdict of --quick, which shows that a study runs and no more
+PLUS_MINUS = "± is half a 95 % interval"  # said wherever such figures are shown
+
+
+# -------------------------------------------------------------------------------------- intervals
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """(mean, half of its 95 % interval by Student's t); the latter is None for one value."""
+    n = len(values)
+    mean = statistics.fmean(values)
+    if n == 1:
+        return mean, None
+    error = statistics.stdev(values) / math.sqrt(n)
+    return mean, float(stdtrit(n - 1, 0.975)) * error
+
+
+def verdict(mean: float | None, half: float | None, claim: Claim) -> str:
+    """Which side of a claim's bound the interval lies on.
+
+    "confirmed": all of it on the side claimed; "reversed": all of it on the other; else "undecided".
+    """
+    if mean is None or half is None:
+        return "undecided"
+    ahead = claim.below - mean if claim.above is None else mean - claim.above
+    if ahead > half:
+        return "confirmed"
+    return "reversed" if ahead < -half else "undecided"
+
+
+# ------------------------------------------------------------------------------- figures of a run
+
+def mean_bpb(row: dict, split: str) -> float | None:
+    """The mean over sources of a row's bits per byte on "dev" or "test"; None where it has none."""
+    names = [name for name in row if name.endswith("/bpb")]
+    tested = [name for name in names if name.endswith(".test/bpb")]
+    if split == "dev":
+        tested = [name for name in names if name not in tested]
+    values = [row[name] for name in tested]
+    if not values or None in values:
+        return None
+    return statistics.fmean(values)
+
+
+def run_figures(run: Path, elsewhere: float, measures: dict[str, Callable]) -> dict:
+    """What a study needs of a complete run.
+
+    elsewhere: FLOPs spent on it in other places, which its own are added to. Returns
+
+        bpb, dev   means over sources on test and dev, at the end; None where there is no such split
+        last       every metric's last value, and the study's `measures` of the rows
+        curve      tokens, flops and dev bits per byte at each evaluation
+        made_by    versions, commit, host and device
+    """
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    last = {}
+    for row in rows:
+        last |= row
+    last |= {name: measure(rows) for name, measure in measures.items()}
+    evaluated = [row for row in rows if mean_bpb(row, "dev") is not None]
+    curve = dict(
+        tokens=[row["train/tokens"] for row in evaluated],
+        flops=[row["train/flops"] + elsewhere for row in evaluated],
+        dev=[mean_bpb(row, "dev") for row in evaluated])
+    made_by = {k: summary[k] for k in ("versions", "commit", "host", "device", "devices")}
+    return dict(
+        run=run.name,
+        tokens=rows[-1]["train/tokens"],
+        flops=rows[-1]["train/flops"] + elsewhere,
+        bpb=mean_bpb(last, "test"),
+        dev=curve["dev"][-1] if evaluated else None,
+        last=last, curve=curve, made_by=made_by)
+
+
+# ------------------------------------------------------------------------------------- two arms
+
+def reach(budget: list[float], losses: list[float], target: float) -> float:
+    """The budget at which a curve first comes down to `target`, linear between its points.
+
+    Infinite if it never does; the first point's where that is below already.
+    """
+    i = next((i for i, loss in enumerate(losses) if loss <= target), None)
+    if i is None:
+        return math.inf
+    if i == 0:
+        return budget[0]
+    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+    return budget[i - 1] + share * (budget[i] - budget[i - 1])
+
+
+def speed_up(arm: dict, control: dict, axis: str) -> float:
+    """How much more of a budget ("flops" or "tokens") the control needs than the arm.
+
+    0.5 is half as much again. Both are to reach the same dev loss, the worse one of their two ends;
+    the better run does so before its rate has decayed, which understates the difference.
+    """
+    target = max(arm["dev"], control["dev"])
+    of_arm, of_control = (reach(run["curve"][axis], run["curve"]["dev"], target)
+                          for run in (arm, control))
+    return of_control / of_arm - 1
+
+
+def difference(arm: dict, control: dict, measure: str) -> float | None:
+    """A measure of two runs: arm less control, or the speed-up; None where a run does not have it."""
+    if measure.startswith("speed_up_"):
+        if arm["dev"] is None or control["dev"] is None:
+            return None
+        return speed_up(arm, control, measure.removeprefix("speed_up_"))
+    ends = [(run["last"] | {"bpb": run["bpb"]}).get(measure) for run in (arm, control)]
+    return None if None in ends else ends[0] - ends[1]
+
+
+def compare(arm: dict[int, dict], control: dict[int, dict], measure: str) -> dict:
+    """A measure of two arms {seed: run's figures}, paired by seed: values, mean, half an interval."""
+    values = {}
+    for seed in sorted(arm.keys() & control.keys()):
+        value = difference(arm[seed], control[seed], measure)
+        if value is not None:
+            values[seed] = value
+    mean, half = interval([*values.values()]) if values else (None, None)
+    return dict(measure=measure, values=values, mean=mean, half=half)
+
+
+# -------------------------------------------------------------------------------- rates to try
+
+def best_rate(tried: dict[float, float]) -> tuple[float, bool]:
+    """(the rate of {rate: loss} with the least loss, whether rates on both sides were tried)."""
+    rate = min(tried, key=tried.get)
+    return rate, min(tried) < rate < max(tried)
+
+
+def next_rate(tried: dict[float, float], grid: list[float]) -> float | None:
+    """The rate to try next where the best so far is an end of what was tried; None: no further."""
+    rate, bracketed = best_rate(tried)
+    known = sorted(tried)
+    if bracketed or len(known) - len(grid) >= EXTRA:
+        return None
+    ratio = known[-1] / known[-2] if rate == known[-1] else known[0] / known[1]
+    return float(f"{rate * ratio:.3g}")
