@@ -9,6 +9,7 @@ from scipy.special import stdtrit
 
 from lib.study import Claim
 
+MADE_BY = "versions", "commit", "host", "device", "devices"  # of a run's summary
 EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
 NOT_JUDGED = "not judged"  # the verdict of --quick, which shows that a study runs and no more
 PLUS_MINUS = "± is half a 95 % interval"  # said wherever such figures are shown
@@ -22,35 +23,46 @@ def interval(values: list[float]) -> tuple[float, float | None]:
     mean = statistics.fmean(values)
     if n == 1:
         return mean, None
-    error = statistics.stdev(values) / math.sqrt(n)
-    return mean, float(stdtrit(n - 1, 0.975)) * error
+    width = float(stdtrit(n - 1, 0.975))  # in standard errors
+    return mean, width * statistics.stdev(values) / math.sqrt(n)
 
 
 def verdict(mean: float | None, half: float | None, claim: Claim) -> str:
     """Which side of a claim's bound the interval lies on.
 
-    "confirmed": all of it on the side claimed; "reversed": all of it on the other; else "undecided".
+    "confirmed": all of it on the side claimed; "reversed": all on the other; else "undecided".
     """
     if mean is None or half is None:
         return "undecided"
-    ahead = claim.below - mean if claim.above is None else mean - claim.above
+    if claim.above is None:
+        ahead = claim.below - mean
+    else:
+        ahead = mean - claim.above
     if ahead > half:
         return "confirmed"
-    return "reversed" if ahead < -half else "undecided"
+    if ahead < -half:
+        return "reversed"
+    return "undecided"
 
 
 # ------------------------------------------------------------------------------- figures of a run
 
 def mean_bpb(row: dict, split: str) -> float | None:
     """The mean over sources of a row's bits per byte on "dev" or "test"; None where it has none."""
-    names = [name for name in row if name.endswith("/bpb")]
-    tested = [name for name in names if name.endswith(".test/bpb")]
-    if split == "dev":
-        tested = [name for name in names if name not in tested]
-    values = [row[name] for name in tested]
+    values = []
+    for name, value in row.items():
+        tested = name.endswith(".test/bpb")
+        if name.endswith("/bpb") and tested == (split == "test"):
+            values.append(value)
     if not values or None in values:
         return None
     return statistics.fmean(values)
+
+
+def read_rows(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def run_figures(run: Path, elsewhere: float, measures: dict[str, Callable]) -> dict:
@@ -63,25 +75,35 @@ def run_figures(run: Path, elsewhere: float, measures: dict[str, Callable]) -> d
         curve      tokens, flops and dev bits per byte at each evaluation
         made_by    versions, commit, host and device
     """
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run)
     summary = json.loads((run / "summary.json").read_text())
     last = {}
     for row in rows:
         last |= row
-    last |= {name: measure(rows) for name, measure in measures.items()}
-    evaluated = [row for row in rows if mean_bpb(row, "dev") is not None]
-    curve = dict(
-        tokens=[row["train/tokens"] for row in evaluated],
-        flops=[row["train/flops"] + elsewhere for row in evaluated],
-        dev=[mean_bpb(row, "dev") for row in evaluated])
-    made_by = {k: summary[k] for k in ("versions", "commit", "host", "device", "devices")}
+    for name, measure in measures.items():
+        last[name] = measure(rows)
+    curve = curve_of(rows, elsewhere)
     return dict(
         run=run.name,
         tokens=rows[-1]["train/tokens"],
         flops=rows[-1]["train/flops"] + elsewhere,
         bpb=mean_bpb(last, "test"),
-        dev=curve["dev"][-1] if evaluated else None,
-        last=last, curve=curve, made_by=made_by)
+        dev=curve["dev"][-1] if curve["dev"] else None,
+        last=last,
+        curve=curve,
+        made_by={name: summary[name] for name in MADE_BY})
+
+
+def curve_of(rows: list[dict], elsewhere: float) -> dict[str, list[float]]:
+    """Tokens, FLOPs and dev bits per byte of the rows that have the latter."""
+    curve = dict(tokens=[], flops=[], dev=[])
+    for row in rows:
+        dev = mean_bpb(row, "dev")
+        if dev is not None:
+            curve["tokens"].append(row["train/tokens"])
+            curve["flops"].append(row["train/flops"] + elsewhere)
+            curve["dev"].append(dev)
+    return curve
 
 
 # ------------------------------------------------------------------------------------- two arms
@@ -91,13 +113,15 @@ def reach(budget: list[float], losses: list[float], target: float) -> float:
 
     Infinite if it never does; the first point's where that is below already.
     """
-    i = next((i for i, loss in enumerate(losses) if loss <= target), None)
-    if i is None:
-        return math.inf
-    if i == 0:
-        return budget[0]
-    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-    return budget[i - 1] + share * (budget[i] - budget[i - 1])
+    before = None
+    for spent, loss in zip(budget, losses, strict=True):
+        if loss <= target:
+            if before is None:
+                return spent
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (spent - before[0])
+        before = spent, loss
+    return math.inf
 
 
 def speed_up(arm: dict, control: dict, axis: str) -> float:
@@ -107,23 +131,34 @@ def speed_up(arm: dict, control: dict, axis: str) -> float:
     the better run does so before its rate has decayed, which understates the difference.
     """
     target = max(arm["dev"], control["dev"])
-    of_arm, of_control = (reach(run["curve"][axis], run["curve"]["dev"], target)
-                          for run in (arm, control))
-    return of_control / of_arm - 1
+    needs = []
+    for run in (control, arm):
+        curve = run["curve"]
+        needs.append(reach(curve[axis], curve["dev"], target))
+    return needs[0] / needs[1] - 1
 
 
 def difference(arm: dict, control: dict, measure: str) -> float | None:
-    """A measure of two runs: arm less control, or the speed-up; None where a run does not have it."""
+    """A measure of two runs: arm less control, or the speed-up; None where one does not have it."""
     if measure.startswith("speed_up_"):
         if arm["dev"] is None or control["dev"] is None:
             return None
         return speed_up(arm, control, measure.removeprefix("speed_up_"))
-    ends = [(run["last"] | {"bpb": run["bpb"]}).get(measure) for run in (arm, control)]
-    return None if None in ends else ends[0] - ends[1]
+    ends = [value_of(run, measure) for run in (arm, control)]
+    if None in ends:
+        return None
+    return ends[0] - ends[1]
+
+
+def value_of(run: dict, measure: str) -> float | None:
+    """The last value of a metric in a run's figures; None where it has none."""
+    if measure == "bpb":
+        return run["bpb"]
+    return run["last"].get(measure)
 
 
 def compare(arm: dict[int, dict], control: dict[int, dict], measure: str) -> dict:
-    """A measure of two arms {seed: run's figures}, paired by seed: values, mean, half an interval."""
+    """A measure of two arms {seed: figures}, paired by seed: values, mean, half an interval."""
     values = {}
     for seed in sorted(arm.keys() & control.keys()):
         value = difference(arm[seed], control[seed], measure)
@@ -147,5 +182,8 @@ def next_rate(tried: dict[float, float], grid: list[float]) -> float | None:
     known = sorted(tried)
     if bracketed or len(known) - len(grid) >= EXTRA:
         return None
-    ratio = known[-1] / known[-2] if rate == known[-1] else known[0] / known[1]
+    if rate == known[-1]:
+        ratio = known[-1] / known[-2]
+    else:
+        ratio = known[0] / known[1]
     return float(f"{rate * ratio:.3g}")

@@ -142,6 +142,13 @@ class Claim:
         known = is_number(bounds[0])
         require(known, f"the bound of the claim {self.says!r}", bounds[0], "a number")
 
+    @property
+    def bound(self) -> dict[str, float]:
+        """The bound by its side."""
+        if self.above is None:
+            return {"below": self.below}
+        return {"above": self.above}
+
 
 @strict
 @dataclass(frozen=True)
@@ -273,19 +280,23 @@ def metrics_of(config: Any) -> list[str]:
             names += [f"eval/{source}{split}/{of}" for source in sources for of in OF_EVAL]
     names += [f"train/{of}" for of in OF_STEP] + [f"perf/{of}" for of in OF_SPEED]
     names += [f"data/{of}" for of in OF_BATCH] + ["model/params"]
+    groups = ["embed", "matrix", "vector"]  # of the optimiser
+    if not config.model.tied:
+        groups.append("head")
+    names += [f"{group}/grad_norm" for group in groups]
+    if any(phase.edits or phase.repeat for phase in config.phases):
+        names += [f"{group}/update_ratio" for group in groups]
     if len(sources) > 1:
         names += [f"data/{source}/rows" for source in sources]
     return names
 
 
 def may_be_its_own(config: Any, name: str) -> bool:
-    """May this metric be written by the config's own `evals` or `reduce`, or by its edits?"""
-    if name.endswith("/update_ratio"):  # of an optimiser group, after an edit
-        return any(phase.edits or phase.repeat for phase in config.phases)
+    """May this metric be written by the config's own `evals` or `reduce`?"""
     default = {f.name: f.default for f in dataclasses.fields(config)}
     if not config.evals and config.reduce is default["reduce"]:
         return False
-    heads = ["train/", "data/", "perf/", "model/", *PAIRED]  # the core's
+    heads = ["train/", "data/", "perf/", "model/", "speed_up_"]  # the core's
     heads += [f"eval/{source}{end}/" for source in config.data.sources for end in ("", ".test")]
     return not name.startswith(tuple(heads))
 

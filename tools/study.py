@@ -12,13 +12,13 @@ is an end of the grid, the grid is extended for it by its own ratio, at most twi
 bracket the best, the table says so. Equal seeds mean equal data order and initial draws, so
 differences are paired. `±` is half a 95 % interval by Student's t.
 
---quick takes the study's `quick` fields, the middle rate and two seeds. It shows that the study runs
-and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/. --json
-prints that as one line, the last one.
+--quick takes the study's `quick` fields, the middle rate and two seeds. It shows that the study
+runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/.
+--json prints the same as one line, the last one.
 
 Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, each made by the ordinary command in a process of
-its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores. What
-is complete is not run again. Beside them are study.json, study.png and a log of each run.
+its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores.
+What is complete is not run again. Beside them are study.json, study.png and a log of each run.
 """
 import argparse
 import json
@@ -60,6 +60,7 @@ HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "s
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 QUICK_SEEDS = 2
+ROOT = train.ROOT  # of the house, which has configs/ and results/
 
 
 class Job(NamedTuple):
@@ -107,7 +108,7 @@ def load_study(path: str) -> Study:
                          f"and `python train.py report {path}` shows a run")
     file, _, arm = path.partition(":")
     if arm and Path(file).is_file():
-        raise InputError(f"{path} names an arm; allowed is the file, with --arms {arm} for that arm")
+        raise InputError(f"{path} names an arm; allowed is the file, with --arms {arm}")
     module = train.load_module(path)
     study = getattr(module, "study", None)
     if isinstance(study, Study):
@@ -146,7 +147,7 @@ def read(a: argparse.Namespace) -> Request:
 
 def check_record(request: Request) -> Path:
     """Where this study is recorded; raises InputError where it may not be."""
-    place = results.record_path(train.ROOT, request.path)
+    place = results.record_path(ROOT, request.path)
     if request.quick:
         raise InputError("--record is given with --quick, which gives no verdict; "
                          "allowed is one of the two")
@@ -224,7 +225,8 @@ class Runner:
         self.request = request
         self.failed: dict[str, str] = {}  # run: why
         self.running: set[subprocess.Popen] = set()
-        self.stopping = False
+        self.stopping = False  # after a signal
+        self.refused = False  # something is wrong with the study: no further run begins
         has_cores = hasattr(os, "sched_getaffinity")
         cores = sorted(os.sched_getaffinity(0)) if has_cores else []
         shares = [cores[i::request.jobs] for i in range(request.jobs)]
@@ -255,6 +257,16 @@ class Runner:
         raise SystemExit(0)
 
     def one(self, job: Job) -> dict | None:
+        """The figures of a run, made if need be; None where it fails, or another was refused."""
+        if self.refused:
+            return None
+        try:
+            return self.figures_of(job)
+        except InputError:
+            self.refused = True
+            raise
+
+    def figures_of(self, job: Job) -> dict | None:
         """The figures of a run, made if need be; None where it fails."""
         request = self.request
         if not complete(request, job):
@@ -357,8 +369,8 @@ def tune(request: Request, runner: Runner) -> tuple[dict[str, dict], list[dict]]
     arms = {}
     for arm, losses in tried.items():
         rate, bracketed = best_rate(losses)
-        by_rate = {f"{r:g}": loss if loss < math.inf else None for r, loss in sorted(losses.items())}
-        arms[arm] = dict(rate=rate, bracketed=bracketed, tuning=by_rate)
+        by_rate = {f"{rate:g}": losses[rate] for rate in sorted(losses)}
+        arms[arm] = dict(rate=rate, bracketed=bracketed, tuning=results.finite(by_rate))
     return arms, runs
 
 
@@ -371,7 +383,9 @@ def conclude(request: Request) -> dict:
     jobs = [Job(arm, arms[arm]["rate"], seed)
             for seed in range(1, request.seeds + 1) for arm in request.arms]
     found = runner.make(jobs)
-    runs = {arm: {job.seed: f for job, f in found.items() if job.arm == arm} for arm in request.arms}
+    runs = {arm: {} for arm in request.arms}
+    for job, figures in found.items():
+        runs[job.arm][job.seed] = figures
     for arm, own in runs.items():
         if not own:
             raise InputError(f"no run of {arm} came to its end: {runner.failed}")
@@ -382,7 +396,7 @@ def conclude(request: Request) -> dict:
     return dict(
         study=request.directory.name, control=study.first, seeds=request.seeds,
         quick=request.quick, failed=runner.failed, measures=measures, made_by=makers(every),
-        cost=cost_of(tuned, list(found.values())) | {"seconds": add_seconds(request.directory, 0.0)},
+        cost=cost_of(request, tuned, list(found.values())),
         claims=[judged(request, claim, runs) for claim in request.claims],
         arms={arm: arms[arm] for arm in request.arms})
 
@@ -408,9 +422,9 @@ def judged(request: Request, claim: Claim, runs: dict[str, dict[int, dict]]) -> 
     """A claim with what came of it."""
     control = request.study.control_of(claim)
     found = compare(runs[claim.arm], runs[control], claim.measure)
-    bound = {"below": claim.below} if claim.above is None else {"above": claim.above}
     said = NOT_JUDGED if request.quick else verdict(found["mean"], found["half"], claim)
-    return dict(says=claim.says, arm=claim.arm, control=control) | bound | found | {"verdict": said}
+    about = dict(says=claim.says, arm=claim.arm, control=control) | claim.bound
+    return about | found | {"verdict": said}
 
 
 def makers(runs: list[dict]) -> list[dict]:
@@ -419,9 +433,9 @@ def makers(runs: list[dict]) -> list[dict]:
     return [json.loads(text) for text in sorted(found)]
 
 
-def cost_of(tuned: list[dict], compared: list[dict]) -> dict[str, float]:
-    """Tokens and FLOPs of the runs that were compared, and of those that tuned the rates."""
-    cost = {}
+def cost_of(request: Request, tuned: list[dict], compared: list[dict]) -> dict[str, float]:
+    """Tokens and FLOPs of the runs compared and of those that tuned the rates; seconds of all."""
+    cost = {"seconds": add_seconds(request.directory, 0.0)}
     for axis in ("tokens", "flops"):
         cost[axis] = sum(run[axis] for run in compared)
         cost[f"tuning_{axis}"] = sum(run[axis] for run in tuned)
@@ -630,7 +644,7 @@ def main(arguments: list[str]) -> dict:
     data.write(request.directory / "study.json", json.dumps(results.finite(result), indent=1))
     draw(result).savefig(request.directory / "study.png", dpi=110)
     print(f"\n{table(result)}\n\n{request.directory} has study.json and study.png")
-    record = results.make_record(train.ROOT, request.path, request.study, result, bool(a.arms))
+    record = results.make_record(ROOT, request.path, request.study, result, bool(a.arms))
     if place:
         results.write_record(place, record)
         print(f"{place} has the record; `python train.py papers --write` shows it in the pages")
