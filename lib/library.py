@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from data import InputError
+from lib.config import load_module
+from lib.errors import InputError
 from lib.results import NOT_RECORDED, read_record
 from lib.study import Study
-from train import load_module
 
 CHAPTERS = ("growth", "forgetting", "context", "selection", "objectives", "continual",
             "parameters", "unlearning", "understanding", "baselines")
@@ -68,25 +68,29 @@ def first_line(place: Path) -> str:
 def entry(root: Path, place: Path) -> Entry:
     """A file of the library, with its record if it has one."""
     file = place.relative_to(root).as_posix()
+    title = first_line(place)
     study = getattr(load_module(str(place)), "study", None)
-    if isinstance(study, Study):
-        papers = tuple(f"{p.title} ({p.authors} {p.year})" for p in study.papers)
-        ids = tuple(name for paper in study.papers for name in paper.seeds)
-        record = read_record(root, place)
-        check_record(file, study, record)
-        return Entry(file, first_line(place), papers, ids, study, record)
-    said = tuple(" ".join(text.split()) for text in PAPER_FIELD.findall(header(place)))
-    return Entry(file, first_line(place), said, tuple(ID.findall(" ".join(said))), None, None)
+    if not isinstance(study, Study):
+        fields = PAPER_FIELD.findall(header(place))
+        said = tuple(" ".join(text.split()) for text in fields)
+        ids = tuple(ID.findall(" ".join(said)))
+        return Entry(file, title, said, ids, None, None)
+    papers = tuple(f"{paper.title} ({paper.authors} {paper.year})" for paper in study.papers)
+    ids = tuple(name for paper in study.papers for name in paper.seeds)
+    record = read_record(root, place)
+    check_record(file, study, record)
+    return Entry(file, title, papers, ids, study, record)
 
 
 def check_record(file: str, study: Study, record: dict | None):
     """Refuse a record of other claims than the file makes now; their words may have changed."""
     if record is None:
         return
-    now = [dict(arm=claim.arm, control=study.control_of(claim), measure=claim.measure) | claim.bound
-           for claim in study.claims]
-    same = len(now) == len(record["claims"])
-    same = same and all(a.items() <= b.items() for a, b in zip(now, record["claims"], strict=True))
+    same = len(study.claims) == len(record["claims"])
+    for claim, recorded in zip(study.claims, record["claims"], strict=False):
+        now = dict(arm=claim.arm, control=study.control_of(claim), measure=claim.measure)
+        now |= claim.bound
+        same = same and now.items() <= recorded.items()
     if not same:
         raise InputError(f"the record of {file} is of other claims than the file makes now; record "
                          f"it again: {record['command']}")

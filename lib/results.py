@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data import InputError, write
+from lib.disk import write
+from lib.errors import InputError
 from lib.statistics import value_of
 from lib.study import PAIRED, Claim, Study
 

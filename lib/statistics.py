@@ -65,7 +65,8 @@ def read_rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def run_figures(run: Path, elsewhere: float, measures: dict[str, Callable]) -> dict:
+def run_figures(
+        run: Path, elsewhere: float = 0.0, measures: dict[str, Callable] | None = None) -> dict:
     """What a study needs of a complete run.
 
     elsewhere: FLOPs spent on it in other places, which its own are added to. Returns
@@ -80,7 +81,7 @@ def run_figures(run: Path, elsewhere: float, measures: dict[str, Callable]) -> d
     last = {}
     for row in rows:
         last |= row
-    for name, measure in measures.items():
+    for name, measure in (measures or {}).items():
         last[name] = measure(rows)
     curve = curve_of(rows, elsewhere)
     return dict(

@@ -6,14 +6,14 @@ the file is loaded, by an InputError that names the field, what was found and wh
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import InputError
+from lib.config import parts
+from lib.errors import InputError
 
 # Measures that every study with held-out text has.
 PAIRED = "bpb", "speed_up_flops", "speed_up_tokens"
@@ -324,18 +324,4 @@ def check_path(config: Any, path: str, sentence: str):
         inside = parts(value)
         if name not in inside:
             raise InputError(f"{sentence} has no field {path!r}; {allowed_names(name, inside)}")
-        value = inside[name]
-
-
-def parts(value: Any) -> dict[str, Any]:
-    """{name: part} of a config value: fields, entries, items, a partial's arguments."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, tuple):
-        return {str(i): part for i, part in enumerate(value)}
-    if isinstance(value, functools.partial):
-        takes = inspect.signature(value.func).parameters
-        return {name: value.keywords.get(name, taken.default) for name, taken in takes.items()}
-    return {}
+        value, _ = inside[name]

@@ -16,23 +16,26 @@ import numpy as np
 import pytest
 from conftest import course_of
 
-import data
 import model
 import train
 from lib import statistics
+from lib.config import ROOT, load_file, to_json
+from lib.disk import write
+from lib.errors import InputError
 from lib.library import library
 from lib.study import PAIRED, Claim, metrics_of
+from train import parse
 
-study = train.load_file(train.ROOT / "tools/study.py")
-papers = train.load_file(train.ROOT / "tools/papers.py")
-stacking = train.load_file(train.ROOT / "configs/stacking.py")
+study = load_file(ROOT / "tools/study.py")
+papers = load_file(ROOT / "tools/papers.py")
+stacking = load_file(ROOT / "configs/stacking.py")
 
 FILE = '''"""Two arms on lines of text."""
 from dataclasses import replace
 from functools import partial
 
-from configs.stacking import stack
 from data import DataConfig, Source, text
+from lib.edits import stack
 from lib.study import Claim, Paper, Study
 from model import ModelConfig
 from train import Config, Phase, Schedule
@@ -139,7 +142,7 @@ class Trainer:
         self.optimum, self.offset, self.made, self.fail, self.pid = optimum, offset, [], {}, 1
 
     def __call__(self, line, stdout, stderr, env):
-        config, arm = train.parse([str(word) for word in line[2:]])[0], line[2].split(":")[-1]
+        config, arm = parse([str(word) for word in line[2:]])[0], line[2].split(":")[-1]
         self.made.append(config.name)
         self.code = self.fail.get(config.name, 0)
         if self.code:
@@ -151,10 +154,10 @@ class Trainer:
         rows += [rows[-1] | {"eval/a.test/bpb": end + 1, "train/loss": 2 * end}]
         del rows[-1]["eval/a/bpb"]
         run = Path(config.runs) / config.name
-        data.write(run / "metrics.jsonl", "\n".join(map(json.dumps, rows)))
-        data.write(run / "config.json", json.dumps(train.to_json(config)))
+        write(run / "metrics.jsonl", "\n".join(map(json.dumps, rows)))
+        write(run / "config.json", json.dumps(to_json(config)))
         made_by = dict.fromkeys("versions commit host device devices".split())
-        data.write(run / "summary.json", json.dumps(made_by))
+        write(run / "summary.json", json.dumps(made_by))
         return self
 
     def wait(self):
@@ -195,6 +198,16 @@ def test_a_study_tunes_each_arm_pairs_seeds_and_judges_claims(file, trainer, cap
     assert call(file, "--seeds", "3")["arms"].keys() == result["arms"].keys() and len(trainer.made) == made
     call(file, "--seeds", "4")
     assert trainer.made[made:] == ["deep-0.02-s4", "grown-0.08-s4"]
+
+
+def test_a_quick_study_gives_no_verdict(file, trainer, capsys):
+    result = call(file, "--quick", "--json")
+    assert [claim["verdict"] for claim in result["claims"]] == ["not judged"] * 2
+    lines = capsys.readouterr().out.splitlines()
+    assert "--quick: too short to say anything of the question" in lines
+    assert sum(line.startswith("not judged: ") for line in lines) == 2
+    assert json.loads(lines[-1])["quick"] and "confirmed" not in "".join(lines)
+    assert not (file.parent / "results").exists()
 
 
 def test_a_phase_s_own_schedule_keeps_its_ratio_to_the_run_s(file, trainer):
@@ -244,7 +257,7 @@ def test_runs_side_by_side_have_their_share_of_the_cores_each(file, trainer, mon
     assert not pinned  # one at a time has them all
     call(file, "--seeds", "6", "--jobs", "2")
     assert len(pinned) == 10 and {(pid, tuple(to)) for pid, to in pinned} == {(1, (4, 6, 8)), (1, (5, 7))}
-    with pytest.raises(data.InputError, match="--jobs is 6; allowed is 1 to 5"):
+    with pytest.raises(InputError, match="--jobs is 6; allowed is 1 to 5"):
         call(file, "--jobs", "6")
 
 
@@ -277,20 +290,20 @@ def test_one_seed_gives_figures_without_intervals(file, trainer, capsys):
     (["--jobs", "0"], "--jobs is 0; allowed is 1 to"),
 ])
 def test_mistakes_are_one_sentence(file, trainer, arguments, sentence):
-    with pytest.raises(data.InputError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         call(file, *arguments)
     assert not trainer.made
 
 
 def test_mistakes_of_the_file(file, trainer):
-    with pytest.raises(data.InputError, match="neither a config file"):
+    with pytest.raises(InputError, match="neither a config file"):
         call(file.with_name("tyni.py"))
     mistakes = [("study = Study(", "1 / 0\nstudy = Study(", "line 20: ZeroDivisionError"),
                 ('quick={"phases.*.steps": 4}', "quick={}", "has no `quick` in its study")]
     for n, (old, new, sentence) in enumerate(mistakes):
         other = file.with_name(f"mistake{n}.py")
         other.write_text(file.read_text().replace(old, new))
-        with pytest.raises(data.InputError, match=sentence):
+        with pytest.raises(InputError, match=sentence):
             call(other, "--quick")
 
 
@@ -352,7 +365,7 @@ def test_a_study_s_mistakes_are_refused_when_its_file_is_loaded(file, old, new, 
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
     for load in (study.load_study, lambda path: train.load_config(f"{path}:deep")):
-        with pytest.raises(data.InputError, match=re.escape(f"config file {file}, line ")) as caught:
+        with pytest.raises(InputError, match=re.escape(f"config file {file}, line ")) as caught:
             load(str(file))
         assert re.search(sentence.replace("*.s", "[*].s"), str(caught.value)), caught.value
 
@@ -376,7 +389,7 @@ def test_a_claim_may_be_by_any_metric_that_a_run_of_its_arms_can_write(file):
         try:
             claim = Claim(says="x", arm="grown", below=0.0, measure=measure)
             return bool(replace(plain, arms=arms, claims=[claim]))
-        except data.InputError:
+        except InputError:
             return False
 
     every = ("bpb speed_up_flops speed_up_tokens eval/a/loss eval/a/bpb eval/a.test/bpb eval/a.test/loss "
@@ -399,7 +412,7 @@ def test_a_metric_that_a_run_turns_out_not_to_have_is_refused_after_the_first_ru
     own = 'def own(params, apply):\n    return {"own/x": 1.0}\n'
     text = text.replace("deep = Config(", f"{own}\n\ndeep = Config(")
     file.write_text(text.replace('"train/loss"', '"own/y"'))
-    with pytest.raises(data.InputError, match="the claim 'it learns' has the measure 'own/y', which run "
+    with pytest.raises(InputError, match="the claim 'it learns' has the measure 'own/y', which run "
                                               "deep-0.01-s0 does not have; allowed are: train/tokens"):
         call(file)
     assert trainer.made == ["deep-0.01-s0"]
@@ -414,7 +427,7 @@ NO_STUDY = [("config = deep", "but one config, which `python train.py .*tiny.py`
 def test_what_is_no_study_s_file_is_one_helpful_sentence(file, line, sentence):
     text = file.read_text()
     file.write_text(f"{text[:text.index('study = Study(')]}{line}\n")
-    with pytest.raises(data.InputError, match=sentence.replace("(...)", "[(][.]{3}[)]")):
+    with pytest.raises(InputError, match=sentence.replace("(...)", "[(][.]{3}[)]")):
         call(file)
     if "arms" in line:  # the run command knows them all the same
         assert train.load_config(f"{file}:a").overlap == 8
@@ -423,14 +436,14 @@ def test_what_is_no_study_s_file_is_one_helpful_sentence(file, line, sentence):
 def test_the_directory_of_a_run_or_a_study_and_an_arm_are_one_helpful_sentence(file, trainer):
     call(file, "--seeds", "1")
     for path, sentence in [(file.parent / "runs/tiny", "is the directory of a study; allowed is the study's"),
-                           (file.parent / "runs/tiny/deep-0.02-s1", "is a directory; allowed is a file with"),
+                           (file.parent / "runs/tiny/deep-0.02-s1", "is the directory of a run; allowed is a "),
                            (f"{file}:deep", "names an arm; allowed is the file, with --arms deep"),
-                           (train.ROOT / "configs/quickstart.py", "which `python train.py .*quickstart.py`")]:
-        with pytest.raises(data.InputError, match=sentence):
+                           (ROOT / "configs/quickstart.py", "which `python train.py .*quickstart.py`")]:
+        with pytest.raises(InputError, match=sentence):
             study.main([str(path)])
-    with pytest.raises(data.InputError, match="defines no `config = .*; it has arms, one of which .*:deep"):
+    with pytest.raises(InputError, match="defines no `config = .*; it has arms, one of which .*:deep"):
         train.load_config(str(file))
-    with pytest.raises(data.InputError, match="defines no arm 'x'; its arms: deep, grown, third"):
+    with pytest.raises(InputError, match="defines no arm 'x'; its arms: deep, grown, third"):
         train.load_config(f"{file}:x")
 
 
@@ -439,7 +452,7 @@ def test_a_run_made_by_another_config_is_not_taken_for_this_one_s(file, trainer)
     other = file.parent / "other" / file.name
     other.parent.mkdir()
     other.write_text(file.read_text().replace("mlp=16", "mlp=24"))
-    with pytest.raises(data.InputError, match="another config .model.mlp.*delete it"):
+    with pytest.raises(InputError, match="another config .model.mlp.*delete it"):
         study.main([str(other), "--runs", str(file.parent / "runs"), "--seeds", "1"])
 
 
@@ -452,7 +465,7 @@ def test_the_shape_and_tokenizer_of_a_run_to_start_from_are_no_change(file, trai
     place.write_text(json.dumps(config))
     call(file, "--seeds", "1")
     place.write_text(json.dumps(config | {"clip": 2.0}))
-    with pytest.raises(data.InputError, match="another config .clip"):
+    with pytest.raises(InputError, match="another config .clip"):
         call(file, "--seeds", "1")
 
 
@@ -474,7 +487,7 @@ Method: none
 ''',
             "configs/quickstart.py": '"""A first run."""\n',
             "README.md": "# A door\n\n<!-- results -->\nold rows\n<!-- /results -->\n\nthe end\n"}.items():
-        data.write(root / place, text)
+        write(root / place, text)
     monkeypatch.setattr(study, "ROOT", root)
     monkeypatch.setattr(papers, "ROOT", root)
     return root
@@ -530,17 +543,17 @@ def test_a_record_has_the_study_s_own_measures_and_the_command_that_made_it(hous
     (["--arms", "third"], "--arms leaves out grown; allowed are the arms that run without --arms .deep, "),
 ])
 def test_what_may_not_be_recorded_is_one_sentence(house, trainer, arguments, sentence):
-    with pytest.raises(data.InputError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         record(house, *arguments)
     assert not trainer.made and not (house / "results").exists()
 
 
 def test_a_file_outside_the_chapters_is_not_recorded(file, house, trainer):
-    with pytest.raises(data.InputError, match="tiny.py cannot be recorded; allowed is a file configs/CHA"):
+    with pytest.raises(InputError, match="tiny.py cannot be recorded; allowed is a file configs/CHA"):
         call(file, "--record")
     place = house / "configs/tiny.py"
     place.write_text(file.read_text())
-    with pytest.raises(data.InputError, match="tiny.py cannot be recorded"):
+    with pytest.raises(InputError, match="tiny.py cannot be recorded"):
         call(place, "--record")
     assert not trainer.made
 
@@ -589,7 +602,7 @@ def test_records_and_marks_that_do_not_fit_the_files_are_refused(house, trainer)
     kept, text = place.read_text(), source.read_text()
 
     def refused(sentence: str):
-        with pytest.raises(data.InputError, match=sentence):
+        with pytest.raises(InputError, match=sentence):
             papers.pages(house)
 
     place.write_text(kept.replace('"below": 10.0', '"below": 9.0'))
@@ -601,7 +614,7 @@ def test_records_and_marks_that_do_not_fit_the_files_are_refused(house, trainer)
     place.write_text(kept)
     source.rename(source.with_name("small.py"))
     refused("tiny.json belongs to no file in configs/")
-    data.write(source, text)
+    write(source, text)
     source.with_name("small.py").write_text('"""Broken.""" +')
     refused("small.py.*SyntaxError")
     source.with_name("small.py").unlink()
@@ -613,8 +626,8 @@ def test_the_readme_shows_five_studies_at_most_one_of_each_chapter_first(house, 
     record(house, "--seeds", "2")
     kept, source = (house / place for place in ("results/growth/tiny.json", "configs/growth/tiny.py"))
     for name in ("growth/a", "growth/b", "forgetting/c", "baselines/d", "own/e"):
-        data.write(house / f"results/{name}.json", kept.read_text())
-        data.write(house / f"configs/{name}.py", source.read_text())
+        write(house / f"results/{name}.json", kept.read_text())
+        write(house / f"configs/{name}.py", source.read_text())
     entries = library(house)
     assert [entry.method for entry in entries] == ["a", "b", "tiny", "c", "meco", "d", "e"]
     assert [entry.method for entry in papers.chosen(entries)] == ["a", "c", "d", "e", "b"]
@@ -644,7 +657,7 @@ def test_papers_finds_a_file_that_is_no_study_and_shows_verdicts(house, trainer,
     ("001:3", "no file of the library has all of: 001:3; "), ("zzz", "without words, all are listed"),
 ])
 def test_papers_that_finds_nothing_says_what_is_near(house, words, sentence):
-    with pytest.raises(data.InputError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         papers.main(words.split())
 
 
@@ -652,7 +665,7 @@ def test_papers_that_finds_nothing_says_what_is_near(house, words, sentence):
 
 
 def test_a_quick_study_end_to_end_by_the_command_line_and_again(file):
-    line = [sys.executable, train.ROOT / "train.py", "study", file, "--quick", "--runs", file.parent / "runs"]
+    line = [sys.executable, ROOT / "train.py", "study", file, "--quick", "--runs", file.parent / "runs"]
 
     def go() -> str:
         done = subprocess.run(line, capture_output=True, text=True, env=conftest.environment())
@@ -690,13 +703,12 @@ def test_a_study_is_recorded_and_shown_by_the_real_commands(corpus, tmp_path):
     root = tmp_path / "house"
     root.mkdir()
     for name in ("train.py", "model.py", "data.py", "lib", "tools"):
-        copy = shutil.copytree if (train.ROOT / name).is_dir() else shutil.copy
-        copy(train.ROOT / name, root / name)
-    small = FILE.replace("PATH", str(corpus)).replace("configs.stacking", "tiny_stack")
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, root / name)
+    small = FILE.replace("PATH", str(corpus))
     small = small.replace("steps=400", "steps=4").replace("peak_lrs=(1e-2, 2e-2, 4e-2),", "seeds=2,")
-    data.write(root / "tiny_stack.py", (train.ROOT / "configs/stacking.py").read_text("utf-8"))
-    data.write(root / "configs/growth/tiny.py", small)
-    data.write(root / "README.md", "<!-- results -->\n<!-- /results -->\n")
+    write(root / "configs/growth/tiny.py", small)
+    write(root / "README.md", "<!-- results -->\n<!-- /results -->\n")
 
     def go(*words: str, code: int = 0) -> str:
         line = [sys.executable, "train.py", *words]
@@ -721,7 +733,7 @@ def test_a_study_is_recorded_and_shown_by_the_real_commands(corpus, tmp_path):
 
 
 def test_sigterm_saves_the_run_in_flight_and_ends_the_study(file):
-    line = [sys.executable, train.ROOT / "train.py", "study", file, "--seeds", "1", "--runs", file.parent]
+    line = [sys.executable, ROOT / "train.py", "study", file, "--seeds", "1", "--runs", file.parent]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=conftest.environment()) as process:
         metrics, limit = file.parent / "tiny/deep-0.01-s0/metrics.jsonl", time.monotonic() + 60
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:

@@ -11,16 +11,16 @@ import difflib
 import re
 from pathlib import Path
 
-import data
-import train
-from data import InputError
+from lib.arguments import Arguments
+from lib.config import ROOT
+from lib.disk import write
+from lib.errors import InputError
 from lib.library import Entry, first_line, library
 from lib.results import NOT_RECORDED
 from lib.statistics import PLUS_MINUS
 
 ID = re.compile(r"\d{3}:\d+")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-ROOT = train.ROOT
 IN_README = 5  # rows of results there, at most
 GENERATED = "This page is written by `python train.py papers --write`, from the files and records."
 
@@ -203,13 +203,13 @@ def pages(root: Path) -> dict[Path, str]:
 
 def main(arguments: list[str]):
     """Command line."""
-    parser = train.Arguments("papers", __doc__)
+    parser = Arguments("papers", __doc__)
     parser.add_argument("words", nargs="*", help="all of which the file's paper is to have")
     parser.add_argument("--write", action="store_true", help="write the generated pages")
     a = parser.parse_args(arguments)
     if a.write:
         for place, text in pages(ROOT).items():
-            data.write(place, text)
+            write(place, text)
             print(f"{place} is written")
         return
     for entry in search(library(ROOT), a.words):

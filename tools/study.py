@@ -36,11 +36,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-import data
-import model
-import train
-from data import InputError
 from lib import results
+from lib.arguments import Arguments
+from lib.config import ROOT, flatten, load_module, to_json
+from lib.disk import write
+from lib.errors import InputError
+from lib.schedule import schedules
 from lib.statistics import (
     NOT_JUDGED,
     PLUS_MINUS,
@@ -52,6 +53,7 @@ from lib.statistics import (
     verdict,
 )
 from lib.study import PAIRED, Claim, Study, allowed_names, every_phase
+from train import Config, check, parse
 
 # Fields of a config that change nothing of what a study reads of a run.
 HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "save_every", "keep",
@@ -60,7 +62,6 @@ HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "s
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 QUICK_SEEDS = 2
-ROOT = train.ROOT  # of the house, which has configs/ and results/
 
 
 class Job(NamedTuple):
@@ -103,18 +104,18 @@ def load_study(path: str) -> Study:
     if (place / "study.json").is_file():
         raise InputError(f"{path} is the directory of a study; allowed is the study's file, "
                          f"and `python train.py report {path}` shows its result")
-    if place.is_dir():
-        raise InputError(f"{path} is a directory; allowed is a file with `study = Study(...)`, "
-                         f"and `python train.py report {path}` shows a run")
+    if (place / "config.json").is_file():
+        raise InputError(f"{path} is the directory of a run; allowed is a study's file, "
+                         f"and `python train.py report {path}` shows the run")
     file, _, arm = path.partition(":")
     if arm and Path(file).is_file():
         raise InputError(f"{path} names an arm; allowed is the file, with --arms {arm}")
-    module = train.load_module(path)
+    module = load_module(path)
     study = getattr(module, "study", None)
     if isinstance(study, Study):
         return study
     sentence = f"{path} defines no `study = Study(...)`"
-    if isinstance(getattr(module, "config", None), train.Config):
+    if isinstance(getattr(module, "config", None), Config):
         sentence += f" but one config, which `python train.py {path}` trains"
     raise InputError(f"{sentence}; configs/README.md lists the files that are studies")
 
@@ -170,7 +171,7 @@ def command(request: Request, job: Job) -> list[str]:
     config = request.study.arms[job.arm]
     fields = {"seed": job.seed}
     if job.rate is not None:
-        for path, schedule in model.schedules(config).items():
+        for path, schedule in schedules(config).items():
             fields[f"{path}.peak"] = job.rate * (schedule.peak / config.schedule.peak)
     if request.quick:
         for path, value in request.study.quick.items():
@@ -187,13 +188,13 @@ def complete(request: Request, job: Job) -> bool:
 
     Raises InputError for a config that is refused, and for one that the run was not made by.
     """
-    config, _ = train.parse(command(request, job))
-    train.check(config)
+    config, _ = parse(command(request, job))
+    check(config)
     run = request.directory / job.name
     if not (run / "summary.json").exists():
         return False
-    old = train.flatten(json.loads((run / "config.json").read_text()))
-    now = train.flatten(json.loads(json.dumps(train.to_json(config))))
+    old = flatten(json.loads((run / "config.json").read_text()))
+    now = flatten(json.loads(json.dumps(to_json(config))))
     now["model.vocab"] = now["model.vocab"] or old["model.vocab"]  # 0 becomes the tokenizer's
     given = ("model.", "data.tokenizer") if config.init_from else ()  # by the run it starts from
     changed = [path for path in sorted(old.keys() | now.keys())
@@ -289,7 +290,7 @@ class Runner:
         on_gpu = isinstance(device, str)
         where = {"CUDA_VISIBLE_DEVICES": device} if on_gpu else {}
         words = command(self.request, job)
-        line = [sys.executable, train.ROOT / "train.py", *words]
+        line = [sys.executable, ROOT / "train.py", *words]
         with open(self.log_of(job), "ab") as out:
             env = KEEP_COMPILED | os.environ | where
             process = subprocess.Popen(line, stdout=out, stderr=out, env=env)
@@ -337,7 +338,7 @@ def add_seconds(directory: Path, seconds: float) -> float:
     """Add to the wall time that a study's runs have taken so far, all commands together."""
     place = directory / "seconds.json"
     before = json.loads(place.read_text()) if place.is_file() else 0.0
-    data.write(place, json.dumps(before + seconds))
+    write(place, json.dumps(before + seconds))
     return before + seconds
 
 
@@ -615,7 +616,7 @@ def draw(result: dict) -> Figure:
 
 def arguments_of(words: list[str]) -> argparse.Namespace:
     """The command line's words, understood."""
-    parser = train.Arguments("study", __doc__)
+    parser = Arguments("study", __doc__)
     parser.add_argument("file", help="a file that defines `study = Study(...)`")
     parser.add_argument("--seeds", type=int, help="how many; the study's, or 2 with --quick")
     parser.add_argument("--arms", default="",
@@ -641,7 +642,7 @@ def main(arguments: list[str]) -> dict:
         complete(request, Job(arm, grid[0] if grid else None, 0))
     request.directory.mkdir(parents=True, exist_ok=True)
     result = conclude(request)
-    data.write(request.directory / "study.json", json.dumps(results.finite(result), indent=1))
+    write(request.directory / "study.json", json.dumps(results.finite(result), indent=1))
     draw(result).savefig(request.directory / "study.png", dpi=110)
     print(f"\n{table(result)}\n\n{request.directory} has study.json and study.png")
     record = results.make_record(ROOT, request.path, request.study, result, bool(a.arms))
