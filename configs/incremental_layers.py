@@ -14,9 +14,9 @@ and unlike the paper's constant rate, growth warms up again and all decay over t
     python train.py study configs/incremental_layers.py --seeds 3 --jobs 2  about ten minutes on two CPU cores
     python train.py configs/incremental_layers.py:frozen                    one arm by hand, a minute
 
-Freezing takes two functions, for any config: `freeze` (a `weights`) stops gradients, so that the clipped norm
+Freezing takes two functions, for any config: `freeze` (a `reparam`) stops gradients, so that the clipped norm
 is of what trains, and `asleep` (an `optimizer`) keeps weight decay and moments off what has no gradient. To
-freeze whole optimiser groups, embeddings say, `Phase.rates` of 0 is enough.
+freeze whole optimiser groups, embeddings say, `Phase.lr` of 0 is enough.
 """
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -38,7 +38,7 @@ BLOCK = {name: p.axes[0] == "layers" for name, p in table(ModelConfig(tied=False
 
 
 def freeze(params, step, batch, begin: int = 0, until: int = 0, layers: int = 0, names: str = "*"):
-    """A `weights`: no gradient at batches begin+1 .. until for the parameters whose names fit a pattern.
+    """A `reparam`: no gradient at batches begin+1 .. until for the parameters whose names fit a pattern.
 
     Of blocks the first `layers` layers, or with 0 all, and then other parameters too.
     """
@@ -110,7 +110,7 @@ unfrozen = replace(scratch, model=shallow, phases=(
     replace(plain, steps=SHALLOW, schedule=replace(scratch.schedule, shape="constant")),
     replace(plain, steps=DEEP, edits=(random_on_top,),
             schedule=replace(scratch.schedule, decay=DECAY * plain.steps / DEEP))))
-frozen = replace(unfrozen, optimizer=asleep, weights=partial(
+frozen = replace(unfrozen, optimizer=asleep, reparam=partial(
     freeze, begin=SHALLOW, until=SHALLOW + DEEP // 2, layers=shallow.layers))
 arms = {"scratch": scratch, "frozen": frozen, "unfrozen": unfrozen}
 config = arms["frozen"]

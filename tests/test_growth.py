@@ -257,7 +257,7 @@ def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
 
 def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_model():
     config = width.arms["two_stage"]
-    stage, (narrow, _) = config.weights.keywords, config.phases
+    stage, (narrow, _) = config.reparam.keywords, config.phases
     assert stage["begin"] == narrow.steps and stage["embed"] == width.wide.embed
     assert stage["begin"] + 20 < stage["until"]
     assert not any(s % config.eval_every == 0 for s in range(stage["begin"] + 1, stage["until"]))
@@ -269,7 +269,7 @@ def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_mode
 def test_frozen_layers_stay_bit_for_bit_and_move_again(tiny):
     """Weight decay, old moments and the clipped norm included, through a step that is compiled once."""
     config = replace(tiny, unroll=1)
-    run = train.Config(model=config, optimizer=layers.asleep, clip=1e-2, weights=partial(
+    run = train.Config(model=config, optimizer=layers.asleep, clip=1e-2, reparam=partial(
         layers.freeze, begin=1, until=3, layers=1))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = first_state(config, run.optimizer, mesh, jax.random.key(0))
