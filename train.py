@@ -509,7 +509,9 @@ def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
     if model not in run.programs:
         run.programs[model] = evaluators(run.config, model, run.mesh)
     losses, scores = run.programs[model]
-    row = evaluate_during(run, state, step, losses, scores)
+    config = replace(run.config, model=model)
+    row = evaluate_during(config, run.plan.phase_of(step), run.caches, run.tokenizer, run.mesh, state, losses,
+                          scores)
     if step in run.plan.steers:
         run.loader.decide(run.plan.steers[step], {name: row[f"eval/{name}/loss"] for name in run.caches})
     return row

@@ -24,8 +24,8 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from configs.incremental_layers import asleep
 from data import DataConfig, Source, stdlib
+from lib.freezing import asleep
 from lib.schedule import Schedule
 from model import Context, Edited, Model, ModelConfig, flops_per_token, groups, table
 from train import Config, Phase

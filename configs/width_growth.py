@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from configs import incremental_layers as freezing
 from data import DataConfig, Source, stdlib
+from lib.freezing import BLOCK, asleep
 from lib.schedule import Schedule
 from lib.widen import widen
 from model import ModelConfig, flops_per_token
@@ -53,7 +53,7 @@ def sub_models(params, step, batch, embed: int = 0, begin: int = 0, until: int =
     depth = top * jax.random.randint(jax.random.fold_in(jax.random.key(0), step), (), 1, layers // top + 1)
 
     def part(name, x):
-        if not freezing.BLOCK[name]:
+        if not BLOCK[name]:
             still = name == "embed" and "head" in params
             return jnp.where(now, lax.stop_gradient(x), x) if still else x
         layer = jnp.arange(layers).reshape(-1, *[1] * (x.ndim - 1))
@@ -96,7 +96,7 @@ arms = {
     "advanced": advanced,
     "corner": arm(new="zero"),
     "uneven": arm(split="uneven"),
-    "two_stage": replace(advanced, optimizer=freezing.asleep, reparam=partial(
+    "two_stage": replace(advanced, optimizer=asleep, reparam=partial(
         sub_models, embed=wide.embed, begin=NARROW, until=NARROW + LATER // 8)),
 }
 config = arms["preserving"]

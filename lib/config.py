@@ -1,5 +1,6 @@
 """Configs: read from files and the command line, checked, and written as JSON."""
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -41,28 +42,57 @@ def load_file(path: str | Path):
     return sys.modules[name]
 
 
-def load_config(path: str, kind: type):
-    """The `config` of a config file or, of FILE:ARM, one of its `arms`."""
-    path, _, arm = path.partition(":")
-    if not Path(path).is_file():
-        known, verbs = (sorted(p.stem for p in (ROOT / d).glob("*.py")) for d in ("configs", "tools"))
-        raise InputError(f"{path!r} is neither a config file (configs/ has {', '.join(known)}) nor a verb "
-                         f"({', '.join(verbs)})")
+def find_config_file(path: str):
+    """Raise InputError unless a file is there, with the config or verb whose name is the nearest."""
+    if Path(path).is_file():
+        return
+    configs = sorted(place.relative_to(ROOT) for place in (ROOT / "configs").rglob("*.py"))
+    verbs = sorted(place.stem for place in (ROOT / "tools").glob("*.py"))
+    names = {place.stem: place.as_posix() for place in configs} | {verb: verb for verb in verbs}
+    near = difflib.get_close_matches(Path(path).stem, names, 1)
+    hint = f"did you mean {names[near[0]]}?" if near else "configs/README.md lists the configs"
+    raise InputError(f"{path!r} is neither a config file nor a verb ({', '.join(verbs)}); {hint}")
+
+
+@contextlib.contextmanager
+def config_errors(path: str):
+    """Whatever a config file does wrong, said in one InputError that names the file and its line."""
     try:
-        if path.endswith(".json"):  # of a run
-            return from_json(kind, json.loads(Path(path).read_text()))
-        arms = {"": getattr(load_file(path), "config", None)} | getattr(load_file(path), "arms", {})
-    except InputError:
-        raise
-    except Exception as error:  # whatever a config file does wrong is the user's to mend
+        yield
+    except Exception as error:  # a config file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if f.filename == str(Path(path).resolve())]
         line = f", line {lines[-1]}" if lines else ""
-        raise InputError(f"config file {path}{line}: {type(error).__name__}: {error}") from error
-    if not isinstance(arms.get(arm), kind):
-        raise InputError(f"config file {path} defines no " + (
-            f"arm {arm!r}; its arms: {', '.join(arms)[2:] or 'none'}" if arm else "`config = Config(...)`"))
-    return arms[arm]
+        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"config file {path}{line}: {said}") from error
+
+
+def load_module(path: str):
+    """The module of a config file; raises InputError for whatever is wrong with it."""
+    find_config_file(path)
+    with config_errors(path):
+        return load_file(path)
+
+
+def load_config(path: str, kind: type):
+    """The `config` of a config file or, of FILE:ARM, an arm of its study or of its dictionary `arms`.
+
+    kind: train.Config, which what is found has to be.
+    """
+    path, _, arm = path.partition(":")
+    if path.endswith(".json"):  # of a run
+        find_config_file(path)
+        with config_errors(path):
+            return from_json(kind, json.loads(Path(path).read_text()))
+    module = load_module(path)
+    arms = getattr(getattr(module, "study", module), "arms", {})
+    found = arms.get(arm) if arm else getattr(module, "config", None)
+    if isinstance(found, kind):
+        return found
+    if arm:
+        raise InputError(f"config file {path} defines no arm {arm!r}; its arms: {', '.join(arms) or 'none'}")
+    hint = f"; it has arms, one of which {path}:{next(iter(arms))} names" if arms else ""
+    raise InputError(f"config file {path} defines no `config = Config(...)`{hint}")
 
 
 def parts(value) -> dict[str, tuple[Any, Any]]:

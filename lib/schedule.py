@@ -224,4 +224,4 @@ def make_plan(config, context: Context) -> Plan:
             steers |= dict.fromkeys(range(end - phase.steps, end, phase.steer)[1:], i)
     lr = lr_of_groups(config, ends, dict(tokens=tokens, flops=flops), names)
     return Plan(ends, config.model, models, tokens, flops, lr, edits, resets, steers,
-                frozenset(config.eval_at), config.eval_every, config.save_every)
+                frozenset(getattr(config, "eval_at", ())), config.eval_every, config.save_every)

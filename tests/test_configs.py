@@ -1,5 +1,4 @@
 """configs/: the packings, the truncation toy process, and what every study has to have."""
-import argparse
 import itertools
 import json
 import math
@@ -234,31 +233,25 @@ def test_truncation_trained_is_within_a_hundredth_of_the_closed_form(arm, tmp_pa
 
 # ------------------------------------------------------------------------------------------------ the studies
 
-STUDIES = [p for p in sorted((ROOT / "configs").glob("*.py")) if "\narms = " in p.read_text("utf-8")]
+STUDIES = [p for p in sorted((ROOT / "configs").rglob("*.py")) if "\nstudy = Study(" in p.read_text("utf-8")]
 
 
-def asked(path, **given) -> study.Study:
-    """The study that a command line asks for."""
-    quick = hasattr(load_file(path), "quick")
-    plain = dict(config=str(path), arms="", quick=quick, seeds=2, jobs=1, runs="runs")
-    return study.read(argparse.Namespace(**plain | given))
+def asked(path, *words: str) -> study.Request:
+    """What a command line asks of a study's file."""
+    return study.read(study.arguments_of([str(path), *words]))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_every_arm_of_a_study_is_accepted_in_full_and_with_quick(path):
-    """`read` refuses a control, default arms and claims that name no arm."""
-    file = vars(load_file(path))
-    default, arms = asked(path), ",".join(file["arms"])
-    control = file.get("control", default.arms[0])
-    assert set(default.arms) == {control, *file.get("default_arms", file["arms"])}
-    assert default.arms[0] == control
-    assert all(("below" in claim) != ("above" in claim) and claim["says"] for claim in default.claims)
-    for quick in {False, "quick" in file}:
-        every = asked(path, arms=arms, quick=quick)
-        assert len(every.claims) == len(file.get("claims", ())) and set(every.arms) == set(file["arms"])
+    own, default = load_file(path).study, asked(path)
+    assert default.arms[0] == own.first
+    assert set(default.arms) == {own.first, *(own.default_arms or own.arms)}
+    for quick in {False, bool(own.quick)}:
+        every = asked(path, "--arms", ",".join(own.arms), *["--quick"] * quick)
+        assert every.claims == list(own.claims) and set(every.arms) == set(own.arms)
         for arm in every.arms:
-            for rate in every.rates[:1] or [None]:
-                config, _ = parse([str(w) for w in study.command(every, study.Job(arm, rate, 1))])
+            for rate in own.peak_lrs[:1] or [None]:
+                config, _ = parse(study.command(every, study.Job(arm, rate, 1)))
                 train.check(config)
                 assert rate is None or config.schedule.peak == pytest.approx(rate)
 
@@ -269,11 +262,11 @@ def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(path):
     file = load_file(path)
     context = model.Context(jax.random.key(0), 0, None, None, None)
     budget = "flops" if "budget of model FLOPs" in " ".join(file.__doc__.split()) else "tokens"
-    courses = [course_of(config, context) for config in file.arms.values()]
+    courses = [course_of(config, context) for config in file.study.arms.values()]
     spent = [getattr(course, budget)[-1] for course in courses]
     assert max(spent) / min(spent) < (1.003 if budget == "flops" else 1 + 1e-9)
     assert len({replace(course.models[-1], norm_eps=0.0) for course in courses}) == 1
-    for config, course in zip(file.arms.values(), courses, strict=True):
+    for config, course in zip(file.study.arms.values(), courses, strict=True):
         s, rate, share = config.schedule, course.rates["matrix"], getattr(course, budget) / max(spent)
         assert s.shape == "wsd" and rate[-1] == pytest.approx(s.final * s.peak, rel=1e-3)
         falls = share[(share > 0.5) & (rate < 0.999 * s.peak)]
@@ -281,11 +274,11 @@ def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(path):
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("path", [p for p in STUDIES if hasattr(load_file(p), "quick")],
+@pytest.mark.parametrize("path", [p for p in STUDIES if load_file(p).study.quick],
                          ids=lambda p: p.stem)
 def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
     """In a directory of its own, beside the runs that it starts from, which are made in a hurry."""
-    file, shared, here = load_file(path), ROOT.parent / "shared", tmp_path / "here"
+    own, shared, here = load_file(path).study, ROOT.parent / "shared", tmp_path / "here"
     here.mkdir()
     if "../shared" in path.read_text("utf-8"):
         if not shared.is_dir():
@@ -302,9 +295,10 @@ def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
     small = "--sample_tokens 4 --eval_tokens 2000 --phases.0.steps 4".split()
     if "runs/quickstart" in path.read_text("utf-8"):
         go(*small, "--phases.1.steps", "4")
-    for name in {arm.init_from for arm in file.arms.values()} - {"", "runs/quickstart"}:
+    for name in {arm.init_from for arm in own.arms.values()} - {"", "runs/quickstart"}:
         stem, arm = name.removeprefix("runs/").split("-")  # made by another arm
-        go(f"{ROOT}/configs/{stem}.py:{arm}", *small)
+        base, = (ROOT / "configs").rglob(f"{stem}.py")
+        go(f"{base}:{arm}", *small)
     said = go("study", str(path), "--quick", "--jobs", str(min(2, os.cpu_count())))
     result = json.loads((here / f"runs/{path.stem}-quick/study.json").read_text())
     assert [*result["arms"]] == asked(path).arms and not result["failed"]

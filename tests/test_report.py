@@ -10,6 +10,8 @@ import pytest
 
 import train
 from lib.config import ROOT, load_file, to_json
+from lib.statistics import compare, run_figures
+from lib.study import PAIRED
 from train import Config, Phase
 
 report = load_file(ROOT / "tools/report.py")
@@ -60,12 +62,11 @@ def make_run(path: Path, steps: int = 60, done: bool = True, sources=("code",), 
 
 def make_study(path: Path) -> Path:
     """A study of two arms and two seeds, one claim, as tools/study.py writes it down."""
-    study = load_file(ROOT / "tools/study.py")
     arms = {arm: dict(rate=0.01, bracketed=arm == "plain", tuning={}) for arm in ("plain", "grown")}
     runs = {arm: {s: make_run(path / f"{arm}-0.01-s{s}", seed=s) for s in (1, 2)} for arm in arms}
-    runs = {arm: {s: study.figures(run) for s, run in own.items()} for arm, own in runs.items()}
+    runs = {arm: {s: run_figures(run) for s, run in own.items()} for arm, own in runs.items()}
     for arm, own in runs.items():
-        less = {m: study.compare(own, runs["plain"], m) for m in study.MEASURES}
+        less = {m: compare(own, runs["plain"], m) for m in PAIRED}
         arms[arm] |= dict(tokens=1, flops=1.0, bpb=(1.2, 0.1), less_control=less, runs=own)
     claim = dict(says="grown < plain & more", measure="bpb", arm="grown", control="plain", below=0.0,
                  mean=-0.1, half=0.01, verdict="confirmed")

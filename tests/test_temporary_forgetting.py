@@ -13,6 +13,7 @@ import train
 from lib.config import ROOT, load_file
 from lib.schedule import Plan, edits_at
 from lib.sharding import make_mesh
+from lib.statistics import run_figures
 from lib.tokenizers import make_tokenizer
 from train import load_config
 
@@ -222,7 +223,6 @@ def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, caps
     evals = [r for r in rows if "pos/new" in r]
     assert [r["step"] for r in evals] == [2, 4, 6, 8]
     assert len([r for r in rows if 0 < r.get("train/loss", 0) < 10]) == 8
-    study = load_file(ROOT / "tools/study.py")
-    last = study.figures(tmp_path / "run", measures=forgetting.measures)["last"]
+    last = run_figures(tmp_path / "run", measures=forgetting.measures)["last"]
     assert last["head/context"] == pytest.approx(np.mean([r["pos/head/context"] for r in evals[1:]]))
     assert last["new_lost"] == pytest.approx(max(r["pos/new"] for r in evals) - last["new"])

@@ -1,398 +1,608 @@
-"""A study: arms over paired seeds, each at its own best learning rate, beside a control, with intervals.
+"""A study: arms over paired seeds, each at its own best peak learning rate, beside a control.
 
-    python train.py study CONFIG [--seeds N] [--arms A,B] [--quick] [--jobs N] [--runs DIR]
+    python train.py study FILE [--seeds N] [--arms A,B] [--quick] [--jobs N] [--runs DIR]
+                               [--record] [--json]
 
-CONFIG is a file that defines `arms = {name: Config}` and, where it wants them,
+FILE defines `study = Study(...)`; lib/study.py says what that may hold.
 
-    control        the arm that the others are compared to; the first one by default
-    default_arms   names of the arms that run without --arms; all by default
-    rates          peak learning rates to tune each arm over; without them, each arm's own. A rate is the
-                   run's schedule.peak; a phase's own schedule keeps its peak's ratio to that
-    quick          {field: value} to set in every arm with --quick; `phases.*.steps` means each phase's
-    teacher_flops  {arm: FLOPs spent on it elsewhere, say on a teacher or on a run that it starts from}
-    measures       {name: function of the rows of a metrics.jsonl -> float}, shown in a table of their own
-    tuned_by       the one of them whose least value decides on a rate; without it, the last dev bits per byte
-    claims         what is expected, written down before it is run. Each is a dictionary:
-        says            in words
-        arm, control    names of arms
-        measure         bpb: arm less control in bits per byte of the test split, means over sources (the
-                        default); speed_up_flops, speed_up_tokens: see `speed_up`; one of `measures`; or the
-                        name of any figure in metrics.jsonl, whose last values are subtracted
-        below or above  the bound on whose one side the whole 95 % interval is expected to lie
+Each arm is tuned on seed 0 over the study's peak_lrs, by its last bits per byte on dev or by the
+study's `tuned_by`. It then runs with seeds 1 to N at the rate found. A peak learning rate is the
+run's schedule.peak; a phase's own schedule keeps its peak's ratio to that. Where an arm's best rate
+is an end of the grid, the grid is extended for it by its own ratio, at most twice; if that does not
+bracket the best, the table says so. Equal seeds mean equal data order and initial draws, so
+differences are paired. `±` is half a 95 % interval by Student's t.
 
-Each arm is tuned on seed 0, by its last bits per byte on dev (or `tuned_by`), and runs with seeds 1 to N at
-the rate found.
-Equal seeds mean equal data order and initial draws, so differences are paired. Where an arm's best rate is
-an end of the grid, the grid is extended for it by its own ratio, at most twice; if that does not bracket the
-best, the table says so. --quick: the middle rate, untuned, and two seeds.
+--quick takes the study's `quick` fields, the middle rate and two seeds. It shows that the study
+runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/.
+--json prints the same as one line, the last one.
 
-Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, made by the ordinary command in a process of their own, one
-a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores; what is complete is not
-run again. Beside them: study.json, study.png, a log of each run.
+Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, each made by the ordinary command in a process of
+its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores.
+What is complete is not run again. Beside them are study.json, study.png and a log of each run.
 """
+import argparse
 import json
 import math
 import os
 import queue
 import signal
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.special import stdtrit
 
+from lib import results
 from lib.arguments import Arguments
-from lib.config import flatten, load_file, to_json
+from lib.config import ROOT, flatten, load_module, to_json
 from lib.disk import write
 from lib.errors import InputError
 from lib.schedule import schedules
-from train import ROOT, check, load_config, parse
+from lib.statistics import (
+    NOT_JUDGED,
+    PLUS_MINUS,
+    best_rate,
+    compare,
+    interval,
+    next_rate,
+    run_figures,
+    verdict,
+)
+from lib.study import PAIRED, Claim, Study, allowed_names, every_phase
+from train import Config, check, parse
 
-EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
-HARMLESS = "name runs prompts sample_tokens sample_temperature save_every keep tracker".split()  # at its end
-KEEP = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs too, for the runs to come
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-MEASURES = "bpb", "speed_up_flops", "speed_up_tokens"
+# Fields of a config that change nothing of what a study reads of a run.
+HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "save_every", "keep",
+            "tracker")
+# Small programs are kept in the compilation cache too, for the runs to come.
+KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+QUICK_SEEDS = 2
 
 
 class Job(NamedTuple):
     """One run of a study."""
 
     arm: str
-    rate: float | None  # None: the arm's own
+    rate: float | None  # peak learning rate; None: the arm's own
     seed: int
 
     @property
     def name(self) -> str:
         """Of its directory."""
-        return f"{self.arm}-{'own' if self.rate is None else format(self.rate, 'g')}-s{self.seed}"
+        rate = "own" if self.rate is None else f"{self.rate:g}"
+        return f"{self.arm}-{rate}-s{self.seed}"
 
 
-class Study(NamedTuple):
-    """A study's file and what a command asks of it."""
+class Request(NamedTuple):
+    """What a command line asks for."""
 
-    path: str  # of the file
-    directory: Path
+    path: str  # of the study's file
+    study: Study
+    directory: Path  # of its runs
     arms: list[str]  # that run, the control first
-    rates: list[float]  # ascending; none: each arm's own
-    quick: dict
-    teacher: dict[str, float]  # FLOPs spent elsewhere, by arm
-    claims: list[dict]  # about these arms
-    failed: dict[str, str]  # run: why
-    measures: dict[str, Callable]  # of a run's rows
-    tuned_by: str  # one of these, or "" for the last bits per byte on dev
+    seeds: int
+    quick: bool
     jobs: int  # runs at a time where there are no GPUs
 
-
-# ----------------------------------------------------------------------------------------------- the figures
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """(mean, half the width of its 95 % interval by Student's t); the latter is None for one value."""
-    n, mean = len(values), statistics.fmean(values)
-    return mean, float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    @property
+    def claims(self) -> list[Claim]:
+        """Those about arms that run."""
+        control_of = self.study.control_of
+        return [c for c in self.study.claims if {c.arm, control_of(c)} <= {*self.arms}]
 
 
-def reach(budget: list[float], losses: list[float], target: float) -> float:
-    """The budget at which a curve first comes down to `target`, linear between its points; inf if never."""
-    i = next((i for i, loss in enumerate(losses) if loss <= target), None)
-    if not i:  # before the first point nothing is known
-        return math.inf if i is None else budget[0]
-    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-    return budget[i - 1] + share * (budget[i] - budget[i - 1])
+# ------------------------------------------------------------------------------- what is asked for
+
+def load_study(path: str) -> Study:
+    """The study that a file defines; raises InputError with what to do where it defines none."""
+    place = Path(path)
+    if (place / "study.json").is_file():
+        raise InputError(f"{path} is the directory of a study; allowed is the study's file, "
+                         f"and `python train.py report {path}` shows its result")
+    if (place / "config.json").is_file():
+        raise InputError(f"{path} is the directory of a run; allowed is a study's file, "
+                         f"and `python train.py report {path}` shows the run")
+    file, _, arm = path.partition(":")
+    if arm and Path(file).is_file():
+        raise InputError(f"{path} names an arm; allowed is the file, with --arms {arm}")
+    module = load_module(path)
+    study = getattr(module, "study", None)
+    if isinstance(study, Study):
+        return study
+    sentence = f"{path} defines no `study = Study(...)`"
+    if isinstance(getattr(module, "config", None), Config):
+        sentence += f" but one config, which `python train.py {path}` trains"
+    raise InputError(f"{sentence}; configs/README.md lists the files that are studies")
 
 
-def speed_up(arm: dict, control: dict, axis: str) -> float:
-    """How much more of a budget ("flops" or "tokens") the control needs than the arm for the same dev loss.
-
-    0.5 is half as much again. The loss is the worse one of the two ends, so that both reach it; the better
-    run does so before its rate has decayed, which understates the difference between them.
-    """
-    target = max(arm["dev"], control["dev"])
-    needs = [reach(run["curve"][axis], run["curve"]["dev"], target) for run in (control, arm)]
-    return needs[0] / needs[1] - 1
+def choose_arms(path: str, study: Study, names: str) -> list[str]:
+    """The arms that run, the control first; names: those of --arms, separated by commas."""
+    chosen = names.split(",") if names else list(study.default_arms or study.arms)
+    for name in chosen:
+        if name not in study.arms:
+            raise InputError(f"{path} defines no arm {name!r}; {allowed_names(name, study.arms)}")
+    return list(dict.fromkeys([study.first, *chosen]))
 
 
-def verdict(mean: float | None, half: float | None, claim: dict) -> str:
-    """confirmed: the whole interval is on the side claimed; reversed: on the other; undecided: neither."""
-    if half is None:
-        return "undecided"
-    ahead = mean - claim["above"] if "above" in claim else claim["below"] - mean
-    return "confirmed" if ahead > half else "reversed" if ahead < -half else "undecided"
+def read(a: argparse.Namespace) -> Request:
+    """What the arguments ask for; raises InputError for what is wrong with them or their file."""
+    study = load_study(a.file)
+    arms = choose_arms(a.file, study, a.arms)
+    cores = os.cpu_count() or 1
+    if a.seeds is not None and a.seeds < 1:
+        raise InputError(f"--seeds is {a.seeds}; allowed is 1 or more, 2 or more for intervals")
+    if not 1 <= a.jobs <= cores:
+        raise InputError(f"--jobs is {a.jobs}; allowed is 1 to {cores}, the cores here")
+    if a.quick and not study.quick:
+        raise InputError(f"{a.file} has no `quick` in its study; allowed is it without --quick")
+    seeds = a.seeds or (QUICK_SEEDS if a.quick else study.seeds)
+    name = Path(a.file).stem + ("-quick" if a.quick else "")
+    directory = Path(a.runs).expanduser() / name
+    return Request(a.file, study, directory, arms, seeds, a.quick, a.jobs)
 
 
-def best(tried: dict[float, float]) -> tuple[float, bool]:
-    """(the rate with the least dev loss of {rate: loss}, whether rates on both sides of it were tried)."""
-    rate = min(tried, key=tried.get)
-    return rate, min(tried) < rate < max(tried)
+def check_record(request: Request) -> Path:
+    """Where this study is recorded; raises InputError where it may not be."""
+    place = results.record_path(ROOT, request.path)
+    if request.quick:
+        raise InputError("--record is given with --quick, which gives no verdict; "
+                         "allowed is one of the two")
+    if request.seeds < 2:
+        raise InputError("--record is given with one seed, which has no interval; "
+                         "allowed is --seeds 2 or more")
+    study = request.study
+    wanted = study.default_arms or study.arms
+    missing = [arm for arm in wanted if arm not in request.arms]
+    if missing:
+        raise InputError(f"--record is given, but --arms leaves out {', '.join(missing)}; allowed "
+                         f"are the arms that run without --arms ({', '.join(wanted)}) and more")
+    return place
 
 
-def extension(tried: dict[float, float], grid: list[float]) -> float | None:
-    """The next rate to try where the best so far is an end of what was tried, or None."""
-    (rate, bracketed), known = best(tried), sorted(tried)
-    if bracketed or len(known) - len(grid) >= EXTRA:
-        return None
-    return float(f"{rate * (known[-1] / known[-2] if rate == known[-1] else known[0] / known[1]):.3g}")
+# -------------------------------------------------------------------------------------- the runs
 
-
-def figures(run: Path, elsewhere: float = 0.0, measures: dict[str, Callable] | None = None) -> dict:
-    """What a study needs of a complete run; its FLOPs include those spent elsewhere.
-
-    bpb (test) and dev are means over sources, or None where there is no such split; last: every metric's
-    last value, and the study's own `measures`.
-    """
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-    def mean(row: dict, test: bool) -> float | None:
-        found = [v for k, v in row.items() if k.endswith("/bpb") and k.endswith(".test/bpb") == test]
-        return statistics.fmean(found) if found and None not in found else None
-
-    points = [(r["train/tokens"], r["train/flops"] + elsewhere, mean(r, False)) for r in rows]
-    known = [p for p in points if p[2] is not None]
-    curve = {name: [p[i] for p in known] for i, name in enumerate(("tokens", "flops", "dev"))}
-    last, summary = {k: v for r in rows for k, v in r.items()}, json.loads((run / "summary.json").read_text())
-    last |= {name: measure(rows) for name, measure in (measures or {}).items()}
-    made_by = {k: summary[k] for k in ("versions", "commit", "host", "device", "devices")}
-    return dict(run=run.name, tokens=points[-1][0], flops=points[-1][1], bpb=mean(last, True), last=last,
-                dev=known[-1][2] if known else None, curve=curve, made_by=made_by)
-
-
-def compare(arm: dict[int, dict], control: dict[int, dict], measure: str) -> dict:
-    """The values of a measure paired by seed, {seed: run's figures}, their mean and half its interval."""
-    values = {}
-    for seed in sorted(arm.keys() & control.keys()):
-        pair = arm[seed], control[seed]
-        if measure.startswith("speed_up_"):
-            known = None not in (pair[0]["dev"], pair[1]["dev"])
-            values |= {seed: speed_up(*pair, measure.removeprefix("speed_up_"))} if known else {}
-        else:
-            ends = [(run["last"] | {"bpb": run["bpb"]}).get(measure) for run in pair]
-            values |= {} if None in ends else {seed: ends[0] - ends[1]}
-    mean, half = interval([*values.values()]) if values else (None, None)
-    return dict(measure=measure, values=values, mean=mean, half=half)
-
-
-# -------------------------------------------------------------------------------------------------- the runs
-
-
-def command(study: Study, job: Job) -> list[str]:
+def command(request: Request, job: Job) -> list[str]:
     """The arguments of `python train.py` that make a run."""
-    config, fields = load_config(f"{study.path}:{job.arm}"), {"seed": job.seed}
+    config = request.study.arms[job.arm]
+    fields = {"seed": job.seed}
     if job.rate is not None:
-        fields |= {f"{path}.peak": job.rate * (schedule.peak / config.schedule.peak)
-                   for path, schedule in schedules(config).items()}
-    for path, value in study.quick.items():
-        phases = range(len(config.phases)) if path.startswith("phases.*.") else [0]
-        fields |= {path.replace("*", str(i), 1): value for i in phases}
-    fields |= {"runs": study.directory, "name": job.name}
-    return [f"{study.path}:{job.arm}", *(w for path, v in fields.items() for w in (f"--{path}", str(v)))]
+        for path, schedule in schedules(config).items():
+            fields[f"{path}.peak"] = job.rate * (schedule.peak / config.schedule.peak)
+    if request.quick:
+        for path, value in request.study.quick.items():
+            fields |= dict.fromkeys(every_phase(path, len(config.phases)), value)
+    fields |= {"runs": request.directory, "name": job.name}
+    words = [f"{request.path}:{job.arm}"]
+    for path, value in fields.items():
+        words += [f"--{path}", str(value)]
+    return words
 
 
-def complete(study: Study, job: Job) -> bool:
-    """Has this run ended? Raises InputError for a config that is refused, or is not what it was made by."""
-    config, run = parse(command(study, job))[0], study.directory / job.name
+def complete(request: Request, job: Job) -> bool:
+    """Has this run ended?
+
+    Raises InputError for a config that is refused, and for one that the run was not made by.
+    """
+    config, _ = parse(command(request, job))
     check(config)
+    run = request.directory / job.name
     if not (run / "summary.json").exists():
         return False
     old = flatten(json.loads((run / "config.json").read_text()))
     now = flatten(json.loads(json.dumps(to_json(config))))
     now["model.vocab"] = now["model.vocab"] or old["model.vocab"]  # 0 becomes the tokenizer's
-    given = ("model.", "data.tokenizer") if config.init_from else ()  # by the run that it starts from
-    if changed := sorted(k for k in old.keys() | now.keys() if old.get(k) != now.get(k)
-                         and k.split(".")[0] not in HARMLESS and not k.startswith(given)):
-        raise InputError(f"run {run} was made by another config ({', '.join(changed)}); delete it, or use "
-                         "another --runs")
+    given = ("model.", "data.tokenizer") if config.init_from else ()  # by the run it starts from
+    changed = [path for path in sorted(old.keys() | now.keys())
+               if old.get(path) != now.get(path)
+               and path.split(".")[0] not in HARMLESS
+               and not path.startswith(given)]
+    if changed:
+        raise InputError(f"run {run} was made by another config ({', '.join(changed)}); delete it, "
+                         "or use another --runs")
     return True
 
 
 def gpus() -> list[str]:
-    """The GPUs that may be used, without waking them: this process is to hold none of their memory."""
+    """The GPUs that may be used, without waking them: this process is to hold none of them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d]
+    line = ["nvidia-smi", "--list-gpus"]
     try:
-        found = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+        found = subprocess.run(line, capture_output=True, text=True).stdout
     except FileNotFoundError:
         return []
     return [str(i) for i, line in enumerate(found.splitlines()) if line.startswith("GPU ")]
 
 
-def make(study: Study, jobs: list[Job]) -> dict[Job, dict]:
-    """The figures of runs, made where they are not complete; those that fail are noted and left out."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    shares = [cores[i::study.jobs] for i in range(study.jobs)]
-    devices, free, running, stopping = gpus() or shares, queue.SimpleQueue(), set(), []
-    for device in devices:
-        free.put(device)
+class Runner:
+    """Makes the runs of a study that are not complete, each in a process of its own."""
 
-    def one(job: Job) -> dict | None:
-        if not complete(study, job):
-            device, log = free.get(), study.directory / f"{job.name}.log"
-            where = {"CUDA_VISIBLE_DEVICES": device} if isinstance(device, str) else {}
-            line = [sys.executable, ROOT / "train.py", *command(study, job)]
-            with open(log, "ab") as out:
-                process = subprocess.Popen(line, stdout=out, stderr=out, env=KEEP | os.environ | where)
-            running.add(process)
-            if not where and study.jobs > 1 and device:
-                os.sched_setaffinity(process.pid, device)  # before it starts threads, which inherit it
-            if stopping:  # since this job was begun
-                process.terminate()
-            code = process.wait()
-            running.discard(process)
-            free.put(device)
-            said = (log.read_text(errors="replace").splitlines() or [""])[-1]
-            if stopping or (code == 0 and not (study.directory / job.name / "summary.json").exists()):
-                print(f"{job.name} was stopped; the same command resumes the study", flush=True)
-                raise SystemExit(0)
-            if code == 2 and "not finite" not in said:
-                raise InputError(f"run {job.name}: {said.removeprefix('error: ')}")
-            if code:
-                study.failed[job.name] = f"exit code {code}: {said}"
-                print(f"{job.name} failed, {study.failed[job.name]}; see {log}", flush=True)
+    def __init__(self, request: Request):
+        self.request = request
+        self.failed: dict[str, str] = {}  # run: why
+        self.running: set[subprocess.Popen] = set()
+        self.stopping = False  # after a signal
+        self.refused = False  # something is wrong with the study: no further run begins
+        has_cores = hasattr(os, "sched_getaffinity")
+        cores = sorted(os.sched_getaffinity(0)) if has_cores else []
+        shares = [cores[i::request.jobs] for i in range(request.jobs)]
+        self.devices = gpus() or shares  # names of GPUs, or lists of cores
+        self.free: queue.SimpleQueue = queue.SimpleQueue()
+        for device in self.devices:
+            self.free.put(device)
+
+    def make(self, jobs: list[Job]) -> dict[Job, dict]:
+        """The figures of runs, made where they are missing; those that fail are left out."""
+        signals = signal.SIGTERM, signal.SIGINT
+        before = {number: signal.signal(number, self.stop) for number in signals}
+        begun = time.monotonic()
+        try:
+            with ThreadPoolExecutor(len(self.devices)) as pool:
+                found = dict(zip(jobs, pool.map(self.one, jobs), strict=True))
+        finally:
+            add_seconds(self.request.directory, time.monotonic() - begun)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return {job: figures for job, figures in found.items() if figures}
+
+    def stop(self, *_):
+        """End after a signal: the runs in flight save and exit."""
+        self.stopping = True
+        for process in [*self.running]:
+            process.terminate()
+        raise SystemExit(0)
+
+    def one(self, job: Job) -> dict | None:
+        """The figures of a run, made if need be; None where it fails, or another was refused."""
+        if self.refused:
+            return None
+        try:
+            return self.figures_of(job)
+        except InputError:
+            self.refused = True
+            raise
+
+    def figures_of(self, job: Job) -> dict | None:
+        """The figures of a run, made if need be; None where it fails."""
+        request = self.request
+        if not complete(request, job):
+            device = self.free.get()
+            code = self.run(job, device)
+            self.free.put(device)
+            if not self.succeeded(job, code):
                 return None
-        found = figures(study.directory / job.name, study.teacher.get(job.arm, 0.0), study.measures)
+        study = request.study
+        elsewhere = study.teacher_flops.get(job.arm, 0.0)
+        found = run_figures(request.directory / job.name, elsewhere, study.measures)
+        check_claimed(request, job, found["last"])
         dev, test = show(found["dev"]), show(found["bpb"])
         own = "".join(f"; {name} {show(found['last'][name])}" for name in study.measures)
         print(f"{job.name}: {dev} bits per byte on dev, {test} on test{own}", flush=True)
         return found
 
-    def stop(*_):
-        stopping.append(True)
-        for process in [*running]:
-            process.terminate()  # they save and exit
-        raise SystemExit(0)
+    def run(self, job: Job, device: str | list[int]) -> int:
+        """Make a run on a GPU or on some cores; returns its exit code."""
+        on_gpu = isinstance(device, str)
+        where = {"CUDA_VISIBLE_DEVICES": device} if on_gpu else {}
+        words = command(self.request, job)
+        line = [sys.executable, ROOT / "train.py", *words]
+        with open(self.log_of(job), "ab") as out:
+            env = KEEP_COMPILED | os.environ | where
+            process = subprocess.Popen(line, stdout=out, stderr=out, env=env)
+        self.running.add(process)
+        if not on_gpu and self.request.jobs > 1 and device:
+            os.sched_setaffinity(process.pid, device)  # its threads, which come later, inherit it
+        if self.stopping:  # since this job was begun
+            process.terminate()
+        code = process.wait()
+        self.running.discard(process)
+        return code
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with ThreadPoolExecutor(len(devices)) as pool:
-            return {j: found for j, found in zip(jobs, pool.map(one, jobs), strict=True) if found}
-    finally:
-        for pair in before.items():
-            signal.signal(*pair)
+    def succeeded(self, job: Job, code: int) -> bool:
+        """Has a run that has exited come to its end? Raises for a signal or a refused config."""
+        log = self.log_of(job)
+        lines = log.read_text(errors="replace").splitlines()
+        said = lines[-1] if lines else ""
+        whole = (self.request.directory / job.name / "summary.json").exists()
+        if self.stopping or (code == 0 and not whole):
+            print(f"{job.name} was stopped; the same command resumes the study", flush=True)
+            raise SystemExit(0)
+        if code == 2 and "not finite" not in said:
+            raise InputError(f"run {job.name}: {said.removeprefix('error: ')}")
+        if code:
+            self.failed[job.name] = f"exit code {code}: {said}"
+            print(f"{job.name} failed, {self.failed[job.name]}; see {log}", flush=True)
+        return code == 0
+
+    def log_of(self, job: Job) -> Path:
+        """Where a run's output goes."""
+        return self.request.directory / f"{job.name}.log"
 
 
-def tune(study: Study) -> tuple[dict[str, dict], list[dict]]:
-    """({arm: its rate, whether that is bracketed, dev by rate}, figures of the runs that this took)."""
-    if len(study.rates) < 2 or study.quick:
-        rate = study.rates[len(study.rates) // 2] if study.rates else None
-        return {arm: dict(rate=rate, bracketed=None, tuning={}) for arm in study.arms}, []
-    jobs, tried, runs = [Job(arm, r, 0) for r in study.rates for arm in study.arms], {}, []
+def check_claimed(request: Request, job: Job, last: dict):
+    """Refuse a claim by a metric that a run of its arms turns out not to have."""
+    for claim in request.claims:
+        about = claim.arm, request.study.control_of(claim)
+        if job.arm in about and claim.measure not in PAIRED and claim.measure not in last:
+            raise InputError(f"{request.path}: the claim {claim.says!r} has the measure "
+                             f"{claim.measure!r}, which run {job.name} does not have; "
+                             f"{allowed_names(claim.measure, last)}")
+
+
+def add_seconds(directory: Path, seconds: float) -> float:
+    """Add to the wall time that a study's runs have taken so far, all commands together."""
+    place = directory / "seconds.json"
+    before = json.loads(place.read_text()) if place.is_file() else 0.0
+    write(place, json.dumps(before + seconds))
+    return before + seconds
+
+
+def loss_of(request: Request, found: dict | None) -> float:
+    """What a rate is chosen by: the least is best; infinite for a run that failed."""
+    if found is None:
+        return math.inf
+    tuned_by = request.study.tuned_by
+    loss = found["last"].get(tuned_by) if tuned_by else found["dev"]
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def tune(request: Request, runner: Runner) -> tuple[dict[str, dict], list[dict]]:
+    """({arm: its rate, whether that is bracketed, loss by rate}, figures of the runs for that)."""
+    grid = list(request.study.peak_lrs)
+    if len(grid) < 2 or request.quick:
+        rate = grid[len(grid) // 2] if grid else None
+        return {arm: dict(rate=rate, bracketed=None, tuning={}) for arm in request.arms}, []
+    tried: dict[str, dict[float, float]] = {arm: {} for arm in request.arms}
+    jobs = [Job(arm, rate, 0) for rate in grid for arm in request.arms]
+    runs = []
     while jobs:
-        found = make(study, jobs)
+        found = runner.make(jobs)
         runs += found.values()
         for job in jobs:
-            of = {"": None} if job not in found else {"": found[job]["dev"]} | found[job]["last"]
-            dev = of.get(study.tuned_by)
-            tried.setdefault(job.arm, {})[job.rate] = math.inf if dev is None else dev
-        further = {arm: extension(tried[arm], study.rates) for arm in study.arms}
+            tried[job.arm][job.rate] = loss_of(request, found.get(job))
+        further = {arm: next_rate(losses, grid) for arm, losses in tried.items()}
         jobs = [Job(arm, rate, 0) for arm, rate in further.items() if rate]
-    return {arm: dict(rate=best(devs)[0], bracketed=best(devs)[1],
-                      tuning={f"{r:g}": d if d < math.inf else None for r, d in sorted(devs.items())})
-            for arm, devs in tried.items()}, runs
+    arms = {}
+    for arm, losses in tried.items():
+        rate, bracketed = best_rate(losses)
+        by_rate = {f"{rate:g}": losses[rate] for rate in sorted(losses)}
+        arms[arm] = dict(rate=rate, bracketed=bracketed, tuning=results.finite(by_rate))
+    return arms, runs
 
 
-# ----------------------------------------------------------------------------------------------- the reports
+# ------------------------------------------------------------------------------------ the result
 
+def conclude(request: Request) -> dict:
+    """What study.json holds: the runs, made where they are missing, and what follows from them."""
+    study, runner = request.study, Runner(request)
+    arms, tuned = tune(request, runner)
+    jobs = [Job(arm, arms[arm]["rate"], seed)
+            for seed in range(1, request.seeds + 1) for arm in request.arms]
+    found = runner.make(jobs)
+    runs = {arm: {} for arm in request.arms}
+    for job, figures in found.items():
+        runs[job.arm][job.seed] = figures
+    for arm, own in runs.items():
+        if not own:
+            raise InputError(f"no run of {arm} came to its end: {runner.failed}")
+        arms[arm] |= arm_figures(own, runs[study.first])
+    measures = {name: {arm: own_figures(own, runs[study.first], name) for arm, own in runs.items()}
+                for name in study.measures}
+    every = [*tuned, *found.values()]
+    return dict(
+        study=request.directory.name, control=study.first, seeds=request.seeds,
+        quick=request.quick, failed=runner.failed, measures=measures, made_by=makers(every),
+        cost=cost_of(request, tuned, list(found.values())),
+        claims=[judged(request, claim, runs) for claim in request.claims],
+        arms={arm: arms[arm] for arm in request.arms})
+
+
+def arm_figures(own: dict[int, dict], control: dict[int, dict]) -> dict:
+    """What is known of an arm by its runs {seed: figures} and those of the control."""
+    ends = [run["bpb"] for run in own.values() if run["bpb"] is not None]
+    one = next(iter(own.values()))
+    return dict(
+        tokens=one["tokens"], flops=one["flops"],
+        bpb=interval(ends) if ends else (None, None),
+        less_control={measure: compare(own, control, measure) for measure in PAIRED},
+        runs=own)
+
+
+def own_figures(own: dict[int, dict], control: dict[int, dict], name: str) -> dict:
+    """One of the study's measures for an arm: less the control's, and by itself ("own")."""
+    values = [run["last"][name] for run in own.values()]
+    return compare(own, control, name) | {"own": interval(values)}
+
+
+def judged(request: Request, claim: Claim, runs: dict[str, dict[int, dict]]) -> dict:
+    """A claim with what came of it."""
+    control = request.study.control_of(claim)
+    found = compare(runs[claim.arm], runs[control], claim.measure)
+    said = NOT_JUDGED if request.quick else verdict(found["mean"], found["half"], claim)
+    about = dict(says=claim.says, arm=claim.arm, control=control) | claim.bound
+    return about | found | {"verdict": said}
+
+
+def makers(runs: list[dict]) -> list[dict]:
+    """The versions, commits, hosts and devices that made some runs, each set of them once."""
+    found = {json.dumps(run["made_by"], sort_keys=True) for run in runs}
+    return [json.loads(text) for text in sorted(found)]
+
+
+def cost_of(request: Request, tuned: list[dict], compared: list[dict]) -> dict[str, float]:
+    """Tokens and FLOPs of the runs compared and of those that tuned the rates; seconds of all."""
+    cost = {"seconds": add_seconds(request.directory, 0.0)}
+    for axis in ("tokens", "flops"):
+        cost[axis] = sum(run[axis] for run in compared)
+        cost[f"tuning_{axis}"] = sum(run[axis] for run in tuned)
+    return cost
+
+
+# ----------------------------------------------------------------------------------- the reports
 
 def show(value: float | None, half: float | None = None, form: str = ".4f") -> str:
-    """A figure, with half its interval's width where that is known."""
-    return "-" if value is None else format(value, form) + (
-        "" if half is None else f" ± {format(half, form.strip('+'))}")
+    """A figure, with half its interval where that is known."""
+    if value is None:
+        return "-"
+    text = format(value, form)
+    return text if half is None else f"{text} ± {format(half, form.strip('+'))}"
+
+
+def row(cells: list[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def arm_row(arm: str, f: dict, control: bool) -> list[str]:
+    """The cells of an arm in the table."""
+    warned = " (!)" if f["bracketed"] is False else ""
+    cells = [arm, show(f["rate"], form="g") + warned, f"{f['tokens']:,}", f"{f['flops']:.3g}"]
+    cells.append(show(*f["bpb"]))
+    forms = "+.4f", "+.1%", "+.1%"
+    for less, form in zip(f["less_control"].values(), forms, strict=True):
+        cells.append("" if control else show(less["mean"], less["half"], form))
+    return cells
+
+
+def measure_row(name: str, by: dict, control: str) -> list[str]:
+    """The cells of one of the study's own measures: each arm's, and less the control's."""
+    cells = [name]
+    for arm, found in by.items():
+        text = show(*found["own"])
+        if arm != control and found["mean"] is not None:
+            text += f" ({show(found['mean'], found['half'], '+.4f')})"
+        cells.append(text)
+    return cells
+
+
+def claim_line(claim: dict) -> str:
+    """A claim, its verdict and its figures."""
+    side = "above" if "above" in claim else "below"
+    found = show(claim["mean"], claim["half"], "+.4f")
+    return (f"{claim['verdict']}: {claim['says']} ({claim['measure']}, {claim['arm']} against "
+            f"{claim['control']}: {found}; claimed {side} {claim[side]})")
+
+
+def notes(result: dict) -> list[str]:
+    """What to know of the figures."""
+    seeds, cost = result["seeds"], result["cost"]
+    lines = ["--quick: too short to say anything of the question"] if result["quick"] else []
+    lines.append(f"{seeds} paired seeds; {PLUS_MINUS}" if seeds > 1 else "one seed: no intervals")
+    lines.append(f"the runs compared took {cost['flops']:.3g} FLOPs and {cost['tokens']:,} tokens, "
+                 f"tuning took {cost['tuning_flops']:.3g} and {cost['tuning_tokens']:,}")
+    for arm, f in result["arms"].items():
+        if f["bracketed"] is False:
+            lines.append(f"(!) {arm}: its best rate is an end of those tried, "
+                         f"{', '.join(f['tuning'])}: not bracketed")
+    lines += [f"{run} failed, {why}" for run, why in result["failed"].items()]
+    if len(result["made_by"]) > 1:
+        lines.append("not all runs were made by the same versions, commit and device: "
+                     "see study.json")
+    return lines
 
 
 def table(result: dict) -> str:
-    """The result as a table (in Markdown), what to know of it, and a line for each claim."""
-    n, arms, cost, control = (result[k] for k in ("seeds", "arms", "cost", "control"))
+    """The result as a table in Markdown, what to know of it, and a line for each claim."""
+    arms, control = result["arms"], result["control"]
     columns = ["arm", "rate", "tokens", "FLOPs"]
-    if any(f["bpb"][0] is not None for f in arms.values()):  # a study of `measures` alone may have no test
+    if any(f["bpb"][0] is not None for f in arms.values()):  # else nothing was tested
         columns += ["bits per byte", f"less {control}'s", "speed-up, FLOPs", "tokens"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [row(columns), "|---" * len(columns) + "|"]
     for arm, f in arms.items():
-        cells = [arm, show(f["rate"], form="g") + ("" if f["bracketed"] is not False else " (!)"),
-                 f"{f['tokens']:,}", f"{f['flops']:.3g}", show(*f["bpb"])]
-        cells += [show(d["mean"], d["half"], form) if arm != control else "" for d, form in zip(
-            f["less_control"].values(), ("+.4f", "+.1%", "+.1%"), strict=True)]
-        lines.append(f"| {' | '.join(cells[:len(columns)])} |")
+        lines.append(row(arm_row(arm, f, arm == control)[:len(columns)]))
     if result["measures"]:
-        lines += ["", f"| (less {control}'s) | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+        lines += ["", row([f"(less {control}'s)", *arms]), "|---" * (len(arms) + 1) + "|"]
     for name, by in result["measures"].items():
-        cells = [show(*by[arm]["own"]) + ("" if arm == control or by[arm]["mean"] is None else
-                 f" ({show(by[arm]['mean'], by[arm]['half'], '+.4f')})") for arm in arms]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", *(["--quick: too short to say anything of the question"] if result["quick"] else []),
-              f"{n} paired seeds; ± is half a 95 % interval" if n > 1 else "one seed: no intervals",
-              f"the runs compared took {cost['flops']:.3g} FLOPs and {cost['tokens']:,} tokens, tuning took "
-              f"{cost['tuning_flops']:.3g} and {cost['tuning_tokens']:,}"]
-    lines += [f"(!) {arm}: its best rate is an end of those tried, {', '.join(f['tuning'])}: not bracketed"
-              for arm, f in arms.items() if f["bracketed"] is False]
-    lines += [f"{run} failed, {why}" for run, why in result["failed"].items()]
-    if len(result["made_by"]) > 1:
-        lines.append("not all runs were made by the same versions, commit and device: see study.json")
-    return "\n".join(lines + [
-        f"{c['verdict']}: {c['says']} ({c['measure']}, {c['arm']} against {c['control']}: "
-        f"{show(c['mean'], c['half'], '+.4f')}; claimed {'above' if 'above' in c else 'below'} "
-        f"{c.get('above', c.get('below'))})" for c in result["claims"]])
+        lines.append(row(measure_row(name, by, control)))
+    claims = [claim_line(claim) for claim in result["claims"]]
+    return "\n".join([*lines, "", *notes(result), *claims])
 
 
-def draw_measures(panel, result: dict):
-    """Differences to the control in each of a study's measures, with intervals."""
-    for color, arm in enumerate(result["arms"]):
-        ends = [by[arm] for by in result["measures"].values()]
-        if arm != result["control"] and all(e["half"] is not None for e in ends):
-            panel.errorbar(np.arange(len(ends)) + 0.1 * color, [e["mean"] for e in ends],
-                           [e["half"] for e in ends], fmt="o", capsize=4, color=f"C{color}", label=arm)
-    panel.set_xticks(range(len(result["measures"])), result["measures"])
-    panel.set(ylabel=f"less {result['control']}'s")
-    panel.axhline(0, color="black", linewidth=0.8)
+def finish_panel(panel):
+    """A grid, and a legend where something has a label."""
     panel.grid(alpha=0.3)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(fontsize=8)
 
 
-def draw(result: dict):
-    """A figure of dev curves, and of differences to the control: on dev along the way, on test at the end; by
-    both axes. Where a study has `measures`, below the curves the differences in these, or these alone
-    where nothing was tested.
+def draw_measures(panel, result: dict):
+    """Differences to the control in each of a study's measures, with intervals."""
+    places = np.arange(len(result["measures"]))
+    for color, arm in enumerate(result["arms"]):
+        ends = [by[arm] for by in result["measures"].values()]
+        if arm != result["control"] and all(end["half"] is not None for end in ends):
+            means, halves = ([end[of] for end in ends] for of in ("mean", "half"))
+            panel.errorbar(places + 0.1 * color, means, halves, fmt="o", capsize=4,
+                           color=f"C{color}", label=arm)
+    panel.set_xticks(range(len(result["measures"])), result["measures"])
+    panel.set(ylabel=f"less {result['control']}'s")
+    panel.axhline(0, color="black", linewidth=0.8)
+    finish_panel(panel)
+
+
+def draw_arm(top, bottom, axis: str, arm: str, found: dict, control: dict | None, color: str):
+    """An arm's mean dev curve and its differences to the control's runs, None for the control."""
+    curves = {seed: run["curve"] for seed, run in found["runs"].items()}
+    if not all(curve["dev"] for curve in curves.values()):
+        return
+    points = np.array(next(iter(curves.values()))[axis])
+    dev = np.mean([curve["dev"] for curve in curves.values()], 0)
+    top.plot(points, dev, ".-", label=arm, color=color)
+    end = found["less_control"]["bpb"]
+    if control is None or not end["values"]:
+        return
+    pairs = [(curves[seed], control[seed]["curve"]) for seed in end["values"]]
+    first = pairs[0][1][axis]
+    known = (points >= first[0]) & (points <= first[-1])
+    gaps = [(own["dev"] - np.interp(points, other[axis], other["dev"]))[known]
+            for own, other in pairs]
+    bands = [interval(values) for values in np.transpose(gaps).tolist()]
+    mean, half = np.array(bands, float).reshape(-1, 2).T
+    bottom.plot(points[known], mean, label=f"{arm}, on dev", color=color)
+    bottom.fill_between(points[known], mean - half, mean + half, alpha=0.15, linewidth=0,
+                        color=color)
+    bottom.errorbar(np.array(found[axis]), end["mean"], end["half"], fmt="o", capsize=4,
+                    label=f"{arm}, on test", color=color)
+
+
+def draw_curves(figure: Figure, result: dict):
+    """Dev curves above, differences to the control below; over tokens and over FLOPs."""
+    axes = figure.subplots(2, 2, sharex="col")
+    name = result["control"]
+    control = result["arms"][name]["runs"]
+    ends = [run["dev"] for f in result["arms"].values() for run in f["runs"].values() if run["dev"]]
+    for (top, bottom), axis in zip(axes.T, ("tokens", "flops"), strict=True):
+        for color, (arm, found) in enumerate(result["arms"].items()):
+            other = None if arm == name else control
+            draw_arm(top, bottom, axis, arm, found, other, f"C{color}")
+        limits = (0.97 * min(ends), 1.5 * max(ends)) if ends else None
+        top.set(ylabel="bits per byte on dev", ylim=limits)
+        label = "model FLOPs" if axis == "flops" else axis
+        bottom.set(xlabel=label, ylabel=f"bits per byte less {name}'s")
+        bottom.axhline(0, color="black", linewidth=0.8)
+        finish_panel(top)
+        finish_panel(bottom)
+    return axes
+
+
+def draw(result: dict) -> Figure:
+    """Dev curves, and differences to the control on dev along the way and on test at the end.
+
+    Where a study has `measures`, the differences in these are below the curves, or alone where
+    nothing was tested.
     """
-    if result["measures"] and all(f["bpb"][0] is None for f in result["arms"].values()):
+    untested = all(f["bpb"][0] is None for f in result["arms"].values())
+    if result["measures"] and untested:
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         draw_measures(figure.subplots(), result)
         return figure
     figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col")
-    name = result["control"]
-    control = result["arms"][name]["runs"]
-    for (top, bottom), axis in zip(axes.T, ("tokens", "flops"), strict=True):
-        for color, (arm, found) in enumerate(result["arms"].items()):
-            x, end, style = np.array(found[axis]), found["less_control"]["bpb"], dict(color=f"C{color}")
-            curves = {seed: run["curve"] for seed, run in found["runs"].items()}
-            if not all(c["dev"] for c in curves.values()):
-                continue
-            points = np.array(next(iter(curves.values()))[axis])
-            top.plot(points, np.mean([c["dev"] for c in curves.values()], 0), ".-", label=arm, **style)
-            pairs = [(curves[seed], control[seed]["curve"]) for seed in end["values"]]
-            if found["runs"] is control or not pairs:
-                continue
-            known = (points >= pairs[0][1][axis][0]) & (points <= pairs[0][1][axis][-1])
-            gaps = [(a["dev"] - np.interp(points, c[axis], c["dev"]))[known] for a, c in pairs]
-            bands = [interval(values) for values in np.transpose(gaps).tolist()]
-            mean, half = np.array(bands, float).reshape(-1, 2).T
-            bottom.plot(points[known], mean, label=f"{arm}, on dev", **style)
-            bottom.fill_between(points[known], mean - half, mean + half, alpha=0.15, linewidth=0, **style)
-            bottom.errorbar(x, end["mean"], end["half"], fmt="o", capsize=4, label=f"{arm}, on test", **style)
-        ends = [run["dev"] for f in result["arms"].values() for run in f["runs"].values() if run["dev"]]
-        top.set(ylabel="bits per byte on dev", ylim=(0.97 * min(ends), 1.5 * max(ends)) if ends else None)
-        bottom.set(xlabel=axis.replace("flops", "model FLOPs"), ylabel=f"bits per byte less {name}'s")
-        bottom.axhline(0, color="black", linewidth=0.8)
-        for part in (top, bottom):
-            part.grid(alpha=0.3)
-            if part.get_legend_handles_labels()[0]:
-                part.legend(fontsize=8)
+    axes = draw_curves(figure, result)
     if result["measures"]:
         draw_measures(figure.add_subplot(axes[1, 0].get_gridspec()[1, :]), result)
         for top, bottom in axes.T:
@@ -402,85 +612,43 @@ def draw(result: dict):
     return figure
 
 
-# ------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------- the command line
 
-
-def read(a) -> Study:
-    """The study that the arguments ask for; raises InputError for what they or its file have wrong."""
-    try:
-        file = vars(load_file(a.config))
-    except Exception:
-        load_config(a.config)  # says what is wrong with it
-        raise
-    known, quick = file.get("arms", {}), file.get("quick", {}) if a.quick else {}
-    arms = a.arms.split(",") if a.arms else [*file.get("default_arms", known)]
-    arms = list(dict.fromkeys([file.get("control", next(iter(known), "")), *arms]))
-    claims = [{"measure": "bpb", "control": arms[0]} | claim for claim in file.get("claims", ())]
-    for arm in [*arms, *(c[k] for c in claims for k in ("arm", "control"))]:
-        if arm not in known:
-            raise InputError(f"{a.config} defines no arm {arm!r}; its arms: {', '.join(known) or 'none'}")
-    if a.seeds is not None and a.seeds < 1:
-        raise InputError(f"--seeds is {a.seeds}; allowed is 1 or more, 2 or more for intervals")
-    if not 1 <= a.jobs <= (os.cpu_count() or 1):
-        raise InputError(f"--jobs is {a.jobs}; allowed is 1 to {os.cpu_count()}, the cores here")
-    if a.quick and not quick:
-        raise InputError(f"{a.config} defines no `quick`; allowed is a study without --quick")
-    rates = sorted(file.get("rates", ()))
-    if len(rates) > 1 and not all(known[arm].data.dev for arm in arms):
-        raise InputError("data.dev is 0 in an arm; allowed is a share to tune its rate on, or no `rates`")
-    directory = Path(a.runs).expanduser() / (Path(a.config).stem + ("-quick" if a.quick else ""))
-    claims = [c for c in claims if {c["arm"], c["control"]} <= {*arms}]
-    measures, tuned_by = file.get("measures", {}), file.get("tuned_by", "")
-    if tuned_by and tuned_by not in measures:
-        raise InputError(f"{a.config}: tuned_by is {tuned_by!r}; allowed is one of its `measures`: "
-                         f"{', '.join(measures) or 'none'}")
-    return Study(a.config, directory, arms, rates, quick, file.get("teacher_flops", {}), claims, {},
-                 measures, tuned_by, a.jobs)
-
-
-def conclude(study: Study, seeds: int) -> dict:
-    """What study.json holds: the runs, made where they are missing, and all that follows from them."""
-    arms, tuned = tune(study)
-    found = make(study, [Job(arm, arms[arm]["rate"], s + 1) for s in range(seeds) for arm in study.arms])
-    runs = {arm: {job.seed: f for job, f in found.items() if job.arm == arm} for arm in study.arms}
-    for arm, own in runs.items():
-        if not own:
-            raise InputError(f"no run of {arm} came to its end: {study.failed}")
-        ends, one = [f["bpb"] for f in own.values() if f["bpb"] is not None], next(iter(own.values()))
-        arms[arm] |= dict(
-            tokens=one["tokens"], flops=one["flops"], bpb=interval(ends) if ends else (None, None),
-            less_control={m: compare(own, runs[study.arms[0]], m) for m in MEASURES}, runs=own)
-    claims = [c | compare(runs[c["arm"]], runs[c["control"]], c["measure"]) for c in study.claims]
-    measures = {name: {arm: compare(own, runs[study.arms[0]], name) | {"own": interval(
-        [f["last"][name] for f in own.values()])} for arm, own in runs.items()} for name in study.measures}
-    made_by = {json.dumps(f["made_by"], sort_keys=True) for f in [*tuned, *found.values()]}
-    return dict(
-        study=study.directory.name, control=study.arms[0], seeds=seeds, failed=study.failed,
-        quick=bool(study.quick), measures=measures,
-        made_by=[json.loads(m) for m in sorted(made_by)],
-        cost={name + axis: sum(f[axis] for f in some) for axis in ("tokens", "flops")
-              for name, some in (("", found.values()), ("tuning_", tuned))},
-        claims=[c | dict(verdict=verdict(c["mean"], c["half"], c)) for c in claims],
-        arms={arm: arms[arm] for arm in study.arms})
+def arguments_of(words: list[str]) -> argparse.Namespace:
+    """The command line's words, understood."""
+    parser = Arguments("study", __doc__)
+    parser.add_argument("file", help="a file that defines `study = Study(...)`")
+    parser.add_argument("--seeds", type=int, help="how many; the study's, or 2 with --quick")
+    parser.add_argument("--arms", default="",
+                        help="names, separated by commas; the control runs in any case")
+    parser.add_argument("--quick", action="store_true", help="small: to see that all of it runs")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="runs at a time where there are no GPUs; 1")
+    parser.add_argument("--runs", default="runs", help="where the study's directory is; runs")
+    parser.add_argument("--record", action="store_true",
+                        help="write the figures to results/CHAPTER/METHOD.json")
+    parser.add_argument("--json", action="store_true",
+                        help="print them as one JSON object, the last line")
+    return parser.parse_args(words)
 
 
 def main(arguments: list[str]) -> dict:
-    """Command line; gives what study.json holds."""
-    parser = Arguments("study", __doc__)
-    parser.add_argument("config", help="file with arms")
-    parser.add_argument("--seeds", type=int, help="how many; 5, or 2 with --quick")
-    parser.add_argument("--arms", help="names, separated by commas; the control runs in any case")
-    parser.add_argument("--quick", action="store_true", help="small: to see that all of it runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time where there are no GPUs; 1")
-    parser.add_argument("--runs", default="runs", help="where the study's directory is; runs")
-    a = parser.parse_args(arguments)
-    study, seeds = read(a), a.seeds or (2 if a.quick else 5)
-    for arm in study.arms:  # so that a mistake in the last one shows before the first one runs
-        complete(study, Job(arm, study.rates[0] if study.rates else None, 0))
-    study.directory.mkdir(parents=True, exist_ok=True)
-    result = conclude(study, seeds)
-    write(study.directory / "study.json", json.dumps(result, indent=1))
-    figure = draw(result)
-    figure.savefig(study.directory / "study.png", dpi=110)
-    print(f"\n{table(result)}\n\n{study.directory} has study.json and study.png")
+    """Command line; returns what study.json holds."""
+    a = arguments_of(arguments)
+    request = read(a)
+    place = check_record(request) if a.record else None
+    grid = request.study.peak_lrs
+    for arm in request.arms:  # a mistake in the last one shows before the first one runs
+        complete(request, Job(arm, grid[0] if grid else None, 0))
+    request.directory.mkdir(parents=True, exist_ok=True)
+    result = conclude(request)
+    write(request.directory / "study.json", json.dumps(results.finite(result), indent=1))
+    draw(result).savefig(request.directory / "study.png", dpi=110)
+    print(f"\n{table(result)}\n\n{request.directory} has study.json and study.png")
+    record = results.make_record(ROOT, request.path, request.study, result, bool(a.arms))
+    if place:
+        results.write_record(place, record)
+        print(f"{place} has the record; `python train.py papers --write` shows it in the pages")
+    if a.json:
+        print(json.dumps(record))
     return result

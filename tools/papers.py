@@ -1,0 +1,216 @@
+"""The library's files: found by paper, and shown in the pages that are made from their records.
+
+    python train.py papers WORDS ...    files whose paper has all these words: title, authors, year,
+                                        a number such as 001:39, the method's name or its chapter
+    python train.py papers              all of them
+    python train.py papers --write      write configs/README.md, results/README.md, README.md's rows
+
+Upper and lower case are the same. Each file is shown with its question and what came of its claims.
+"""
+import difflib
+import re
+from pathlib import Path
+
+from lib.arguments import Arguments
+from lib.config import ROOT
+from lib.disk import write
+from lib.errors import InputError
+from lib.library import Entry, first_line, library
+from lib.results import NOT_RECORDED
+from lib.statistics import PLUS_MINUS
+
+ID = re.compile(r"\d{3}:\d+")
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+IN_README = 5  # rows of results there, at most
+GENERATED = "This page is written by `python train.py papers --write`, from the files and records."
+
+
+# ---------------------------------------------------------------------------------------- search
+
+def matches(entry: Entry, word: str) -> bool:
+    """Does a file belong to this word?"""
+    if ID.fullmatch(word):
+        return word in entry.ids
+    said = [*entry.papers, entry.method, entry.chapter]
+    return any(word.casefold() in text.casefold() for text in said)
+
+
+def search(entries: list[Entry], words: list[str]) -> list[Entry]:
+    """The files that match all words; raises InputError, with the nearest names, if none does."""
+    found = [entry for entry in entries if all(matches(entry, word) for word in words)]
+    if found or not words:
+        return found
+    names = {}
+    for entry in entries:
+        for text in (entry.method, *entry.papers):
+            names |= dict.fromkeys([text.casefold(), *text.casefold().split()], entry)
+    near = []
+    for word in [" ".join(words), *words]:
+        near += difflib.get_close_matches(word.casefold(), names, 3, cutoff=0.7)
+    files = dict.fromkeys(f"{entry_name(names[name])}" for name in near)
+    hint = f"the nearest are: {'; '.join(files)}" if files else "without words, all are listed"
+    raise InputError(f"no file of the library has all of: {' '.join(words)}; {hint}")
+
+
+def entry_name(entry: Entry) -> str:
+    """A file by its method and its papers."""
+    return f"{entry.method} ({', '.join(entry.papers)})" if entry.papers else entry.method
+
+
+def describe(entry: Entry) -> str:
+    """A file in some lines of text."""
+    lines = [" ".join([*entry.ids, entry.file])]
+    lines += [f"    {paper}" for paper in entry.papers]
+    lines += [f"    {entry.question}", f"    {entry.verdicts}"]
+    if entry.record:
+        for claim in entry.record["claims"]:
+            lines.append(f"    {claim['verdict']}: {claim['says']} ({found(claim)}; "
+                         f"claimed {bound(claim)})")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------- cells
+
+def found(claim: dict) -> str:
+    """What came of a claim's difference."""
+    if claim["mean"] is None:
+        return "–"
+    text = f"{claim['mean']:+.4f}"
+    return text if claim["half"] is None else f"{text} ± {claim['half']:.4f}"
+
+
+def bound(claim: dict) -> str:
+    """What was claimed of it."""
+    return f"above {claim['above']:g}" if "above" in claim else f"below {claim['below']:g}"
+
+
+def cost(record: dict | None) -> str:
+    """What a recorded study took, tuning included."""
+    if record is None:
+        return "–"
+    spent = record["cost"]
+    devices = dict.fromkeys(by["device"] for by in record["made_by"])
+    flops = spent["flops"] + spent["tuning_flops"]
+    return f"{flops:.2g} FLOPs, {spent['seconds'] / 60:.0f} min, {', '.join(map(str, devices))}"
+
+
+def cell(text: str) -> str:
+    """Text that keeps within its cell of a table."""
+    return " ".join(str(text).replace("|", "\\|").split())
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [head, *rows]
+    text = [f"| {' | '.join(map(cell, line))} |" for line in lines]
+    return [text[0], "|" + "---|" * len(head), *text[1:], ""]
+
+
+def link(entry: Entry, start: str) -> str:
+    """A method as a link to its file, from a page in the directory `start`."""
+    path = entry.file if start == "" else entry.file.removeprefix(f"{start}/")
+    up = "" if start in ("", "configs") else "../"
+    return f"[{entry.method}]({up}{path})"
+
+
+def by_chapter(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """Files by chapter."""
+    chapters = {}
+    for entry in entries:
+        chapters.setdefault(entry.chapter, []).append(entry)
+    return chapters
+
+
+# ----------------------------------------------------------------------------------------- pages
+
+def ledger(entries: list[Entry]) -> str:
+    """results/README.md: a row for each claim of each recorded study."""
+    lines = ["# Results", "", GENERATED, "",
+             "Each row is a claim that was written before its study was run. A difference is an "
+             f"arm less its control over paired seeds, and {PLUS_MINUS}. A claim is confirmed "
+             "where the whole interval is on the side claimed, reversed where it is on the other, "
+             "else undecided. The JSON files beside this page have each seed's figures.", ""]
+    recorded = [entry for entry in entries if entry.record]
+    for chapter, own in by_chapter(recorded).items():
+        rows = []
+        for entry in own:
+            record = entry.record
+            for claim, now in zip(record["claims"], entry.study.claims, strict=True):
+                about = f"{claim['measure']}: {claim['arm']} less {claim['control']}"
+                rows.append([link(entry, "results"), now.says, about, found(claim), bound(claim),
+                             claim["verdict"], f"`{record['command']}`"])
+        head = ["method", "claim", "difference", "found", "claimed", "verdict", "command"]
+        lines += [f"## {chapter}", "", *table(head, rows)]
+    missing = [entry.method for entry in entries if entry.study and not entry.record]
+    lines += [f"{NOT_RECORDED.capitalize()}: {', '.join(missing) or 'none'}.", ""]
+    return "\n".join(lines)
+
+
+def index(root: Path, entries: list[Entry]) -> str:
+    """configs/README.md: a row for each file."""
+    lines = ["# Configs", "", GENERATED, "",
+             "A file here is one experiment. docs/extending.md shows where an idea of yours goes "
+             "in. `python train.py papers WORDS` finds a file by its paper.", ""]
+    tops = sorted((root / "configs").glob("*.py"))
+    lines += table(["file", "what it is"],
+                   [[f"[{place.name}]({place.name})", first_line(place)] for place in tops])
+    head = ["method", "paper", "numbers", "question", "verdicts", "cost"]
+    for chapter, own in by_chapter(entries).items():
+        rows = [[link(entry, "configs"), "; ".join(entry.papers) or "–",
+                 " ".join(entry.ids) or "–", entry.question, entry.verdicts, cost(entry.record)]
+                for entry in own]
+        lines += [f"## {chapter}", "", *table(head, rows)]
+    return "\n".join(lines)
+
+
+def chosen(entries: list[Entry]) -> list[Entry]:
+    """Recorded studies for the README: the first of each chapter, then the second, and so on."""
+    claimed = [entry for entry in entries if entry.record and entry.study.claims]
+    recorded = list(by_chapter(claimed).values())
+    longest = max(map(len, recorded), default=0)
+    turns = [own[i] for i in range(longest) for own in recorded if i < len(own)]
+    return turns[:IN_README]
+
+
+def readme_rows(entries: list[Entry]) -> str:
+    """README.md's rows: the first claim of some recorded studies."""
+    rows = []
+    for entry in chosen(entries):
+        claim, now = entry.record["claims"][0], entry.study.claims[0]
+        rows.append([link(entry, ""), entry.question, now.says, found(claim), claim["verdict"]])
+    if not rows:
+        return "No study is recorded yet."
+    return "\n".join(table(["method", "question", "first claim", "found", "verdict"], rows)).strip()
+
+
+def with_rows(readme: str, rows: str) -> str:
+    """README.md with the text between its marks replaced; raises InputError if it lacks them."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"README.md lacks the lines {BEGIN} and {END}, between which results go")
+    return f"{before}{begin}\n{rows}\n{end}{after}"
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """{place: text} of all that is generated."""
+    entries = library(root)
+    readme = root / "README.md"
+    return {root / "results/README.md": ledger(entries),
+            root / "configs/README.md": index(root, entries),
+            readme: with_rows(readme.read_text("utf-8"), readme_rows(entries))}
+
+
+def main(arguments: list[str]):
+    """Command line."""
+    parser = Arguments("papers", __doc__)
+    parser.add_argument("words", nargs="*", help="all of which the file's paper is to have")
+    parser.add_argument("--write", action="store_true", help="write the generated pages")
+    a = parser.parse_args(arguments)
+    if a.write:
+        for place, text in pages(ROOT).items():
+            write(place, text)
+            print(f"{place} is written")
+        return
+    for entry in search(library(ROOT), a.words):
+        print(describe(entry))
