@@ -623,7 +623,7 @@ def leave(run: Run, state: State, step: int, log: Log, stop: Stop):
 
 def finish(run: Run, log: Log) -> dict[str, Any]:
     """The last row, and what tools/eval.py and tools/summary.py make of the run."""
-    run.checkpoints.wait()
+    run.checkpoints.close()
     total = run.plan.total
     found = {k: v for k, v in verb("eval", [str(run.directory)]).items() if ".test/" in k}
     log.row({"step": total, **found, **run.plan.spent(total)})

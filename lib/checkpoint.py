@@ -46,6 +46,7 @@ class Checkpoints:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.root = root.resolve()
         self.trash = self.root / "trash"
+        self.closed = False
         options = reading() if keep is None else training(keep, keep_every)
         self.manager = ocp.CheckpointManager(self.root, options=ocp.CheckpointManagerOptions(**options))
 
@@ -91,8 +92,10 @@ class Checkpoints:
 
     def close(self):
         """Wait and stop; without this the last save is lost at exit."""
-        self.wait()
-        self.manager.close()
+        if not self.closed:
+            self.closed = True
+            self.wait()
+            self.manager.close()
 
     def restore(self, step: int, **items):
         """Some of a checkpoint's items; raises Damaged where Orbax raises, for which it has many kinds."""
