@@ -633,6 +633,11 @@ def test_the_readme_shows_five_studies_at_most_one_of_each_chapter_first(house, 
     assert [entry.method for entry in papers.chosen(entries)] == ["a", "c", "d", "e", "b"]
 
 
+def test_the_pages_of_this_house_are_as_its_files_and_records_say():
+    for place, text in papers.pages(ROOT).items():
+        assert place.is_file() and place.read_text("utf-8") == text, f"{place}: python train.py papers --write"
+
+
 @pytest.mark.parametrize("words", ["tiny", "THINGS small", "2024", "001:39", "growth", "on tiny things", ""])
 def test_papers_finds_a_file_by_all_words(house, capsys, words):
     papers.main(words.split())
