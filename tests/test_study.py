@@ -436,7 +436,7 @@ def test_what_is_no_study_s_file_is_one_helpful_sentence(file, line, sentence):
 def test_the_directory_of_a_run_or_a_study_and_an_arm_are_one_helpful_sentence(file, trainer):
     call(file, "--seeds", "1")
     for path, sentence in [(file.parent / "runs/tiny", "is the directory of a study; allowed is the study's"),
-                           (file.parent / "runs/tiny/deep-0.02-s1", "is the directory of a run; allowed is a "),
+                           (file.parent / "runs/tiny/deep-0.02-s1", "is the directory of a run; allowed is"),
                            (f"{file}:deep", "names an arm; allowed is the file, with --arms deep"),
                            (ROOT / "configs/quickstart.py", "which `python train.py .*quickstart.py`")]:
         with pytest.raises(InputError, match=sentence):
@@ -635,7 +635,8 @@ def test_the_readme_shows_five_studies_at_most_one_of_each_chapter_first(house, 
 
 def test_the_pages_of_this_house_are_as_its_files_and_records_say():
     for place, text in papers.pages(ROOT).items():
-        assert place.is_file() and place.read_text("utf-8") == text, f"{place}: python train.py papers --write"
+        assert place.is_file(), place
+        assert place.read_text("utf-8") == text, f"{place}: python train.py papers --write"
 
 
 @pytest.mark.parametrize("words", ["tiny", "THINGS small", "2024", "001:39", "growth", "on tiny things", ""])
