@@ -260,9 +260,9 @@ def losses(params, batch, mask: Mask, config: ModelConfig, token_loss: Callable 
     return jnp.moveaxis(out, 0, 1).reshape(b, t)
 
 
-def reparametrised(weights: Callable | None, params, step, batch) -> dict[str, jax.Array]:
-    """The parameters that the forward pass uses: through a config's `weights`, where it has one."""
-    return weights(params, step, batch) if weights else params
+def reparametrised(reparam: Callable | None, params, step, batch) -> dict[str, jax.Array]:
+    """The parameters that the forward pass uses: through a config's `reparam`, where it has one."""
+    return reparam(params, step, batch) if reparam else params
 
 
 class Model(NamedTuple):

@@ -98,7 +98,7 @@ class Phase:
     order: Callable = shuffled  # draw, rows, progress, key -> place in the plan
     objective: Callable = causal  # row, rng -> row, mask
     schedule: Schedule | None = None  # over this phase's own budget, in place of the run's over the whole
-    rates: dict[str, Schedule | float] = field(default_factory=dict)  # a group's own, or a factor; 0 freezes
+    lr: dict[str, Schedule | float] = field(default_factory=dict)  # a group's own, or a factor; 0 freezes
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Config:
     clip: float = 1.0  # global gradient norm; 0 is off
     max_skipped: int = 10  # non-finite updates in a row after which the run stops
     mesh: MeshConfig = MeshConfig()
-    weights: Callable | None = None  # in jit: params, step, batch -> params used
+    reparam: Callable | None = None  # in jit: params, step, batch -> params used
     token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch chunk, extras -> losses [b c]
     reduce: Callable = weighted_mean  # in jit: losses [b t], batch -> (numerator, denominator), metrics
     evals: tuple[Callable, ...] = ()  # params, apply -> {metric: value}, at every evaluation
@@ -532,14 +532,14 @@ if __name__ == "__main__":  # one module called `train`, for this process and fo
 def make_step(run, config: ModelConfig, accumulate: int = 1) -> Callable:
     """`step(state, batch, rates, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
 
-    run: has optimizer, weights, token_loss, reduce and clip (a `train.Config`). rates: {group: float32}.
+    run: has optimizer, reparam, token_loss, reduce and clip (a `train.Config`). rates: {group: float32}.
     accumulate: the batch is taken in so many parts in turn, whose numerators and denominators are summed.
     An update whose loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
     """
     transforms, members = run.optimizer(table(config)), groups(config)
 
     def loss(params, batch, step, mask):
-        used = reparametrised(run.weights, params, step, batch)
+        used = reparametrised(run.reparam, params, step, batch)
         each = losses(used, batch, mask, config, run.token_loss, {"step": step})
         (numerator, denominator), metrics = run.reduce(each, batch)
         return numerator, (denominator, metrics)

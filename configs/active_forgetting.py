@@ -84,7 +84,7 @@ rate = Schedule(shape="linear", peak=8e-3, warmup=50, final=0.1)  # above 0: the
 pretrain = Phase(steps=1_500, batch=16, seq=64, mixture={"old": 1.0}, schedule=rate)
 adapt = replace(pretrain, mixture={"new": 1.0}, edits=(reset_embeddings,),
                 schedule=Schedule(shape="linear", peak=1.2e-2, warmup=10, final=0.0),
-                rates={"matrix": 0.0, "vector": 0.0})  # nor does weight decay move what has no rate
+                lr={"matrix": 0.0, "vector": 0.0})  # nor does weight decay move what has no rate
 cells = tuple(replace(adapt, steps=steps, packing=partial(few, tokens=n)) for n, steps in CELLS.values())
 config = Config(
     model=ModelConfig(layers=4, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=128),
@@ -100,8 +100,8 @@ config = Config(
     keep=1,
 )
 forget = replace(pretrain, repeat=(Edit(reset_embeddings, every=K),),
-                 rates={"embed": replace(rate, warmup=20, final=0.0, cycle=K)})
-as_drawn = replace(pretrain, steps=1, rates={"matrix": 0.0, "vector": 0.0})
+                 lr={"embed": replace(rate, warmup=20, final=0.0, cycle=K)})
+as_drawn = replace(pretrain, steps=1, lr={"matrix": 0.0, "vector": 0.0})
 arms = {
     "standard": config,
     "forgetting": replace(config, phases=(forget, *cells)),

@@ -14,77 +14,19 @@ and unlike the paper's constant rate, growth warms up again and all decay over t
     python train.py study configs/incremental_layers.py --seeds 3 --jobs 2  about ten minutes on two CPU cores
     python train.py configs/incremental_layers.py:frozen                    one arm by hand, a minute
 
-Freezing takes two functions, for any config: `freeze` (a `weights`) stops gradients, so that the clipped norm
+Freezing takes two functions, for any config: `freeze` (a `reparam`) stops gradients, so that the clipped norm
 is of what trains, and `asleep` (an `optimizer`) keeps weight decay and moments off what has no gradient. To
-freeze whole optimiser groups, embeddings say, `Phase.rates` of 0 is enough.
+freeze whole optimiser groups, embeddings say, `Phase.lr` of 0 is enough.
 """
 from dataclasses import replace
-from fnmatch import fnmatch
 from functools import partial
-
-import jax
-import jax.numpy as jnp
-import optax
-from jax import lax
 
 from data import DataConfig, Source, stdlib
 from lib.edits import stack
-from lib.optim import adamw
+from lib.freezing import asleep, freeze
 from lib.schedule import Schedule
-from model import ModelConfig, flops_per_token, table
+from model import ModelConfig, flops_per_token
 from train import Config, Phase
-
-BLOCK = {name: p.axes[0] == "layers" for name, p in table(ModelConfig(tied=False)).items()}
-
-
-def freeze(params, step, batch, begin: int = 0, until: int = 0, layers: int = 0, names: str = "*"):
-    """A `weights`: no gradient at batches begin+1 .. until for the parameters whose names fit a pattern.
-
-    Of blocks the first `layers` layers, or with 0 all, and then other parameters too.
-    """
-    now, out = (step >= begin) & (step < until), {}
-    for name, x in params.items():
-        if not fnmatch(name, names) or (layers and not BLOCK[name]):
-            out[name] = x
-        else:
-            part = jnp.arange(len(x)) < layers if layers else jnp.ones(1, bool)
-            frozen = now & part.reshape(-1, *(1,) * (x.ndim - 1))
-            out[name] = jnp.where(frozen, lax.stop_gradient(x), x)
-    return out
-
-
-def asleep(rows, weight_decay: float = 0.1) -> dict[str, optax.GradientTransformation]:
-    """An `optimizer`: AdamW, under which what has no gradient at all stays as it is, bit for bit.
-
-    By layer of blocks and else by parameter: no decay, no motion of moments. (Decoupled decay and old moments
-    move a parameter whose gradient is zero.) The count, which is the group's, goes on.
-    """
-    inner = adamw(rows, weight_decay=weight_decay)
-
-    def awake(name, gradient):
-        axes = tuple(range(rows[name].axes[0] == "layers", gradient.ndim))
-        return jnp.any(gradient != 0, axis=axes, keepdims=True)
-
-    def wrap(transform):
-        def update(gradients, state, params):
-            directions, after = transform.update(gradients, state, params)
-            on = {n: awake(n, g) for n, g in gradients.items()}
-
-            def mirror(x):
-                return isinstance(x, dict) and x.keys() == gradients.keys()
-
-            def select(new, old):
-                return {n: jnp.where(on[n], new[n], old[n]) for n in new} if mirror(new) else new
-
-            return select(directions, {n: jnp.zeros_like(d) for n, d in directions.items()}), jax.tree.map(
-                select, after, state, is_leaf=mirror)
-
-        return optax.GradientTransformation(transform.init, update)
-
-    return {group: wrap(transform) for group, transform in inner.items()}
-
-
-# ------------------------------------------------------------------------------------------------------ study
 
 DECAY = 0.4  # share of the FLOPs at the end over which the rate falls
 deep = ModelConfig(layers=4, embed=128, heads=4, kv_heads=4, head_dim=32, mlp=344, vocab=1024)
@@ -110,7 +52,7 @@ unfrozen = replace(scratch, model=shallow, phases=(
     replace(plain, steps=SHALLOW, schedule=replace(scratch.schedule, shape="constant")),
     replace(plain, steps=DEEP, edits=(random_on_top,),
             schedule=replace(scratch.schedule, decay=DECAY * plain.steps / DEEP))))
-frozen = replace(unfrozen, optimizer=asleep, weights=partial(
+frozen = replace(unfrozen, optimizer=asleep, reparam=partial(
     freeze, begin=SHALLOW, until=SHALLOW + DEEP // 2, layers=shallow.layers))
 arms = {"scratch": scratch, "frozen": frozen, "unfrozen": unfrozen}
 config = arms["frozen"]

@@ -24,8 +24,8 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from configs.incremental_layers import asleep
 from data import DataConfig, Source, stdlib
+from lib.freezing import asleep
 from lib.schedule import Schedule
 from model import Context, Edited, Model, ModelConfig, flops_per_token, groups, table
 from train import Config, Phase
@@ -52,19 +52,19 @@ def stage_rows(stages):
 
 
 def linear(params, step, batch, layers: int = 4):
-    """A `weights`: layers as a linear function of depth, in a model of so many; another is left alone."""
+    """A `reparam`: layers as a linear function of depth, in a model of so many; another is left alone."""
     return mixed(params, depth_rows(layers)) if len(params["q"]) == layers else params
 
 
 def stagewise(params, step, batch, stages: tuple[int, ...] = (0, 0, 1, 1)):
-    """A `weights`: layer i is gene stages[i], in a model of so many layers; another is left alone."""
+    """A `reparam`: layer i is gene stages[i], in a model of so many layers; another is left alone."""
     return mixed(params, stage_rows(stages)) if len(params["q"]) == len(stages) else params
 
 
 def expand(model: Model, context: Context, layers: int = 0, stages: tuple[int, ...] = ()) -> Edited:
     """Genes to a model of any depth: linear to so many `layers`, or by a list of `stages`.
 
-    Every optimiser group starts afresh, as what is trained is another thing. A run whose `weights` is
+    Every optimiser group starts afresh, as what is trained is another thing. A run whose `reparam` is
     `linear` or `stagewise` must expand to another depth than theirs, as they know a model by its depth.
     Raises ValueError for more genes than the model has layers.
     """
@@ -102,9 +102,9 @@ scratch = Config(
 )
 
 
-def arm(weights, **arguments) -> Config:
+def arm(reparam, **arguments) -> Config:
     """A run that trains genes, then expands them."""
-    return replace(scratch, model=shallow, weights=weights, optimizer=asleep, phases=(
+    return replace(scratch, model=shallow, reparam=reparam, optimizer=asleep, phases=(
         replace(plain, steps=SHARED, schedule=replace(scratch.schedule, shape="constant")),
         replace(plain, steps=DEEP, edits=(partial(expand, **arguments),),
                 schedule=replace(scratch.schedule, decay=DECAY * plain.steps / DEEP))))

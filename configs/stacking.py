@@ -129,7 +129,7 @@ arms = {
     "short": scratch(default.phases[1].steps),
     "identity": grown(layers=(0, 0, 0, 0, 1, 1, 1, 1), then=(partial(silence, layers=(1, 2, 3, 5, 6, 7)),)),
     "random_on_top": on_top,
-    "annealed": replace(on_top, weights=partial(annealed, layers=2, start=on_top.phases[0].steps, steps=100)),
+    "annealed": replace(on_top, reparam=partial(annealed, layers=2, start=on_top.phases[0].steps, steps=100)),
     "gradual": gradual(top),
     "middle": gradual(middle),
     "stack_g2": grown(times=2),

@@ -163,7 +163,7 @@ config = Config(
     sample_tokens=LENGTH,
 )
 # New embeddings have few steps to learn in: theirs is a rate of its own, twice as high, and anew each time.
-forgetting = replace(plain, repeat=(Edit(reset_embeddings, every=EVERY),), rates={
+forgetting = replace(plain, repeat=(Edit(reset_embeddings, every=EVERY),), lr={
     "embed": Schedule(shape="linear", peak=6e-3, warmup=5, final=0.1, cycle=EVERY)})
 arms = {
     "vanilla": config,

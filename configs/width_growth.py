@@ -19,7 +19,7 @@ rate does not decay, and all decay over the last 40 % of their FLOPs.
     python train.py study configs/width_growth.py --seeds 3 --arms preserving,uneven,advanced,two_stage
     python train.py configs/width_growth.py:preserving                   one arm by hand, a minute
 
-The file holds the edit for any config, `widen`, and a `weights` for the first of two stages, `sub_models`.
+The file holds the edit for any config, `widen`, and a `reparam` for the first of two stages, `sub_models`.
 Its steps are charged as whole ones, though a sub-model is cheaper, as the shape of a phase is one; bert2BERT
 counts only what it computes, which flatters two stages, and this the other way round.
 """
@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from configs import incremental_layers as freezing
 from data import DataConfig, Source, stdlib
+from lib.freezing import BLOCK, asleep
 from lib.schedule import Schedule
 from lib.widen import widen
 from model import ModelConfig, flops_per_token
@@ -39,7 +39,7 @@ from train import Config, Phase
 
 
 def sub_models(params, step, batch, embed: int = 0, begin: int = 0, until: int = 0, top: int = 1):
-    """A `weights`: at batches begin+1 .. until the lowest layers alone, of which the upper `top` train.
+    """A `reparam`: at batches begin+1 .. until the lowest layers alone, of which the upper `top` train.
 
     bert2BERT's first stage. A depth of `top`, 2 `top`, ... or all layers is drawn from the step, the same for
     every seed; layers above it pass on what they get, those `top` below it train, and so do the final norm
@@ -53,7 +53,7 @@ def sub_models(params, step, batch, embed: int = 0, begin: int = 0, until: int =
     depth = top * jax.random.randint(jax.random.fold_in(jax.random.key(0), step), (), 1, layers // top + 1)
 
     def part(name, x):
-        if not freezing.BLOCK[name]:
+        if not BLOCK[name]:
             still = name == "embed" and "head" in params
             return jnp.where(now, lax.stop_gradient(x), x) if still else x
         layer = jnp.arange(layers).reshape(-1, *[1] * (x.ndim - 1))
@@ -96,7 +96,7 @@ arms = {
     "advanced": advanced,
     "corner": arm(new="zero"),
     "uneven": arm(split="uneven"),
-    "two_stage": replace(advanced, optimizer=freezing.asleep, weights=partial(
+    "two_stage": replace(advanced, optimizer=asleep, reparam=partial(
         sub_models, embed=wide.embed, begin=NARROW, until=NARROW + LATER // 8)),
 }
 config = arms["preserving"]

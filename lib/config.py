@@ -22,6 +22,7 @@ from lib.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = "lib", "tools", "configs"  # whose files import one another by dotted names
+RENAMED = {"weights": "reparam", "rates": "lr"}  # fields by the names that they once had
 
 
 def load_file(path: str | Path):
@@ -134,6 +135,7 @@ def from_json(hint, value):
     options = [h for h in typing.get_args(hint) if h is not type(None)]
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
+        value = {k if k in hints else RENAMED.get(k, k): v for k, v in value.items()}  # of an older run
         return hint(**{k: from_json(hints[k], v) for k, v in value.items()})
     if isinstance(value, dict):
         return from_json(options[0], value) if typing.get_origin(hint) is not dict else \
@@ -161,6 +163,8 @@ def override(value, names: list[str], word: str, flag: str):
         return float(parsed) if isinstance(value, float) and type(parsed) is int else parsed
     inside = parts(value)
     name = names[0] if names[0] in inside else names[0].replace("-", "_")
+    if name not in inside and RENAMED.get(name) in inside:
+        raise InputError(f"unknown field {flag}: {name!r} is now {RENAMED[name]!r}")
     if name not in inside:
         close = difflib.get_close_matches(name, inside, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed are: {', '.join(inside) or 'none'}"

@@ -29,11 +29,11 @@ def evaluators(run, config: ModelConfig, mesh: Mesh) -> tuple[Callable, Callable
     The rows of `arrays` are spread over the mesh; each process gets all of the results.
     """
     def held(params, step, arrays):
-        used = reparametrised(run.weights, params, step, arrays)
+        used = reparametrised(run.reparam, params, step, arrays)
         return losses(used, arrays, Mask("causal", 0), config)
 
     def scores(params, step, ids):
-        return apply(reparametrised(run.weights, params, step, dict(tokens=ids)), ids, config)
+        return apply(reparametrised(run.reparam, params, step, dict(tokens=ids)), ids, config)
 
     def on_mesh(function, place=lambda rows: rows):
         jitted = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))

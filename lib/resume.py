@@ -17,12 +17,12 @@ from model import ModelConfig
 
 def resume_key(config, course: Plan, step: int) -> dict[str, Any]:
     """What the first `step` steps depend on, flat: a run that goes on from there must have it in common."""
-    fields = "seed model init_from init_with data phases optimizer clip max_skipped weights token_loss reduce"
+    fields = "seed model init_from init_with data phases optimizer clip max_skipped reparam token_loss reduce"
     out = {k: v for k, v in json.loads(json.dumps(to_json(config))).items() if k in fields.split()}
     out["phases"] = [p for p, end, now in zip(out["phases"], course.ends, config.phases, strict=True)
                      if end - now.steps < step]
     for phase, now, end in zip(out["phases"], config.phases, course.ends, strict=False):
-        del phase["schedule"], phase["rates"]  # their effect, the rates, is compared below
+        del phase["schedule"], phase["lr"]  # their effect, the rates, is compared below
         if end >= step and not (callable(now.mixture) or now.lengths or now.order is not shuffled):
             del phase["steps"]
     rates = {group: r[1:step + 1].tolist() for group, r in course.rates.items() if r[1:step + 1].any()}

@@ -27,7 +27,7 @@ def schedules(config) -> dict[str, Schedule]:
     """Every schedule of a `train.Config` by its path: the run's, phases', optimiser groups'."""
     named = {"schedule": config.schedule}
     for i, phase in enumerate(config.phases):
-        own = {f"rates.{group}": s for group, s in phase.rates.items()} | {"schedule": phase.schedule}
+        own = {f"lr.{group}": s for group, s in phase.lr.items()} | {"schedule": phase.schedule}
         named |= {f"phases.{i}.{path}": s for path, s in own.items() if isinstance(s, Schedule)}
     return named
 
@@ -98,13 +98,13 @@ def make_plan(config, context: Context, lengths: list[tuple]) -> Plan:
     rates = {group: np.zeros(ends[-1] + 1) for group in names}
     for i, phase in enumerate(config.phases):
         begin, end = int(ends[i]) - phase.steps, int(ends[i])
-        if unknown := set(phase.rates) - set(names):
-            raise ValueError(f"phases.{i}.rates names {', '.join(unknown)}; allowed are the optimiser groups "
+        if unknown := set(phase.lr) - set(names):
+            raise ValueError(f"phases.{i}.lr names {', '.join(unknown)}; allowed are the optimiser groups "
                              f"{', '.join(names)}")
         own = phase.schedule
         rate = lr_schedule(own, spent[own.budget], begin, phase.steps) if own else base[begin:end]
         for group in names:
-            how = phase.rates.get(group, 1.0)
+            how = phase.lr.get(group, 1.0)
             rates[group][begin + 1:end + 1] = rate * how if not isinstance(how, Schedule) else \
                 lr_schedule(how, spent[how.budget], begin, phase.steps)
     return Plan(ends, models, tokens, flops, rates)

@@ -73,7 +73,7 @@ def test_all_examples_together_train(examples, tmp_path, tiny):
                     BASE.phases[0], f.name):
                 phase = replace(phase, **{f.name: getattr(config.phases[0], f.name)})
         changed |= {f.name: getattr(config, f.name) for f in fields(config) if f.name in (
-            "weights", "token_loss", "reduce", "optimizer", "evals") and getattr(config, f.name) != f.default}
+            "reparam", "token_loss", "reduce", "optimizer", "evals") and getattr(config, f.name) != f.default}
     source = replace(source, documents=partial(source.documents.func, path=str(tmp_path)), score=partial(
         source.score.func, least=0.01))
     phase = replace(phase, steer=2, lengths=partial(phase.lengths.func, short=16, long=32), repeat=(

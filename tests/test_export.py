@@ -203,22 +203,22 @@ def test_ties_between_merges_are_broken_as_sentencepiece_does(letters, size):
 
 
 def scaled_at(params, step, batch, by: float = 1.0):
-    """A `weights` that no batch is needed for."""
+    """A `reparam` that no batch is needed for."""
     return params | {"down": params["down"] * (by + 0.1 * step)}
 
 
 def by_batch(params, step, batch):
-    """A `weights` that Llama has no place for."""
+    """A `reparam` that Llama has no place for."""
     return params | {"down": params["down"] * batch["tokens"].mean()}
 
 
 def low_rank(params, step, batch):
-    """A `weights` with parameters of other names."""
+    """A `reparam` with parameters of other names."""
     return params | {"more": params["down"]}
 
 
 def test_reparametrised_weights_are_exported_as_they_are_used(tiny, data_config, tmp_path):
-    config = config_of(data_config, tmp_path, model=tiny, weights=partial(scaled_at, by=2.0))
+    config = config_of(data_config, tmp_path, model=tiny, reparam=partial(scaled_at, by=2.0))
     params = model.init(tiny, jax.random.key(0))
     used = export.llama_params(config, params, 3)
     equal(used["down"], params["down"] * 2.3)
@@ -227,7 +227,7 @@ def test_reparametrised_weights_are_exported_as_they_are_used(tiny, data_config,
 
 @pytest.mark.parametrize("fields,word", [
     (dict(model=dict(qk_norm=True)), "model.qk_norm"), (dict(model=dict(embed=30)), "model.embed"),
-    (dict(weights=by_batch), "function of the batch"), (dict(weights=low_rank), "weights gives")],
+    (dict(reparam=by_batch), "function of the batch"), (dict(reparam=low_rank), "reparam gives")],
     ids=["qk_norm", "embed", "batch", "names"])
 def test_what_is_not_llama_is_refused(tiny, data_config, tmp_path, fields, word):
     fields = fields | dict(model=replace(tiny, **fields.get("model", {})))

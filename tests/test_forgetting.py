@@ -64,7 +64,7 @@ def tiny(tmp_path, arm: str = "forgetting", **changes) -> train.Config:
     small = dict(batch=8, seq=16)
     if first.repeat:
         cycle = dict(repeat=(Edit(watched, every=K),),
-                     rates={"embed": replace(first.rates["embed"], peak=3e-2, warmup=1, cycle=K)})
+                     lr={"embed": replace(first.lr["embed"], peak=3e-2, warmup=1, cycle=K)})
     first = replace(first, steps=STEPS, **small, **cycle)
     fast = replace(cells[0].schedule, peak=3e-2, warmup=1)
     cells = (replace(p, steps=12, **small, schedule=fast) for p in cells[:2])
@@ -219,7 +219,7 @@ def test_each_cycle_is_the_whole_schedule_over_its_own_steps(steps, cycle, start
 def test_only_the_embeddings_rate_starts_again_in_each_episode():
     plain, forget = (course(forgetting.arms[arm]).rates for arm in ("standard", "forgetting"))
     phase = forgetting.arms["forgetting"].phases[0]
-    (reset,), own = phase.repeat, phase.rates["embed"]
+    (reset,), own = phase.repeat, phase.lr["embed"]
     assert own.cycle == reset.every and phase.steps % reset.every == 0
     episodes = forget["embed"][1:phase.steps + 1].reshape(-1, reset.every)
     rise, fall = np.arange(1, own.warmup + 1), np.arange(1, reset.every - own.warmup + 1)

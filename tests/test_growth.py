@@ -12,6 +12,7 @@ import model
 import train
 from lib.config import ROOT, load_file
 from lib.edits import stack
+from lib.freezing import BLOCK, asleep, freeze
 from lib.kernels import Mask
 from lib.optim import adamw, first_state, init_opt_state
 from lib.schedule import shapes
@@ -236,12 +237,12 @@ def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
         sub, grads = both(params, step)
         moved = {n: np.asarray(g != 0).reshape(len(g), -1).any(1) for n, g in grads.items()}
         depth = int(np.count_nonzero(np.asarray(sub["o"]).reshape(4, -1).any(1)))
-        for name in (n for n in params if layers.BLOCK[n]):
+        for name in (n for n in params if BLOCK[n]):
             assert moved[name].tolist() == [depth - top <= l < depth for l in range(4)], (name, step)
         assert moved["norm"].all() and (tied or moved["head"].all())
         assert moved["embed"].any() == tied
         if depth not in depths:
-            lowest = {n: x[:depth] if layers.BLOCK[n] else x for n, x in params.items()}
+            lowest = {n: x[:depth] if BLOCK[n] else x for n, x in params.items()}
             np.testing.assert_allclose(scores(sub, config), scores(lowest, replace(config, layers=depth)),
                                        atol=1e-5)
         depths.add(depth)
@@ -257,7 +258,7 @@ def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
 
 def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_model():
     config = width.arms["two_stage"]
-    stage, (narrow, _) = config.weights.keywords, config.phases
+    stage, (narrow, _) = config.reparam.keywords, config.phases
     assert stage["begin"] == narrow.steps and stage["embed"] == width.wide.embed
     assert stage["begin"] + 20 < stage["until"]
     assert not any(s % config.eval_every == 0 for s in range(stage["begin"] + 1, stage["until"]))
@@ -269,8 +270,8 @@ def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_mode
 def test_frozen_layers_stay_bit_for_bit_and_move_again(tiny):
     """Weight decay, old moments and the clipped norm included, through a step that is compiled once."""
     config = replace(tiny, unroll=1)
-    run = train.Config(model=config, optimizer=layers.asleep, clip=1e-2, weights=partial(
-        layers.freeze, begin=1, until=3, layers=1))
+    run = train.Config(model=config, optimizer=asleep, clip=1e-2, reparam=partial(
+        freeze, begin=1, until=3, layers=1))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = first_state(config, run.optimizer, mesh, jax.random.key(0))
     one = np.ones((2, 11), np.int32)
@@ -295,7 +296,7 @@ def test_freeze_takes_the_gradient_of_what_it_names(tiny):
 
     def moved(step, **arguments):
         def total(p):
-            return sum(jnp.sum(x) for x in layers.freeze(p, step, {}, begin=5, until=8, **arguments).values())
+            return sum(jnp.sum(x) for x in freeze(p, step, {}, begin=5, until=8, **arguments).values())
         return {n: np.asarray(x) for n, x in jax.jit(jax.grad(total))(params).items()}
 
     assert all(x.all() for step in (4, 8) for x in moved(step).values())

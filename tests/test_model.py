@@ -524,7 +524,7 @@ GOLDEN = [6.6044450, 7.4317150, 3.6630270, 4.7360573]
 
 
 def test_golden_first_losses(tiny, drawn):
-    run = SimpleNamespace(optimizer=adamw, weights=None, token_loss=model.cross_entropy,
+    run = SimpleNamespace(optimizer=adamw, reparam=None, token_loss=model.cross_entropy,
                           reduce=model.weighted_mean, clip=1.0)
     state = State(drawn, init_opt_state(drawn, tiny, adamw), jnp.int32(0), jnp.int32(0))
     rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-2))
@@ -801,7 +801,7 @@ def test_random_layers_are_drawn_as_at_initialisation(tiny, params):
 
 def a_run(optimizer=adamw, clip=0.0):
     """What `make_step` needs of a config."""
-    return SimpleNamespace(optimizer=optimizer, weights=None, token_loss=model.cross_entropy,
+    return SimpleNamespace(optimizer=optimizer, reparam=None, token_loss=model.cross_entropy,
                            reduce=model.weighted_mean, clip=clip)
 
 

@@ -556,7 +556,7 @@ def forget(model, context):
 
 
 phase = Phase(steps=16, batch=8, seq=32, repeat=(Edit(forget, every=5),),
-              rates={"embed": Schedule(shape="linear", peak=1e-2, warmup=2, cycle=5)})
+              lr={"embed": Schedule(shape="linear", peak=1e-2, warmup=2, cycle=5)})
 edits = (), (partial(stack, times=2, moments="map"),), (
     partial(widen, embed=64, kv_heads=2, mlp=64, split="uneven"), forget)
 config = Config(

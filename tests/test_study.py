@@ -218,11 +218,11 @@ def test_a_phase_s_own_schedule_keeps_its_ratio_to_the_run_s(file, trainer):
 
 
 def test_every_schedule_of_a_run_keeps_its_ratio_too(file, trainer):
-    own = "steps=400, rates=dict(embed=Schedule(peak=3e-2)),"
+    own = "steps=400, lr=dict(embed=Schedule(peak=3e-2)),"
     file.write_text(file.read_text().replace("steps=400,", own))
     call(file, "--seeds", "1")
     deep = json.loads((file.parent / "runs/tiny/deep-0.04-s0/config.json").read_text())
-    assert deep["schedule"]["peak"] == 0.04 and deep["phases"][0]["rates"]["embed"]["peak"] == 0.12
+    assert deep["schedule"]["peak"] == 0.04 and deep["phases"][0]["lr"]["embed"]["peak"] == 0.12
 
 
 OWN = """
@@ -833,7 +833,7 @@ def test_copies_that_are_silenced_keep_the_function_and_learn_from_there():
 
 def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end():
     config, before, after = small("annealed")
-    weights, ids = stacking.arms["annealed"].weights, jnp.arange(24).reshape(2, 12)
+    weights, ids = stacking.arms["annealed"].reparam, jnp.arange(24).reshape(2, 12)
     start = stacking.arms["annealed"].phases[0].steps
     assert set(weights.keywords) == {"layers", "start", "steps"} and weights.keywords["start"] == start
 

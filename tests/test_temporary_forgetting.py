@@ -213,7 +213,7 @@ def one_device(monkeypatch):
 
 def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, capsys, one_device):
     fields = forgetting.quick | {"eval_every": 2, "phases.0.repeat.0.every": 2, "model.layers": 1,
-                                 "phases.0.rates.embed.cycle": 2, "sample_tokens": 1}
+                                 "phases.0.lr.embed.cycle": 2, "sample_tokens": 1}
     words = [w for k, v in fields.items() for i in range(2 if "*" in k else 1)
              for w in ("--" + k.replace("*", str(i)), str(v))]
     assert train.main([f"{FILE}:temporary", "--runs", str(tmp_path), "--name", "run", *words]) == 0

@@ -82,12 +82,12 @@ def second_half(row, rng):
 
 
 def same_weights(params, step, batch):
-    """A `weights` that scales by one."""
+    """A `reparam` that scales by one."""
     return {name: x * jnp.where(step >= 0, 1.0, 2.0).astype(x.dtype) for name, x in params.items()}
 
 
 def no_embedding(params, step, batch):
-    """A `weights` under which every logit is zero."""
+    """A `reparam` under which every logit is zero."""
     return params | {"embed": params["embed"] * 0}
 
 
@@ -356,7 +356,7 @@ def test_phase_schedule_warms_up_again_over_its_own_budget():
 
 def test_a_group_with_factor_zero_is_frozen_bit_for_bit():
     """Neither gradient nor weight decay moves it; the other groups move, at their own factor."""
-    phases = (Phase(steps=4, batch=8, seq=16, rates={"matrix": 0.0, "vector": 0.5}),)
+    phases = (Phase(steps=4, batch=8, seq=16, lr={"matrix": 0.0, "vector": 0.5}),)
     config = tiny_config(phases=phases, schedule=Schedule(shape="constant", peak=1e-2, warmup=0))
     course, take = course_of(config), stepper(config)
     assert course.rates["vector"][1] == 0.5 * course.rates["embed"][1] > 0
@@ -370,8 +370,8 @@ def test_a_group_with_factor_zero_is_frozen_bit_for_bit():
 
 def test_rates_of_an_unknown_group_are_refused():
     """The sentence names the field and the groups there are."""
-    with pytest.raises(InputError, match=r"phases\.0\.rates.*matrx.*matrix"):
-        course_of(tiny_config(phases=(Phase(rates={"matrx": 1.0}),)))
+    with pytest.raises(InputError, match=r"phases\.0\.lr.*matrx.*matrix"):
+        course_of(tiny_config(phases=(Phase(lr={"matrx": 1.0}),)))
 
 
 def test_flops_in_closed_form_across_a_stack():
@@ -607,11 +607,11 @@ def everything() -> Config:
                 objective=second_half,
                 edits=(silence, partial(stack, layers=[0, 1, 1])),
                 schedule=Schedule(shape="cosine"),
-                rates={"embed": 2.0},
+                lr={"embed": 2.0},
             ),
         ),
         optimizer=partial(adamw, b2=0.99),
-        weights=same_weights,
+        reparam=same_weights,
         token_loss=partial(undefined, first=2),
         reduce=counted,
         evals=(answer,),
@@ -719,7 +719,7 @@ def test_overrides_that_name_no_field(arguments, words):
         (["--phases.0.steps", "(1,2)"], ["phases.0.steps", "(1, 2)", "int"]),
         (["--schedule.shape", "wds"], ["schedule.shape", "'wds'", "'wsd'"]),
         (["--optimizer", "adam"], ["optimizer", "'adam'"]),
-        (["--weights", "thin"], ["weights", "'thin'"]),
+        (["--reparam", "thin"], ["reparam", "'thin'"]),
         (["--model.heads", "4"], ["model.heads", "4", "model.kv_heads", "6"]),
     ],
 )
@@ -1164,7 +1164,7 @@ def extended(tmp_path_factory):
         data=DataConfig(sources=sources, tokenizer="bytes", dev=0.2, test=0.2),
         phases=(phase, replace(phase, edits=(silence,))),
         schedule=Schedule(shape="constant", peak=1e-3, warmup=0),
-        weights=same_weights,
+        reparam=same_weights,
         token_loss=doubled,
         reduce=counted,
         evals=(answer,),
@@ -1252,7 +1252,7 @@ def test_weights_are_used_in_training_and_in_evaluation():
     state, batch = first_state(tiny_config()), random_batch()
     losses = {}
     for name, function in (("none", None), ("same", same_weights), ("gone", no_embedding)):
-        config = tiny_config(weights=function)
+        config = tiny_config(reparam=function)
         losses[name] = float(stepper(config)(state, batch, 1e-2)[1]["train/loss"])
     assert losses["same"] == losses["none"]
     assert (

@@ -179,13 +179,13 @@ def llama_params(config: Config, params: dict, step: int) -> dict:
     if m.embed % m.heads:
         raise InputError(f"model.embed is {m.embed}, which transformers refuses for {m.heads} heads; allowed "
                          "is a multiple of model.heads")
-    if not config.weights:
+    if not config.reparam:
         return params
-    with user_errors((KeyError, TypeError, IndexError), InputError, "weights is a function of the batch, "
+    with user_errors((KeyError, TypeError, IndexError), InputError, "reparam is a function of the batch, "
                      "which no Llama is ({reason}); allowed is one of the parameters and the step"):
-        params = reparametrised(config.weights, params, jnp.int32(step), {})
+        params = reparametrised(config.reparam, params, jnp.int32(step), {})
     if {n: x.shape for n, x in params.items()} != {n: p.shape for n, p in table(m).items()}:
-        raise InputError("weights gives other parameters than model.table names; allowed are all of these")
+        raise InputError("reparam gives other parameters than model.table names; allowed are all of these")
     return params
 
 

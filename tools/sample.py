@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> str:
         show(texts[0])
     with jax.set_mesh(params["embed"].sharding.mesh):
         used = jax.jit(lambda params, ids: prepare(
-            reparametrised(config.weights, params, step, dict(tokens=ids)), config.model))
+            reparametrised(config.reparam, params, step, dict(tokens=ids)), config.model))
         weights = used(params, padded(prompts, tokenizer.eos)[0])
         del params
         made = generate(weights, prompts, tokens, [a.seed + i for i in range(len(texts))], how, tokenizer.eos,
