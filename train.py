@@ -371,7 +371,8 @@ class Run:
             self.out.row({"step": step, **row, **self.spent(step)})
             said = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in row.items())
             self.out.say(f"step {step}: {', '.join(said)}")
-        follow(self)
+        if is_main_process():
+            follow(self.directory, self.out.sync)
         if (steered := self.stops.get(step)) is not None:
             self.loader.log[steered].append({name: row[f"eval/{name}/loss"] for name in self.caches})
 
