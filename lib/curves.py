@@ -80,7 +80,7 @@ def read_compressors(directory: Path) -> dict[str, float]:
     Each test document is compressed alone, as the model predicts each document alone.
     """
     found = {}
-    for name in ("eval.json", "summary.json"):
+    for name in ("summary.json", "eval.json"):  # eval.json is the newer one
         file = directory / name
         if file.is_file():
             found |= json.loads(file.read_text("utf-8"))
