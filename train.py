@@ -603,7 +603,8 @@ def train_loop(run: Run, state: State, step: int, log: Log, stop: Stop) -> tuple
             if plan.evaluates(step):
                 log.sync()
                 log.evaluation(step, evaluate(run, state, step))
-                follow(run.directory)
+                if is_main_process():
+                    follow(run.directory, log.sync)
             if plan.saves(step) or stop.wants_save:
                 save(run, state, step, log)
                 stop.restart_clock()
