@@ -582,6 +582,7 @@ def train(config: Config, file: str = "") -> dict | None:
             state, step = train_loop(run, state, step, log, stop)
             if stop.wants_exit:
                 return leave(run, state, step, log, stop)
+            run.checkpoints.close()
             return finish(run, log)
 
 
@@ -624,7 +625,6 @@ def leave(run: Run, state: State, step: int, log: Log, stop: Stop):
 
 def finish(run: Run, log: Log) -> dict[str, Any]:
     """The last row, and what tools/eval.py and tools/summary.py make of the run."""
-    run.checkpoints.close()
     total = run.plan.total
     found = {k: v for k, v in verb("eval", [str(run.directory)]).items() if ".test/" in k}
     log.row({"step": total, **found, **run.plan.spent(total)})
