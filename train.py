@@ -32,7 +32,6 @@ from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, find_checkpoint
 from lib.config import ROOT, check_types, flatten, from_json, load_file, to_json
 from lib.corpus import assemble
-from lib.curves import follow
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
 from lib.evaluate import evaluate_during, evaluators
@@ -50,7 +49,7 @@ from lib.optim import (
     update_ratios,
 )
 from lib.packing import concat_and_split
-from lib.prefetch import prefetch
+from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
 from lib.resume import changed_fields, resume_key, start_config, start_from
 from lib.schedule import Plan, Schedule, make_plan, schedules
@@ -230,10 +229,25 @@ def accumulated(gradient: Callable, batch: dict, parts: int):
     return (numerator, (denominator, metrics)), grads
 
 
-def squared_norms(grads: dict, members: dict[str, list[str]], dtype) -> dict[str, jax.Array]:
-    """{optimiser group: the squared norm of its gradients}."""
-    return {group: sum(jnp.sum(jnp.square(grads[name]), dtype=dtype) for name in names)
-            for group, names in members.items()}
+def squared_norms(grads: dict, members: dict[str, list[str]], scale, dtype) -> dict[str, jax.Array]:
+    """{optimiser group: the squared norm of its gradients times scale}."""
+    def squared(names):
+        return sum(jnp.sum(jnp.square(grads[name]), dtype=dtype) for name in names)
+
+    return {group: squared(names) * scale**2 for group, names in members.items()}
+
+
+def clipped(grads: dict, scale, squares: dict[str, jax.Array], clip: float) -> tuple[dict, jax.Array]:
+    """(gradients times scale and clipped, their norm before that); squares: by group, scaled already."""
+    norm = jnp.sqrt(sum(squares.values()))
+    if clip:
+        scale = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
+    return {name: grad * scale for name, grad in grads.items()}, norm
+
+
+def descend(old: dict, directions: dict, lr) -> dict:
+    """Parameters moved along descent directions, in their own dtypes."""
+    return {name: x - (lr * directions[name]).astype(x.dtype) for name, x in old.items()}
 
 
 def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
@@ -259,18 +273,13 @@ def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
         (numerator, (denominator, metrics)), grads = accumulated(gradient, batch, accumulate)
         scale = 1 / jnp.maximum(denominator, 1e-9)
         loss = numerator * scale
-        squares = squared_norms(grads, members, loss.dtype)
-        squares = {group: square * scale**2 for group, square in squares.items()}
-        norm = jnp.sqrt(sum(squares.values()))
-        if config.clip:
-            scale = scale * jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-9))
+        squares = squared_norms(grads, members, scale, loss.dtype)
+        grads, norm = clipped(grads, scale, squares, config.clip)
         params, opt = dict(state.params), dict(state.opt)
         for group, names in members.items():
-            old = {name: state.params[name] for name in names}
-            clipped = {name: grads[name] * scale for name in names}
-            directions, opt[group] = optimizers[group].update(clipped, state.opt[group], old)
-            for name in names:
-                params[name] = old[name] - (lr[group] * directions[name]).astype(old[name].dtype)
+            own, old = ({name: tree[name] for name in names} for tree in (grads, state.params))
+            directions, opt[group] = optimizers[group].update(own, state.opt[group], old)
+            params |= descend(old, directions, lr[group])
             metrics[f"{group}/grad_norm"] = jnp.sqrt(squares[group])
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt),
@@ -359,6 +368,7 @@ class Run:
     programs: dict = field(default_factory=dict)  # compiled, by what they depend on
     checkpoints: Checkpoints | None = None
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset of embeddings
+    summary: dict[str, Any] | None = None  # of a run that has ended
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed; the order of data draws from the seed by numpy."""
@@ -420,6 +430,15 @@ def resume(run: Run) -> tuple[State, int]:
     if len(np.unique(same)) > 1:
         raise InputError(f"the processes of run {run.directory} have different configs or checkpoints; "
                          "allowed is the same command everywhere, and a directory that all of them see")
+    state, step = newest(run, found)
+    lay_out(run)
+    if step:
+        say(f"resuming from step {step}" + (": this run is complete" if run.summary else ""))
+    return state, step
+
+
+def newest(run: Run, found: list[int]) -> tuple[State, int]:
+    """The state at the newest of the steps that is whole, and that step; at 0 the first state."""
     while found[-1]:
         step = found.pop()
         try:
@@ -533,85 +552,82 @@ def save(run: Run, state: State, step: int, log: Log):
     log.save_s = time.monotonic() - begun
 
 
-def lay_out(run: Run) -> dict | None:
-    """Write what identifies a run into its directory; gives its summary if it has ended already."""
+def lay_out(run: Run):
+    """Write what identifies a run into its directory; what it ended with, if it has, is its summary."""
     end = run.directory / "summary.json"
-    done = None
-    if end.exists() and [0, *run.checkpoints.steps()][-1] == run.plan.total:
-        done = json.loads(end.read_text())
-    if is_main_process():
-        if not done:  # what an extended run left there is not its end any more
-            end.unlink(missing_ok=True)
-        source = run.directory / "source"
-        source.mkdir(exist_ok=True)
-        own = [run.file.split(":")[0]] if run.file else []
-        for path in [*ROOT.glob("*.py"), *own]:
-            shutil.copy(path, source)
-        write(run.directory / "tokenizer.model", run.tokenizer.model)
-        write(run.directory / "config.json", json.dumps(to_json(run.config), indent=1))
-    return done
+    if end.exists() and run.resumed[0] == run.plan.total:
+        run.summary = json.loads(end.read_text())
+    if not is_main_process():
+        return
+    if not run.summary:  # what a run left there that was made longer is not its end any more
+        end.unlink(missing_ok=True)
+    source = run.directory / "source"
+    source.mkdir(exist_ok=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, source)
+    if run.file:
+        shutil.copy(run.file.split(":")[0], source)
+    write(run.directory / "tokenizer.model", run.tokenizer.model)
+    write(run.directory / "config.json", json.dumps(to_json(run.config), indent=1))
 
 
 @contextlib.contextmanager
 def opened(run: Run):
-    """Hold a run's directory: no other process trains it, and what is being saved is waited for at the end."""
+    """Hold a run's directory: no other process trains it; what is being saved is waited for at the end."""
     run.directory.mkdir(parents=True, exist_ok=True)
     lock = contextlib.nullcontext()
     if is_main_process():
         lock = locked(run.directory / ".lock", f"run {run.directory}")
-    with lock, Checkpoints(run.directory / "checkpoints", run.config.keep, run.config.keep_every) as kept:
-        run.checkpoints = kept
+    root, config = run.directory / "checkpoints", run.config
+    with lock, Checkpoints(root, config.keep, config.keep_every) as run.checkpoints:
         yield
 
 
-def train(config: Config, file: str = "") -> dict | None:
+def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
+    """The batches of the steps after `step`, made ahead; no more of them where a signal ends the waiting."""
+    make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
+    steps = range(step + 1, run.plan.total + 1)
+    return Prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit)
+
+
+def log_of(run: Run, step: int) -> Log:
+    """What a run reports after `step`, its tracker told of what came before."""
+    complete = run.summary is not None
+    log = Log(run.directory / "metrics.jsonl", step, run.plan, run.config.max_skipped, complete)
+    if not complete:
+        log.track = start_tracker(run.config, run.directory, step)
+    return log
+
+
+def train(config: Config, file: str = "") -> dict[str, Any] | None:
     """Train from the last checkpoint, or from the start, to the end; None if a signal stopped it.
 
     Gives what summary.json holds. file: where the config comes from, to be kept with the run.
     """
     run = prepare(config, file)
     with Stop(run.mesh, config.save_minutes, run.abandon) as stop, opened(run):
-        state, step = resume(run)
-        done = lay_out(run)
-        with Log(run.directory / "metrics.jsonl", step, run.plan, config.max_skipped, bool(done)) as log:
-            if step:
-                say(f"resuming from step {step}" + (": this run is complete" if done else ""))
-            if done:
-                return done
-            log.track = start_tracker(run, step)
-            state, step = train_loop(run, state, step, log, stop)
+        state, step = resume(run)  # its own checkpoint, another run, a Hugging Face directory, or a draw
+        with log_of(run, step) as log, batches_after(run, step, stop) as batches:
+            if step == 0 and run.plan.evaluates(0):
+                log.evaluation(0, evaluate(run, state, 0))
+            for step, batch in enumerate(batches, step + 1):
+                if step - 1 in run.plan.edits:  # growth and forgetting happen between batches
+                    log.flush()
+                    state = edit_model(run, state, step - 1)
+                state, metrics = train_step(run, state, batch, step)
+                log.step(step, metrics, batch.metrics, batches.waited)  # read a step late: no device waits
+                stop.listen()
+                if run.plan.evaluates(step):
+                    log.sync()
+                    log.evaluation(step, evaluate(run, state, step))
+                if run.plan.saves(step) or stop.wants_save:
+                    save(run, state, step, log)
+                    stop.restart_clock()
+                if stop.wants_exit:
+                    break
             if stop.wants_exit:
                 return leave(run, state, step, log, stop)
-            run.checkpoints.close()
             return finish(run, log)
-
-
-def train_loop(run: Run, state: State, step: int, log: Log, stop: Stop) -> tuple[State, int]:
-    """The loop: from the state after `step` steps to the run's end, or until a signal; gives where it ended."""
-    plan = run.plan
-    make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
-    steps = range(step + 1, plan.total + 1)
-    if step == 0 and plan.evaluates(0):
-        log.evaluation(0, evaluate(run, state, 0))
-    with prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit) as batches:
-        for step, batch in zip(steps, batches, strict=False):  # fewer batches where a signal ends the waiting
-            if step - 1 in plan.edits:
-                log.flush()
-                state = edit_model(run, state, step - 1)  # growth and forgetting happen between batches
-            state, metrics = train_step(run, state, batch, step)
-            log.step(step, metrics, batch.metrics, batches.waited)  # read one step late: no device waits
-            stop.listen()
-            if plan.evaluates(step):
-                log.sync()
-                log.evaluation(step, evaluate(run, state, step))
-                if is_main_process():
-                    follow(run.directory, log.sync)
-            if plan.saves(step) or stop.wants_save:
-                save(run, state, step, log)
-                stop.restart_clock()
-            if stop.wants_exit:
-                break
-    return state, step
 
 
 def leave(run: Run, state: State, step: int, log: Log, stop: Stop):
@@ -619,12 +635,15 @@ def leave(run: Run, state: State, step: int, log: Log, stop: Stop):
     run.checkpoints.wait()
     if step > max([0, *run.checkpoints.steps()]):
         save(run, state, step, log)
-    run.checkpoints.wait()
+    run.checkpoints.close()
     say(f"stopped by {stop.reason()}; step {step} is saved, the same command resumes")
 
 
 def finish(run: Run, log: Log) -> dict[str, Any]:
     """The last row, and what tools/eval.py and tools/summary.py make of the run."""
+    run.checkpoints.close()
+    if run.summary:
+        return run.summary
     total = run.plan.total
     found = {k: v for k, v in verb("eval", [str(run.directory)]).items() if ".test/" in k}
     log.row({"step": total, **found, **run.plan.spent(total)})

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from lib.curves import follow
 from lib.disk import write
 from lib.errors import InputError
 from lib.hardware import peak
@@ -151,12 +152,14 @@ class Log:
             self.track(row)
 
     def evaluation(self, step: int, found: dict[str, float]):
-        """Write a row of held-out figures after that of its step, and print them."""
+        """Write a row of held-out figures after that of its step, print them, and draw them now and then."""
         if not found:
             return
         self.row({"step": step, **found, **self.plan.spent(step)})
         said = (f"{name.removeprefix('eval/')} {value:.4f}" for name, value in found.items())
         say(f"step {step}: {', '.join(said)}")
+        if is_main_process():
+            follow(self.path.parent, self.sync)
 
     def sync(self):
         """Bring every row so far onto the disk; what comes now is not of the next step's time."""

@@ -52,6 +52,7 @@ class Prefetch:
             self.pool.shutdown(cancel_futures=True)
 
 
-def prefetch(make: Callable[[int], Any], steps: Iterable[int], depth: int = 2, **how) -> Prefetch:
-    """See `Prefetch`."""
-    return Prefetch(make, steps, depth, **how)
+def prefetch(make: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Iterator[Any]:
+    """The values of a `Prefetch` as a generator, which ends its thread when it is closed."""
+    with Prefetch(make, steps, depth) as values:
+        yield from values
