@@ -1,10 +1,11 @@
-"""One run: a config becomes phases, a schedule, an optimiser and a loop that can be killed at any moment.
+"""One run: a config becomes phases, a schedule, an optimiser and a loop that can be killed at any
+moment.
 
     python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume; CONFIG: configs/quickstart.py
     python train.py VERB ...                               run tools/VERB.py: sample, eval, bench, corpus, ...
 
-Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits due at s;
-these are functions of (seed, step, index) and are applied again on resume.
+Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits
+due at s; these are functions of (seed, step, index) and are applied again on resume.
 """
 import contextlib
 import functools
@@ -203,10 +204,12 @@ def check(config: Config) -> None:
             raise InputError(sentence)
 
 
-# --------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 def loss_sums(trained: dict, frozen: dict, batch: dict, step, mask: Mask, config: Config, model: ModelConfig):
-    """(numerator, (denominator, metrics)) of a batch's loss under parameters of which the first are trained."""
+    """(numerator, (denominator, metrics)) of a batch's loss under parameters of which the first are
+    trained.
+    """
     params = reparametrised(config.reparam, trained | frozen, step, batch)
     each = losses(params, batch, mask, model, config.token_loss, {"step": step})
     (numerator, denominator), metrics = config.reduce(each, batch)
@@ -214,7 +217,9 @@ def loss_sums(trained: dict, frozen: dict, batch: dict, step, mask: Mask, config
 
 
 def accumulated(gradient: Callable, batch: dict, parts: int):
-    """gradient(batch), the batch taken in so many parts in turn: sums are added up, metrics are averaged."""
+    """gradient(batch), the batch taken in so many parts in turn: sums are added up, metrics are
+    averaged.
+    """
     if parts == 1:
         return gradient(batch)
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
@@ -238,7 +243,9 @@ def squared_norms(grads: dict, members: dict[str, list[str]], scale, dtype) -> d
 
 
 def clipped(grads: dict, scale, squares: dict[str, jax.Array], clip: float) -> tuple[dict, jax.Array]:
-    """(gradients times scale and clipped, their norm before that); squares: by group, scaled already."""
+    """(gradients times scale and clipped, their norm before that); squares: by group, scaled
+    already.
+    """
     norm = jnp.sqrt(sum(squares.values()))
     if clip:
         scale = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
@@ -252,12 +259,13 @@ def descend(old: dict, directions: dict, lr) -> dict:
 
 def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
               frozen: frozenset[str] = frozenset()) -> Callable:
-    """`step(state, batch, lr, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
+    """`step(state, batch, lr, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and
+    mapped.
 
-    lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which have no part
-    in the clipped norm. An update whose loss or gradient is not finite leaves parameters and optimiser as they
-    were, and counts.
-    """
+    lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which
+    have no part in the clipped norm. An update whose loss or gradient is not finite leaves
+    parameters and optimiser as they were, and counts.
+"""
     optimizers = config.optimizer(table(model))
     members = {group: names for group, names in groups(model).items() if group not in frozen}
     trained = {name for names in members.values() for name in names}
@@ -293,7 +301,9 @@ def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
 
 def compile_step(config: Config, model: ModelConfig, mesh: Mesh, state: State, batch: dict, lr: dict,
                  mask: Mask, accumulate: int = 1, frozen: frozenset[str] = frozenset()):
-    """The step as an executable `(state, batch, lr) -> (state, metrics)` that reuses `state`'s memory."""
+    """The step as an executable `(state, batch, lr) -> (state, metrics)` that reuses `state`'s
+    memory.
+    """
     out = places(state_like(model, config.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(make_step(config, model, accumulate, frozen), static_argnames="mask", donate_argnums=0,
                    out_shardings=out)
@@ -301,13 +311,14 @@ def compile_step(config: Config, model: ModelConfig, mesh: Mesh, state: State, b
         return step.lower(state, batch, lr, mask=mask).compile()
 
 
-# ---------------------------------------------------------------------------------------------- edits applied
+# ------------------------------------------------------------------------------------ edits applied
 
 def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig) -> dict:
-    """The optimiser state {group: state} after an edit; `fresh` is a new one for the edited parameters.
+    """The optimiser state {group: state} after an edit; `fresh` is a new one for the edited
+    parameters.
 
     Raises ValueError where an edit's policy leaves a state that does not fit its parameters.
-    """
+"""
     before, after = groups(old), {}
     for group, new in fresh.items():
         policy = edited.policy.get(group, "keep")
@@ -325,7 +336,9 @@ def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig)
 
 def apply_edits(edits: list[Callable], state: State, model: ModelConfig, optimizer: Callable, mesh: Mesh,
                 context: Context) -> tuple[State, ModelConfig]:
-    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
+    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit
+    says.
+    """
     for i, edit in enumerate(edits):
         own = context._replace(key=jax.random.fold_in(context.key, i))
         edited = edit(Model(model, state.params), own)
@@ -350,7 +363,7 @@ def edit_model(run: "Run", state: State, step: int) -> State:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 @dataclass
 class Run:
@@ -371,7 +384,9 @@ class Run:
     summary: dict[str, Any] | None = None  # of a run that has ended
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
-        """A key of its own for each use of the seed; the order of data draws from the seed by numpy."""
+        """A key of its own for each use of the seed; the order of data draws from the seed by
+        numpy.
+        """
         return jax.random.fold_in(jax.random.key(self.config.seed), ("init", "edits").index(use))
 
     def abandon(self):
@@ -381,7 +396,9 @@ class Run:
 
 
 def next_batches(loader: Loader, step: int, number: int) -> list[dict]:
-    """The arrays of the `number` batches after `step`, for edits that look at data; the last again at the end."""
+    """The arrays of the `number` batches after `step`, for edits that look at data; the last again
+    at the end.
+    """
     last = loader.decided()
     return [loader.batch(min(step + i, last)).arrays for i in range(1, number + 1)]
 
@@ -424,7 +441,9 @@ def check_batches(config: Config, mesh: Mesh):
 
 
 def resume(run: Run) -> tuple[State, int]:
-    """The state to go on from, and its step: that of the newest checkpoint that is whole, or the first one."""
+    """The state to go on from, and its step: that of the newest checkpoint that is whole, or the
+    first one.
+    """
     found = [0, *run.checkpoints.steps()]
     same = all_gather(int(digest([to_json(run.config), found])[:7], 16))
     if len(np.unique(same)) > 1:
@@ -452,7 +471,9 @@ def newest(run: Run, found: list[int]) -> tuple[State, int]:
 
 
 def restore(run: Run, step: int) -> State:
-    """The state at a checkpoint, where the run's config and text lead there; sets the loader's past."""
+    """The state at a checkpoint, where the run's config and text lead there; sets the loader's
+    past.
+    """
     meta = run.checkpoints.meta(step)
     changed = changed_fields(meta["past"], resume_key(run.config, run.plan, step))
     if step > run.plan.total:
@@ -484,7 +505,9 @@ def first(run: Run) -> State:
 
 
 def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
-    """Of the first so many shards of each source: what their text, tokens and settings are known by."""
+    """Of the first so many shards of each source: what their text, tokens and settings are known
+    by.
+    """
     found = {}
     for name, cache in run.caches.items():
         last = min(sealed[name], cache.wait(sealed[name])) - 1
@@ -523,7 +546,9 @@ def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, 
 
 
 def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
-    """Held-out figures of a state, as lib/evaluate.py has them; a steered mixture is decided by them."""
+    """Held-out figures of a state, as lib/evaluate.py has them; a steered mixture is decided by
+    them.
+    """
     model = run.plan.model_after(step)
     if model not in run.programs:
         run.programs[model] = evaluators(run.config, model, run.mesh)
@@ -553,7 +578,9 @@ def save(run: Run, state: State, step: int, log: Log):
 
 
 def lay_out(run: Run):
-    """Write what identifies a run into its directory; what it ended with, if it has, is its summary."""
+    """Write what identifies a run into its directory; what it ended with, if it has, is its
+    summary.
+    """
     end = run.directory / "summary.json"
     if end.exists() and run.resumed[0] == run.plan.total:
         run.summary = json.loads(end.read_text())
@@ -573,7 +600,9 @@ def lay_out(run: Run):
 
 @contextlib.contextmanager
 def opened(run: Run):
-    """Hold a run's directory: no other process trains it; what is being saved is waited for at the end."""
+    """Hold a run's directory: no other process trains it; what is being saved is waited for at the
+    end.
+    """
     run.directory.mkdir(parents=True, exist_ok=True)
     lock = contextlib.nullcontext()
     if is_main_process():
@@ -584,7 +613,9 @@ def opened(run: Run):
 
 
 def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
-    """The batches of the steps after `step`, made ahead; no more of them where a signal ends the waiting."""
+    """The batches of the steps after `step`, made ahead; no more of them where a signal ends the
+    waiting.
+    """
     make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
     steps = range(step + 1, run.plan.total + 1)
     return Prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit)
@@ -652,10 +683,12 @@ def finish(run: Run, log: Log) -> dict[str, Any]:
 
 
 def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
-    """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits [b t v].
+    """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits
+    [b t v].
 
-    `config.model` is the shape of that checkpoint; for the step see `find`. mesh: fields unlike the run's.
-    """
+    `config.model` is the shape of that checkpoint; for the step see `find`. mesh: fields unlike the
+    run's.
+"""
     checkpoints, step, meta = find_checkpoint(run, step)
     directory = Path(run).expanduser()
     config = from_json(Config, json.loads((directory / "config.json").read_text()))
@@ -669,7 +702,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     return params, config, tokenizer, lambda params, ids: scores(params, step, jnp.asarray(ids))
 
 
-# ------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 def verb(name: str, arguments: list[str]):
     """Run tools/NAME.py."""
@@ -701,6 +734,7 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":  # one module called `train`, for this process and for every config that imports it
     sys.path.insert(0, str(ROOT))
     import train
-    # A failed save of Orbax's closes an event loop that its threads still call: the save's sentence says it.
+    # A failed save of Orbax's closes an event loop that its threads still call: the save's sentence
+    # says it.
     sys.unraisablehook = lambda it: str(it.exc_value) == "Event loop is closed" or sys.__unraisablehook__(it)
     sys.exit(train.main(sys.argv[1:]))
