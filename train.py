@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import math
 import shutil
 import sys
 import time
@@ -27,15 +26,28 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data import Batch, DataConfig, Loader, batch_lengths, causal, shuffled
+from lib import command
 from lib import config as config_files
 from lib.banner import banner
 from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, find_checkpoint
-from lib.config import ROOT, check_types, flatten, from_json, load_file, to_json
+from lib.config import ROOT, from_json, load_file, to_json
 from lib.corpus import assemble
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
 from lib.evaluate import evaluate_during, evaluators
+from lib.fields import (
+    Count,
+    NotNegative,
+    Positive,
+    Rules,
+    Whole,
+    check_rules,
+    check_value,
+    join,
+    require,
+    strict,
+)
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
 from lib.log import Log, say
@@ -53,7 +65,7 @@ from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
 from lib.resume import changed_fields, resume_key, start_config, start_from
-from lib.schedule import Plan, Schedule, make_plan, schedules
+from lib.schedule import Plan, Schedule, make_plan
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.stop import Stop
 from lib.tokenizers import Tokenizer, load_tokenizer
@@ -73,42 +85,55 @@ from model import (
 )
 
 
+@strict
 @dataclass(frozen=True)
 class Edit:
     """An edit every so many steps of a phase, for one that keeps the shapes; see `model.Edited`."""
 
     apply: Callable  # model, context -> Edited
-    every: int = 1_000  # due after each multiple of this many steps of the phase, but for its last step
-    until: int = 0  # steps of the phase after which it stops; 0 is never
+    every: Count = 1_000  # due after each multiple of this many steps of the phase, but for its last step
+    until: Whole = 0  # steps of the phase after which it stops; 0 is never
 
 
+@strict
 @dataclass(frozen=True)
 class Phase:
     """A stretch of a run with one model shape, batch shape, mixture and objective."""
 
-    steps: int = 100  # updates
-    batch: int = 16  # rows per update
-    seq: int = 256  # tokens per row
-    accumulate: int = 1  # parts that a batch is taken in, one after the other; it must divide the batch
+    steps: Count = 100  # updates
+    batch: Count = 16  # rows per update
+    seq: Count = 256  # tokens per row
+    accumulate: Count = 1  # parts that a batch is taken in, one after the other; it must divide the batch
     lengths: Callable | None = None  # progress -> {row length: weight}; a batch stays batch x seq tokens
     edits: tuple[Callable, ...] = ()  # applied to the model on entering: model, context -> Edited
     repeat: tuple[Edit, ...] = ()  # edits that recur within the phase
-    mixture: dict[str, float] | Callable | None = None  # of sources, or progress, log -> it; None: by size
-    steer: int = 0  # steps between evaluations whose dev losses go into that log; 0 is none
+    mixture: dict[str, NotNegative] | Callable | None = None  # or progress, log -> it; None: by size
+    steer: Whole = 0  # steps between evaluations whose dev losses go into that log; 0 is none
     packing: Callable = concat_and_split  # lengths, seq (, documents) -> plan
     order: Callable = shuffled  # draw, rows, progress, key -> place in the plan
     objective: Callable = causal  # row, rng -> row, mask
     schedule: Schedule | None = None  # over this phase's own budget, in place of the run's over the whole
-    lr: dict[str, Schedule | float] = field(default_factory=dict)  # a group's own, or a factor; 0 freezes
+    lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)  # a group's, or a factor; 0 freezes
+
+    def rules(self, path: str) -> Rules:
+        """What fields must be to one another."""
+        size = self.batch * self.seq
+        said = f"{join(path, 'lengths')} ends in {{reason}}; allowed is progress -> {{{{row length: weight}}}}"
+        with user_errors(Exception, InputError, said):  # a config's function may raise anything
+            lengths = list(self.lengths(0.0)) if self.lengths else [self.seq]
+            odd = any(size % length for length in lengths)
+        yield (odd,
+               f"{join(path, 'lengths')} gives {lengths}; allowed are divisors of batch x seq ({size})")
 
 
+@strict
 @dataclass(frozen=True)
 class Config:
     """One experiment."""
 
     name: str = ""  # of the run; empty: the config file's stem
     runs: str = "runs"  # directory that runs live in
-    seed: int = 0  # initialisation, data order and edits draw from seeds derived from it
+    seed: Whole = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
     init_from: str = ""  # RUN, RUN@STEP or hf:DIRECTORY to start from; a run's own checkpoints come first
     init_with: Literal["params", "all"] = "params"  # "all": its optimiser state and place in the data too
@@ -116,92 +141,86 @@ class Config:
     phases: tuple[Phase, ...] = (Phase(),)
     schedule: Schedule = Schedule()
     optimizer: Callable = adamw  # table -> {group: optax transformation of unscaled directions}
-    clip: float = 1.0  # global gradient norm; 0 is off
-    max_skipped: int = 10  # non-finite updates in a row after which the run stops
+    clip: NotNegative = 1.0  # global gradient norm; 0 is off
+    max_skipped: Count = 10  # non-finite updates in a row after which the run stops
     mesh: MeshConfig = MeshConfig()
     reparam: Callable | None = None  # in jit: params, step, batch -> params used
     token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch chunk, extras -> losses [b c]
     reduce: Callable = weighted_mean  # in jit: losses [b t], batch -> (numerator, denominator), metrics
     evals: tuple[Callable, ...] = ()  # params, apply -> {metric: value}, at every evaluation
-    eval_every: int = 200  # steps between evaluations on dev; there is one at the end of each phase too
-    eval_tokens: int = 65_536  # of dev documents, per source, in an evaluation during the run
-    overlap: int = 64  # positions that a window of a long held-out document shares with the last
-    save_every: int = 200  # steps between checkpoints; there is one at the end of each phase too
-    save_minutes: float = 15.0  # from one checkpoint to the next at most
-    keep: int = 3  # checkpoints kept, the newest
-    keep_every: int = 0  # and those of each multiple of so many steps; 0 is none
+    eval_every: Count = 200  # steps between evaluations on dev; there is one at the end of each phase too
+    eval_at: tuple[Whole, ...] = ()  # steps after which there is one besides; 0 is before the first
+    eval_tokens: Count = 65_536  # of dev documents, per source, in an evaluation during the run
+    overlap: Whole = 64  # positions that a window of a long held-out document shares with the last
+    save_every: Count = 200  # steps between checkpoints; there is one at the end of each phase too
+    save_minutes: Positive = 15.0  # from one checkpoint to the next at most
+    keep: Count = 3  # checkpoints kept, the newest
+    keep_every: Whole = 0  # and those of each multiple of so many steps; 0 is none
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
-    sample_tokens: int = 200  # of each continuation
-    sample_temperature: float = 0.8  # 0 takes the likeliest token
+    sample_tokens: Count = 200  # of each continuation
+    sample_temperature: NotNegative = 0.8  # 0 takes the likeliest token
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # gets the rows of metrics.jsonl too
-def load_config(path: str) -> Config:
-    """The `config` of a config file or, of FILE:ARM, one of its `arms`."""
-    return config_files.load_config(path, Config)
+
+
+def load_config(path: str, /, **given) -> Config:
+    """The config of a file, FILE.py, FILE.py:ARM or a run's config.json; see lib/config.py."""
+    return config_files.load_config(path, Config, **given)
 
 
 def parse(arguments: list[str]) -> tuple[Config, str]:
     """(config, its file) from the command line of a run."""
-    return config_files.parse(arguments, Config)
-
-
-POSITIVE = set("layers embed heads kv_heads head_dim mlp steps batch seq accumulate every peak keep "
-               "eval_every eval_tokens save_every max_skipped sample_tokens shard_tokens window sample_mib "
-               "logits_mib rope_theta save_minutes".split())
-NOT_NEGATIVE = set("seed vocab unroll clip warmup final overlap until dev test sample_temperature steer "
-                   "epochs cycle keep_every".split())
+    return command.parse(arguments, Config)
 
 
 def check(config: Config) -> None:
     """Raise InputError for a wrong type or an impossible combination, before anything is built."""
-    check_types(config, Config, "")
-    for path, value in flatten(to_json(config)).items():
-        name = path.rsplit(".", 1)[-1]
-        if ".arguments." in path or name not in POSITIVE | NOT_NEGATIVE:
-            continue
-        if not value >= 0 or (name in POSITIVE and value == 0):  # so that NaN is caught
-            least = "more than 0" if name in POSITIVE else "0 or more"
-            raise InputError(f"{path} is {value}; allowed is {least}")
-    m, d = config.model, config.data
-    rules = [
-        (m.heads % m.kv_heads, f"model.heads is {m.heads}, which model.kv_heads ({m.kv_heads}) does not "
-         "divide; allowed is a multiple of it, since every key-value head serves as many query heads"),
-        (m.head_dim % 2, f"model.head_dim is {m.head_dim}; allowed is an even number: RoPE rotates pairs"),
-        (len(m.rope_scaling) not in (0, 1, 4) or not all(0 < x < math.inf for x in m.rope_scaling)
-         or m.rope_scaling[1:2] >= m.rope_scaling[2:3] != (), f"model.rope_scaling is {m.rope_scaling}; "
-         "allowed are (), (factor,) and (factor, low, high, old context), above 0 with low below high"),
-        (config.init_with == "all" and config.init_from.startswith("hf:"), 'init_with is "all", but '
-         f"{config.init_from} has no optimiser state; allowed is \"params\""),
-        (m.unroll and m.layers % m.unroll, f"model.unroll is {m.unroll}, which does not divide model.layers "
-         f"({m.layers}); allowed is a divisor, or 0 for all"),
-        (not config.phases, "phases is empty; allowed is one phase and more"),
-        (not d.sources, "data.sources is empty; allowed is one source and more"),
-        (d.dev + d.test >= 1, f"data.dev and data.test are {d.dev} and {d.test}; allowed are shares that "
-         "leave something to train on"),
-        (config.tracker != "none" and not getattr(importlib.util.find_spec(config.tracker), "origin", None),
-         f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}"),
-    ]
+    check_value(config, Config, "")
+    check_rules(config)
+    for rules in start_rules, evaluation_rules, mixture_rules, tracker_rules:
+        require(rules(config))
+
+
+def start_rules(config: Config) -> Rules:
+    """What a run starts from."""
+    yield (not config.phases, "phases is empty; allowed is one phase and more")
+    yield (config.init_with == "all" and config.init_from.startswith("hf:"),
+           f'init_with is "all", but {config.init_from} has no optimiser state; allowed is "params"')
+
+
+def evaluation_rules(config: Config) -> Rules:
+    """When a run is evaluated, and on what windows."""
+    total = sum(phase.steps for phase in config.phases)
+    yield (max(config.eval_at, default=0) > total,
+           f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, the last")
     for i, phase in enumerate(config.phases):
-        mix = phase.mixture if isinstance(phase.mixture, dict) else dict.fromkeys(d.sources, 1.0)
-        lengths = list(phase.lengths(0.0)) if phase.lengths else [phase.seq]
-        odd = not any(mix.values()) or not all(0 <= w < math.inf for w in mix.values())
-        rules += [
-            (config.overlap >= phase.seq, f"overlap is {config.overlap}; allowed is less than phases.{i}.seq "
-             f"({phase.seq})"),
-            (odd or mix.keys() - d.sources,
-             f"phases.{i}.mixture is {mix}; allowed are weights of 0 and more, not all 0, for the sources "
-             f"{', '.join(d.sources)}"),
-            (phase.steer and not (callable(phase.mixture) and d.dev), f"phases.{i}.steer is {phase.steer}; "
-             "allowed is 0, unless the mixture is a function and there is a dev split to steer by"),
-            (d.stream and (phase.mixture is None and len(d.sources) > 1 or any(
-                s.epochs for s in d.sources.values())), f"data.stream is true, but phases.{i}.mixture or a "
-             "source's epochs ask how large a source is; allowed are weights, and epochs of 0"),
-            (any(phase.batch * phase.seq % n for n in lengths), f"phases.{i}.lengths gives {lengths}; "
-             f"allowed are divisors of batch x seq ({phase.batch * phase.seq})")]
-    rules += [(not 0 < s.decay <= 1, f"{path}.decay is {s.decay}; allowed is above 0 and at most 1")
-              for path, s in schedules(config).items()]
-    for broken, sentence in rules:
-        if broken:
-            raise InputError(sentence)
+        yield (config.overlap >= phase.seq,
+               f"overlap is {config.overlap}; allowed is less than phases.{i}.seq ({phase.seq})")
+
+
+def mixture_rules(config: Config) -> Rules:
+    """What the mixtures of the phases ask of the sources."""
+    sources = config.data.sources
+    limited = any(source.epochs for source in sources.values())
+    for i, phase in enumerate(config.phases):
+        mixture = phase.mixture
+        named = isinstance(mixture, dict)
+        yield (named and (mixture.keys() - sources or not any(mixture.values())),
+               f"phases.{i}.mixture is {mixture}; allowed are weights of 0 and more, not all 0, for "
+               f"the sources {', '.join(sources)}")
+        yield (phase.steer and not (callable(mixture) and config.data.dev),
+               f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function "
+               "and there is a dev split to steer by")
+        by_size = mixture is None and len(sources) > 1
+        yield (config.data.stream and (by_size or limited),
+               f"data.stream is true, but phases.{i}.mixture or a source's epochs ask how large a "
+               "source is; allowed are weights, and epochs of 0")
+
+
+def tracker_rules(config: Config) -> Rules:
+    """Whether the tracker's package is here; a directory of its name does not count."""
+    found = config.tracker == "none" or importlib.util.find_spec(config.tracker)
+    yield (found is None or getattr(found, "origin", "") is None,
+           f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}")
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -716,7 +735,7 @@ def main(arguments: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled"))
     try:
         with user_errors(OSError):  # a full disk, a directory that may not be written
-            if arguments and (ROOT / "tools" / f"{arguments[0]}.py").is_file():
+            if arguments and arguments[0] in config_files.verbs():
                 result = verb(arguments[0], arguments[1:])
             elif "--debug" in arguments:
                 result = verb("debug", [word for word in arguments if word != "--debug"])

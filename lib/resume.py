@@ -1,6 +1,7 @@
 """What a run goes on from: what its past steps depend on, and what `init_from` names."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
     if config.init_with == "params":
         return Start(state.replace(params=checkpoints.params(step, like)), meta["since_reset"])
     written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
-    if written != as_json(config.optimizer):
+    if to_json(from_json(Callable, written)) != to_json(config.optimizer):
         raise InputError(f'init_with is "all", but {name} has another optimizer')
     taken = checkpoints.state(step, like)
     state = state.replace(params=taken.params, opt=taken.opt)

@@ -8,21 +8,23 @@ import jax
 import numpy as np
 
 from data import batch_lengths
+from lib.fields import NotNegative, Positive, PositiveShare, Whole, strict
 from model import Context, Model, ModelConfig, flops_per_token, groups, init
 
 
+@strict
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate over the consumed budget: a linear warm-up to the peak, then a shape."""
 
     shape: Literal["constant", "cosine", "linear", "wsd"] = "wsd"  # wsd: stable, then a decay
-    peak: float = 3e-3  # rate after the warm-up
-    warmup: int = 20  # steps
-    decay: float = 0.2  # wsd: the share of the budget at the end over which the rate falls
+    peak: Positive = 3e-3  # rate after the warm-up
+    warmup: Whole = 20  # steps
+    decay: PositiveShare = 0.2  # wsd: the share of the budget at the end over which the rate falls
     fall: Literal["linear", "sqrt"] = "linear"  # wsd: how, linear or 1 - sqrt (Haegele et al. 2024)
-    final: float = 0.1  # the rate at the end, as a share of the peak (not of a constant one)
+    final: NotNegative = 0.1  # the rate at the end, as a share of the peak (not of a constant one)
     budget: Literal["flops", "tokens"] = "flops"  # consumed; tokens are batch x seq, with padding
-    cycle: int = 0  # steps after which it begins anew; 0 is never
+    cycle: Whole = 0  # steps after which it begins anew; 0 is never
 
 
 def schedules(config) -> dict[str, Schedule]:
