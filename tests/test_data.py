@@ -874,14 +874,14 @@ def rising(progress, losses):
 def test_no_mixture_is_in_proportion_to_the_rows(loader):
     made = loader(phase(steps=500))
     stars, moons = (rows.epoch for rows in made.rows[0][0])
-    equal(made.drawn(0, 500)[0].sum(), 2_000)
-    assert made.drawn(0, 500)[0][1] == pytest.approx(2_000 * moons / (stars + moons), abs=1)
+    equal(made.draws[0].after(500)[0].sum(), 2_000)
+    assert made.draws[0].after(500)[0][1] == pytest.approx(2_000 * moons / (stars + moons), abs=1)
 
 
 def test_a_rare_source_comes_as_often_as_it_should(loader):
     """With weight 0.001 in batches of 4: at every 250th step, give or take one, never two at once."""
     made = loader(phase(steps=10_000, mixture=dict(stars=0.999, moons=0.001)))
-    counts = np.array([made.drawn(0, step)[0] for step in range(10_001)])
+    counts = np.array([made.draws[0].after(step)[0] for step in range(10_001)])
     equal(counts.sum(1), 4 * np.arange(10_001))
     assert counts[-1, 1] == 40
     assert np.max(np.abs(counts[:, 1] - 0.004 * np.arange(10_001))) < 1
@@ -894,7 +894,7 @@ def test_a_rare_source_comes_as_often_as_it_should(loader):
 @given(st.lists(st.integers(0, 1_000), min_size=2, max_size=2).filter(any), st.integers(1, 9))
 def test_counts_keep_to_the_mixture(loader, weights, batch):
     made = loader(phase(batch=batch, mixture=dict(zip(("stars", "moons"), weights, strict=True))))
-    counts = np.array([made.drawn(0, step)[0] for step in range(60)])
+    counts = np.array([made.draws[0].after(step)[0] for step in range(60)])
     equal(counts.sum(1), batch * np.arange(60))
     assert np.all(np.diff(counts, axis=0) >= 0)
     due = np.arange(60)[:, None] * batch * np.array(weights) / sum(weights)
@@ -914,7 +914,7 @@ def test_counts_keep_to_a_mixture_that_changes(caches, weights, batch):
     sources = dict.fromkeys("abcd", Source(moons))
     made = data.Loader(dict.fromkeys(sources, caches["moons"]), phases, replace(SKY, sources=sources),
                        Points(), 0)
-    counts = np.array([made.drawn(0, step)[0] for step in range(21)])
+    counts = np.array([made.draws[0].after(step)[0] for step in range(21)])
     equal(counts.sum(1), batch * np.arange(21))
     assert np.all(np.diff(counts, axis=0) >= 0)
     assert np.max(np.abs(counts[1:] - batch * np.cumsum(shares, axis=0))) < 2
@@ -923,9 +923,9 @@ def test_counts_keep_to_a_mixture_that_changes(caches, weights, batch):
 def test_mixture_is_a_function_of_progress(loader):
     """Progress is 0 at a phase's first step; a source without weight does not come."""
     made = loader(phase(steps=3), phase(steps=100, mixture=rising))
-    assert made.weights(1, 0).tolist() == [1, 0] and made.weights(1, 25).tolist() == [0.75, 0.25]
-    assert made.drawn(1, 1)[0].tolist() == [4, 0] and \
-        made.drawn(1, 100)[0][1] == pytest.approx(4 * 49.5, abs=1)
+    assert made.draws[1].shares(0).tolist() == [1, 0] and made.draws[1].shares(25).tolist() == [0.75, 0.25]
+    assert made.draws[1].after(1)[0].tolist() == [4, 0] and \
+        made.draws[1].after(100)[0][1] == pytest.approx(4 * 49.5, abs=1)
     assert not made.batch(4).arrays["source"].any() and made.batch(103).arrays["source"].all()
 
 
@@ -961,10 +961,10 @@ def test_phase_begins_where_the_last_one_ended(loader):
     made = loader(phase(steps=5, batch=3, seq=32), phase(steps=4, batch=2, seq=20),
                   phase(steps=4, batch=2, seq=96), names=("stars",))
     drawn = [0, 5 * 3 * 32, 5 * 3 * 32 + 4 * 2 * 20]  # positions
-    assert [made.begin(p)[0].tolist() for p in range(3)] == [[0], [drawn[1] // 20], [drawn[2] // 96]]
-    rows, _, _ = made.rows[1][0][0].get(np.arange(24, 26))
-    for key, value in rows.items():
-        equal(made.batch(6).arrays[key], value)
+    assert [made.draws[p].first()[0].tolist() for p in range(3)] == [[0], [drawn[1] // 20], [drawn[2] // 96]]
+    for r, draw in enumerate((24, 25)):
+        for key, value in made.rows[1][0][0].get(draw).arrays.items():
+            equal(made.batch(6).arrays[key][r], value)
     assert [made.phase_of(step) for step in (1, 5, 6, 9, 10, 13)] == [0, 0, 1, 1, 2, 2]
 
 
@@ -984,9 +984,9 @@ def test_sources_are_followed_each_by_its_own_count(loader):
     """In the second phase each source goes on where it was, whatever the mixture drew."""
     made = loader(phase(steps=5, mixture=dict(stars=3, moons=1)),
                   phase(steps=2, seq=16, mixture=dict(moons=1)))
-    assert made.drawn(0, 5)[0].tolist() == [15, 5] and made.begin(1)[0].tolist() == [30, 10]
-    rows, _, _ = made.rows[1][0][1].get(np.arange(10, 14))
-    equal(made.batch(6).arrays["tokens"], rows["tokens"])
+    assert made.draws[0].after(5)[0].tolist() == [15, 5] and made.draws[1].first()[0].tolist() == [30, 10]
+    rows = [made.rows[1][0][1].get(draw).arrays["tokens"] for draw in range(10, 14)]
+    equal(made.batch(6).arrays["tokens"], rows)
     assert made.epochs(7) == {"stars": 30 / made.rows[1][0][0].epoch, "moons": 18 / made.rows[1][0][1].epoch}
 
 
@@ -1159,7 +1159,7 @@ def test_row_lengths_keep_to_their_weights_and_batches_to_their_size(loader):
     assert {b * t for b, t in shapes} == {128} and {t for _, t in shapes} == {16, 64}
     due = np.cumsum([(3 - 2 * i / 400) / (4 - 2 * i / 400) for i in range(400)])
     assert np.max(np.abs(np.cumsum([t == 16 for _, t in shapes]) - due)) <= 1
-    counts = made.drawn(0, 400)
+    counts = made.draws[0].after(400)
     assert counts[:, 0].tolist() == [sum(b for b, t in shapes if t == length) for length in (16, 64)]
     for length in (16, 64):  # each length has rows of its own, none twice within an epoch
         first = [tuple(row) for step in range(1, 30) if shapes[step - 1][1] == length
@@ -1184,9 +1184,9 @@ def test_a_source_that_ends_with_a_batch_stops_the_run_too(caches):
     sources = {"stars": Source(stars), "moons": Source(moons, epochs=1.0)}
     made = data.Loader(caches, [phase(batch=10, mixture=dict(stars=0.9, moons=0.1))],
                        replace(SKY, sources=sources), Points(), 0)
-    assert made.drawn(0, rows)[0, 1] == rows
+    assert made.draws[0].after(rows)[0, 1] == rows
     with pytest.raises(InputError, match=f"moons: no rows left at step {rows} "):
-        made.drawn(0, rows + 1)
+        made.draws[0].after(rows + 1)
 
 
 def test_two_threads_plan_and_draw_as_one(home):
@@ -1221,7 +1221,7 @@ def test_a_source_comes_no_more_often_than_its_epochs_allow(caches, after):
         with pytest.raises(InputError, match="moons: no rows left at step"):
             made.batch(100)
         return
-    counts = np.array([made.drawn(1, step)[0] for step in range(81)]) + made.begin(1)[0]
+    counts = np.array([made.draws[1].after(step)[0] for step in range(81)]) + made.draws[1].first()[0]
     assert np.max(counts[:, 1]) == most and counts[-1].sum() == 9 * 100
     assert np.all(np.diff(counts, axis=0).sum(1) == 9)
 
@@ -1247,14 +1247,14 @@ def test_a_steered_mixture_follows_its_log_and_nothing_else(caches):
     batches = [first.batch(step) for step in range(1, 9)]
     with pytest.raises(InputError, match="beyond the decisions"):
         first.batch(9)
-    first.log[1].append(dict(stars=1.0, moons=3.0))
+    first.decide(1, dict(stars=1.0, moons=3.0))
     batches += [first.batch(step) for step in range(9, 13)]
-    first.log[1].append(dict(moons=1.0))
+    first.decide(1, dict(moons=1.0))
     batches += [first.batch(step) for step in range(13, 17)]
     shares = [np.mean(b.arrays["source"]) for b in batches]
     assert shares[4:8] == [0] * 4 and np.mean(shares[8:12]) == 0.75 and shares[12:] == [1] * 4
     again = data.Loader(caches, phases, SKY, Points(), 0)
-    again.log = first.log
+    again.restore(first.start, first.log)
     for step in (16, 9, 3):
         same(again.batch(step), batches[step - 1])
 
