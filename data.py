@@ -410,9 +410,10 @@ class Draws:
                 limits[i] = source.epochs * self.rows[length][i].epoch
         if np.isinf(limits).all():
             return limits
-        left = limits - self.first()[length] - self.table[step, length]
+        left = np.floor(limits - self.first()[length] - self.table[step, length])
+        left = np.maximum(left, 0)  # an epoch of this phase may have fewer rows than were drawn before
         left[shares == 0] = 0  # a source without a share does not stand in for others
-        return np.floor(left)
+        return left
 
     def check_left(self, step: int, due: np.ndarray, rows: int, left: np.ndarray):
         """Raise InputError if a source has ended that may not, or all of them have too few rows."""
