@@ -84,7 +84,7 @@ class Documents(NamedTuple):
     number: np.ndarray  # [documents], within the shard
 
     def of(self, fact: Callable) -> np.ndarray:
-        """A fact of each document [documents ...]. `fact` takes a shard and gives those of all its own.
+        """A fact of each document [documents ...], where `fact` gives those of a whole shard.
 
         Examples: `of(Shard.documents)`, `of(lambda shard: shard.score)`.
         """
@@ -342,15 +342,15 @@ class Draws:
         """Work out one more step."""
         step = self.known
         length = self.picks[step]
-        rows = self.phase.batch * self.phase.seq // self.lengths[length]
+        total = self.phase.batch * self.phase.seq // self.lengths[length]  # rows
         shares = self.shares(step)
         left = self.left(step, shares)
-        due = self.carried[length] + shares * rows
-        self.check_left(step, due, rows, left)
+        due = self.carried[length] + shares * total
+        self.check_left(step, due, total, left)
 
-        shares = shares * (self.stops | (left > 0))  # the others take over from a source that ended
-        owed = self.carried[length] + shares / shares.sum() * rows
-        drawn = apportion(owed, rows, left)
+        shares = shares * (self.stops | (left > 0))  # others take over from a source that ended
+        owed = self.carried[length] + shares / shares.sum() * total
+        drawn = apportion(owed, total, left)
         self.carried[length] = owed - drawn
         self.table[step + 1] = self.table[step]
         self.table[step + 1, length] += drawn
@@ -411,14 +411,14 @@ class Draws:
         if np.isinf(limits).all():
             return limits
         left = np.floor(limits - self.first()[length] - self.table[step, length])
-        left = np.maximum(left, 0)  # an epoch of this phase may have fewer rows than were drawn before
+        left = np.maximum(left, 0)  # rows of another phase may have gone beyond the limit
         left[shares == 0] = 0  # a source without a share does not stand in for others
         return left
 
-    def check_left(self, step: int, due: np.ndarray, rows: int, left: np.ndarray):
+    def check_left(self, step: int, due: np.ndarray, total: int, left: np.ndarray):
         """Raise InputError if a source has ended that may not, or all of them have too few rows."""
         ended = self.stops & (left < np.floor(due + 1e-9))
-        if not ended.any() and left.sum() >= rows:
+        if not ended.any() and left.sum() >= total:
             return
         names = list(self.sources)
         if ended.any():
@@ -440,8 +440,11 @@ class Draws:
         positions = np.array(self.lengths) * len(self.lengths)
         return self.before() // positions[:, None]
 
-    def batch(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(index of the length, source of each row, number of each row within its source)."""
+    def batch(self, step: int) -> tuple[int, list[int], list[int]]:
+        """(index of the length, source of each row, number of each row within its source).
+
+        Rows come source by source.
+        """
         length = self.picks[step]
         before = self.after(step)[length]
         counts = self.after(step + 1)[length] - before
@@ -529,7 +532,7 @@ class Loader:
         return int(np.searchsorted(self.ends, step))
 
     def within(self, step: int) -> tuple[int, int]:
-        """(the phase that takes `step`, steps of it up to this one); step 0 is in the first."""
+        """(the phase that takes `step`, the step's number in it, from 1); step 0 is 0 of the first."""
         number = self.phase_of(max(1, step))
         begin = int(self.ends[number]) - self.phases[number].steps
         return number, step - begin
@@ -557,8 +560,9 @@ class Loader:
         length, sources, draws = self.draws[number].batch(steps - 1)
         mine = own(len(sources))
         masks = declared_masks(phase.objective)
+        needed = mine if masks else range(len(sources))  # undeclared masks show in all rows alone
         rows, made = {}, {}
-        for r in mine if masks else range(len(sources)):
+        for r in needed:
             source = self.rows[number][length][sources[r]]
             row = source.get(draws[r], (steps - 1) / phase.steps)
             row.arrays["source"] = np.full_like(row.arrays["tokens"], sources[r])
@@ -566,15 +570,15 @@ class Loader:
             made[r] = phase.objective(row.arrays, rng)
             rows[r] = row
         arrays, mask = stack(made, mine, masks, f"phases.{number}.objective")
-        metrics = figures([rows[r] for r in mine], arrays)
+        metrics = packing_metrics([rows[r] for r in mine], arrays)
         if len(self.names) > 1:
             for source, name in enumerate(self.names):
                 metrics[f"data/{name}/rows"] = sources.count(source)
         return Batch(arrays, mask, metrics, len(sources))
 
 
-def figures(rows: list[Row], arrays: dict[str, np.ndarray]) -> dict[str, float]:
-    """Shares of padding and of cut pieces, and the pieces of a row, over some rows of a batch."""
+def packing_metrics(rows: list[Row], arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """The share of padding, the share of pieces that are cut, and pieces a row, of some rows."""
     pieces = sum(row.pieces for row in rows)
     cut = sum(row.cut for row in rows)
     return {

@@ -61,7 +61,7 @@ def mark_prefix(row: dict, kind: str, name: str) -> dict:
     """The row with a `prefix` [seq] by which a prefix mask attends it as its own kind does."""
     if kind == "prefix" and "prefix" not in row:
         raise InputError(
-            f"{name} gives a row a prefix mask without `prefix`; allowed is one with this array [seq]"
+            f"{name} gives a row a prefix mask; allowed is one with an array prefix [seq] beside it"
         )
     marks = {
         "causal": np.zeros_like(row["segments"]),
