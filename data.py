@@ -170,7 +170,7 @@ class Rows:
                 )
 
     def open_window(self, number: int) -> Window:
-        """A window with its plan; `window` is the same and remembers the last ones."""
+        """A window with its plan. `window` does the same and remembers the last ones."""
         documents = self.permuted_documents(number)
         lengths = documents.of(lambda shard: np.diff(shard.offsets) + 1)
         file = self.plans / f"{number:06d}.npy"
@@ -328,7 +328,7 @@ class Draws:
         shape = len(self.lengths), len(self.sources)
         self.log = list(log)
         self.known = 0  # steps worked out
-        self.table = np.zeros((self.phase.steps + 1, *shape), np.int64)
+        self.table = np.zeros((self.phase.steps + 1, *shape), np.int64)  # see `after`
         self.carried = np.zeros(shape)
 
     def after(self, steps: int) -> np.ndarray:
@@ -357,7 +357,7 @@ class Draws:
         self.known = step + 1
 
     def shares(self, step: int) -> np.ndarray:
-        """The share [sources] of each source at a step of the phase (0 is its first), 1 in all."""
+        """The share [sources] of each source at a step of the phase (0 is its first). Sums to 1."""
         mixture = self.mixture(step)
         possible = mixture.keys() <= self.sources.keys()
         possible &= all(0 <= share < math.inf for share in mixture.values())
@@ -371,7 +371,7 @@ class Draws:
         return shares / shares.sum()
 
     def mixture(self, step: int) -> dict[str, float]:
-        """{source: share}, in the phase's own numbers."""
+        """{source: share} as the phase says it, or the sizes of the sources where it says nothing."""
         mixture = self.phase.mixture
         if callable(mixture):
             return mixture(step / self.phase.steps, self.decisions(step))
@@ -532,7 +532,7 @@ class Loader:
         return int(np.searchsorted(self.ends, step))
 
     def within(self, step: int) -> tuple[int, int]:
-        """(the phase that takes `step`, the step's number in it, from 1); step 0 is 0 of the first."""
+        """(the phase that takes `step`, its number there, from 1); step 0 is 0 of the first."""
         number = self.phase_of(max(1, step))
         begin = int(self.ends[number]) - self.phases[number].steps
         return number, step - begin

@@ -77,7 +77,7 @@ def stack(
     declared: Sequence[dict],
     name: str,
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """(arrays [rows, seq] of the rows `own`, mask of the batch) from what an objective made of rows.
+    """(arrays [rows, seq] of the rows `own`, mask of the batch), from what an objective gave.
 
     made: {row: (arrays, mask)}, of all rows of the batch unless the objective has `declared` masks.
     Raises InputError, which names the objective, where rows of one batch do not go together.
@@ -98,7 +98,7 @@ def stack(
     for row in rows.values():
         if row.keys() != set(keys):
             raise InputError(
-                f"{name} gives rows of one batch the arrays {', '.join(keys)} and {', '.join(row)}; "
-                "allowed are the same in all"
+                f"{name} gives rows of one batch the arrays {', '.join(keys)} and "
+                f"{', '.join(row)}; allowed are the same in all"
             )
     return {key: np.stack([rows[r][key] for r in own]) for key in keys}, joined

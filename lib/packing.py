@@ -4,10 +4,10 @@ A document of n tokens has n + 1 positions: inputs bos t1 .. tn, targets t1 .. t
 and the end are predicted once, no target belongs to another document, and a document may be cut
 anywhere.
 
-A packing takes the positions of each document [documents] and the length of a row. It returns a plan:
-an integer array [pieces, 6], ordered by row, with the columns ROW, SEGMENT, DOCUMENT, START, LENGTH and
-QUIET. Segments count from 1 in each row. The first QUIET positions of a piece carry no loss. A packing
-with a third parameter `documents` is told more about them, see `data.Documents`.
+A packing takes the positions of each document [documents] and the length of a row. It returns a
+plan: an integer array [pieces, 6], ordered by row, with the columns ROW, SEGMENT, DOCUMENT, START,
+LENGTH and QUIET. Segments count from 1 in each row. The first QUIET positions of a piece carry no
+loss. A packing with a third parameter `documents` is told more about them, see `data.Documents`.
 """
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def plan_of(
 ) -> np.ndarray:
     """The plan that puts each piece into a row, as a segment of its own.
 
-    All arguments are [pieces]. Rows count from 0 without a gap. Pieces keep their order within a row.
+    All arguments are [pieces]. Rows count from 0 without a gap and keep the order of their pieces.
     """
     order = np.argsort(row, kind="stable")
     row = np.asarray(row, np.int64)[order]
@@ -57,7 +57,7 @@ def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
 
 
 def cut(lengths: np.ndarray, seq: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, start, length) of pieces [pieces]: of each document full ones, then what is left."""
+    """(document, start, length) of pieces [pieces]: a document's full ones, then what is left."""
     lengths = np.asarray(lengths, np.int64)
     number = -(-lengths // seq)  # rounded up
     document = np.repeat(np.arange(len(lengths)), number)
@@ -73,8 +73,8 @@ def one_per_row(lengths: np.ndarray, seq: int) -> np.ndarray:
     return plan_of(np.arange(len(length)), document, start, length)
 
 
-# The two packings below look for room in a segment tree. It is a list: node i has the children 2i and
-# 2i + 1 and holds the larger of their values, and the leaves are the second half.
+# The two packings below look for room in a segment tree. It is a list: node i has the children 2i
+# and 2i + 1 and holds the larger of their values, and the leaves are the second half.
 
 
 def leftmost(tree: list[int], least: int) -> int:
@@ -115,8 +115,8 @@ def best_fit(lengths: np.ndarray, seq: int) -> np.ndarray:
     """Best-fit decreasing: the longest piece first, each into the row where it leaves least room.
 
     Only documents longer than `seq` are cut. Of rows with as much room, the last to have come there
-    is taken. O(n log seq) by a tree over room (Ding et al. 2024, "Fewer Truncations Improve Language
-    Modeling", 2.2).
+    is taken. O(n log seq) by a tree over room (Ding et al. 2024, "Fewer Truncations Improve
+    Language Modeling", 2.2).
     """
     document, start, length = cut(lengths, seq)
     order = np.argsort(-length, kind="stable")
@@ -225,10 +225,10 @@ def predictions(
 
 
 def permute(index: np.ndarray | int, n: int, *key: int) -> np.ndarray:
-    """The image [m] of `index` [m], in 0..n-1, under a pseudo-random permutation that `key` chooses.
+    """The image [m] of `index` [m], in 0..n-1, under a permutation of 0..n-1 that `key` chooses.
 
-    A four-round Feistel network permutes the next even power of 2. What comes out above n - 1 goes in
-    again. So no table of n numbers is needed.
+    A four-round Feistel network permutes the next even power of 2. What comes out above n - 1 goes
+    in again. So no table of n numbers is needed.
     """
     bits = (n - 1).bit_length()
     bits = max(1, (bits + 1) // 2)  # of each half
