@@ -5,6 +5,7 @@ import lzma
 import math
 import shutil
 from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +18,15 @@ import data
 import model
 import train
 from lib import disk
+from lib import evaluate as evaluation
 from lib.config import ROOT, from_json, load_file, to_json
 from lib.evaluate import compressed
 from lib.schedule import Schedule
+from lib.sharding import MeshConfig, make_mesh
 from lib.tasks import blimp, encode_pair, judged, minimal_pairs, proportion, tasks
 from lib.tokenizers import Bytes
 from train import parse
 
-evaluate = load_file(ROOT / "tools/eval.py")
 BYTES = Bytes()
 CONFIG = train.Config(phases=(train.Phase(seq=64),))
 
@@ -221,6 +223,13 @@ def noted(params, apply, config, word: str = "x"):
     return {f"own/{word}": float(config.phases[0].steps), "own/apart": float(jnp.abs(out - alone).max())}
 
 
+def counted(params, apply, path: str):
+    """An `evals` that gives how often it was called, by the size of a file."""
+    with open(path, "a") as file:
+        file.write("x")
+    return {"own/calls": float(Path(path).stat().st_size)}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny, data_config):
     """A run on eight devices that asks for tasks and pairs as it trains, without dev or test; its metrics."""
@@ -234,7 +243,8 @@ def run(tmp_path_factory, tiny, data_config):
         data=train.replace(data_config, dev=0, test=0), phases=(train.Phase(steps=6, batch=8, seq=32),),
         overlap=8, eval_every=3, save_every=3, keep=2,
         evals=(partial(tasks, path=str(here / "quiz.jsonl")), partial(noted, word="steps"),
-               partial(blimp, path=str(here / "pairs"))), sample_tokens=4)
+               partial(blimp, path=str(here / "pairs")), partial(counted, path=str(here / "calls"))),
+        sample_tokens=4)
     train.check(config)
     assert from_json(train.Config, to_json(config)).evals[0].func is tasks
     summary = train.train(config, __file__)
@@ -256,6 +266,43 @@ def test_tasks_come_up_while_a_run_trains_and_at_its_end(run):
     assert [r["step"] for r in rows if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_config_s_own_evals_run_once_an_evaluation(run):
+    """The end of a run takes their figures from its last evaluation."""
+    _, summary, rows = run
+    assert [r["own/calls"] for r in rows if "own/calls" in r] == [1, 2]
+    assert summary["own/calls"] == 2
+
+
+def test_the_end_of_a_run_measures_the_test_split_alone(cache, corpus, data_config, capsys):
+    """Of a model that is certain of nothing: 8 bits a position; evals are not asked; all is said in print."""
+    config = train.Config(data=data_config, phases=(train.Phase(batch=3, seq=64),), overlap=8,
+                          evals=(partial(counted, path="/nowhere/at/all"),))
+    mesh = make_mesh(MeshConfig())
+    found = evaluation.test_figures(lambda arrays: np.full(arrays["tokens"].shape, 8 * math.log(2)),
+                                    {"corpus": cache}, config, BYTES, mesh)
+    texts = [(corpus / path).read_bytes() for path in found["held_out_paths"]]
+    sizes = np.array([len(text) for text in texts])
+    bpb = 8 * (sizes + 1).sum() / sizes.sum()
+    assert found["eval/corpus.test/bpb"] == pytest.approx(bpb)
+    assert {name: found[name] for name in compressed(texts)} == compressed(texts)
+    half = 1.96 * found["eval/corpus.test/bpb_se"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"held-out corpus: {bpb:.3f} ± {half:.3f} bits per byte ({len(texts)} documents, "
+        f"{sizes.sum():,} bytes; ± is half a 95 % interval)",
+        f"the same documents, each compressed alone: gzip -9 {found['gzip_bpb']:.3f}, "
+        f"xz -9 {found['xz_bpb']:.3f}",
+        f"the same documents, compressed together: gzip -9 {found['gzip_together_bpb']:.3f}, "
+        f"xz -9 {found['xz_together_bpb']:.3f}"]
+    nothing = train.replace(config, data=train.replace(data_config, test=0))
+    assert evaluation.test_figures(None, {"corpus": cache}, nothing, BYTES, mesh) == {}
+
+
+def test_what_is_not_finite_is_null_in_eval_json(tmp_path):
+    evaluation.write_figures(tmp_path, {"a": math.nan, "b": 1, "c": math.inf, "d": 0.5, "e": ["x"]})
+    wrote = json.loads((tmp_path / "eval.json").read_text())
+    assert wrote == {"a": None, "b": 1, "c": None, "d": 0.5, "e": ["x"]}
+
+
 def test_the_command_line_adds_tasks_and_pairs_to_eval_json(run, capsys):
     here, _, _ = run
     directory = str(here / "runs/tasked")
@@ -264,7 +311,8 @@ def test_the_command_line_adds_tasks_and_pairs_to_eval_json(run, capsys):
     found, said = json.loads((here / "runs/tasked/eval.json").read_text()), capsys.readouterr().out
     assert 0 <= found["task/next/exact"] <= 1 and found["task/next/bpb"] > 0 and found["blimp/some"] in (0, 1)
     assert found["own/steps"] == 6 and "task/quiz/acc_bytes_se" in found
-    assert f"task/next/bpb: {found['task/next/bpb']:.4g} +- " in said
+    error = 1.96 * found["task/next/bpb_se"]
+    assert f"task/next/bpb: {found['task/next/bpb']:.4g} ± {error:.2g} (± is half a 95 % interval)" in said
     assert f"blimp/some: {found['blimp/some']:.3f} [{found['blimp/some_low']:.3f}, " in said
     rows = [json.loads(r) for r in (here / "runs/tasked/metrics.jsonl").read_text().splitlines()]
     at = next(r for r in rows if r["step"] == 3 and "blimp" in r)
@@ -293,6 +341,15 @@ def test_texts_are_compressed_as_gzip_9_and_xz_9_compress_them():
                            ("xz_bpb", partial(lzma.compress, preset=9))):
         bits = 8 * sum(len(compress(text)) for text in texts)
         assert compressed(texts)[name] == bits / sum(map(len, texts))
+        together = 8 * len(compress(b"".join(texts))) / sum(map(len, texts))
+        assert compressed(texts)[name.replace("_", "_together_")] == together
+
+
+def test_documents_that_repeat_each_other_are_smaller_together():
+    """Alone, a compressor starts empty on each document and cannot see that it knows it already."""
+    found = compressed([prose(1, 2_000).encode()] * 5)
+    assert found["gzip_together_bpb"] < found["gzip_bpb"] / 2
+    assert found["xz_together_bpb"] < found["xz_bpb"] / 2
 
 
 # ------------------------------------------------------------------------------------------- tiny Shakespeare
