@@ -178,8 +178,8 @@ def test_wilson_s_interval_holds_the_share_as_often_as_it_says():
 
 BROKEN = {
     '{"context": "a", ': "line 2: broken JSON",
-    '["context"]': "line 2: .* is no JSON object",
-    '{"context": "a", "choices": ["b"], "answer": 0}': "line 2: choices is .* two texts",
+    '["context"]': "line 2: .* is not a JSON object",
+    '{"context": "a", "choices": ["b"], "answer": 0}': "line 2: choices is .* two or more texts",
     '{"context": "a", "choices": ["b", ""], "answer": 0}': "line 2, choice 1: .* not empty",
     '{"context": "a", "choices": ["b", 3], "answer": 0}': "line 2, choice 1: .* is 3",
     '{"context": "a", "choices": ["b", "c"], "answer": 2}': "line 2: answer .* is 2; .* 0 to 1",
@@ -209,7 +209,7 @@ def test_a_line_that_is_no_pair_is_named(line, said, tmp_path):
     write(tmp_path / "pairs.jsonl", [dict(sentence_good="a", sentence_bad="b"), line])
     with pytest.raises(data.InputError, match=f"pairs.jsonl, {said}"):
         minimal_pairs(table(), bigram, BYTES, tmp_path)
-    with pytest.raises(data.InputError, match="no directory of .jsonl"):
+    with pytest.raises(data.InputError, match="not a directory with .jsonl"):
         minimal_pairs(table(), bigram, BYTES, tmp_path / "nowhere")
 
 
