@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import train
+from lib.schedule import Schedule
 from model import Edited, Model
 
 
@@ -16,7 +17,7 @@ def trained(tiny, data_config, tmp_path_factory):
     config = train.Config(
         name="first", runs=str(root), model=tiny, data=train.replace(data_config, dev=0, test=0),
         phases=(train.Phase(steps=2, batch=8, seq=32),), overlap=8, prompts=())
-    train.Run(config).train()
+    train.train(config)
     return str(root / "first"), config
 
 
@@ -54,7 +55,7 @@ def test_an_edit_may_load_a_run(trained, tmp_path):
     run, config = trained
     phases = (train.replace(config.phases[0], edits=(partial(borrow, run=run),)),)
     second = train.replace(config, name="second", runs=str(tmp_path), phases=phases,
-                           schedule=train.Schedule(peak=1e-30))
-    train.Run(second, __file__).train()
+                           schedule=Schedule(peak=1e-30))
+    train.train(second, __file__)
     taken = train.load(str(tmp_path / "second"))[0]
     np.testing.assert_allclose(taken["embed"], train.load(run)[0]["embed"], rtol=1e-6)
