@@ -50,7 +50,7 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})
-    tokenizer: str = "bpe"  # trained to model.vocab pieces; or "bytes", "hf:DIR", a SentencePiece file
+    tokenizer: str = "bpe"  # trained to model.vocab pieces; or "bytes", "hf:DIR", a file
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
     dev: Share = 0.05  # share of documents for steering, tuning and selection
     test: Share = 0.05  # share of documents for what is reported
