@@ -37,14 +37,7 @@ from lib.packing import (
     fill,
     permute,
 )
-from lib.sources import (  # noqa: F401  (some for config files)
-    SPLITS,
-    Document,
-    Skipped,
-    Source,
-    stdlib,
-    text,
-)
+from lib.sources import SPLITS, Document, Skipped, Source, stdlib, text  # noqa: F401
 from lib.tokenizers import Tokenizer
 
 TRAIN = SPLITS.index("train")
@@ -57,13 +50,13 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})
-    tokenizer: str = "bpe"  # "bpe": trained to model.vocab pieces; "bytes"; a SentencePiece file; "hf:DIR"
+    tokenizer: str = "bpe"  # trained to model.vocab pieces; or "bytes", "hf:DIR", a file
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
     dev: Share = 0.05  # share of documents for steering, tuning and selection
     test: Share = 0.05  # share of documents for what is reported
     shard_tokens: Count = 4_194_304  # a shard is sealed once it has at least this many
     window: Count = 8  # shards within which documents are permuted and packed
-    stream: bool = False  # train while the rest is tokenized; held-out documents: those of the first window
+    stream: bool = False  # train while the rest is tokenized; the first window gives held-out ones
     max_skipped: Share = 0.1  # building stops when more than this share of a source is damaged
 
     def rules(self, path: str) -> Rules:
@@ -304,14 +297,8 @@ class Draws:
     carried to the next batch of the same length, so that a rare source comes as often as it should.
     """
 
-    def __init__(
-        self,
-        number: int,
-        phase,
-        sources: dict[str, Source],
-        rows: list[list[Rows]],
-        before: Callable,
-    ):
+    def __init__(self, number: int, phase, sources: dict[str, Source],
+                 rows: list[list[Rows]], before: Callable):
         self.number = number  # of the phase
         self.phase = phase
         self.sources = sources
@@ -371,7 +358,7 @@ class Draws:
         return shares / shares.sum()
 
     def mixture(self, step: int) -> dict[str, float]:
-        """{source: share} as the phase says it, or the sizes of the sources where it says nothing."""
+        """{source: share} as the phase says it, or {source: size} where it says nothing."""
         mixture = self.phase.mixture
         if callable(mixture):
             return mixture(step / self.phase.steps, self.decisions(step))
@@ -410,7 +397,8 @@ class Draws:
                 limits[i] = source.epochs * self.rows[length][i].epoch
         if np.isinf(limits).all():
             return limits
-        left = np.floor(limits - self.first()[length] - self.table[step, length])
+        drawn = self.first()[length] + self.table[step, length]
+        left = np.floor(limits - drawn)
         left = np.maximum(left, 0)  # rows of another phase may have gone beyond the limit
         left[shares == 0] = 0  # a source without a share does not stand in for others
         return left
@@ -468,14 +456,8 @@ class Batch(NamedTuple):
 class Loader:
     """`batch(step)` for all steps of a run, from its caches and phases (see `train.Phase`)."""
 
-    def __init__(
-        self,
-        caches: dict[str, Cache],
-        phases: Sequence,
-        config: DataConfig,
-        tokenizer: Tokenizer,
-        seed: int,
-    ):
+    def __init__(self, caches: dict[str, Cache], phases: Sequence, config: DataConfig,
+                 tokenizer: Tokenizer, seed: int):
         self.names = list(caches)
         self.phases = phases
         self.seed = seed

@@ -4,7 +4,7 @@ An objective takes a row's arrays [seq] and random numbers of the row's own. It 
 changed or with others added, and the mask that the row is attended with: the arguments of
 `lib.kernels.Mask`.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -84,21 +84,33 @@ def stack(
     """
     rows = {r: row for r, (row, _) in made.items()}
     masks = {r: mask for r, (_, mask) in made.items()}
-    for mask in masks.values():
+    check_declared(masks.values(), declared, name)
+    possible = declared or list(masks.values())
+    joined = join_masks(possible, name)
+    if any(mask != joined for mask in possible):
+        for r, mask in masks.items():
+            rows[r] = mark_prefix(rows[r], mask["kind"], name)
+    check_keys(list(rows.values()), name)
+    mine = [rows[r] for r in own]
+    arrays = {key: np.stack([row[key] for row in mine]) for key in mine[0]}
+    return arrays, joined
+
+
+def check_declared(masks: Iterable[dict], declared: Sequence[dict], name: str):
+    """Raise InputError for a mask that is not among those `declared`, if there are any."""
+    for mask in masks:
         if declared and mask not in declared:
             raise InputError(
                 f"{name} gives the mask {mask}; allowed are those that it declares, {declared}"
             )
-    every = declared or list(masks.values())
-    joined = join_masks(every, name)
-    if any(mask != joined for mask in every):
-        for r, mask in masks.items():
-            rows[r] = mark_prefix(rows[r], mask["kind"], name)
-    keys = list(rows[own[0]])
-    for row in rows.values():
-        if row.keys() != set(keys):
+
+
+def check_keys(rows: Sequence[dict], name: str):
+    """Raise InputError where rows of one batch have unlike arrays."""
+    keys = rows[0].keys()
+    for row in rows:
+        if row.keys() != keys:
             raise InputError(
                 f"{name} gives rows of one batch the arrays {', '.join(keys)} and "
                 f"{', '.join(row)}; allowed are the same in all"
             )
-    return {key: np.stack([rows[r][key] for r in own]) for key in keys}, joined
