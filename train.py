@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, find_checkpoint
 from lib.config import ROOT, from_json, load_file, to_json
 from lib.corpus import assemble
+from lib.curves import draw
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
 from lib.evaluate import (
@@ -55,6 +57,7 @@ from lib.fields import (
     require,
     strict,
 )
+from lib.generate import continuations
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
 from lib.log import Log, say
@@ -75,6 +78,7 @@ from lib.resume import changed_fields, resume_key, start_config, start_from
 from lib.schedule import Plan, Schedule, make_plan
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.stop import Stop
+from lib.summary import hint, write_summary
 from lib.tokenizers import Tokenizer, load_tokenizer
 from lib.trackers import start_tracker
 from model import (
@@ -404,7 +408,9 @@ class Run:
     loader: Loader
     plan: Plan
     context: Context  # of edits
-    programs: dict = field(default_factory=dict)  # compiled, by what they depend on
+    compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    programs: dict = field(default_factory=dict)  # steps being compiled, by what they depend on
+    evaluators: dict = field(default_factory=dict)  # compiled, by the shape of the model
     checkpoints: Checkpoints | None = None
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset of embeddings
     summary: dict[str, Any] | None = None  # of a run that has ended
@@ -422,6 +428,12 @@ class Run:
             cache.abandon()
 
 
+def enable_float64(config: Config):
+    """Let JAX compute in float64 where a config asks for it."""
+    model = config.model
+    jax.config.update("jax_enable_x64", "float64" in (model.dtype, model.param_dtype))
+
+
 def next_batches(loader: Loader, step: int, number: int) -> list[dict]:
     """The arrays of the `number` batches after `step`, for edits that look at data; the last again
     at the end.
@@ -437,7 +449,7 @@ def prepare(config: Config, file: str = "") -> Run:
     if config.init_from:
         config, own = start_config(config, directory)
         check(config)
-    jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
+    enable_float64(config)
     with user_errors():
         mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
@@ -542,19 +554,34 @@ def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
     return found
 
 
-def program(run: Run, state: State, phase: int, arrays: dict, mask: Mask, lr: dict):
-    """The compiled step of a phase for batches like this one."""
+def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Future:
+    """The step of a phase as it is being compiled, for a state and batches of these shapes."""
     key = phase, arrays["tokens"].shape, mask
     if key not in run.programs:
         model, config = run.plan.models[phase], run.config
         with user_errors():
-            attention = choose(model.attention, mask, key[1][1], model.dtype)
-        made = compile_step(config, model, run.mesh, state, arrays, lr, mask,
-                            config.phases[phase].accumulate, run.plan.frozen(phase))
-        if not run.programs:
-            banner(run, made, attention)
-        run.programs[key] = made
+            choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
+        lr = {group: np.float32(0) for group in groups(model)}
+        more = config.phases[phase].accumulate, run.plan.frozen(phase)
+        run.programs[key] = run.compiler.submit(
+            compile_step, config, model, run.mesh, state, arrays, lr, mask, *more)
     return run.programs[key]
+
+
+def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
+    """Begin to compile the phase after this one, where its batches are to be like these."""
+    if phase + 1 == len(run.config.phases) or jax.process_count() > 1:
+        return
+    now, then = ((p.batch, p.seq, p.lengths, p.objective) for p in run.config.phases[phase:][:2])
+    if now == then and not run.config.phases[phase].lengths:
+        state = state_like(run.plan.models[phase + 1], run.config.optimizer, run.mesh)
+        compiled(run, phase + 1, state, arrays, mask)
+
+
+def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places of arrays."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in arrays.items()}
 
 
 def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, dict]:
@@ -563,7 +590,12 @@ def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, 
     model = run.plan.models[phase]
     arrays, mask = put(batch.arrays, run.mesh, batch.rows), Mask(**batch.mask)
     lr = {group: np.float32(run.plan.lr[group][step]) for group in groups(model)}
-    update = program(run, state, phase, arrays, mask, lr)
+    known = len(run.programs)
+    update = compiled(run, phase, state, arrays, mask).result()
+    if known == 0:
+        banner(run, update, choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype))
+    if known < len(run.programs):
+        compile_ahead(run, phase, shapes_of(arrays), mask)
     edited = any(step - n in run.plan.edits for n in range(1, 6))  # in the last five steps
     before = jax.tree.map(jnp.copy, state.params) if edited else None
     state, metrics = update(state, arrays, lr)
@@ -600,9 +632,9 @@ def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
 def held_out_programs(run: Run, step: int) -> tuple[Callable, Callable]:
     """`evaluators` of the model after a step, compiled once for each shape."""
     model = run.plan.model_after(step)
-    if model not in run.programs:
-        run.programs[model] = evaluators(run.config.reparam, model, run.mesh)
-    return run.programs[model]
+    if model not in run.evaluators:
+        run.evaluators[model] = evaluators(run.config.reparam, model, run.mesh)
+    return run.evaluators[model]
 
 
 def save(run: Run, state: State, step: int, log: Log):
@@ -654,6 +686,7 @@ def opened(run: Run):
     root, config = run.directory / "checkpoints", run.config
     with lock, Checkpoints(root, config.keep, config.keep_every) as run.checkpoints:
         yield
+    run.compiler.shutdown(wait=False, cancel_futures=True)
 
 
 def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
@@ -702,7 +735,8 @@ def train(config: Config, file: str = "") -> dict[str, Any] | None:
                     break
             if stop.wants_exit:
                 return leave(run, state, step, log, stop)
-            return finish(run, log)
+            run.checkpoints.close()
+            return run.summary or finish(run, log)
 
 
 def leave(run: Run, state: State, step: int, log: Log, stop: Stop):
@@ -715,63 +749,83 @@ def leave(run: Run, state: State, step: int, log: Log, stop: Stop):
 
 
 def finish(run: Run, log: Log) -> dict[str, Any]:
-    """The last row, and what tools/eval.py and tools/summary.py make of the run."""
-    run.checkpoints.close()
-    if run.summary:
-        return run.summary
-    total = run.plan.total
-    found = reported_figures(run)
-    tests = {name: value for name, value in found.items() if ".test/" in name}
+    """What a run ends with: figures of the test split, samples, curves and summary.json.
+
+    They are of the newest checkpoint or, where embeddings are forgotten, of the one longest after
+    that. Gives what summary.json holds, in the main process.
+    """
+    total, name = run.plan.total, str(run.directory)
+    step = find_checkpoint(name)[1]
+    params, config, tokenizer, _ = load(name, step)
+    found = final_figures(run, params, config, step)
+    write_figures(run.directory, found)
+    tests = {key: value for key, value in found.items() if ".test/" in key}
     log.row({"step": total, **tests, **run.plan.spent(total)})
     log.sync()
-    return verb("summary", [str(run.directory)])
+    samples = continuations(params, config, tokenizer, step, config.prompts)
+    if not is_main_process():
+        return {}
+    say(samples)
+    write(run.directory / "samples.txt", samples)
+    draw(run.directory)
+    summary = write_summary(run.directory)
+    say(hint(run.directory, config.prompts))
+    return summary
 
 
-def reported_figures(run: Run) -> dict:
-    """What a run is reported by, written to eval.json: as `python train.py eval RUN` has it.
-
-    The checkpoint is the newest, or where embeddings are forgotten the one longest after that. The
-    config's own evals do not run again where the last evaluation was of that step.
-    """
-    step = find_checkpoint(str(run.directory))[1]
-    params, config, tokenizer, _ = load(str(run.directory), step)
+def final_figures(run: Run, params: dict, config: Config, step: int) -> dict:
+    """Figures of the whole test split, and of the config's own evals, which do not run twice."""
     params = jax.device_put(params, shardings(table(config.model), run.mesh))
     losses, scores = held_out_programs(run, step)
     losses = functools.partial(losses, params, step)
-    found = test_figures(losses, run.caches, config, tokenizer, run.mesh)
+    found = test_figures(losses, run.caches, config, run.tokenizer, run.mesh)
     evaluated, own = run.own_figures
     if step != evaluated:
-        own = own_evals(config, tokenizer, params, sharded_apply(scores, step, run.mesh))
-    found |= own
-    write_figures(run.directory, found)
-    return found
+        own = own_evals(config, run.tokenizer, params, sharded_apply(scores, step, run.mesh))
+    return found | own
 
 
 def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
-    """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits
-    [b t v].
+    """(params, config, tokenizer, apply) of a run's checkpoint.
 
-    `config.model` is the shape of that checkpoint; for the step see `find`. mesh: fields unlike the
-    run's.
-"""
+    apply(params, ids [b t]) -> logits [b t v]. `config.model` is the shape of that checkpoint. For
+    the step see `find_checkpoint`. mesh: fields unlike those of the run's mesh; without them, one
+    device where there is one process.
+    """
     checkpoints, step, meta = find_checkpoint(run, step)
     directory = Path(run).expanduser()
     config = from_json(Config, json.loads((directory / "config.json").read_text()))
     config = replace(config, model=from_json(ModelConfig, meta["model"]))
-    jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
-    mesh = make_mesh(replace(config.mesh, **mesh or {})) if mesh or jax.process_count() > 1 else \
-        make_mesh(MeshConfig(), jax.devices()[:1])
-    params = checkpoints.params(step, state_like(config.model, config.optimizer, mesh))
+    enable_float64(config)
+    if mesh or jax.process_count() > 1:
+        devices = make_mesh(replace(config.mesh, **mesh or {}))
+    else:
+        devices = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = checkpoints.params(step, state_like(config.model, config.optimizer, devices))
     tokenizer = load_tokenizer(directory / "tokenizer.model")
-    _, scores = evaluators(config.reparam, config.model, mesh)
-    return params, config, tokenizer, lambda params, ids: scores(params, step, jnp.asarray(ids))
+    _, scores = evaluators(config.reparam, config.model, devices)
+
+    def apply(params, ids):
+        return scores(params, step, jnp.asarray(ids))
+
+    return params, config, tokenizer, apply
 
 
 # --------------------------------------------------------------------------------- the command line
 
+
 def verb(name: str, arguments: list[str]):
     """Run tools/NAME.py."""
     return load_file(ROOT / "tools" / f"{name}.py").main(arguments)
+
+
+def run_command(arguments: list[str]):
+    """What the words of the command line ask for: a verb, a run on one batch, or a run."""
+    if arguments and arguments[0] in config_files.verbs():
+        return verb(arguments[0], arguments[1:])
+    if "--debug" in arguments:
+        return verb("debug", [word for word in arguments if word != "--debug"])
+    return train(*parse(arguments))
 
 
 def main(arguments: list[str]) -> int:
@@ -781,25 +835,29 @@ def main(arguments: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled"))
     try:
         with user_errors(OSError):  # a full disk, a directory that may not be written
-            if arguments and arguments[0] in config_files.verbs():
-                result = verb(arguments[0], arguments[1:])
-            elif "--debug" in arguments:
-                result = verb("debug", [word for word in arguments if word != "--debug"])
-            else:
-                result = train(*parse(arguments))
-            return result if isinstance(result, int) else 0  # of fit: 1 for what does not
+            result = run_command(arguments)
     except InputError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # at once: threads may write too
+        sentence = " ".join(str(error).split())
+        sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return 130
+    return result if isinstance(result, int) else 0  # of fit: 1 for what does not fit
 
 
-if __name__ == "__main__":  # one module called `train`, for this process and for every config that imports it
+def quiet(problem):
+    """Say nothing of the event loop that Orbax's threads call after a failed save closed it.
+
+    The sentence of the failed save says what went wrong.
+    """
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
+
+
+if __name__ == "__main__":  # one module called `train`, for every config that imports it
     sys.path.insert(0, str(ROOT))
     import train
-    # A failed save of Orbax's closes an event loop that its threads still call: the save's sentence
-    # says it.
-    sys.unraisablehook = lambda it: str(it.exc_value) == "Event loop is closed" or sys.__unraisablehook__(it)
+
+    sys.unraisablehook = quiet
     sys.exit(train.main(sys.argv[1:]))

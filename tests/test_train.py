@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -686,11 +687,12 @@ GOLDEN = [5.985122, 4.487022, 3.712576]
 def plain(tmp_path_factory):
     """(directory, summary, steps taken at each compilation) of a tiny run, evaluated at every second step."""
     tmp_path = tmp_path_factory.mktemp("plain")
-    seen, at = [], []
+    seen, steps, at = [], [], []
 
     def listener(event, seconds, **_):
         if event == "/jax/core/compile/backend_compile_duration" and at:
-            seen.append(at[-1] - 1)
+            apart = threading.current_thread() is not threading.main_thread()
+            (steps if apart else seen).append(at[-1] - 1)
 
     whole = make_mesh
     jax.monitoring.register_event_duration_secs_listener(listener)
@@ -720,6 +722,7 @@ def plain(tmp_path_factory):
             __file__,
         )
     jax.monitoring.unregister_event_duration_listener(listener)
+    assert len(steps) == 2 and steps[0] == 0  # each phase's step, in a thread: the listener hears
     return tmp_path / "tiny", summary, seen
 
 
@@ -732,7 +735,6 @@ def test_golden_losses(plain):
 def test_nothing_recompiles_after_a_phases_second_step(plain):
     """Steps 3 to 8 of each phase, their evaluations and their checkpoints, compile nothing."""
     seen = plain[2]
-    assert {0, 8} <= set(seen)  # each phase's first step did: the listener hears
     late = [s for s in seen if 3 <= s <= 7 or 11 <= s <= 15]
     assert not late, f"compiled when the run had taken {sorted(set(late))} steps ({len(late)} times)"
 

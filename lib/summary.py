@@ -1,0 +1,61 @@
+"""What a run ends with: summary.json."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from lib.config import ROOT
+from lib.disk import write
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
+
+
+def last_step(directory: Path) -> dict:
+    """The row of a run's last step in metrics.jsonl."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/loss" in row][-1]
+
+
+def commit() -> str:
+    """The commit of this repository; empty where it is none."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def made_by() -> dict:
+    """Where a run was made, and by which versions."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "versions": versions | {"python": sys.version.split()[0]},
+        "commit": commit(),
+        "host": os.uname().nodename,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def write_summary(directory: Path) -> dict:
+    """Write summary.json, from the last row of metrics.jsonl and from eval.json; gives what it holds."""
+    figures = json.loads((directory / "eval.json").read_text())
+    summary = last_step(directory) | figures | made_by()
+    write(directory / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def hint(directory: Path, prompts: tuple[str, ...]) -> str:
+    """What one may do with a run that has ended; a prompt of its own config suits its data."""
+    prompt = next((text.strip() for text in prompts if text.strip()), "")
+    say = f" --prompt {json.dumps(prompt, ensure_ascii=False)}" if prompt else ""
+    return (
+        f"{directory} has curves.png, samples.txt, metrics.jsonl and summary.json; next:\n"
+        f"  python train.py sample {directory}{say}\n"
+        f"  python train.py report {directory}\n"
+        f"  python train.py {directory}/config.json --schedule.peak 2e-3 --name gentler\n"
+        "a run that was stopped resumes by the command that began it"
+    )
