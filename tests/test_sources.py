@@ -1,4 +1,4 @@
-"""Sources: files near and far, JSON Lines, definitions, damage counted exactly, the formats of configs/."""
+"""lib/sources.py and lib/readers.py: splits, files near and far, records, damage counted exactly, definitions."""
 import ast
 import gzip
 import importlib.util
@@ -6,12 +6,15 @@ import json
 import random
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import fsspec
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 import data
 from data import DataConfig, Document, InputError, Skipped, Source
@@ -58,7 +61,74 @@ def config_file(name):
     return module
 
 
+# ----------------------------------------------------------------------------------------------------- splits
+
+
+def test_splits_have_their_shares():
+    splits = Counter(split_of(f"some/path/{i}.py", 0.05, 0.1) for i in range(20_000))
+    assert splits[1] / 20_000 == pytest.approx(0.05, abs=0.006)
+    assert splits[2] / 20_000 == pytest.approx(0.1, abs=0.008)
+    assert set(splits) == {0, 1, 2}
+
+
+def test_split_follows_the_path_alone():
+    """The same for any shares that leave it room: a larger dev split takes from train, never from test."""
+    paths = [f"é/{i}" for i in range(2_000)]
+    few, more = ([split_of(p, dev, 0.1) for p in paths] for dev in (0.05, 0.3))
+    assert few == [split_of(p, 0.05, 0.1) for p in paths]
+    assert all((a == 2) == (b == 2) and (a != 1 or b == 1) for a, b in zip(few, more, strict=True))
+    assert {split_of(p, 0.0, 0.0) for p in paths} == {0}
+    assert {split_of(f"{i}\udcff", 0.3, 0.3) for i in range(100)} == {0, 1, 2}  # as odd names decode
+
+
 # ------------------------------------------------------------------------------------------------------ files
+
+
+def test_stdlib_gives_modules_with_their_names():
+    found = {d.path: d for d in data.stdlib() if isinstance(d, Document)}
+    assert list(found) == sorted(found, key=lambda p: Path(p).parts) and len(found) > 300
+    assert found["json/decoder.py"].meta == dict(module="json.decoder", domain="json")
+    assert found["json/__init__.py"].meta == dict(module="json", domain="json")
+    assert found["os.py"].meta == dict(module="os", domain="os")
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in ("os.py", "json/decoder.py"):
+        assert found[path].text.encode() == (library / path).read_bytes()
+
+
+def test_stdlib_leaves_out_what_it_says():
+    parts = {part for d in data.stdlib() for part in Path(d.path).parts}
+    out = {"idlelib", "lib2to3", "encodings", "__pycache__", "site-packages", "dist-packages"}
+    assert not parts & out and not any(part.startswith("test") for part in parts)
+    assert {"unittest", "asyncio", "ast.py"} <= parts
+
+
+def test_text_gives_a_file_or_a_directory(tmp_path):
+    for name, content in {"b.txt": b"two\r\n", "a/c.md": b"\xe6\x9c\xa8", ".hidden": b"no", ".d/e": b"no",
+                          "a/.f": b"no", "empty": b"", "bad": b"\xff\xfe\x00"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert list(data.text(str(tmp_path))) == [
+        Document("a/c.md", "木"), Document("b.txt", "two\r\n"), Skipped("bad", "undecodable"),
+        Document("empty", "")]
+    assert list(data.text(str(tmp_path / "b.txt"))) == [Document("b.txt", "two\r\n")]
+    assert list(data.text(str(tmp_path / ".d"))) == [Document("e", "no")]  # hidden, but asked for
+    assert list(data.text(str(tmp_path / "bad"), separator="x")) == [Skipped("bad#1", "undecodable")]
+
+
+def test_missing_path_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="gone.*does not exist"):
+        list(data.text(str(tmp_path / "gone")))
+
+
+@given(st.text("ab|\n", max_size=30), st.sampled_from(["|", "a|", "\n\n"]))
+def test_pieces_cut_at_a_separator_give_the_text_back(tmp_path_factory, content, separator):
+    file = tmp_path_factory.getbasetemp() / "cut.txt"
+    file.write_text(content, "utf-8", newline="")
+    pieces = list(data.text(str(file), separator=separator))
+    assert "".join(p.text for p in pieces) == content
+    assert [p.path for p in pieces] == [f"cut.txt#{i}" for i in range(1, len(pieces) + 1)]
+    assert all(p.text.count(separator) == 1 and p.text.endswith(separator) for p in pieces[:-1])
+    assert all(p.text for p in pieces)
 
 
 def test_text_takes_a_pattern(tmp_path):
