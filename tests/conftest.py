@@ -138,3 +138,10 @@ def cache(data_config) -> Cache:
 def tiny() -> model.ModelConfig:
     """A model of two blocks over bytes, computed in float32."""
     return model.ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A cache home that nothing has been put in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "coppice"

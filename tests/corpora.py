@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from data import DataConfig, Document, Skipped, Source
+from lib.cache import build
+from lib.tokenizers import Bytes
 
-FAIL = {"after": None}  # documents of `many` after which it fails; no part of its source nor of a cache's key
+FAIL = {"after": None}  # documents of `many` after which it fails; no part of a cache's key
 
 
 def many():
@@ -59,3 +61,24 @@ def stars():
 def files(directory):
     """{path: bytes} of everything below a directory."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def built(documents, **fields):
+    """The cache of one source in bytes."""
+    return build("x", DataConfig(sources={"x": Source(documents)}, **fields), Bytes(), 0)
+
+
+def kept(cache):
+    """{path: text} of a cache in bytes."""
+    return {d["path"]: Bytes().decode(s.tokens[s.offsets[n]:s.offsets[n + 1]])
+            for s in map(cache.shard, range(cache.total["shards"])) for n, d in enumerate(s.documents())}
+
+
+def kinds(counts):
+    """{kind: how many} of what is counted as skipped."""
+    return {k.removeprefix("skipped: "): n for k, n in counts.items() if k.startswith("skipped")}
+
+
+def skipped(cache):
+    """{kind: how many} of what a cache left out."""
+    return kinds(cache.total["counts"])

@@ -1,4 +1,4 @@
-"""lib/cache.py: documents in order, shards sealed once, builds that are interrupted, damage, prepare and score."""
+"""lib/cache.py: documents in order, sealed shards, interrupted builds, damage, prepare, score."""
 import math
 import os
 import subprocess
@@ -16,16 +16,8 @@ from corpora import FAIL, MANY, Points, files, many, stars, token_count, with_ma
 import data
 from data import DataConfig, Document, InputError, Source
 from lib.cache import Cache, build, tokenize
-from lib.disk import locked
 from lib.sources import SPLITS, split_of
 from lib.tokenizers import Bytes
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A cache home that nothing has been put in."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "coppice"
 
 
 def contents(cache, tokenizer):
@@ -92,14 +84,14 @@ def test_lone_surrogates_are_skipped_and_counted(home):
 
 
 @pytest.mark.parametrize("content,why", [
-    (None, "nothing"), (b"", "'skipped: empty': 1"), (b"\xff", "'skipped: undecodable': 1")])
+    (None, "nothing"), (b"", "1 empty"), (b"\xff", "1 undecodable")])
 def test_source_without_text_is_an_input_error(home, tmp_path, content, why):
     (tmp_path / "in").mkdir()
     if content is not None:
         (tmp_path / "in" / "a").write_bytes(content)
     config = DataConfig(sources={"x": Source(partial(data.text, path=str(tmp_path / "in")))})
     for _ in range(2):  # and so it stays
-        with pytest.raises(InputError, match=f"'x' gives no document with text in it.*{why}"):
+        with pytest.raises(InputError, match=f"'x' gives no document with text in it; it skipped {why}$"):
             build("x", config, Bytes(), 0)
 
 
@@ -224,14 +216,6 @@ def test_two_builders_make_one_cache(home, tmp_path):
     assert len([p for p in (home / "tokens").iterdir() if p.is_dir()]) == 1
 
 
-def test_lock_that_must_not_wait_refuses(tmp_path):
-    with locked(tmp_path / "run.lock"), pytest.raises(InputError, match="my run is being trained"):
-        with locked(tmp_path / "run.lock", busy="my run"):
-            raise AssertionError("both have the lock")
-    with locked(tmp_path / "run.lock", busy="my run"):  # given back
-        pass
-
-
 @pytest.mark.parametrize("harm", ["truncated", "longer", "missing", "no seal", "torn seal"])
 def test_damaged_shard_is_an_input_error(home, harm):
     directory = build("many", MANY, Bytes(), 0).directory
@@ -302,11 +286,24 @@ def test_prepare_follows_seed_and_document(home, tmp_path, monkeypatch):
     assert ready[0] == ready[1] != alone.text
 
 
-def test_score_is_kept_and_minus_infinity_leaves_out(home):
+def test_score_is_kept_and_minus_infinity_leaves_out_training_documents(home):
     cache = build("many", with_many(score=token_count), Bytes(), 0)
     got = list(contents(cache, Bytes()))
     originals = [d for d in many() if isinstance(d, Document)]
-    kept = [d for d in originals if len(d.text) >= 10]
+    kept = [d for d in originals if len(d.text) >= 10 or split_of(d.path, 0.1, 0.1)]
     assert [(p, t) for p, t, *_ in got] == [(d.path, d.text) for d in kept] and len(kept) < len(originals)
-    assert [s for *_, s in got] == [len(d.text) for d in kept]
+    assert [s for *_, s in got] == [len(d.text) if len(d.text) >= 10 else -math.inf for d in kept]
     assert cache.total["counts"]["skipped: deselected"] == len(originals) - len(kept)
+
+
+def test_a_score_changes_nothing_of_what_is_held_out(home):
+    """Runs with and without it are measured on the same documents."""
+    plain, scored = (build("many", with_many(score=score), Bytes(), 0) for score in (None, token_count))
+    splits = [[c[:4] for c in contents(cache, Bytes())] for cache in (plain, scored)]
+    held_out, kept = ([c for c in cache if c[3] > 0] for cache in splits)
+    assert kept == held_out and any(len(text) < 10 for _, text, *_ in kept)
+    assert len(splits[1]) < len(splits[0])
+    counts = [{s: cache.total["counts"][f"{s} documents"] for s in SPLITS} for cache in (plain, scored)]
+    assert counts[0]["dev"] == counts[1]["dev"] > 0 and counts[0]["test"] == counts[1]["test"] > 0
+    assert sum(counts[1].values()) == scored.total["counts"]["documents"]
+    assert counts[0]["train"] - counts[1]["train"] == scored.total["counts"]["skipped: deselected"]

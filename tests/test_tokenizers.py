@@ -8,6 +8,7 @@ from hypothesis import example, given
 
 import data
 from data import DataConfig, Document, InputError, Source
+from lib.readers import jsonl
 from lib.sources import split_of
 from lib.tokenizers import (
     Bytes,
@@ -18,14 +19,6 @@ from lib.tokenizers import (
     tokenizer_texts,
     train_bpe,
 )
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A cache home that nothing has been put in."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "coppice"
-
 
 AWKWARD = ["\t", " ", "  ", "\n", "\r\n", "\x00", "\x10", "\x10e", "\x10b", "e", "b", "c", "\u2581", "\u2585",
            "\u0301", "\u200d", "é", "木", "🌳", "👩‍🌾", "<s>", "</s>", "<unk>", "<0x0A>", "def", "\ufffd",
@@ -167,3 +160,33 @@ def test_sample_of_a_source_without_end_ends():
 
     texts = tokenizer_texts(DataConfig(sources={"endless": Source(endless)}, sample_mib=0.01))
     assert 0 < sum(map(len, texts)) <= 0.01 * 2**20
+
+
+def no_text(home, tmp_path, content: bytes, documents=jsonl) -> str:
+    """What is said where a tokenizer is to be trained on a file of this content."""
+    (tmp_path / "a").write_bytes(content)
+    source = Source(partial(documents, path=str(tmp_path / "a")))
+    with pytest.raises(InputError) as caught:
+        make_tokenizer(DataConfig(sources={"mine": source}, dev=0.0, test=0.0), 300)
+    assert not list(home.rglob("*.model"))
+    return str(caught.value)
+
+
+def test_a_tokenizer_without_text_says_what_was_skipped(home, tmp_path):
+    begin = "the tokenizer has no text to learn from: source 'mine' skipped "
+    other_key = no_text(home, tmp_path, b'{"body": "tree", "id": 7}\n' * 3)
+    assert other_key == begin + "3 missing key (a#1: no key 'text'; the record has the keys 'body', 'id')"
+    parquet = b"PAR1\x15\x04\xff\xfe\n\x15\x00\xff\nPAR1"
+    assert no_text(home, tmp_path, parquet) == begin + "2 undecodable, 1 malformed JSON"
+    assert no_text(home, tmp_path, b"") == begin + "nothing"
+    assert no_text(home, tmp_path, b"", data.text) == begin + "1 empty"
+
+
+def test_a_tokenizer_without_text_tells_of_each_source_and_of_what_is_held_out(home, data_config, tmp_path):
+    (tmp_path / "empty").write_text("")
+    empty = Source(partial(data.text, path=str(tmp_path / "empty")))
+    config = replace(data_config, sources={"one": empty, **data_config.sources}, dev=0.5, test=0.5)
+    with pytest.raises(InputError, match=r"source 'one' skipped 1 .*; source 'corpus' skipped 40 held out$"):
+        make_tokenizer(replace(config, tokenizer="bpe"), 300)
+    config = replace(config, dev=0.1, test=0.1)
+    assert len(tokenizer_texts(config)) == 31  # a source without text is no error beside one that has some
