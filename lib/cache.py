@@ -325,11 +325,12 @@ def check_damage(name: str, config, total: Counter, ended: bool):
                if key.startswith("skipped: ")}
     damaged = {kind: number for kind, number in skipped.items() if kind not in CHOSEN}
     judged = total["read"] >= JUDGED or (ended and total["documents"])
-    if judged and sum(damaged.values()) > config.max_skipped * total["read"]:
+    lost = sum(damaged.values())
+    if judged and lost > config.max_skipped * total["read"]:
         raise InputError(
-            f"source {name!r} {describe_skipped(damaged, config.sources[name])} of "
-            f"{total['read']:,} documents, but data.max_skipped is {config.max_skipped:g}; mend "
-            "the source or raise it")
+            f"source {name!r}: {lost:,} of {total['read']:,} documents are damaged, but "
+            f"data.max_skipped is {config.max_skipped:g}; mend the source or raise it; it "
+            f"{describe_skipped(damaged, config.sources[name])}")
     if ended and not total["documents"]:
         raise InputError(f"source {name!r} gives no document with text in it; it "
                          f"{describe_skipped(skipped, config.sources[name])}")

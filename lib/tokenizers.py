@@ -239,7 +239,8 @@ def tokenizer_texts(config) -> list[str]:
         found, left_out = sample_texts(source, most, config)
         texts += found
         if not any(found):
-            problems.append(f"source {name!r} {describe_skipped(left_out, source)}")
+            why = describe_skipped(left_out, source) if left_out else "gives no documents"
+            problems.append(f"source {name!r} {why}")
     if not any(texts):
         raise InputError(f"the tokenizer has no text to learn from: {'; '.join(problems)}")
     return texts
