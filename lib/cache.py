@@ -225,8 +225,8 @@ def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed:
     next(itertools.islice(stream, total["read"], total["read"]), None)  # sealed shards hold these
     make = partial(next_group, stream, config, name, tokenizer, seed)
     shard = Unsealed()
-    with progress_bar(name) as show:
-        for rows, counts in prefetch(make, itertools.count(), 1):
+    with progress_bar(name) as show, prefetch(make, itertools.count(), depth=1) as groups:
+        for rows, counts in groups:
             ended = not counts
             shard.add(rows, counts)
             total.update(counts)
