@@ -222,7 +222,8 @@ def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed:
     total = cache.counts(number)
     fingerprint = cache.facts(number - 1)["fingerprint"] if number else directory.name
     stream = iter(config.sources[name].documents())
-    next(itertools.islice(stream, total["read"], total["read"]), None)  # sealed shards hold these
+    for _ in itertools.islice(stream, total["read"]):
+        pass  # sealed shards hold these
     make = partial(next_group, stream, config, name, tokenizer, seed)
     shard = Unsealed()
     with progress_bar(name) as show, prefetch(make, itertools.count(), depth=1) as groups:
