@@ -141,15 +141,7 @@ class Cache:
         else:  # an empty file cannot be mapped
             tokens = np.zeros(0, facts["dtype"])
         index = np.load(directory / "index.npz")
-        return Shard(
-            tokens=tokens,
-            offsets=index["offsets"],
-            bytes=index["bytes"],
-            split=index["split"],
-            score=index["score"],
-            quiet=index["quiet"],
-            directory=directory,
-        )
+        return Shard(tokens=tokens, directory=directory, **index)
 
 
 # --------------------------------------------------------------------------------------- building
@@ -158,17 +150,10 @@ class Cache:
 def cache_directory(name: str, config, tokenizer: Tokenizer, seed: int) -> Path:
     """The directory of a source's token cache; its name ends with the key of what it depends on."""
     source = config.sources[name]
+    functions = [function_key(f) for f in (source.documents, source.prepare, source.score)]
     key = digest([
-        FORMAT,
-        function_key(source.documents),
-        function_key(source.prepare),
-        function_key(source.score),
-        config.dev,
-        config.test,
-        config.shard_tokens,
-        seed if source.prepare else 0,
-        hashlib.sha256(tokenizer.model).hexdigest(),
-    ])
+        FORMAT, functions, config.dev, config.test, config.shard_tokens,
+        seed if source.prepare else 0, hashlib.sha256(tokenizer.model).hexdigest()])
     return cache_home() / "tokens" / f"{name.replace('.', '_')}-{key}"
 
 
@@ -226,8 +211,8 @@ def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed:
         pass  # sealed shards hold these
     make = partial(next_group, stream, config, name, tokenizer, seed)
     shard = Unsealed()
-    with progress_bar(name) as show, prefetch(make, itertools.count(), depth=1) as groups:
-        for rows, counts in groups:
+    with progress_bar(name) as show:
+        for rows, counts in prefetch(make, itertools.count(), depth=1):
             ended = not counts
             shard.add(rows, counts)
             total.update(counts)
@@ -276,9 +261,8 @@ def next_group(stream: Iterator[Document | Skipped], config, name: str, tokenize
     the same groups.
     """
     group = list(itertools.islice(stream, GROUP))
-    skipped = [item for item in group if isinstance(item, Skipped)]
     documents = [item for item in group if isinstance(item, Document)]
-    counts = Counter(f"skipped: {item.kind}" for item in skipped)
+    counts = Counter(f"skipped: {item.kind}" for item in group if isinstance(item, Skipped))
     counts.update("read" for _ in group)
     rows = list(tokenize(documents, config, name, tokenizer, seed, counts))
     return rows, counts
@@ -288,16 +272,10 @@ def tokenize(documents: list[Document], config, name: str, tokenizer: Tokenizer,
              counts: Counter) -> Iterator[Row]:
     """The rows of documents after `prepare`; they and what is skipped are counted in `counts`."""
     source = config.sources[name]
-    prepared = []
-    for document in documents:
-        split = split_of(document.group or document.path, config.dev, config.test)
-        prepared += [(made, split) for made in prepare(document, split, source, seed)]
-    valid = [pair for pair in prepared if not SURROGATE.search(pair[0].prefix + pair[0].text)]
-    if len(valid) < len(prepared):
-        counts["skipped: lone surrogates"] += len(prepared) - len(valid)
-    prefixes = tokenizer.encode_batch([document.prefix for document, _ in valid])
-    texts = tokenizer.encode_batch([document.text for document, _ in valid])
-    for (document, split), prefix, ids in zip(valid, prefixes, texts, strict=True):
+    prepared = prepare(documents, config, source, seed, counts)
+    prefixes = tokenizer.encode_batch([document.prefix for document, _ in prepared])
+    texts = tokenizer.encode_batch([document.text for document, _ in prepared])
+    for (document, split), prefix, ids in zip(prepared, prefixes, texts, strict=True):
         score = float(source.score(document, ids)) if source.score else math.nan
         if not len(ids):
             counts["skipped: empty"] += 1
@@ -312,12 +290,21 @@ def tokenize(documents: list[Document], config, name: str, tokenizer: Tokenizer,
         yield Row(document, whole, split, score, len(prefix))
 
 
-def prepare(document: Document, split: int, source: Source, seed: int) -> list[Document]:
-    """What a source's `prepare` makes of a training document; others stay what they are."""
-    if source.prepare is None or SPLITS[split] != "train":
-        return [document]
-    made = source.prepare(document, np.random.default_rng([seed, path_hash(document.path)]))
-    return made if isinstance(made, list) else [made]
+def prepare(documents: list[Document], config, source: Source, seed: int,
+            counts: Counter) -> list[tuple[Document, int]]:
+    """[(document, split)] after the source's `prepare`, without what cannot be encoded."""
+    prepared = []
+    for document in documents:
+        split = split_of(document.group or document.path, config.dev, config.test)
+        made = document
+        if source.prepare and SPLITS[split] == "train":
+            rng = np.random.default_rng([seed, path_hash(document.path)])
+            made = source.prepare(document, rng)
+        prepared += [(one, split) for one in (made if isinstance(made, list) else [made])]
+    valid = [pair for pair in prepared if not SURROGATE.search(pair[0].prefix + pair[0].text)]
+    if len(valid) < len(prepared):
+        counts["skipped: lone surrogates"] += len(prepared) - len(valid)
+    return valid
 
 
 def check_damage(name: str, config, total: Counter, ended: bool):

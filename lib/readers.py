@@ -30,21 +30,27 @@ def compose(record: dict | str, name: str, content: str, meta: tuple = (),
             record = json.loads(record.removeprefix("\ufeff"))
         except (ValueError, RecursionError):
             return Skipped(name, "malformed JSON" if record.strip() else "empty")
-    placeholder = "{([^{}]+)}" if "{" in content else "(.+)"
     try:
-        texts = {at: look_up(record, at) for at in re.findall(placeholder, content)}
-        if not all(isinstance(value, str) for value in texts.values()):
+        whole = fill_in(content, record)
+        if whole is None:
             return Skipped(name, "not text")
         path = look_up(record, key) if key else name
         if path is None:
-            return Skipped(name, "missing key", f"null under the key {key!r}")
-        kept = {at: look_up(record, at) for at in meta}
+            raise MissingKey(f"null under the key {key!r}")
+        return Document(str(path), whole, {at: look_up(record, at) for at in meta})
     except MissingKey as error:
         return Skipped(name, "missing key", str(error))
     except UnicodeDecodeError:
         return Skipped(name, "undecodable")
-    whole = re.sub(placeholder, lambda match: texts[match[1]], content)
-    return Document(str(path), whole, kept)
+
+
+def fill_in(content: str, record) -> str | None:
+    """The text under a key, or a template filled from a record; None if a part is not text."""
+    placeholder = "{([^{}]+)}" if "{" in content else "(.+)"
+    texts = {at: look_up(record, at) for at in re.findall(placeholder, content)}
+    if not all(isinstance(value, str) for value in texts.values()):
+        return None
+    return re.sub(placeholder, lambda match: texts[match[1]], content)
 
 
 def look_up(record, at: str) -> Any:

@@ -42,9 +42,8 @@ class SentencePiece:
         self.model = model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab = len(self.processor)
-        self.bos = self.processor.bos_id()
-        self.eos = self.processor.eos_id()
-        if self.bos < 0 or self.eos < 0:
+        self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
+        if min(self.bos, self.eos) < 0:
             raise InputError(
                 "the SentencePiece model has no bos or no eos piece; train it with both")
 
@@ -65,9 +64,7 @@ class SentencePiece:
 class Bytes:
     """UTF-8 bytes 0..255, bos 256, eos 257."""
 
-    vocab = 258
-    bos = 256
-    eos = 257
+    vocab, bos, eos = 258, 256, 257
     model = b"coppice bytes 1\n"
 
     def encode(self, text: str) -> list[int]:
@@ -98,9 +95,7 @@ class HuggingFace:
             raise InputError("a tokenizer.json needs a package: pip install tokenizers") from None
         self.model = model
         facts = json.loads(model)
-        self.vocab = facts["vocab"]
-        self.bos = facts["bos"]
-        self.eos = facts["eos"]
+        self.vocab, self.bos, self.eos = facts["vocab"], facts["bos"], facts["eos"]
         try:
             self.processor = tokenizers.Tokenizer.from_str(json.dumps(facts["tokenizer"]))
         except Exception as error:  # the package tokenizers raises bare Exceptions
@@ -189,26 +184,14 @@ def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(escape(text) for text in texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=max(vocab, LEAST_PIECES),
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_by_whitespace=False,
-            split_by_unicode_script=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=2**30,
-            num_threads=1,
-            minloglevel=2,
-        )
+            sentence_iterator=(escape(text) for text in texts), model_writer=model,
+            model_type="bpe", vocab_size=max(vocab, LEAST_PIECES),
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            byte_fallback=True, character_coverage=0.9995,
+            normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            split_by_whitespace=False, split_by_unicode_script=False,
+            max_sentence_length=2**30, num_threads=1, minloglevel=2)
     except RuntimeError as error:
         raise InputError(training_problem(str(error), vocab)) from None
     if vocab < LEAST_PIECES:
@@ -253,8 +236,7 @@ def sample_texts(source: Source, most: int, config) -> tuple[list[str], Counter]
     without end is read until it gave 64 times as many.
     """
     heap = []  # by falling hash: the largest is dropped first
-    left_out = Counter()
-    held = seen = 0
+    left_out, held, seen = Counter(), 0, 0
     for number, document in enumerate(source.documents()):
         kind = why_left_out(document, config)
         if kind:
@@ -305,9 +287,8 @@ def read_hf_tokenizer(name: str) -> Tokenizer:
     if eos is None:
         raise InputError(f"{name}: neither eos_token_id in config.json nor eos_token in "
                          "tokenizer_config.json says which token ends a document; give one")
-    if bos is None:
-        bos = eos
-    facts = dict(bos=bos, eos=eos, vocab=config["vocab_size"], tokenizer=tokenizer)
+    facts = dict(bos=eos if bos is None else bos, eos=eos, vocab=config["vocab_size"],
+                 tokenizer=tokenizer)
     return HuggingFace(json.dumps(facts, ensure_ascii=False).encode())
 
 
