@@ -64,9 +64,6 @@ def read_key(name: str, value: Any) -> list:
     return []
 
 
-# --------------------------------------------------------------------------------------------- runs
-
-
 def run_step(name: str) -> tuple[str, int | None]:
     """RUN or RUN@STEP as (run, step), where a step is given."""
     run, at, step = name.rpartition("@")

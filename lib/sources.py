@@ -54,9 +54,6 @@ class Source:
     after: Literal["stop", "renormalise"] = "stop"  # then: refuse, or leave its share to the others
 
 
-# ------------------------------------------------------------------------------------------- splits
-
-
 def path_hash(path: str) -> int:
     """64 bits that a document's path alone decides."""
     encoded = path.encode("utf-8", "replace")
@@ -71,9 +68,6 @@ def split_of(path: str, dev: float, test: float) -> int:
     if position < test + dev:
         return 1
     return 0
-
-
-# -------------------------------------------------------------------------------------- text files
 
 
 def files(path: str) -> tuple[Any, list[tuple[str, str]]]:
@@ -156,9 +150,6 @@ def decode(piece: bytes | None, path: str) -> Document | Skipped:
     except UnicodeDecodeError:
         return Skipped(path, "undecodable")
 
-
-# ----------------------------------------------------------------------------- the standard library
-
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 NOT_STDLIB = {"idlelib", "lib2to3", "encodings", "__pycache__", "site-packages", "dist-packages"}
 
@@ -206,9 +197,6 @@ def definitions(module: Document) -> list[Document | Skipped]:
             path = f"{module.path}:{node.name}"
             found.append(Document(path, code, module.meta, group=module.path))
     return found
-
-
-# ------------------------------------------------------------------------------- what was left out
 
 
 def describe_skipped(counts: dict[str, int], source: Source) -> str:

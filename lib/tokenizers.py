@@ -127,9 +127,6 @@ class HuggingFace:
 Tokenizer = SentencePiece | Bytes | HuggingFace
 
 
-# -------------------------------------------------------------------------------- made or read
-
-
 def make_tokenizer(config, vocab: int) -> Tokenizer:
     """The tokenizer that the data config names; "bpe" with `vocab` pieces is trained and cached."""
     if config.tokenizer == "bytes":
@@ -170,9 +167,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if model.startswith(b"{"):
             sentence += "; a tokenizer.json is given as hf:DIRECTORY, with what lies beside it"
         raise InputError(sentence) from None
-
-
-# -------------------------------------------------------------------------------- trained
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> bytes:
@@ -261,9 +255,6 @@ def why_left_out(document, config) -> str:
     if split_of(document.group or document.path, config.dev, config.test) != 0:
         return "held out"
     return "" if document.text else "empty"
-
-
-# -------------------------------------------------------------------------------- of Hugging Face
 
 
 def read_hf_json(name: str, file: str) -> dict:
