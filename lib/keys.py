@@ -11,7 +11,7 @@ from typing import Any
 
 from lib.disk import digest
 from lib.errors import InputError
-from lib.fields import changed_settings
+from lib.fields import changed_settings, settings
 from lib.sources import files
 
 
@@ -25,11 +25,13 @@ def function_key(function: Callable | None) -> Any:
         return None
     inner = getattr(function, "func", function)
     arguments = changed_settings(function)
+    read = {name: read_key(name, value, name in arguments)
+            for name, value in settings(function).items()}
     return {
         "source": inspect.getsource(inner),
         "file": digest(source_above(inner)),
         "arguments": arguments,
-        "read": [read_key(name, value) for name, value in arguments.items()],
+        "read": read,
         "python": sys.version,
     }
 
@@ -46,10 +48,13 @@ def source_above(function: Callable) -> str:
     return re.split(r"(?m)^(?:config|arms|study)\b", file)[0]
 
 
-def read_key(name: str, value: Any) -> list:
-    """What is known of the files or runs that an argument, or each item of it, names; else []."""
+def read_key(name: str, value: Any, given: bool) -> list:
+    """What is known of the files or runs that a setting, or each item of it, names; else [].
+
+    A default such as "train" is no file, even if one of that name happens to be there.
+    """
     if isinstance(value, list | tuple):
-        return [read_key("", item) for item in value]
+        return [read_key("", item, given) for item in value]
     if not isinstance(value, str) or not value:
         return []
     if is_run(value):
@@ -57,7 +62,7 @@ def read_key(name: str, value: Any) -> list:
     run, step = run_step(value)
     if is_run(run):
         return run_key(run, step)
-    if name == "path" or os.path.exists(os.path.expanduser(value)):
+    if name == "path" or (given and os.path.exists(os.path.expanduser(value))):
         with contextlib.suppress(InputError):  # no such file: whoever reads it will say so
             fs, found = files(value)
             return [[path, fs.ukey(path)] for _, path in found]

@@ -115,6 +115,26 @@ def test_arguments_that_name_no_file_are_no_error(value):
     assert json.dumps(key) and function_key(None) is None
 
 
+def by_default(document, tokens, path: str = "one.txt", split: str = "train", run: str = "run") -> float:
+    """A score that reads a file, and a run, of its own."""
+    return float(len(tokens))
+
+
+def test_a_key_follows_what_defaults_name_but_not_what_is_so_called_by_chance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("tree")
+    train(tmp_path / "run", {10: dict(embed=1)})
+    first = function_key(by_default)
+    assert first == function_key(partial(by_default, path="one.txt"))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a").write_text("tree")
+    assert function_key(by_default) == first
+    train(tmp_path / "run", {10: dict(embed=2)})
+    other_run = function_key(by_default)
+    (tmp_path / "one.txt").write_text("trees")
+    assert first != other_run != function_key(by_default)
+
+
 def test_a_key_follows_source_file_and_arguments():
     keys = [function_key(f) for f in (many, by_run, partial(by_run, run="a"), partial(by_run, run="b"))]
     assert len({json.dumps(key) for key in keys}) == 4
