@@ -1,4 +1,5 @@
 """The token cache: the documents of a source as sealed shards on disk."""
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,93 +23,137 @@ from lib.disk import FORMAT, cache_home, digest, locked, write
 from lib.errors import InputError
 from lib.keys import function_key
 from lib.prefetch import prefetch
-from lib.sources import SPLITS, SURROGATE, Document, Skipped, path_hash, split_of
+from lib.sources import (
+    SPLITS,
+    SURROGATE,
+    Document,
+    Skipped,
+    Source,
+    describe_skipped,
+    path_hash,
+    split_of,
+)
 from lib.tokenizers import Tokenizer
 
-CHOSEN = ("deselected", "duplicate", "near-duplicate")  # kinds that are left out, but are no damage
+CHOSEN = ("deselected", "duplicate", "near-duplicate")  # kinds that are skipped, but no damage
+GROUP = 256  # documents that are tokenized together
+JUDGED = 1_000  # documents after which the share of damaged ones is judged, and at the end
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 class Shard(NamedTuple):
-    """A sealed shard: `tokens` of all documents end to end, document i at offsets[i] to offsets[i + 1]."""
+    """A sealed shard. The tokens of document i are tokens[offsets[i]:offsets[i + 1]]."""
 
     tokens: np.ndarray  # uint16 or uint32, memory-mapped; no special tokens
     offsets: np.ndarray  # int64 [documents + 1]
     bytes: np.ndarray  # int64 [documents], of the text as tokenized, UTF-8
     split: np.ndarray  # uint8 [documents], index into SPLITS
     score: np.ndarray  # float32 [documents], NaN without a score function
-    quiet: np.ndarray  # int32 [documents], tokens of the prefix: positions at the start without loss
+    quiet: np.ndarray  # int32 [documents], tokens of the prefix: they are read without loss
     directory: Path
 
     def documents(self) -> list[dict]:
         """`path` and `meta` of each document."""
-        return [json.loads(s) for s in (self.directory / "documents.jsonl").read_text("utf-8").splitlines()]
+        lines = (self.directory / "documents.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
 
 class Cache:
-    """Sealed shards of one source in a directory; `builder`: a process still at work on it, and its log."""
+    """The sealed shards of one source, in a directory.
 
-    def __init__(self, directory: Path, name: str, builder: tuple[subprocess.Popen, Path] | None = None):
-        self.directory, self.name, self.builder, self.sealed = directory, name, builder, 0
+    builder: a process that is still at work on it, and its log.
+    """
+
+    def __init__(self, directory: Path, name: str,
+                 builder: tuple[subprocess.Popen, Path] | None = None):
+        self.directory = directory
+        self.name = name
+        self.builder = builder
+        self.sealed = 0  # shards that were there when it was last looked
         self.shard = lru_cache(64)(self.open)
 
     def wait(self, shards: float = math.inf) -> int:
         """The number of sealed shards, once there are `shards` or the cache is complete."""
         while True:
-            ended = not self.builder or self.builder[0].poll() is not None  # asked before looking at the disk
+            # These two are asked before the shards are counted: what is sealed later is not missed.
+            ended = self.builder is None or self.builder[0].poll() is not None
             complete = (self.directory / "complete").exists()
-            self.sealed = next(i for i in itertools.count(self.sealed)  # several threads may wait
-                               if not (self.directory / f"{i:06d}").exists())
+            self.sealed = self.count_sealed()
             if self.sealed >= shards or complete:
                 return self.sealed
             if ended:
-                said = self.builder[1].read_text().strip().splitlines() if self.builder else []
-                raise InputError(said[-1].removeprefix("error: ") if said else
-                                 f"the token cache {self.directory} is not complete, and nobody builds it")
+                raise InputError(self.why_incomplete())
             time.sleep(0.1)
+
+    def count_sealed(self) -> int:
+        """The number of sealed shards that are there now."""
+        sealed = self.sealed
+        while (self.directory / f"{sealed:06d}").exists():
+            sealed += 1
+        return sealed
+
+    def why_incomplete(self) -> str:
+        """The builder's last words or, without any, that there is none."""
+        if self.builder:
+            said = self.builder[1].read_text().strip().splitlines()
+            if said:
+                return said[-1].removeprefix("error: ")
+        return f"the token cache {self.directory} is not complete, and nobody builds it"
 
     def abandon(self):
         """End the builder, and so all waiting for it."""
         if self.builder:
             self.builder[0].terminate()
 
-    def counts(self, shards: int) -> Counter:
-        """What the first so many shards hold and what was left out, by kind."""
-        return sum((Counter(self.facts(i)["counts"]) for i in range(shards)), Counter())
-
     def facts(self, number: int) -> dict:
-        """What is known of shard `number`: counts, sizes of its files, the fingerprint of all up to it."""
+        """A shard's counts, the sizes of its files, and the fingerprint of all shards up to it."""
         directory = self.directory / f"{number:06d}"
-        try:
+        with contextlib.suppress(OSError, ValueError):
             facts = json.loads((directory / "seal.json").read_text())
-            intact = all((directory / file).stat().st_size == size for file, size in facts["sizes"].items())
-        except (OSError, ValueError):
-            intact = False
-        if not intact:
-            raise InputError(f"the token cache {directory} is damaged (a file is missing or not of its "
-                             f"sealed size); delete {self.directory} and it will be built again")
-        return facts
+            sizes = {file: (directory / file).stat().st_size for file in facts["sizes"]}
+            if sizes == facts["sizes"]:
+                return facts
+        raise InputError(
+            f"the token cache {directory} is damaged (a file is missing or not of its sealed "
+            f"size); delete {self.directory} and it will be built again")
+
+    def counts(self, shards: int) -> Counter:
+        """What the first so many shards hold, and what was skipped, by kind."""
+        total = Counter()
+        for number in range(shards):
+            total.update(self.facts(number)["counts"])
+        return total
 
     @property
     def total(self) -> dict:
-        """`shards`, `counts`, and the `fingerprint` chained over text, tokens and settings; waits for all."""
-        n = self.wait()
-        return dict(shards=n, counts=self.counts(n), fingerprint=self.facts(n - 1)["fingerprint"])
+        """`shards`, `counts`, and the `fingerprint` of text, tokens and settings; waits for all."""
+        shards = self.wait()
+        fingerprint = self.facts(shards - 1)["fingerprint"]
+        return dict(shards=shards, counts=self.counts(shards), fingerprint=fingerprint)
 
     def open(self, number: int) -> Shard:
         """Shard `number`, checked against its seal and mapped; `shard` remembers the last ones."""
-        directory, facts = self.directory / f"{number:06d}", self.facts(number)
+        directory = self.directory / f"{number:06d}"
+        facts = self.facts(number)
+        if facts["counts"].get("tokens"):
+            tokens = np.memmap(directory / "tokens.bin", dtype=facts["dtype"], mode="r")
+        else:  # an empty file cannot be mapped
+            tokens = np.zeros(0, facts["dtype"])
         index = np.load(directory / "index.npz")
-        tokens = (np.memmap(directory / "tokens.bin", dtype=facts["dtype"], mode="r")
-                  if facts["counts"].get("tokens") else np.zeros(0, facts["dtype"]))
-        return Shard(tokens, *(index[k] for k in Shard._fields[1:-1]), directory)
+        return Shard(tokens=tokens, directory=directory, **index)
+
+
+# --------------------------------------------------------------------------------------- building
 
 
 def cache_directory(name: str, config, tokenizer: Tokenizer, seed: int) -> Path:
-    """The directory of the token cache of source `name`; its name ends with the key of all it depends on."""
+    """The directory of a source's token cache; its name ends with the key of what it depends on."""
     source = config.sources[name]
-    key = digest([FORMAT, function_key(source.documents), function_key(source.prepare), function_key(source.score),
-                  config.dev, config.test, config.shard_tokens, seed if source.prepare else 0,
-                  hashlib.sha256(tokenizer.model).hexdigest()])
+    functions = [function_key(f) for f in (source.documents, source.prepare, source.score)]
+    key = digest([
+        FORMAT, functions, config.dev, config.test, config.shard_tokens,
+        seed if source.prepare else 0, hashlib.sha256(tokenizer.model).hexdigest()])
     return cache_home() / "tokens" / f"{name.replace('.', '_')}-{key}"
 
 
@@ -118,100 +163,191 @@ def build(name: str, config, tokenizer: Tokenizer, seed: int) -> Cache:
     One process builds, others wait. Shard boundaries depend on the documents alone.
     """
     directory = cache_directory(name, config, tokenizer, seed)
-    if not (directory / "complete").exists():
+    complete = directory / "complete"
+    if not complete.exists():
         with locked(directory.with_suffix(".lock")):
-            if not (directory / "complete").exists():
+            if not complete.exists():  # another process may have built it meanwhile
                 write_shards(directory, name, config, tokenizer, seed)
+                write(complete, "")
     return Cache(directory, name)
+
+
+class Row(NamedTuple):
+    """A document as a shard holds it."""
+
+    document: Document
+    ids: np.ndarray  # uint32, prefix included
+    split: int  # index into SPLITS
+    score: float  # NaN without a score function
+    quiet: int  # tokens of the prefix
+
+
+class Unsealed:
+    """What the next shard will hold."""
+
+    def __init__(self):
+        self.rows: list[Row] = []
+        self.counts = Counter()
+        self.hash = hashlib.sha256()  # of the documents
+
+    def add(self, rows: list[Row], counts: Counter):
+        """Append a group of documents."""
+        self.rows += rows
+        self.counts.update(counts)
+        for row in rows:
+            content = json.dumps(astuple(row.document), sort_keys=True, default=str)
+            self.hash.update(content.encode())
 
 
 def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed: int):
     """Build what is missing of a cache; called with its lock held."""
-    for left in directory.glob("*.partial"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    remove_partial(directory)
     cache = Cache(directory, name)
-    number, shard = cache.wait(0), []
-    total, chain = cache.counts(number), cache.facts(number - 1)["fingerprint"] if number else directory.name
+    number = cache.wait(0)
+    total = cache.counts(number)
+    fingerprint = cache.facts(number - 1)["fingerprint"] if number else directory.name
     stream = iter(config.sources[name].documents())
-    next(itertools.islice(stream, total["read"], total["read"]), None)  # what sealed shards hold already
-    counts, text_hash = Counter(), hashlib.sha256()
+    for _ in itertools.islice(stream, total["read"]):
+        pass  # sealed shards hold these
+    make = partial(next_group, stream, config, name, tokenizer, seed)
+    shard = Unsealed()
+    with progress_bar(name) as show:
+        for rows, counts in prefetch(make, itertools.count(), depth=1):
+            ended = not counts
+            shard.add(rows, counts)
+            total.update(counts)
+            full = shard.counts["tokens"] >= config.shard_tokens
+            if full or (ended and shard.counts["read"]):
+                fingerprint = digest([fingerprint, shard.hash.hexdigest()])
+                facts = dict(counts=dict(shard.counts), fingerprint=fingerprint)
+                seal(directory, number, shard.rows, tokenizer, facts)
+                number += 1
+                shard = Unsealed()
+            check_damage(name, config, total, ended)
+            if ended:
+                break
+            show(total)
 
-    def take(_):  # in a thread, while the last group is hashed and sealed; a resumed build cuts groups alike
-        group = list(itertools.islice(stream, 256))
-        found = Counter(f"skipped: {d.kind}" for d in group if isinstance(d, Skipped))
-        found, whole = found + Counter("read" for _ in group), [d for d in group if isinstance(d, Document)]
-        return list(tokenize(whole, config, name, tokenizer, seed, found)), found
 
+def remove_partial(directory: Path):
+    """Remove what a build that was killed left half written."""
+    for left in directory.glob("*.partial"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+@contextlib.contextmanager
+def progress_bar(name: str):
+    """A line on the terminal that says how far a build is; gives a function of the counts."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task(f"tokenizing {name}")
-        for kept, found in prefetch(take, itertools.count(), 1):
-            counts += found
-            for d, *_ in kept:
-                text_hash.update(json.dumps(astuple(d), sort_keys=True, default=str).encode())
-            shard += kept
-            if counts["tokens"] >= config.shard_tokens or (not found and counts["read"]):
-                chain = digest([chain, text_hash.hexdigest()])
-                seal(directory, number, shard, tokenizer, dict(counts=dict(counts), fingerprint=chain))
-                total += counts
-                shard, number, counts, text_hash = [], number + 1, Counter(), hashlib.sha256()
-            now = total + counts
-            lost = {k[9:]: n for k, n in now.items() if k[:9] == "skipped: " and k[9:] not in CHOSEN}
-            late = now["read"] >= 1_000 or (not found and now["documents"])
-            if late and sum(lost.values()) > config.max_skipped * now["read"]:
-                raise InputError(f"source {name!r}: {lost} of {now['read']:,} documents are damaged, but "
-                                 f"data.max_skipped is {config.max_skipped:g}; mend the source or raise it")
-            if not found:
-                break
-            progress.update(bar, description=f"tokenizing {name}: {now['documents']:,} documents, "
-                                             f"{now['bytes'] / 1e6:,.1f} MB, {now['tokens']:,} tokens")
-    if not total["documents"]:
-        lost = {k: n for k, n in total.items() if k.startswith("skipped")} or "nothing skipped"
-        raise InputError(f"source {name!r} gives no document with text in it ({lost})")
-    write(directory / "complete", "")
+
+        def show(counts: Counter):
+            description = (f"tokenizing {name}: {counts['documents']:,} documents, "
+                           f"{counts['bytes'] / 1e6:,.1f} MB, {counts['tokens']:,} tokens")
+            progress.update(bar, description=description)
+
+        yield show
+
+
+def next_group(stream: Iterator[Document | Skipped], config, name: str, tokenizer: Tokenizer,
+               seed: int, _number: int) -> tuple[list[Row], Counter]:
+    """(rows, counts) of a stream's next documents; without counts at its end.
+
+    It runs in a thread, while the group before is hashed and sealed. A build that is taken up cuts
+    the same groups.
+    """
+    group = list(itertools.islice(stream, GROUP))
+    documents = [item for item in group if isinstance(item, Document)]
+    counts = Counter(f"skipped: {item.kind}" for item in group if isinstance(item, Skipped))
+    counts.update("read" for _ in group)
+    rows = list(tokenize(documents, config, name, tokenizer, seed, counts))
+    return rows, counts
 
 
 def tokenize(documents: list[Document], config, name: str, tokenizer: Tokenizer, seed: int,
-             counts: Counter) -> Iterator[tuple]:
-    """(document, ids, split, score, quiet) of documents after `prepare`; what is left out is counted."""
-    source, ready = config.sources[name], []
+             counts: Counter) -> Iterator[Row]:
+    """The rows of documents after `prepare`; they and what is skipped are counted in `counts`."""
+    source = config.sources[name]
+    prepared = prepare(documents, config, source, seed, counts)
+    prefixes = tokenizer.encode_batch([document.prefix for document, _ in prepared])
+    texts = tokenizer.encode_batch([document.text for document, _ in prepared])
+    for (document, split), prefix, ids in zip(prepared, prefixes, texts, strict=True):
+        score = float(source.score(document, ids)) if source.score else math.nan
+        if not len(ids):
+            counts["skipped: empty"] += 1
+            continue
+        if score == -math.inf and SPLITS[split] == "train":  # all are measured on the same text
+            counts["skipped: deselected"] += 1
+            continue
+        whole = np.concatenate([prefix, ids]).astype(np.uint32)
+        size = len(document.text.encode("utf-8"))
+        counts.update(documents=1, tokens=len(whole), bytes=size)
+        counts[f"{SPLITS[split]} documents"] += 1
+        yield Row(document, whole, split, score, len(prefix))
+
+
+def prepare(documents: list[Document], config, source: Source, seed: int,
+            counts: Counter) -> list[tuple[Document, int]]:
+    """[(document, split)] after the source's `prepare`, without what cannot be encoded."""
+    prepared = []
     for document in documents:
         split = split_of(document.group or document.path, config.dev, config.test)
-        made = source.prepare(document, np.random.default_rng([seed, path_hash(document.path)])) \
-            if source.prepare and split == 0 else document
-        ready += [(d, split) for d in (made if isinstance(made, list) else [made])]
-    valid = [(d, split) for d, split in ready if not SURROGATE.search(d.prefix + d.text)]
-    if len(valid) < len(ready):
-        counts["skipped: lone surrogates"] += len(ready) - len(valid)
-    encoded = (tokenizer.encode_batch([getattr(d, part) for d, _ in valid]) for part in ("prefix", "text"))
-    for (document, split), prefix, ids in zip(valid, *encoded, strict=True):
-        score = float(source.score(document, ids)) if source.score else math.nan
-        if not len(ids) or score == -math.inf:
-            counts["skipped: deselected" if len(ids) else "skipped: empty"] += 1
-            continue
-        counts.update(documents=1, tokens=len(prefix) + len(ids), bytes=len(document.text.encode("utf-8")))
-        counts[f"{SPLITS[split]} documents"] += 1
-        yield document, np.concatenate([prefix, ids]).astype(np.uint32), split, score, len(prefix)
+        made = document
+        if source.prepare and SPLITS[split] == "train":
+            rng = np.random.default_rng([seed, path_hash(document.path)])
+            made = source.prepare(document, rng)
+        prepared += [(one, split) for one in (made if isinstance(made, list) else [made])]
+    valid = [pair for pair in prepared if not SURROGATE.search(pair[0].prefix + pair[0].text)]
+    if len(valid) < len(prepared):
+        counts["skipped: lone surrogates"] += len(prepared) - len(valid)
+    return valid
 
 
-def seal(directory: Path, number: int, shard: list, tokenizer: Tokenizer, facts: dict):
+def check_damage(name: str, config, total: Counter, ended: bool):
+    """Raise InputError if too many documents are damaged or, at a source's end, none is left."""
+    skipped = {key.removeprefix("skipped: "): number for key, number in total.items()
+               if key.startswith("skipped: ")}
+    damaged = {kind: number for kind, number in skipped.items() if kind not in CHOSEN}
+    judged = total["read"] >= JUDGED or (ended and total["documents"])
+    lost = sum(damaged.values())
+    if judged and lost > config.max_skipped * total["read"]:
+        raise InputError(
+            f"source {name!r}: {lost:,} of {total['read']:,} documents are damaged, but "
+            f"data.max_skipped is {config.max_skipped:g}; mend the source or raise it; it "
+            f"{describe_skipped(damaged, config.sources[name])}")
+    if ended and not total["documents"]:
+        raise InputError(f"source {name!r} gives no document with text in it; it "
+                         f"{describe_skipped(skipped, config.sources[name])}")
+
+
+def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, facts: dict):
     """Write a shard beside its place, force it to disk, and rename it into place."""
     dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
-    partly, place = directory / f"{number:06d}.partial", directory / f"{number:06d}"
-    partly.mkdir(parents=True)
-    with open(partly / "tokens.bin", "wb") as file:
-        for _, ids, *_ in shard:
-            file.write(np.asarray(ids, dtype).tobytes())
-    np.savez(partly / "index.npz", offsets=np.cumsum([0] + [len(s[1]) for s in shard], dtype=np.int64),
-             bytes=np.array([len(d.text.encode("utf-8")) for d, *_ in shard], np.int64),
-             split=np.array([row[2] for row in shard], np.uint8),
-             score=np.array([row[3] for row in shard], np.float32),
-             quiet=np.array([row[4] for row in shard], np.int32))
-    lines = (json.dumps(dict(path=d.path, meta=d.meta), default=str) + "\n" for d, *_ in shard)
-    (partly / "documents.jsonl").write_text("".join(lines), "utf-8")
-    facts |= dict(dtype=dtype, sizes={p.name: p.stat().st_size for p in sorted(partly.iterdir())})
-    (partly / "seal.json").write_text(json.dumps(facts, indent=1))
-    for file in partly.iterdir():
-        with open(file, "rb+") as handle:
+    partial = directory / f"{number:06d}.partial"
+    partial.mkdir(parents=True)
+    with open(partial / "tokens.bin", "wb") as file:
+        for row in rows:
+            file.write(row.ids.astype(dtype).tobytes())
+    np.savez(
+        partial / "index.npz",
+        offsets=np.cumsum([0] + [len(row.ids) for row in rows], dtype=np.int64),
+        bytes=np.array([len(row.document.text.encode("utf-8")) for row in rows], np.int64),
+        split=np.array([row.split for row in rows], np.uint8),
+        score=np.array([row.score for row in rows], np.float32),
+        quiet=np.array([row.quiet for row in rows], np.int32),
+    )
+    with open(partial / "documents.jsonl", "w", encoding="utf-8") as file:
+        for row in rows:
+            document = dict(path=row.document.path, meta=row.document.meta)
+            file.write(json.dumps(document, default=str) + "\n")
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    facts = facts | dict(dtype=dtype, sizes=sizes)
+    (partial / "seal.json").write_text(json.dumps(facts, indent=1))
+    for path in partial.iterdir():
+        with open(path, "rb+") as handle:
             os.fsync(handle.fileno())
-    partly.rename(place)
+    partial.rename(directory / f"{number:06d}")

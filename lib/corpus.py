@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,47 +15,81 @@ from lib.errors import InputError
 from lib.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 
-def open_caches(config, tokenizer: Tokenizer) -> dict[str, Cache]:
-    """The token cache of each source: built, or if `data.stream` left to a process of its own."""
-    d, caches = config.data, {}
-    if not d.stream:
-        return {name: build(name, d, tokenizer, config.seed) for name in d.sources}
-    for name in d.sources:
-        place = cache_directory(name, d, tokenizer, config.seed)
-        caches[name] = Cache(place, name, None if (place / "complete").exists() else
-                                  spawn(config, name, place))
-    return caches
+def assemble(config, tokenizer_file: Path | None = None):
+    """(config with its vocabulary, tokenizer, {source: cache}) of a config, built if need be.
 
-
-def spawn(config, name: str, place: Path) -> tuple[subprocess.Popen, Path]:
-    """(process, log): a source's token cache being built at `place`, for as long as this process lives."""
-    file, log = place.with_suffix(".json"), place.with_suffix(".log")
-    write(file, json.dumps(to_json(config)))
-    command = [sys.executable, ROOT / "train.py", "corpus", "build", file, "--only", name,
-               "--parent", str(os.getpid())]
-    with open(log, "w") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
-    return process, log
-
-
-def assemble(config, own: Path | None = None):
-    """(config with its vocabulary, tokenizer, caches by source): all that a run reads, built if need be.
-
-    own: a tokenizer file to use in place of what the config names.
+    tokenizer_file: a tokenizer to use in place of the one that the config names. Where caches are
+    streamed, this returns when the first window of each is there.
     """
-    tokenizer = load_tokenizer(own) if own else make_tokenizer(config.data, config.model.vocab)
-    if config.model.vocab not in (0, tokenizer.vocab) and not config.init_from:
-        raise InputError(f"model.vocab is {config.model.vocab}, but the tokenizer {config.data.tokenizer!r} "
-                         f"has {tokenizer.vocab} pieces; allowed is that, or 0 for as many as it has")
-    config = replace(config, model=replace(config.model, vocab=config.model.vocab or tokenizer.vocab))
+    if tokenizer_file:
+        tokenizer = load_tokenizer(tokenizer_file)
+    else:
+        tokenizer = make_tokenizer(config.data, config.model.vocab)
+    config = set_vocab(config, tokenizer)
     caches = open_caches(config, tokenizer)
     most = config.data.window if config.data.stream else math.inf
     for name, cache in caches.items():
-        counts = cache.counts(min(most, cache.wait(most)))
-        for kind in (k for k in counts if k.startswith("skipped")):
-            print(f"source {name}: {counts[kind]} documents {kind}")
-        for split, share in dict(train=1, dev=config.data.dev, test=config.data.test).items():
-            if share and not counts.get(f"{split} documents"):
-                raise InputError(f"source {name!r} has {counts['documents']} documents, none in {split}; "
-                                 "give it more (a separator cuts a file), or set data.dev or data.test to 0")
+        shards = min(most, cache.wait(most))
+        counts = cache.counts(shards)
+        for kind in counts:
+            if kind.startswith("skipped"):
+                print(f"source {name}: {counts[kind]} documents {kind}")
+        check_splits(name, counts, config.data)
     return config, tokenizer, caches
+
+
+def set_vocab(config, tokenizer: Tokenizer):
+    """The config with the tokenizer's vocabulary where it leaves that open."""
+    asked = config.model.vocab
+    if asked == 0:
+        return replace(config, model=replace(config.model, vocab=tokenizer.vocab))
+    if asked != tokenizer.vocab and not config.init_from:  # a model that was read may have more
+        raise InputError(
+            f"model.vocab is {asked}, but the tokenizer {config.data.tokenizer!r} has "
+            f"{tokenizer.vocab} pieces; allowed is that, or 0 for as many as it has")
+    return config
+
+
+def check_splits(name: str, counts: Counter, data):
+    """Raise InputError unless a source has documents in each split that has a share."""
+    for split, share in {"train": 1, "dev": data.dev, "test": data.test}.items():
+        if share and not counts.get(f"{split} documents"):
+            raise InputError(
+                f"source {name!r} has {counts['documents']} documents, none in {split}; give it "
+                "more (a separator cuts a file), or set data.dev or data.test to 0")
+
+
+def open_caches(config, tokenizer: Tokenizer) -> dict[str, Cache]:
+    """{source: its token cache}: complete or, with `data.stream`, built by a process of its own."""
+    caches = {}
+    for name in config.data.sources:
+        if config.data.stream:
+            caches[name] = stream(config, name, tokenizer)
+        else:
+            caches[name] = build(name, config.data, tokenizer, config.seed)
+    return caches
+
+
+def stream(config, name: str, tokenizer: Tokenizer) -> Cache:
+    """The token cache of a source, which a process is still building unless it is complete."""
+    directory = cache_directory(name, config.data, tokenizer, config.seed)
+    if (directory / "complete").exists():
+        return Cache(directory, name)
+    return Cache(directory, name, builder=spawn(config, name, directory))
+
+
+def spawn(config, name: str, directory: Path) -> tuple[subprocess.Popen, Path]:
+    """Start to build a source's token cache; (process, its log).
+
+    It is a command, not a fork of this process, whose threads and devices it must not share. It
+    ends when this process ends.
+    """
+    config_file = directory.with_suffix(".json")
+    log = directory.with_suffix(".log")
+    write(config_file, json.dumps(to_json(config)))
+    command = [sys.executable, ROOT / "train.py", "corpus", "build", config_file]
+    command += ["--only", name, "--parent", str(os.getpid())]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+    return process, log

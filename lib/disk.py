@@ -9,12 +9,15 @@ from typing import Any
 
 from lib.errors import InputError
 
-FORMAT = 2  # of the cache on disk; part of every key
+# The version of what is kept in the cache; a part of every key there. Raise it when lib/ makes
+# something else of the same documents and settings.
+FORMAT = 3
 
 
 def cache_home() -> Path:
     """`$XDG_CACHE_HOME/coppice`, or `~/.cache/coppice`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coppice"
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "coppice"
 
 
 def digest(value: Any) -> str:
@@ -24,23 +27,29 @@ def digest(value: Any) -> str:
 
 def write(path: Path, content: bytes | str):
     """Write a file whole or not at all, whoever else writes it."""
+    if isinstance(content, str):
+        content = content.encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partly = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partly.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    partly.rename(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.rename(path)
 
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str = ""):
-    """Hold an exclusive lock on `path`: wait for it or, where `busy` says what it guards, refuse to wait."""
+    """Hold an exclusive lock on the file `path`. Where another process has it, wait.
+
+    busy: what the lock guards, if waiting is no use; then another's lock is an InputError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:  # the system drops the lock when the process ends, however it ends
+    with open(path, "w") as file:  # the system drops the lock when the process ends in any way
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if busy:
                 raise InputError(f"{busy} is being trained by another process; "
                                  "wait for it, or use another --name") from None
-            print(f"waiting for another process that is building {path.with_suffix('')}", flush=True)
+            built = path.with_suffix("")
+            print(f"waiting for another process that is building {built}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,6 +1,8 @@
-"""Keys: what a function of a config computes, as JSON."""
+"""Keys: what a function of a config computes, as JSON, so that what it made can be found again."""
 import contextlib
 import inspect
+import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -9,22 +11,99 @@ from typing import Any
 
 from lib.disk import digest
 from lib.errors import InputError
-from lib.fields import changed_settings
+from lib.fields import changed_settings, settings
 from lib.sources import files
 
 
 def function_key(function: Callable | None) -> Any:
-    """What a function of a config computes, as JSON: its source, and its file's up to the config; arguments;
-    names, sizes and times of the files that these name, runs aside; the interpreter."""
+    """What a function of a config computes, as JSON; None for None.
+
+    It depends on the function's source, on its file's up to the config, on its arguments, on the
+    files and runs that these name, and on the interpreter.
+    """
     if function is None:
         return None
-    inner, arguments, stamps = getattr(function, "func", function), changed_settings(function), []
-    for name, value in arguments.items():
-        if isinstance(value, str) and value and not Path(value, "checkpoints").expanduser().exists() and (
-                name == "path" or Path(value).expanduser().exists()):
-            with contextlib.suppress(InputError):
-                fs, found = files(value)
-                stamps += [[path, fs.ukey(path)] for _, path in found]
-    file = "" if inner.__module__.startswith("lib.") or inner.__module__ == "data" else inspect.getsource(inspect.getmodule(inner) or inner)
-    above = re.split(r"(?m)^(?:config|arms)\b", file)[0]
-    return [inspect.getsource(inner), digest(above), arguments, stamps, sys.version]
+    inner = getattr(function, "func", function)
+    arguments = changed_settings(function)
+    read = {name: read_key(name, value, name in arguments)
+            for name, value in settings(function).items()}
+    return {
+        "source": inspect.getsource(inner),
+        "file": digest(source_above(inner)),
+        "arguments": arguments,
+        "read": read,
+        "python": sys.version,
+    }
+
+
+def source_above(function: Callable) -> str:
+    """The source of a function's file up to its config; of Coppice's own files nothing.
+
+    Those are fixed by FORMAT in lib/disk.py: an edit there must not make every cache be built anew.
+    """
+    module = function.__module__
+    if module == "data" or module.startswith("lib."):
+        return ""
+    file = inspect.getsource(inspect.getmodule(function) or function)
+    return re.split(r"(?m)^(?:config|arms|study)\b", file)[0]
+
+
+def read_key(name: str, value: Any, given: bool) -> list:
+    """What is known of the files or runs that a setting, or each item of it, names; else [].
+
+    A default such as "train" is no file, even if one of that name happens to be there.
+    """
+    if isinstance(value, list | tuple):
+        return [read_key("", item, given) for item in value]
+    if not isinstance(value, str) or not value:
+        return []
+    if is_run(value):
+        return run_key(value)
+    run, step = run_step(value)
+    if is_run(run):
+        return run_key(run, step)
+    if name == "path" or (given and os.path.exists(os.path.expanduser(value))):
+        with contextlib.suppress(InputError):  # no such file: whoever reads it will say so
+            fs, found = files(value)
+            return [[path, fs.ukey(path)] for _, path in found]
+    return []
+
+
+def run_step(name: str) -> tuple[str, int | None]:
+    """RUN or RUN@STEP as (run, step), where a step is given."""
+    run, at, step = name.rpartition("@")
+    if at and step.isdigit():
+        return run, int(step)
+    return name, None
+
+
+def is_run(path: str) -> bool:
+    """Whether a directory is a run's."""
+    directory = os.path.expanduser(path)
+    begun = os.path.isdir(os.path.join(directory, "checkpoints"))
+    return begun and os.path.isfile(os.path.join(directory, "config.json"))
+
+
+def run_key(run: str, step: int | None = None) -> list:
+    """[[step, key]] of a run's checkpoints, or of one; a run trained anew has other ones."""
+    directory = Path(run).expanduser()
+    if step is not None:
+        return [[step, checkpoint_key(directory, step)]]
+    places = directory.glob("checkpoints/*")
+    steps = sorted(int(place.name) for place in places if place.name.isdigit())
+    return [[step, checkpoint_key(directory, step)] for step in steps]
+
+
+def checkpoint_key(run: Path, step: int) -> Any:
+    """The checksums of a checkpoint or, where it has none, its files' names, sizes and times."""
+    directory = run / "checkpoints" / str(step) / "meta"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return digest(json.loads((directory / "metadata").read_text("utf-8"))["checksums"])
+    places = [*directory.glob("*"), run / "summary.json"]
+    return [file_key(path) for path in sorted(places) if path.exists()]
+
+
+def file_key(path: Path) -> list:
+    """[name, size, time of the last change in ns] of a file."""
+    facts = path.stat()
+    return [path.name, facts.st_size, facts.st_mtime_ns]

@@ -1,65 +1,102 @@
 """Readers of records: JSON Lines, Parquet, Hugging Face data sets and TensorFlow Datasets."""
-import functools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lib.errors import InputError
 from lib.sources import Document, Skipped, files, text
 
+SHOWN_KEYS = 20  # of a record that lacks one
 
-def jsonl(path: str, content: str = "text", meta: tuple = (), key: str = "",
-          longest: int = 2**26) -> Iterator[Document | Skipped]:
-    """A document for each line of the files that `path` means, see `data.text`, by `compose`.
 
-    Its path is `file#line`, from 1, or what stands under `key`; a line over `longest` bytes is skipped.
-    """
-    for line in text(path, "\n", longest):
-        yield compose(line.text, line.path, content, meta, key) if isinstance(line, Document) else line
+class MissingKey(Exception):
+    """A record has nothing under a key; the message says what it has."""
 
 
 def compose(record: dict | str, name: str, content: str, meta: tuple = (),
             key: str = "") -> Document | Skipped:
-    """The document of a record, or of its JSON; used by the other formats of records too.
+    """The document of a record, or of a record's JSON.
 
-    `content` is a key, or a template of several such as "{title}: {body.text}"; `meta` are keys to keep as
-    metadata; `key` holds the path, which is `name` otherwise. A dot leads into a nested record. All of these
-    keys must be there, and those of `content` must hold text.
+    `content` is a key, or a template of several such as "{title}: {body.text}"; `meta` are the keys
+    to keep as metadata; `key` is the one that holds the path, which is `name` otherwise. A dot
+    leads into a nested record. All these keys must be there, and those of `content` must hold text.
     """
-    def find(at: str):
-        value = functools.reduce(lambda inner, part: inner[part], at.split("."), record)
-        return value.decode() if isinstance(value, bytes) else value
-
-    braces = "{([^{}]+)}" if "{" in content else "(.+)"
+    if isinstance(record, str):
+        try:
+            record = json.loads(record.removeprefix("\ufeff"))
+        except (ValueError, RecursionError):
+            return Skipped(name, "malformed JSON" if record.strip() else "empty")
     try:
-        record = json.loads(record.removeprefix("\ufeff")) if isinstance(record, str) else record
-        found = {at: find(at) for at in re.findall(braces, content)}
-        if not all(isinstance(value, str) for value in found.values()):
+        whole = fill_in(content, record)
+        if whole is None:
             return Skipped(name, "not text")
-        if key and find(key) is None:
-            return Skipped(name, "missing key")
-        whole = re.sub(braces, lambda match: found[match[1]], content)
-        return Document(str(find(key)) if key else name, whole, {at: find(at) for at in meta})
-    except (LookupError, TypeError):
-        return Skipped(name, "missing key")
-    except (ValueError, RecursionError) as error:
-        return Skipped(name, "undecodable" if isinstance(error, UnicodeError) else
-                       "malformed JSON" if record.strip() else "empty")
+        path = look_up(record, key) if key else name
+        if path is None:
+            raise MissingKey(f"null under the key {key!r}")
+        return Document(str(path), whole, {at: look_up(record, at) for at in meta})
+    except MissingKey as error:
+        return Skipped(name, "missing key", str(error))
+    except UnicodeDecodeError:
+        return Skipped(name, "undecodable")
+
+
+def fill_in(content: str, record) -> str | None:
+    """The text under a key, or a template filled from a record; None if a part is not text."""
+    placeholder = "{([^{}]+)}" if "{" in content else "(.+)"
+    texts = {at: look_up(record, at) for at in re.findall(placeholder, content)}
+    if not all(isinstance(value, str) for value in texts.values()):
+        return None
+    return re.sub(placeholder, lambda match: texts[match[1]], content)
+
+
+def look_up(record, at: str) -> Any:
+    """The value under a key, or under keys of nested records "a.b"; bytes are decoded as UTF-8."""
+    value = record
+    for part in at.split("."):
+        try:
+            value = value[part]
+        except (LookupError, TypeError):  # no such key, or no record to look into
+            raise MissingKey(f"no key {at!r}; {describe_keys(record)}") from None
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def describe_keys(record) -> str:
+    """The keys of a record, in words."""
+    if not isinstance(record, dict):
+        return f"the record is of type {type(record).__name__} and has no keys"
+    keys = ", ".join(repr(key) for key in list(record)[:SHOWN_KEYS])
+    return f"the record has the keys {keys or 'none'}"
+
+
+def jsonl(path: str, content: str = "text", meta: tuple = (), key: str = "",
+          longest: int = 2**26) -> Iterator[Document | Skipped]:
+    """A document for each line of the files that `path` means (see `files`), by `compose`.
+
+    Its path is `file#line`, from 1, or what stands under `key`. A line over `longest` bytes is
+    skipped.
+    """
+    for line in text(path, "\n", longest):
+        if isinstance(line, Document):
+            yield compose(line.text, line.path, content, meta, key)
+        else:
+            yield line
 
 
 def parquet(path: str, content: str = "text", meta: tuple = (),
             key: str = "") -> Iterator[Document | Skipped]:
-    """A document for each row of the files that `path` means (see `data.files`), by `compose`.
+    """A document for each row of the Parquet files that `path` means (see `files`), by `compose`.
 
-    A document's path is `file#group.row`, both from 1, or what the row holds under `key`.
+    Its path is `file#group.row`, both from 1, or what stands under `key`. Memory holds one row
+    group at a time.
     """
     try:
         import pyarrow.parquet
     except ImportError:
-        raise InputError("configs/parquet.py needs the package pyarrow: pip install pyarrow") from None
+        raise InputError("Parquet files need the package pyarrow: pip install pyarrow") from None
     fs, found = files(path)
     for name, place in found:
         try:
@@ -79,18 +116,21 @@ def parquet(path: str, content: str = "text", meta: tuple = (),
 
 def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple = (),
                  key: str = "") -> Iterator[Document | Skipped]:
-    """A document for each record, by `compose`; its path is `split#number`, from 1, or what `key` holds.
+    """A document for each record of a directory that `save_to_disk` wrote, by `compose`.
 
-    `split` is one of the data set's own, where it has several; ours follows from the path as everywhere.
+    Its path is `split#number`, from 1, or what stands under `key`. `split` is one of the data set's
+    own, where it has several; ours follows from the path as everywhere.
     """
     try:
         import datasets
     except ImportError:
-        raise InputError("configs/hugging_face.py needs the package datasets: pip install datasets") from None
+        raise InputError(
+            "Hugging Face data sets need the package datasets: pip install datasets") from None
     try:
         found = datasets.load_from_disk(str(Path(path).expanduser()))
     except (OSError, ValueError) as error:
-        raise InputError(f"source path {path!r} is no directory that save_to_disk wrote: {error}") from None
+        raise InputError(
+            f"source path {path!r} is no directory that save_to_disk wrote: {error}") from None
     if isinstance(found, dict):
         if split not in found:
             raise InputError(f"{path!r} has no split {split!r}; allowed are {', '.join(found)}")
@@ -99,21 +139,23 @@ def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple 
         yield compose(record, f"{split}#{number}", content, meta, key)
 
 
-def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str = "text", meta: tuple = (),
-         key: str = "") -> Iterator[Document | Skipped]:
-    """A document for each example of a split, by `compose`; its path is `data set/split#number`, from 1.
+def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str = "text",
+         meta: tuple = (), key: str = "") -> Iterator[Document | Skipped]:
+    """A document for each example of a TensorFlow data set's split, by `compose`.
 
-    The split here is TFDS's; ours follows from the path as everywhere. Numbers and arrays become plain ones.
+    Its path is `data set/split#number`, from 1, or what stands under `key`. The split is TFDS's;
+    ours follows from the path as everywhere. `data_dir` holds the data set, as ArrayRecord.
     """
     try:
         import tensorflow_datasets
     except ImportError:
-        raise InputError("configs/tfds.py needs the package tensorflow-datasets: "
+        raise InputError("TensorFlow data sets need the package tensorflow-datasets: "
                          "pip install tensorflow-datasets array_record") from None
+    place = str(Path(data_dir).expanduser()) if data_dir else None
     try:
-        place = str(Path(data_dir).expanduser()) if data_dir else None
-        examples = tensorflow_datasets.data_source(data_set, split=split, data_dir=place, download=False)
-    except Exception as error:  # of many classes: no such data set, no such split, not there, not ArrayRecord
+        examples = tensorflow_datasets.data_source(
+            data_set, split=split, data_dir=place, download=False)
+    except Exception as error:  # TFDS has a class for each: no data set, no split, not ArrayRecord
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"TFDS cannot open {data_set!r}, split {split!r}, in "
                          f"{data_dir or 'its own directory'} as ArrayRecord: {reason}") from None
@@ -121,14 +163,16 @@ def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str =
         name = f"{data_set}/{split}#{number + 1}"
         try:
             record = examples[number]
-        except Exception:  # the reader's and the decoder's errors have no class in common
+        except Exception:  # the reader and the decoders of TFDS share no class of errors
             yield Skipped(name, "unreadable")
             continue
-        yield compose(plain(record), name, content, meta, key)
+        yield compose(without_numpy(record), name, content, meta, key)
 
 
-def plain(value):
-    """A record with Python's numbers and lists for numpy's; bytes stay for `compose` to decode."""
+def without_numpy(value):
+    """A record with Python's numbers and lists for numpy's; bytes are left for `look_up`."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+        return {key: without_numpy(inner) for key, inner in value.items()}
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return value

@@ -12,6 +12,7 @@ from lib.config import flatten, from_json, to_json
 from lib.disk import digest
 from lib.errors import InputError
 from lib.hf import read_params, read_shape
+from lib.keys import run_step
 from lib.optim import State
 from lib.schedule import Plan
 from model import ModelConfig
@@ -61,14 +62,6 @@ def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if old != new:
             said.append(key if "(" in key else f"{key} was {old!r} and is {new!r}")
     return said
-
-
-def run_step(name: str) -> tuple[str, int | None]:
-    """RUN or RUN@STEP as (run, step)."""
-    run, at, step = name.rpartition("@")
-    if at and step.isdigit():
-        return run, int(step)
-    return name, None
 
 
 def start_config(config, directory: Path) -> tuple[Any, Path | None]:

@@ -2,6 +2,7 @@
 import ast
 import hashlib
 import io
+import itertools
 import os
 import re
 import sysconfig
@@ -16,127 +17,198 @@ from lib.errors import InputError
 from lib.fields import NotNegative, strict
 
 SPLITS = ("train", "dev", "test")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text with the path that identifies it (its split follows from a hash of this) and other metadata."""
+    """A text, the path that identifies it (its hash decides the split), and other metadata."""
 
     path: str
     text: str
     meta: dict = field(default_factory=dict)
-    group: str = ""  # whose hash gives the split, where it is not the path's
+    group: str = ""  # documents of one group are in one split: its hash decides, not the path's
     prefix: str = ""  # read before the text, but not predicted: no loss on it
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """What a source yields in place of a document that it cannot give; counted by `kind` and reported."""
+    """What a source yields in place of a document that it cannot give; counted by `kind`."""
 
     path: str
     kind: str
-
-
-def files(path: str) -> tuple[Any, list[tuple[str, str]]]:
-    """(file system, [(name, path)]) of a file, of all below a directory or of a pattern, no hidden ones."""
-    try:
-        fs, root = fsspec.url_to_fs(os.path.expanduser(path))
-        if not (found := fs.find(root) or fs.glob(root)):
-            raise FileNotFoundError("does not exist; give a file, a directory or a pattern like *.txt")
-        base = root if fs.isdir(root) else re.split(r"[*?[]", root)[0].rpartition("/")[0]
-        found = [p for p in found if fs.isfile(p) and (p == root or "/." not in p[len(base):])]
-    except (ImportError, ValueError, OSError) as error:  # a protocol may be unknown, or want a package
-        raise InputError(f"source path {path!r} cannot be read: {error}") from None
-    return fs, sorted(((p[len(base):].lstrip("/"), p) for p in found), key=lambda file: file[0].split("/"))
-
-
-def lines(file, longest: int) -> Iterator[bytes | None]:
-    """The lines of a binary file, None in place of one over `longest` bytes, which is never held whole."""
-    while line := file.readline(longest + 1):
-        over = len(line) > longest
-        while over and line and line[-1:] != b"\n":
-            line = file.readline(longest)
-        yield None if over else line
-
-
-def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Document | Skipped]:
-    """UTF-8 files, see `files`, .gz and .zst unpacked: a document each or, cut after a `separator`, several,
-    `file#number` from 1. Lines are streamed, those of at most `longest` bytes; archives up to their break.
-    """
-    fs, found = files(path)
-    end = re.escape(separator.encode())
-    for name, place in found:
-        packed = dict(gz="gzip", zst="zstd").get(name.rpartition(".")[2])
-        if packed == "zstd" and not hasattr(fsspec.compression.compr.get(packed), "peek"):
-            raise InputError(f"{name} needs the package backports.zstd")  # zstandard does not see a break
-        try:
-            with fs.open(place, compression=packed) as raw:
-                file = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
-                pieces = lines(file, longest) if separator == "\n" else \
-                    re.findall(b"(?s).*?%b|.+$" % end, file.read()) if separator else [file.read()]
-                for number, piece in enumerate(pieces, 1):
-                    called = f"{name}#{number}" if separator else name
-                    try:
-                        yield Document(called, piece.decode()) if piece is not None else Skipped(
-                            called, "over-long line")
-                    except UnicodeDecodeError:
-                        yield Skipped(called, "undecodable")
-        except Exception as error:  # each file system and each kind of archive has its own
-            yield Skipped(name, "truncated archive" if isinstance(error, EOFError) else "unreadable")
-
-
-def stdlib(unit: str = "module") -> Iterator[Document | Skipped]:
-    """The running Python's standard library, by path relative to it: a document per "module" or "definition".
-
-    Metadata: `module`, dotted, and `domain`, its top-level package. No tests, encodings, idlelib or lib2to3.
-    """
-    if unit not in ("module", "definition"):
-        raise InputError(f'stdlib has no unit {unit!r}; allowed are "module" and "definition"')
-    root = Path(sysconfig.get_path("stdlib"))
-    out = {"idlelib", "lib2to3", "encodings", "__pycache__", "site-packages", "dist-packages"}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if any(part in out or part.startswith("test") for part in parts):
-            continue
-        document = replace(next(text(str(path))), path="/".join(parts))
-        if isinstance(document, Document):
-            module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
-            document.meta.update(module=module, domain=module.split(".")[0])
-        whole = unit == "module" or isinstance(document, Skipped)
-        yield from [document] if whole else definitions(document)
-
-
-def definitions(module: Document) -> list[Document | Skipped]:
-    """A module's functions and classes at top level, decorators too, `path:name`, in the module's split."""
-    try:
-        body = ast.parse(module.text).body
-    except (SyntaxError, ValueError, RecursionError):
-        return [Skipped(module.path, "unparsable")]
-    rows = list(io.StringIO(module.text, newline=""))
-    return [Document(f"{module.path}:{node.name}", "".join(rows[min(
-        n.lineno for n in (node, *node.decorator_list)) - 1:node.end_lineno]), module.meta, module.path)
-        for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    detail: str = ""  # what would help to mend it, such as the keys that a record has
 
 
 @strict
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from and what is done to each before packing: functions, set in config files."""
+    """Where documents come from and what is done to each before packing, by functions."""
 
-    documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...), or your own
-    prepare: Callable | None = None  # (document, rng) -> document or list of them; training documents only
-    score: Callable | None = None  # (document, tokens) -> float, kept in the cache; -inf leaves it out
+    documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...) ...
+    prepare: Callable | None = None  # (document, rng) -> document or list; training documents only
+    # (document, tokens) -> float, kept in the cache. -inf leaves a training document out; dev and
+    # test documents stay, so that runs with and without a score are measured on the same text.
+    score: Callable | None = None
     epochs: NotNegative = 0.0  # passes that a run may make over it; 0 is any number
-    after: Literal["stop", "renormalise"] = "stop"  # then: refuse to go on, or leave its share to the others
+    after: Literal["stop", "renormalise"] = "stop"  # then: refuse, or leave its share to the others
 
 
 def path_hash(path: str) -> int:
     """64 bits that a document's path alone decides."""
-    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "replace"), digest_size=8).digest())
+    encoded = path.encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest())
 
 
 def split_of(path: str, dev: float, test: float) -> int:
-    """Index into SPLITS for a document, from the hash of its path."""
-    u = path_hash(path) / 2**64
-    return 2 if u < test else 1 if u < test + dev else 0
-SURROGATE = re.compile("[\ud800-\udfff]")  # a lone half of a character: not text, and no UTF-8
+    """Index into SPLITS of a document, from the hash of its path; `dev` and `test` are shares."""
+    position = path_hash(path) / 2**64
+    if position < test:
+        return 2
+    if position < test + dev:
+        return 1
+    return 0
+
+
+def files(path: str) -> tuple[Any, list[tuple[str, str]]]:
+    """(file system, [(name, path)]) of a file, of all files below a directory or of a pattern.
+
+    Names are relative to the directory. Hidden files are left out unless `path` is one.
+    """
+    try:
+        fs, root = fsspec.url_to_fs(os.path.expanduser(path))
+        found = fs.find(root) or fs.glob(root)
+        if not found:
+            raise FileNotFoundError(
+                "does not exist; give a file, a directory or a pattern like *.txt")
+        base = root
+        if not fs.isdir(root):
+            base = re.split(r"[*?[]", root)[0].rpartition("/")[0]
+        visible = [place for place in found if place == root or "/." not in place[len(base):]]
+        places = [place for place in visible if fs.isfile(place)]
+    except (ImportError, ValueError, OSError) as error:  # a protocol is unknown, or wants a package
+        raise InputError(f"source path {path!r} cannot be read: {error}") from None
+    named = [(place[len(base):].lstrip("/"), place) for place in places]
+    return fs, sorted(named, key=lambda file: file[0].split("/"))
+
+
+def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Document | Skipped]:
+    """A document for each UTF-8 file that `path` means, see `files`; .gz and .zst are unpacked.
+
+    With a `separator` each file is cut after it; the pieces are documents `file#number`, from 1.
+    Where that is a line end, lines are read one by one: those over `longest` bytes are skipped, and
+    those before the break of a truncated archive are kept.
+    """
+    fs, found = files(path)
+    for name, place in found:
+        compression = compression_of(name)
+        try:
+            with fs.open(place, compression=compression) as raw:
+                file = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+                for number, piece in enumerate(cut(file, separator, longest), 1):
+                    yield decode(piece, f"{name}#{number}" if separator else name)
+        except EOFError:
+            yield Skipped(name, "truncated archive")
+        except Exception:  # each file system of fsspec and each kind of archive has its own
+            yield Skipped(name, "unreadable")
+
+
+def compression_of(name: str) -> str | None:
+    """The compression that a file's name stands for, in fsspec's words."""
+    compression = {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
+    # fsspec takes the package zstandard too, but that one ends at a break as if the file did.
+    if compression == "zstd" and not hasattr(fsspec.compression.compr.get("zstd"), "peek"):
+        raise InputError(f"{name} needs the package backports.zstd")
+    return compression
+
+
+def cut(file, separator: str, longest: int) -> Iterable[bytes | None]:
+    """The content of a binary file, cut after each separator; None for a line that is too long."""
+    if separator == "\n":
+        return lines(file, longest)
+    if separator:
+        end = re.escape(separator.encode())
+        return re.findall(b"(?s).*?%b|.+$" % end, file.read())
+    return [file.read()]
+
+
+def lines(file, longest: int) -> Iterator[bytes | None]:
+    """The lines of a binary file. One over `longest` bytes is never held whole: it gives None."""
+    while line := file.readline(longest + 1):
+        too_long = len(line) > longest
+        while too_long and line and line[-1:] != b"\n":
+            line = file.readline(longest)
+        yield None if too_long else line
+
+
+def decode(piece: bytes | None, path: str) -> Document | Skipped:
+    """The document of a piece of a file."""
+    if piece is None:
+        return Skipped(path, "over-long line")
+    try:
+        return Document(path, piece.decode())
+    except UnicodeDecodeError:
+        return Skipped(path, "undecodable")
+
+DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+NOT_STDLIB = {"idlelib", "lib2to3", "encodings", "__pycache__", "site-packages", "dist-packages"}
+
+
+def stdlib(unit: str = "module") -> Iterator[Document | Skipped]:
+    """The running Python's standard library: a document for each "module" or each "definition".
+
+    Paths are relative to the library. Metadata: `module`, its dotted name, and `domain`, the first
+    part of this. Left out are tests and the directories NOT_STDLIB.
+    """
+    if unit not in ("module", "definition"):
+        raise InputError(f'stdlib has no unit {unit!r}; allowed are "module" and "definition"')
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if any(part in NOT_STDLIB or part.startswith("test") for part in parts):
+            continue
+        document = replace(next(text(str(path))), path="/".join(parts))
+        if isinstance(document, Skipped):
+            yield document
+            continue
+        module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+        document.meta.update(module=module, domain=module.split(".")[0])
+        if unit == "module":
+            yield document
+        else:
+            yield from definitions(document)
+
+
+def definitions(module: Document) -> list[Document | Skipped]:
+    """The functions and classes at a module's top level, with decorators, each a document.
+
+    Their paths are `path:name`; they are in the split of their module.
+    """
+    try:
+        body = ast.parse(module.text).body
+    except (SyntaxError, ValueError, RecursionError):
+        return [Skipped(module.path, "unparsable")]
+    rows = list(io.StringIO(module.text, newline=""))  # str.splitlines would split at more than ast
+    found = []
+    for node in body:
+        if isinstance(node, DEFINITIONS):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            code = "".join(rows[first - 1:node.end_lineno])
+            path = f"{module.path}:{node.name}"
+            found.append(Document(path, code, module.meta, group=module.path))
+    return found
+
+
+def describe_skipped(counts: dict[str, int], source: Source) -> str:
+    """What a source skipped, {kind: how many}, as "skipped 3 missing key (...)".
+
+    In brackets stands the first detail that it gives. Its documents are read again for this, as the
+    counts may be those of shards that were sealed long ago.
+    """
+    if not counts:
+        return "skipped nothing"
+    words = "skipped " + ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
+    for document in itertools.islice(source.documents(), 1000):
+        if isinstance(document, Skipped) and document.detail:
+            return f"{words} ({document.path}: {document.detail})"
+    return words

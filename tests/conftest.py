@@ -162,6 +162,13 @@ def tiny() -> model.ModelConfig:
     return model.ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A cache home that nothing has been put in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "coppice"
+
+
 @pytest.fixture(scope="session")
 def params(tiny):
     """Parameters of the tiny model and an untied head, which a tied one leaves alone."""

@@ -507,7 +507,7 @@ def test_a_problem_is_a_document_with_its_hints(tmp_path):
     (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n")
     assert list(mixtures.problems(str(tmp_path / "some.jsonl"))) == [
         data.Document("some.jsonl#1", "1 + 1?\n= 2\ndone"), data.Skipped("some.jsonl#2", "malformed JSON"),
-        data.Skipped("some.jsonl#3", "missing key")]
+        data.Skipped("some.jsonl#3", "missing key", "no key 'hints'; the record has the keys 'problem'")]
 
 
 def test_a_steered_loader_draws_by_its_log():

@@ -1,10 +1,13 @@
-"""The token cache and the tokenizer of a config, without training; its rows as text; what packing costs.
+"""The token cache and the tokenizer of a config, without training.
 
-build: tokenizer and token cache. tokenizer: it alone, trained here if need be. inspect: rows of a batch as
-text, a colour for each segment, faint where there is no loss. bench: packings of the training documents, the
-speed of batch(step) from the finished cache, and that of tokenizing beside raw SentencePiece; with --lengths
-lognormal, packings of 100,000 drawn lengths (mean about 900, rows of 2,048). Where the library `grain` can be
-imported, its packings on the same lengths too. The last line of bench is one JSON object.
+build: tokenizer and token cache. tokenizer: it alone, trained here if need be.
+
+inspect: rows of a batch as text, a colour for each segment, faint where there is no loss.
+
+bench: packings of the training documents, the speed of batch(step) from the finished cache, and
+that of tokenizing beside raw SentencePiece. With --lengths lognormal: packings of 100,000 drawn
+lengths (mean about 900, rows of 2,048). Where the library `grain` can be imported, its packings on
+the same lengths too. The last line is one JSON object.
 """
 import importlib.util
 import itertools
@@ -14,8 +17,10 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -23,157 +28,261 @@ from rich.console import Console
 from rich.text import Text
 
 from data import Loader
-from lib import cache
 from lib.arguments import Arguments
 from lib.cache import build
+from lib.corpus import assemble
 from lib.errors import InputError
 from lib.packing import DOCUMENT, ROW, best_fit, concat_and_split, fill, first_fit
 from lib.sources import SURROGATE, Document
 from lib.tokenizers import Bytes, SentencePiece, make_tokenizer
-from train import Config, assemble, check, parse, prepare
+from train import Config, check, parse, prepare
+
+COLOURS = ("cyan", "yellow", "green", "magenta")  # of a row's segments, in turn
 
 
-def timed(work) -> tuple[float, object]:
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """(seconds, result) of a function."""
     begun = time.perf_counter()
     result = work()
     return time.perf_counter() - begun, result
 
 
-def figures(lengths: np.ndarray, seq: int, rows: int, pieces: np.ndarray, plan_s, rows_s) -> dict:
-    """What a packing did. cut: share of documents in several pieces; cut_fitting: of those that fit a row;
-    plan_s: seconds to plan; rows_s: seconds to plan and to make all rows.
+# ---------------------------------------------------------------------------------------- packings
+
+
+def packing_figures(lengths: np.ndarray, seq: int, rows: int, pieces: np.ndarray,
+                    plan_s: float | None, rows_s: float) -> dict:
+    """What a packing did with documents of `lengths` positions, each cut into `pieces` pieces.
+
+    ideal: the fewest rows possible; cut: share of documents in several pieces; cut_fitting: of
+    those that fit a row; plan_s: seconds to plan; rows_s: seconds to plan and to make all rows.
     """
-    total, fitting = int(lengths.sum()), lengths <= seq
-    share = float(np.mean(pieces[fitting] > 1)) if fitting.any() else 0.0
-    return dict(rows=rows, ideal=-(-total // seq), waste=1 - total / (rows * seq),
-                cut=float(np.mean(pieces > 1)), cut_fitting=share, plan_s=plan_s, rows_s=rows_s)
+    total = int(lengths.sum())
+    fitting = lengths <= seq
+    return dict(
+        rows=rows,
+        ideal=-(-total // seq),
+        waste=1 - total / (rows * seq),
+        cut=float(np.mean(pieces > 1)),
+        cut_fitting=float(np.mean(pieces[fitting] > 1)) if fitting.any() else 0.0,
+        plan_s=plan_s,
+        rows_s=rows_s,
+    )
 
 
-def ours(lengths: np.ndarray, seq: int, pack) -> dict:
-    """A packing of ours: plan, then every row of it as `data.fill` makes it for `batch(step)`."""
+def measure_packing(lengths: np.ndarray, seq: int, pack: Callable) -> dict:
+    """A packing of ours: its plan, then every row of it as `fill` makes it for `batch(step)`."""
     plan_s, plan = timed(lambda: pack(lengths, seq))
-    rows, ids = int(plan[-1, ROW]) + 1, np.zeros(int(lengths.max()), np.uint16)
-    some = (np.arange(i, min(i + 256, rows)) for i in range(0, rows, 256))
-    made = (fill(plan, which, seq, lambda d: ids[:lengths[d] - 1], Bytes()) for which in some)
-    fill_s, _ = timed(lambda: deque(made, maxlen=0))
+    rows = int(plan[-1, ROW]) + 1
+    ids = np.zeros(int(lengths.max()), np.uint16)
+
+    def tokens(document: int) -> np.ndarray:
+        return ids[:lengths[document] - 1]
+
+    def make_rows():
+        for first in range(0, rows, 256):
+            fill(plan, np.arange(first, min(first + 256, rows)), seq, tokens, Bytes())
+
+    fill_s, _ = timed(make_rows)
     pieces = np.bincount(plan[:, DOCUMENT], minlength=len(lengths))
-    return figures(lengths, seq, rows, pieces, plan_s, plan_s + fill_s)
+    return packing_figures(lengths, seq, rows, pieces, plan_s, plan_s + fill_s)
 
 
-def theirs(lengths: np.ndarray, seq: int, bins: int) -> dict:
+def measure_grain(lengths: np.ndarray, seq: int, bins: int) -> dict:
     """grain's BestFitPackIterDataset with so many open bins, or ConcatThenSplitIterDataset with 0.
 
-    The former refuses what is longer than a row, so it gets documents cut as ours are. A document's tokens
-    are its number: so the rows say which documents were cut. Timed in a pass that keeps nothing.
+    The former refuses what is longer than a row, so it gets documents cut as ours are. A document's
+    tokens are its number: so the rows say which documents were cut. Timed in a pass that keeps
+    nothing.
     """
     import grain
     from grain import experimental
 
-    tokens, ends = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), np.cumsum(lengths)
-    pieces = [{"tokens": tokens[i:min(i + (seq if bins else n), end)]}
-              for n, end in zip(lengths, ends, strict=True) for i in range(end - n, end, seq if bins else n)]
+    pieces = []
+    for document, length in enumerate(lengths):
+        longest = seq if bins else length
+        for start in range(0, length, longest):
+            size = min(longest, length - start)
+            pieces.append({"tokens": np.full(size, document, np.int32)})
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     source = grain.MapDataset.source(pieces).to_iter_dataset(options)
-    pack = partial(experimental.BestFitPackIterDataset, num_packing_bins=bins) if bins \
-        else experimental.ConcatThenSplitIterDataset
+    pack = experimental.ConcatThenSplitIterDataset
+    if bins:
+        pack = partial(experimental.BestFitPackIterDataset, num_packing_bins=bins)
     packed = pack(source, length_struct={"tokens": seq})
     rows_s, _ = timed(lambda: deque(packed, maxlen=0))
-    found = [r["tokens"][np.flatnonzero(np.diff(r["tokens_segment_ids"], prepend=0) > 0)] for r in packed]
-    pieces = np.bincount(np.concatenate(found), minlength=len(lengths))
-    return figures(lengths, seq, len(found), pieces, None, rows_s)
+    found = []  # of each row, the documents of its segments
+    for row in packed:
+        begins = np.diff(row["tokens_segment_ids"], prepend=0) > 0
+        found.append(row["tokens"][np.flatnonzero(begins)])
+    counts = np.bincount(np.concatenate(found), minlength=len(lengths))
+    return packing_figures(lengths, seq, len(found), counts, None, rows_s)
 
 
-def packings(lengths: np.ndarray, seq: int) -> dict:
-    """Figures of each packing, printed as a table."""
-    work = {p.__name__: partial(ours, pack=p) for p in (concat_and_split, first_fit, best_fit)}
+def bench_packings(lengths: np.ndarray, seq: int) -> dict:
+    """{packing: its figures}, printed as a table."""
+    work = {pack.__name__: partial(measure_packing, pack=pack)
+            for pack in (concat_and_split, first_fit, best_fit)}
     if importlib.util.find_spec("grain"):  # not a requirement
-        work |= {"grain concat": partial(theirs, bins=0), "grain best-fit, 64 bins": partial(theirs, bins=64),
-                 "grain best-fit, 1024 bins": partial(theirs, bins=1024)}
-    print(f"{len(lengths):,} documents of {lengths.mean():,.0f} positions, rows of {seq:,}\n{'':>25}"
-          f"{'rows':>9}{'waste':>10}{'cut':>8}{'of fitting':>12}{'plan s':>8}{'with rows s':>13}")
-    out = {}
+        work["grain concat"] = partial(measure_grain, bins=0)
+        work["grain best-fit, 64 bins"] = partial(measure_grain, bins=64)
+        work["grain best-fit, 1024 bins"] = partial(measure_grain, bins=1024)
+    print(f"{len(lengths):,} documents of {lengths.mean():,.0f} positions, rows of {seq:,}")
+    print(f"{'':>25}{'rows':>9}{'waste':>10}{'cut':>8}{'of fitting':>12}{'plan s':>8}"
+          f"{'with rows s':>13}")
+    figures = {}
     for name, measure in work.items():
-        out[name] = f = measure(lengths, seq)
-        plan_s = "" if f["plan_s"] is None else f"{f['plan_s']:.2f}"
-        print(f"{name:>25}{f['rows']:>9,}{f['waste']:>10.4%}{f['cut']:>8.1%}{f['cut_fitting']:>12.1%}"
-              f"{plan_s:>8}{f['rows_s']:>13.2f}", flush=True)
-    return out
+        figures[name] = found = measure(lengths, seq)
+        plan_s = "" if found["plan_s"] is None else f"{found['plan_s']:.2f}"
+        print(f"{name:>25}{found['rows']:>9,}{found['waste']:>10.4%}{found['cut']:>8.1%}"
+              f"{found['cut_fitting']:>12.1%}{plan_s:>8}{found['rows_s']:>13.2f}", flush=True)
+    return figures
 
 
-def batches(config: Config, tokenizer, caches: dict, seconds: float) -> dict:
+# ------------------------------------------------------------------------------ batches, tokenizing
+
+
+def bench_batches(config: Config, tokenizer, caches: dict, seconds: float) -> dict:
     """Tokens/s of batch(step) in the first phase, plans made, in this one thread."""
     phase = config.phases[0]
     loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
-    steps = itertools.islice(itertools.cycle(range(1, phase.steps + 1)), 1, None)
     loader.batch(1)
-    count, begun, cpu = 0, time.perf_counter(), time.process_time()
-    while (took := time.perf_counter() - begun) < seconds:
-        count += loader.batch(next(steps)).arrays["tokens"].size
-    out = dict(tokens_per_s=count / took, tokens_per_cpu_s=count / (time.process_time() - cpu))
-    print(f"batch(step), {phase.batch} x {phase.seq}: {out['tokens_per_s']:,.0f} tokens/s, "
-          f"{out['tokens_per_cpu_s']:,.0f} a core")
-    return out
+    steps = itertools.islice(itertools.cycle(range(1, phase.steps + 1)), 1, None)
+    tokens = 0
+    begun = time.perf_counter()
+    cpu = time.process_time()
+    while time.perf_counter() - begun < seconds:
+        tokens += loader.batch(next(steps)).arrays["tokens"].size
+    figures = dict(
+        tokens_per_s=tokens / (time.perf_counter() - begun),
+        tokens_per_cpu_s=tokens / (time.process_time() - cpu),
+    )
+    print(f"batch(step), {phase.batch} x {phase.seq}: {figures['tokens_per_s']:,.0f} tokens/s, "
+          f"{figures['tokens_per_cpu_s']:,.0f} a core")
+    return figures
 
 
-def tokenizing(config: Config, tokenizer) -> dict:
-    """MB/s, best of three in turn: the cache built anew, and raw SentencePiece in one thread and in all.
+def build_anew(config: Config, tokenizer):
+    """Build the token caches of a config in a place where there are none."""
+    with tempfile.TemporaryDirectory() as place:
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME=place):
+            for name in config.data.sources:
+                build(name, config.data, tokenizer, config.seed)
 
-    share: of raw_core times the cores; share_of_raw: of all threads, where others use the cores too.
+
+def bench_tokenizing(config: Config, tokenizer) -> dict:
+    """MB/s, best of three in turn: building the cache, raw SentencePiece in one thread and in all.
+
+    share: of raw_core times the cores; share_of_raw: of all threads, where others use cores too.
     """
-    texts = [d.text for s in config.data.sources.values() for d in s.documents()
-             if isinstance(d, Document) and not SURROGATE.search(d.text)]
-    size, cores = sum(len(t.encode("utf-8")) for t in texts) / 1e6, os.cpu_count()
-
-    def build():
-        with tempfile.TemporaryDirectory() as place, mock.patch.dict(os.environ, XDG_CACHE_HOME=place):
-            return [cache.build(name, config.data, tokenizer, config.seed) for name in config.data.sources]
-
-    work = dict(build=build)
+    texts = []
+    for source in config.data.sources.values():
+        for document in source.documents():
+            if isinstance(document, Document) and not SURROGATE.search(document.text):
+                texts.append(document.text)
+    megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6
+    cores = os.cpu_count()
+    work = {"build": partial(build_anew, config, tokenizer)}
     if isinstance(tokenizer, SentencePiece):
-        encode = tokenizer.processor.encode
-        work |= dict(raw_core=lambda: encode(texts, num_threads=1),
-                     raw=lambda: encode(texts, num_threads=cores))
-    taken = [{name: timed(w)[0] for name, w in work.items()} for _ in range(3)]
-    out = dict(megabytes=size, cores=cores) | {name: size / min(t[name] for t in taken) for name in work}
+        encode = partial(tokenizer.processor.encode, texts)
+        work["raw_core"] = partial(encode, num_threads=1)
+        work["raw"] = partial(encode, num_threads=cores)
+    taken = {name: [] for name in work}
+    for _ in range(3):
+        for name in work:
+            taken[name].append(timed(work[name])[0])
+    figures = dict(megabytes=megabytes, cores=cores)
+    for name in work:
+        figures[name] = megabytes / min(taken[name])
     if "raw" in work:
-        out |= dict(share=out["build"] / out["raw_core"] / cores, share_of_raw=out["build"] / out["raw"])
-    print("tokenizing: " + ", ".join(f"{k} {v:,.2f}" for k, v in out.items()))
-    return out
+        figures["share"] = figures["build"] / figures["raw_core"] / cores
+        figures["share_of_raw"] = figures["build"] / figures["raw"]
+    print("tokenizing: " + ", ".join(f"{name} {value:,.2f}" for name, value in figures.items()))
+    return figures
+
+
+def training_lengths(caches: dict) -> np.ndarray:
+    """Positions of each training document [documents]: its tokens and one more."""
+    lengths = []
+    for cache in caches.values():
+        for number in range(cache.total["shards"]):
+            shard = cache.shard(number)
+            lengths.append(np.diff(shard.offsets)[shard.split == 0] + 1)
+    return np.concatenate(lengths)
 
 
 def bench(config: Config, seconds: float) -> dict:
     """All that `bench` measures of a config."""
     config, tokenizer, caches = assemble(config)
-    shards = [c.shard(i) for c in caches.values() for i in range(c.total["shards"])]
-    lengths = np.concatenate([np.diff(s.offsets)[s.split == 0] + 1 for s in shards])
-    return dict(packings=packings(lengths, config.phases[0].seq),
-                batch=batches(config, tokenizer, caches, seconds), tokenizing=tokenizing(config, tokenizer))
+    return dict(
+        packings=bench_packings(training_lengths(caches), config.phases[0].seq),
+        batch=bench_batches(config, tokenizer, caches, seconds),
+        tokenizing=bench_tokenizing(config, tokenizer),
+    )
+
+
+# ----------------------------------------------------------------------------------------- inspect
 
 
 def inspect(config: Config, step: int, rows: int):
     """Print rows of batch(step): its segments in turn in different colours, `|` between them."""
     run = prepare(config)
-    tokenizer, caches, loader = run.tokenizer, run.caches, run.loader
-    if not 1 <= step <= loader.ends[-1]:
-        raise InputError(f"--step is {step}; allowed are 1 to {loader.ends[-1]}")
-    batch, console = loader.batch(step), Console(soft_wrap=True, highlight=False)
-    for r in range(min(rows, len(batch.arrays["tokens"]))):
-        row = {k: v[r] for k, v in batch.arrays.items()}
-        line = Text()
-        for segment in range(1, row["segments"].max() + 1):
-            where = np.flatnonzero(row["segments"] == segment)
-            colour = ("cyan", "yellow", "green", "magenta")[segment % 4]
-            for loud in np.split(where, np.flatnonzero(np.diff(row["weights"][where])) + 1):
-                faint = "" if row["weights"][loud[0]] else "dim "
-                line.append(tokenizer.decode(row["targets"][loud]), faint + colour)
-            line.append("|", "bold red")
-        used, name = int((row["segments"] > 0).sum()), list(caches)[row["source"][0]]
-        console.print(f"row {r} of step {step}, source {name}: {row['segments'].max()} segments, "
-                      f"{used} of {len(row['tokens'])} positions, {int(row['weights'].sum())} with loss",
-                      style="bold")
-        console.print(line)
-    console.print(", ".join(f"{k} {v:.4g}" for k, v in batch.metrics.items()), style="bold")
+    last = run.loader.ends[-1]
+    if not 1 <= step <= last:
+        raise InputError(f"--step is {step}; allowed are 1 to {last}")
+    batch = run.loader.batch(step)
+    names = list(run.caches)
+    console = Console(soft_wrap=True, highlight=False)
+    for number in range(min(rows, len(batch.arrays["tokens"]))):
+        row = {key: array[number] for key, array in batch.arrays.items()}
+        source = names[row["source"][0]]
+        used = int((row["segments"] > 0).sum())
+        console.print(
+            f"row {number} of step {step}, source {source}: {row['segments'].max()} segments, "
+            f"{used} of {len(row['tokens'])} positions, {int(row['weights'].sum())} with loss",
+            style="bold")
+        console.print(row_text(row, run.tokenizer))
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in batch.metrics.items())
+    console.print(metrics, style="bold")
+
+
+def row_text(row: dict, tokenizer) -> Text:
+    """A row's targets in colours, from its arrays [seq]."""
+    line = Text()
+    for segment in range(1, row["segments"].max() + 1):
+        where = np.flatnonzero(row["segments"] == segment)
+        changes = np.flatnonzero(np.diff(row["weights"][where])) + 1
+        for part in np.split(where, changes):  # either all of it has loss, or none
+            style = COLOURS[segment % len(COLOURS)]
+            if not row["weights"][part[0]]:
+                style = f"dim {style}"
+            line.append(tokenizer.decode(row["targets"][part]), style)
+        line.append("|", "bold red")
+    return line
+
+
+# ------------------------------------------------------------------------------------------- build
+
+
+def build_all(config: Config):
+    """Build a config's tokenizer and token caches, and say what they hold."""
+    config, tokenizer, caches = assemble(config)
+    print(f"tokenizer: {tokenizer.vocab} pieces")
+    for name, cache in caches.items():
+        total = cache.total
+        counts = ", ".join(f"{number:,} {kind}" for kind, number in total["counts"].items())
+        print(f"{name}: {total['shards']} shards, {counts}; fingerprint {total['fingerprint']}")
+        print(f"  {cache.directory}")
+
+
+def build_one(config: Config, source: str, parent: int | None):
+    """Build one source's token cache; `parent` is a process that this one must not outlive."""
+    if source not in config.data.sources:
+        raise InputError(f"--only is {source!r}; allowed are {', '.join(config.data.sources)}")
+    if parent:
+        threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    tokenizer = make_tokenizer(config.data, config.model.vocab)
+    build(source, config.data, tokenizer, config.seed)
 
 
 def end_with(parent: int):
@@ -183,44 +292,45 @@ def end_with(parent: int):
     os._exit(1)
 
 
-def main(arguments: list[str]):
-    """Command line."""
+def arguments_parser() -> Arguments:
+    """What the command line takes."""
     parser = Arguments("corpus", __doc__)
     parser.add_argument("what", choices=["build", "tokenizer", "inspect", "bench"])
     parser.add_argument("rest", nargs="*", metavar="CONFIG",
                         help="a config file and --path.to.field VALUE overrides")
     parser.add_argument("--only", metavar="SOURCE", help="build this source's cache alone")
-    parser.add_argument("--parent", type=int, metavar="PID", help="with --only: end when this process ends")
-    parser.add_argument("--lengths", choices=["lognormal"], help="bench: these in place of a config's")
+    parser.add_argument("--parent", type=int, metavar="PID",
+                        help="with --only: end when this process ends")
+    parser.add_argument("--lengths", choices=["lognormal"],
+                        help="bench: these in place of a config's")
     parser.add_argument("--step", type=int, default=1, help="inspect: the batch of this step")
     parser.add_argument("--rows", type=int, default=4, help="inspect: so many of its rows")
-    parser.add_argument("--seconds", type=float, default=5.0, help="bench: how long to ask for batches")
-    known, overrides = parser.parse_known_args(arguments)
+    parser.add_argument("--seconds", type=float, default=5.0,
+                        help="bench: how long to ask for batches")
+    return parser
+
+
+def main(arguments: list[str]):
+    """Command line."""
+    known, overrides = arguments_parser().parse_known_args(arguments)
     config, _ = parse([*known.rest, *overrides])
     check(config)
     if known.what == "inspect":
-        return inspect(config, known.step, known.rows)
-    if known.what == "bench":
-        drawn = np.random.default_rng(0).lognormal(6.2, 1.1, 100_000).astype(np.int64) + 1
-        result = dict(packings=packings(drawn, 2048)) if known.lengths else bench(config, known.seconds)
-        print(json.dumps(result))
-        return result
-    if known.what == "tokenizer":
+        inspect(config, known.step, known.rows)
+    elif known.what == "tokenizer":
         tokenizer = make_tokenizer(config.data, config.model.vocab)
         print(f"tokenizer: {tokenizer.vocab} pieces")
-        return
-    config = replace(config, data=replace(config.data, stream=False))
-    if known.only and known.only not in config.data.sources:
-        raise InputError(f"--only is {known.only!r}; allowed are {', '.join(config.data.sources)}")
-    if known.only:
-        if known.parent:
-            threading.Thread(target=end_with, args=[known.parent], daemon=True).start()
-        tokenizer = make_tokenizer(config.data, config.model.vocab)
-        build(known.only, config.data, tokenizer, config.seed)
-        return
-    config, tokenizer, caches = assemble(config)
-    print(f"tokenizer: {tokenizer.vocab} pieces")
-    for name, one in caches.items():
-        counts = ", ".join(f"{v:,} {k}" for k, v in one.total["counts"].items())
-        print(f"{name}: {one.total['shards']} shards, {counts}; fingerprint {one.total['fingerprint']}")
-        print(f"  {one.directory}")
+    elif known.what == "bench":
+        if known.lengths:
+            drawn = np.random.default_rng(0).lognormal(6.2, 1.1, 100_000).astype(np.int64) + 1
+            result = dict(packings=bench_packings(drawn, 2048))
+        else:
+            result = bench(config, known.seconds)
+        print(json.dumps(result))
+        return result
+    else:
+        config = replace(config, data=replace(config.data, stream=False))
+        if known.only:
+            build_one(config, known.only, known.parent)
+        else:
+            build_all(config)
