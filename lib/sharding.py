@@ -45,11 +45,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if devices is None:
         devices = jax.devices()
     sizes = [config.data, config.fsdp, config.tensor]
-    grid = mesh_utils.create_device_mesh(
-        filled(sizes, len(devices)),
-        devices,
-        allow_split_physical_axes=True,
-    )
+    shape = filled(sizes, len(devices))
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, ("data", "fsdp", "tensor"))
 
 
@@ -113,7 +110,7 @@ def parts(mesh, place: str | tuple[str, ...]) -> int:
 
 
 def by_row(mesh: Mesh, rows: int) -> NamedSharding:
-    """Rows of a batch over the mesh axes data and fsdp; all rows everywhere if that leaves a rest."""
+    """A batch, its rows over the axes data and fsdp; whole everywhere if that leaves a rest."""
     if rows % parts(mesh, ROWS):
         return NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, PartitionSpec(ROWS))
@@ -151,5 +148,5 @@ def largest(value: int, mesh: Mesh) -> jax.Array | int:
         return value
     one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     own = np.full(jax.local_device_count(), value, np.int32)
-    shape = (jax.device_count(),)
-    return jnp.max(jax.make_array_from_process_local_data(one_each, own, shape))
+    values = jax.make_array_from_process_local_data(one_each, own, (jax.device_count(),))
+    return jnp.max(values)
