@@ -105,7 +105,7 @@ def nearest(place: Path) -> str:
     files = sorted((ROOT / "configs").rglob("*.py"))
     known = {file.stem: file.relative_to(ROOT).as_posix() for file in files}
     known |= {verb: verb for verb in verbs()}
-    near = difflib.get_close_matches(place.stem, known, 1)
+    near = difflib.get_close_matches(place.stem, known, 1, 0.75)
     return f"did you mean {known[near[0]]}?" if near else "configs/README.md lists the configs"
 
 
