@@ -125,7 +125,7 @@ class Phase:
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
         size = self.batch * self.seq
-        said = f"{join(path, 'lengths')} ends in {{reason}}; allowed is progress -> {{{{row length: weight}}}}"
+        said = f"{join(path, 'lengths')} ends in {{reason}}; allowed is progress -> {{row length: weight}}"
         with user_errors(Exception, InputError, said):  # a config's function may raise anything
             lengths = list(self.lengths(0.0)) if self.lengths else [self.seq]
             odd = any(size % length for length in lengths)
