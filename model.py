@@ -41,18 +41,18 @@ class ModelConfig:
     kv_heads: Count = 4  # key and value heads; each serves heads / kv_heads query heads
     head_dim: Count = 32  # width of one head; even, since RoPE rotates pairs
     mlp: Count = 344  # hidden width of the SwiGLU
-    vocab: Whole = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as a given one has
+    vocab: Whole = 0  # pieces of the tokenizer, which is trained to so many; 0: a given one's
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or Llama 3's (factor, low, high, old context)
+    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or (factor, low, high, old context): Llama 3
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # implementation, see `choose`
-    unroll: Whole = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # see `choose`
+    unroll: Whole = 0  # blocks unrolled in the scan over layers; 0 is all, faster but for compiling
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
-    remat: Literal["none", "elementwise", "all"] = "none"  # what of a block the backward pass computes again
-    logits_mib: Count = 256  # the loss is computed in chunks of the sequence whose float32 logits fit in this
+    remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
+    logits_mib: Count = 256  # of float32 logits at once: the loss is computed in chunks of the sequence
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""

@@ -123,11 +123,11 @@ def definitions(module: Document) -> list[Document | Skipped]:
 class Source:
     """Where documents come from and what is done to each before packing: functions, set in config files."""
 
-    documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...), or your own
-    prepare: Callable | None = None  # (document, rng) -> document or list of them; training documents only
-    score: Callable | None = None  # (document, tokens) -> float, kept in the cache; -inf leaves it out
+    documents: Callable[[], Iterable[Document | Skipped]]  # () -> documents: partial(text, path=...)
+    prepare: Callable | None = None  # document, rng -> document or list of them; in training
+    score: Callable | None = None  # document, tokens -> float, cached; -inf leaves it out
     epochs: NotNegative = 0.0  # passes that a run may make over it; 0 is any number
-    after: Literal["stop", "renormalise"] = "stop"  # then: refuse to go on, or leave its share to the others
+    after: Literal["stop", "renormalise"] = "stop"  # then: end, or leave its share to the others
 
 
 def path_hash(path: str) -> int:
