@@ -199,14 +199,14 @@ def new_entry(hint):
 
 
 def with_part(value, name: str, part):
-    """A dataclass, dictionary, tuple or function with one of its parts set."""
+    """A dataclass, dictionary (None is an empty one), tuple or function with a part set."""
     if callable(value):
         given = getattr(value, "keywords", {}) | {name: part}
         return functools.partial(plain(value), **given)
     if isinstance(value, tuple):
         return tuple(part if str(i) == name else old for i, old in enumerate(value))
-    if isinstance(value, dict):
-        return value | {name: part}
+    if isinstance(value, dict) or value is None:
+        return (value or {}) | {name: part}
     return replace(value, **{name: part})
 
 
@@ -258,8 +258,8 @@ class UnknownField(InputError):
         name, known = names[0].replace("-", "_"), parts(value)
         path = flag[2:].removesuffix("." + ".".join(names))
         self.by_other_name = False  # may the name be one of another codebase?
-        if value is None:
-            said = f"{path} is None, which has no {name!r}; a config file may put one there"
+        if not known and not callable(value) and not isinstance(value, dict | tuple):
+            said = f"{path} is {value!r}, which has no {name!r}; only a config file changes that"
         elif RENAMED.get(name) in known:
             said = f"{name!r} is no field; {allowed_names(name, known)}"
         elif callable(value) and name in inspect.signature(plain(value)).parameters:

@@ -295,6 +295,8 @@ def test_overrides_reach_every_kind_of_field():
         (["--data.sources.stdlb.prepare", "x"], ["stdlb", "did you mean 'stdlib'"]),
         (["--phases.0.schedule.peak", "1"], ["--phases.0.schedule.peak", "'peak'"]),
         (["--model.layers"], ["--model.layers", "needs a value"]),
+        (["--model.layers.x", "3"], ["model.layers is 2, which has no 'x'"]),
+        (["--seed.x.y", "3"], ["seed is 0, which has no 'x'"]),
         (["--model.layers", "--clip", "1"], ["--model.layers", "needs a value"]),
         (["stray"], ["'stray'", "--path.to.field VALUE"]),
     ],
@@ -342,6 +344,7 @@ def test_a_group_named_like_a_field_is_not_judged_as_that_field():
         train.check(tiny_config(phases=(Phase(batch=8, seq=128, lr={group: 0.0}),)))
     train.check(replace(shipped("--phases.0.lr.embed", "0"), name="x"))
     assert shipped("--phases.0.lr.embed", "0").phases[0].lr == {"embed": 0.0}
+    assert shipped("--phases.0.mixture.stdlib", "1").phases[0].mixture == {"stdlib": 1.0}
     sentence = refused(tiny_config(phases=(Phase(lr={"embed": -1.0}),)))
     assert sentence == "phases.0.lr.embed is -1.0; allowed is a finite number, 0 or more"
 
