@@ -57,13 +57,13 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})
-    tokenizer: str = "bpe"  # trained to model.vocab pieces; or "bytes", a SentencePiece file, "hf:DIR"
+    tokenizer: str = "bpe"  # of model.vocab pieces; or "bytes", a SentencePiece file, "hf:DIR"
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
     dev: Share = 0.05  # share of documents for steering, tuning and selection
     test: Share = 0.05  # share of documents for what is reported
     shard_tokens: Count = 4_194_304  # a shard is sealed once it has at least this many
     window: Count = 8  # shards within which documents are permuted and packed
-    stream: bool = False  # train while the rest is tokenized; the first window has held-out documents
+    stream: bool = False  # train while the rest is tokenized; held out: of the first window
     max_skipped: Share = 0.1  # building stops when more than this share of a source is damaged
 
     def rules(self, path: str) -> Rules:

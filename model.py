@@ -33,7 +33,7 @@ Params = dict[str, jax.Array]
 @strict
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
+    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped queries, SwiGLU), and its run."""
 
     layers: Count = 4  # blocks
     embed: Count = 128  # width of the residual stream
@@ -44,7 +44,7 @@ class ModelConfig:
     vocab: Whole = 0  # pieces of the tokenizer, which is trained to so many; 0: a given one's
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or (factor, low, high, old context): Llama 3
+    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or Llama 3's (factor, low, high, context)
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
@@ -52,16 +52,17 @@ class ModelConfig:
     unroll: Whole = 0  # blocks unrolled in the scan over layers; 0 is all, faster but for compiling
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
-    logits_mib: Count = 256  # of float32 logits at once: the loss is computed in chunks of the sequence
+    logits_mib: Count = 256  # of float32 logits at once: the loss is taken in chunks
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
         at = functools.partial(join, path)
         yield (self.heads % self.kv_heads,
                f"{at('heads')} is {self.heads}, which {at('kv_heads')} ({self.kv_heads}) does not "
-               "divide; allowed is a multiple of it: each key-value head serves as many query heads")
+               "divide; allowed is a multiple of it: each key-value head serves equally many")
         yield (self.head_dim % 2,
-               f"{at('head_dim')} is {self.head_dim}; allowed is an even number: RoPE rotates pairs")
+               f"{at('head_dim')} is {self.head_dim}; allowed is an even number: "
+               "RoPE rotates pairs")
         scaling = self.rope_scaling
         fits = len(scaling) in (0, 1) or (len(scaling) == 4 and scaling[1] < scaling[2])
         yield (not fits,
