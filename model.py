@@ -33,7 +33,7 @@ Params = dict[str, jax.Array]
 @strict
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped queries, SwiGLU) and its run."""
+    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped queries, SwiGLU), its run."""
 
     layers: Count = 4  # blocks
     embed: Count = 128  # width of the residual stream
