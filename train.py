@@ -102,7 +102,7 @@ class Edit:
     """An edit every so many steps of a phase, for one that keeps the shapes; see `model.Edited`."""
 
     apply: Callable  # model, context -> Edited
-    every: Count = 1_000  # due after each multiple of this many steps of the phase, but for its last step
+    every: Count = 1_000  # due after each multiple of so many steps of the phase, but its last
     until: Whole = 0  # steps of the phase after which it stops; 0 is never
 
 
@@ -114,27 +114,29 @@ class Phase:
     steps: Count = 100  # updates
     batch: Count = 16  # rows per update
     seq: Count = 256  # tokens per row
-    accumulate: Count = 1  # parts that a batch is taken in, one after the other; it must divide the batch
-    lengths: Callable | None = None  # progress -> {row length: weight}; a batch stays batch x seq tokens
+    accumulate: Count = 1  # parts that a batch is taken in, in turn; it must divide the batch
+    lengths: Callable | None = None  # progress -> {row length: weight}; batch x seq stays
     edits: tuple[Callable, ...] = ()  # applied to the model on entering: model, context -> Edited
     repeat: tuple[Edit, ...] = ()  # edits that recur within the phase
-    mixture: dict[str, NotNegative] | Callable | None = None  # or progress, log -> it; None: by size
+    mixture: dict[str, NotNegative] | Callable | None = None  # or progress, log -> it
     steer: Whole = 0  # steps between evaluations whose dev losses go into that log; 0 is none
     packing: Callable = concat_and_split  # lengths, seq (, documents) -> plan
     order: Callable = shuffled  # draw, rows, progress, key -> place in the plan
     objective: Callable = causal  # row, rng -> row, mask
-    schedule: Schedule | None = None  # over this phase's own budget, in place of the run's over the whole
-    lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)  # a group's, or a factor; 0 freezes
+    schedule: Schedule | None = None  # over the phase's own budget, in place of the run's
+    # of an optimiser group: a schedule of its own, or a factor on the phase's; 0 freezes it
+    lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
         size = self.batch * self.seq
-        said = f"{join(path, 'lengths')} ends in {{reason}}; allowed is progress -> {{{{row length: weight}}}}"
+        at = join(path, "lengths")
+        said = f"{at} ends in {{reason}}; allowed is progress -> {{row length: weight}}"
         with user_errors(Exception, InputError, said):  # a config's function may raise anything
             lengths = list(self.lengths(0.0)) if self.lengths else [self.seq]
             odd = any(size % length for length in lengths)
         yield (odd,
-               f"{join(path, 'lengths')} gives {lengths}; allowed are divisors of batch x seq ({size})")
+               f"{at} gives {lengths}; allowed are divisors of batch x seq ({size})")
 
 
 @strict
@@ -146,8 +148,8 @@ class Config:
     runs: str = "runs"  # directory that runs live in
     seed: Whole = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
-    init_from: str = ""  # RUN, RUN@STEP or hf:DIRECTORY to start from; a run's own checkpoints come first
-    init_with: Literal["params", "all"] = "params"  # "all": its optimiser state and place in the data too
+    init_from: str = ""  # RUN, RUN@STEP or hf:DIRECTORY to start from, where it has no checkpoint
+    init_with: Literal["params", "all"] = "params"  # "all": optimiser and place in the data too
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = (Phase(),)
     schedule: Schedule = Schedule()
@@ -156,10 +158,10 @@ class Config:
     max_skipped: Count = 10  # non-finite updates in a row after which the run stops
     mesh: MeshConfig = MeshConfig()
     reparam: Callable | None = None  # in jit: params, step, batch -> params used
-    token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch chunk, extras -> losses [b c]
-    reduce: Callable = weighted_mean  # in jit: losses [b t], batch -> (numerator, denominator), metrics
+    token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch, extras -> losses [b c]
+    reduce: Callable = weighted_mean  # in jit: losses, batch -> (numerator, denominator), metrics
     evals: tuple[Callable, ...] = ()  # params, apply -> {metric: value}, at every evaluation
-    eval_every: Count = 200  # steps between evaluations on dev; there is one at the end of each phase too
+    eval_every: Count = 200  # steps between evaluations on dev; one ends each phase too
     eval_at: tuple[Whole, ...] = ()  # steps after which there is one besides; 0 is before the first
     eval_tokens: Count = 65_536  # of dev documents, per source, in an evaluation during the run
     overlap: Whole = 64  # positions that a window of a long held-out document shares with the last
@@ -195,14 +197,16 @@ def start_rules(config: Config) -> Rules:
     """What a run starts from."""
     yield (not config.phases, "phases is empty; allowed is one phase and more")
     yield (config.init_with == "all" and config.init_from.startswith("hf:"),
-           f'init_with is "all", but {config.init_from} has no optimiser state; allowed is "params"')
+           f'init_with is "all", but {config.init_from} has no optimiser state; '
+           'allowed is "params"')
 
 
 def evaluation_rules(config: Config) -> Rules:
     """When a run is evaluated, and on what windows."""
     total = sum(phase.steps for phase in config.phases)
     yield (max(config.eval_at, default=0) > total,
-           f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, the last")
+           f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, "
+           "the last")
     for i, phase in enumerate(config.phases):
         yield (config.overlap >= phase.seq,
                f"overlap is {config.overlap}; allowed is less than phases.{i}.seq ({phase.seq})")
@@ -216,8 +220,8 @@ def mixture_rules(config: Config) -> Rules:
         mixture = phase.mixture
         named = isinstance(mixture, dict)
         yield (named and (mixture.keys() - sources or not any(mixture.values())),
-               f"phases.{i}.mixture is {mixture}; allowed are weights of 0 and more, not all 0, for "
-               f"the sources {', '.join(sources)}")
+               f"phases.{i}.mixture is {mixture}; allowed are weights of 0 and more, not all 0, "
+               f"for the sources {', '.join(sources)}")
         yield (phase.steer and not (callable(mixture) and config.data.dev),
                f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function "
                "and there is a dev split to steer by")

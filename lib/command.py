@@ -172,54 +172,71 @@ def override(value, names: list[str], word: str, flag: str, hint=Any):
     """
     if not names:
         return convert(word, value, hint)
-    inside = parts(value)
+    known = settable(value, hint)
+    name = names[0] if names[0] in known else names[0].replace("-", "_")
+    new = new_entry(hint) if len(names) == 1 else None
+    if name not in known and new is None:
+        raise UnknownField(value, names, flag)
+    part, part_hint = known.get(name, (None, new))
+    return with_part(value, name, override(part, names[1:], word, flag, part_hint))
+
+
+def settable(value, hint) -> dict[str, tuple[Any, Any]]:
+    """{name: (part, its type)} of what flags may set in a value; hint: its field's type."""
+    known = parts(value)
     if callable(value):
         hints = setting_types(value)
-        inside |= {name: (None, hints.get(name, Any)) for name in missing(value, hint)}
-    name = names[0] if names[0] in inside else names[0].replace("-", "_")
-    if name not in inside and len(names) == 1 and takes_any_name(hint):
-        inside[name] = (None, entry_type(hint))
-    if name not in inside:
-        raise UnknownField(value, names, flag)
-    part, part_hint = inside[name]
-    part = override(part, names[1:], word, flag, part_hint)
+        known |= {name: (None, hints.get(name, Any)) for name in missing(value, hint)}
+    return known
+
+
+def new_entry(hint):
+    """The type of an entry by which a flag may extend a dictionary of numbers or texts, or None."""
+    for of in options(hint):
+        if kind(of) is dict and (fits(0.5, of.__args__[1]) or fits("", of.__args__[1])):
+            return of.__args__[1]
+    return None
+
+
+def with_part(value, name: str, part):
+    """A dataclass, dictionary (None is an empty one), tuple or function with a part set."""
     if callable(value):
-        return functools.partial(plain(value), **getattr(value, "keywords", {}) | {name: part})
+        given = getattr(value, "keywords", {}) | {name: part}
+        return functools.partial(plain(value), **given)
     if isinstance(value, tuple):
         return tuple(part if str(i) == name else old for i, old in enumerate(value))
-    if isinstance(value, dict):
-        return value | {name: part}
+    if isinstance(value, dict) or value is None:
+        return (value or {}) | {name: part}
     return replace(value, **{name: part})
-
-
-def takes_any_name(hint) -> bool:
-    """May a dictionary of numbers or texts be given further entries?"""
-    return any(fits(example, entry_type(hint)) for example in (0.5, "a"))
-
-
-def entry_type(hint):
-    """The type of a dictionary's values; None's where it is no dictionary."""
-    named = [of for of in options(hint) if kind(of) is dict]
-    return named[0].__args__[1] if named else type(None)
 
 
 def convert(word: str, old, hint):
     """A word of the command line as a value of a field that holds `old`."""
     if isinstance(old, str):
         return word
-    parsed = literal(word)
-    wanted = options(hint)
+    parsed, wanted = literal(word), options(hint)
     if not fits(parsed, hint) and fits(word, hint):
         return word
-    several = [of for of in wanted if kind(of) is tuple and of is not tuple]
-    if several and isinstance(parsed, list):
-        return tuple(parsed)
-    if several and not fits(parsed, hint):
-        item = several[0].__args__[0]
-        return next(((one,) for one in (parsed, word) if fits(one, item)), parsed)
-    a_float = isinstance(old, float) or (float in wanted and int not in wanted)
-    if a_float and type(parsed) is int:
+    items = [of.__args__[0] for of in wanted if kind(of) is tuple and of is not tuple]
+    if items and not isinstance(parsed, tuple):
+        return one_or_more(parsed, word, items[0])
+    if type(parsed) is int and is_float(old, wanted):
         return float(parsed)
+    return parsed
+
+
+def is_float(old, wanted: list) -> bool:
+    """Does a field that holds `old`, of these types, hold floats?"""
+    return isinstance(old, float) or (float in wanted and int not in wanted)
+
+
+def one_or_more(parsed, word: str, item):
+    """A word, and what it is as a literal, as a tuple of items of a type, if it can be one."""
+    if isinstance(parsed, list):
+        return tuple(parsed)
+    for one in parsed, word:
+        if fits(one, item):
+            return (one,)
     return parsed
 
 
@@ -241,8 +258,8 @@ class UnknownField(InputError):
         name, known = names[0].replace("-", "_"), parts(value)
         path = flag[2:].removesuffix("." + ".".join(names))
         self.by_other_name = False  # may the name be one of another codebase?
-        if value is None:
-            said = f"{path} is None, which has no {name!r}; a config file may put one there"
+        if not known and not callable(value) and not isinstance(value, dict | tuple):
+            said = f"{path} is {value!r}, which has no {name!r}; only a config file changes that"
         elif RENAMED.get(name) in known:
             said = f"{name!r} is no field; {allowed_names(name, known)}"
         elif callable(value) and name in inspect.signature(plain(value)).parameters:

@@ -105,7 +105,7 @@ def nearest(place: Path) -> str:
     files = sorted((ROOT / "configs").rglob("*.py"))
     known = {file.stem: file.relative_to(ROOT).as_posix() for file in files}
     known |= {verb: verb for verb in verbs()}
-    near = difflib.get_close_matches(place.stem, known, 1)
+    near = difflib.get_close_matches(place.stem, known, 1, 0.75)
     return f"did you mean {known[near[0]]}?" if near else "configs/README.md lists the configs"
 
 
@@ -130,19 +130,25 @@ def find_config(path: str, kind: type) -> tuple[Any, str]:
     if path.endswith(".json") and Path(path).is_file():
         return read_json(path, kind), path
     module = load_module(path)
-    study = getattr(module, "study", None)
-    arms = getattr(study or module, "arms", {})
     config = getattr(module, "config", None)
     if not arm and (isinstance(config, kind) or inspect.isfunction(config)):
         return config, path
-    arm = arm or getattr(study, "first", "")
+    arms, control = arms_of(module)
+    arm = arm or control
     if isinstance(arms.get(arm), kind):
         return arms[arm], f"{path}:{arm}"
+    names = ", ".join(arms)
     if arm:
-        raise InputError(f"config file {path} defines no arm {arm!r}; its arms: "
-                         f"{', '.join(arms) or 'none'}")
-    raise InputError(f"config file {path} defines no `config = Config(...)`"
-                     + (f"; its arms are {', '.join(arms)}: {path}:ARM" if arms else ""))
+        raise InputError(f"config file {path} defines no arm {arm!r}; its arms: {names or 'none'}")
+    hint = f"; its arms: {names}, each of them {path}:ARM" if arms else ""
+    raise InputError(f"config file {path} defines no `config = Config(...)`{hint}")
+
+
+def arms_of(module: ModuleType) -> tuple[dict[str, Any], str]:
+    """(the arms that a file's study or its dictionary `arms` has, the study's control or "")."""
+    study = getattr(module, "study", None)
+    arms = getattr(study, "arms", getattr(module, "arms", None))
+    return arms if isinstance(arms, dict) else {}, getattr(study, "first", "")
 
 
 def build(function: Callable, given: dict[str, Any], file: str, kind: type):

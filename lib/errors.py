@@ -8,13 +8,24 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def user_errors(errors=ValueError, kind: type[InputError] = InputError, sentence: str = "{error}"):
-    """What goes wrong inside (mesh and edits raise ValueErrors), for the user; {reason}: its first cause."""
+    """Say what goes wrong inside as one sentence to the user.
+
+    errors: the exceptions that are meant; mesh and edits raise ValueErrors. kind: what is raised
+    in their place. sentence: {error} in it is what they say, {reason} is their first cause.
+    """
     try:
         yield
     except errors as error:
-        cause = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        text = (str(cause).splitlines() or [""])[0].partition(" [tensorstore_spec")[0]
-        reason = f"{type(cause).__name__}: {text if len(text) < 166 else text[:60] + ' ... ' + text[-100:]}"
-        raise kind(sentence.replace("{error}", str(error)).replace("{reason}", reason)) from error
+        said = sentence.replace("{error}", str(error)).replace("{reason}", first_cause(error))
+        raise kind(said) from error
+
+
+def first_cause(error: BaseException) -> str:
+    """What an exception began with: its type and the first line of what it says, cut if long."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = str(error).splitlines() or [""]
+    text = lines[0].partition(" [tensorstore_spec")[0]
+    if len(text) >= 166:
+        text = f"{text[:60]} ... {text[-100:]}"
+    return f"{type(error).__name__}: {text}"

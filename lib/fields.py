@@ -240,14 +240,13 @@ def join(path: str, name: str) -> str:
 def check_value(value, hint, path: str):
     """Raise InputError unless a value, and all that is inside it, is what its annotation allows."""
     base, bounds = unwrap(hint)
-    if is_union(base):
-        for option in typing.get_args(base):
-            if fits(value, option):
-                return check_value(value, option, path)
     if not fits(value, base):
         infinite = isinstance(value, float) and float in options(base)
         said = repr(value) if infinite else f"{value!r} ({type(value).__name__})"
         raise InputError(f"{path or 'config'} is {said}; allowed is {describe(hint)}")
+    if is_union(base):
+        fitting = [option for option in typing.get_args(base) if fits(value, option)]
+        return check_value(value, fitting[0], path)
     if not all(bound.holds(value) for bound in bounds):
         raise InputError(f"{path} is {value}; allowed is {describe(hint)}")
     if callable(value):

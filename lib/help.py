@@ -28,14 +28,13 @@ brackets before the *. What comes after it are settings: --FIELD.SETTING VALUE.
 
 def show_help(found, made: type, file: str):
     """Print the verbs, the fields of a config with its values, and the functions that it holds."""
-    own, config = [], found
-    if not isinstance(found, made):
-        own = [f"of {file} itself: --{name} VALUE{said(parameter)}" for name, parameter
-               in inspect.signature(found).parameters.items()]
-        config = made()
     wide = min(100, int(os.environ.get("COLUMNS", 100)))
     print(USAGE + "\n".join(verb_lines(wide)) + "\n")
-    print("\n".join(own))
+    config = found
+    if not isinstance(found, made):
+        for name, parameter in inspect.signature(found).parameters.items():
+            print(f"of {file} itself: --{name} VALUE{said(parameter)}")
+        config = made()
     show_fields(config, made, os.path.relpath(file))
     unset = f"Not set here, and only by a config file: {', '.join(unset_fields(config))}."
     print("\n".join([*textwrap.wrap(unset, wide), "", FUNCTIONS, *function_lines(config, wide)]))
@@ -90,8 +89,10 @@ def unset_fields(value, path: str = "") -> list[str]:
     out = []
     for name, (part, hint) in parts(value).items():
         below = join(path, name)
-        inner = [of for one in options(hint) for arg in typing.get_args(one) for of in options(arg)]
-        if not part and any(dataclasses.is_dataclass(of) for of in [*options(hint), *inner]):
+        may_hold = options(hint)
+        for outer in options(hint):
+            may_hold += [of for item in typing.get_args(outer) for of in options(item)]
+        if not part and any(dataclasses.is_dataclass(of) for of in may_hold):
             out.append(below)
         out += unset_fields(part, below)
     return out
@@ -134,9 +135,13 @@ def functions(value, path: str = "") -> list[tuple[str, Callable]]:
 def call(function: Callable) -> str:
     """A function's file, name, inputs and settings with their values."""
     inner, values = plain(function), settings(function)
-    inputs = [name for name, p in inspect.signature(inner).parameters.items()
-              if name not in values and p.default is p.empty]
-    shown = inputs + ["*"] * bool(values) + [f"{name}={part!r}" for name, part in values.items()]
+    shown = []
+    for name, parameter in inspect.signature(inner).parameters.items():
+        if name not in values and parameter.default is parameter.empty:
+            shown.append(name)
+    if values:
+        shown.append("*")
+    shown += [f"{name}={part!r}" for name, part in values.items()]
     file = Path(inspect.getsourcefile(inner))
     if file.is_relative_to(ROOT):
         file = file.relative_to(ROOT)

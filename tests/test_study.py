@@ -441,8 +441,8 @@ def test_the_directory_of_a_run_or_a_study_and_an_arm_are_one_helpful_sentence(f
                            (ROOT / "configs/quickstart.py", "which `python train.py .*quickstart.py`")]:
         with pytest.raises(InputError, match=sentence):
             study.main([str(path)])
-    with pytest.raises(InputError, match="defines no `config = .*; it has arms, one of which .*:deep"):
-        train.load_config(str(file))
+    config, found = parse([str(file)])  # the control
+    assert found == f"{file}:deep" and config == parse([f"{file}:deep"])[0]
     with pytest.raises(InputError, match="defines no arm 'x'; its arms: deep, grown, third"):
         train.load_config(f"{file}:x")
 
