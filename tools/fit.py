@@ -165,7 +165,7 @@ def turns(line: str, condition: list[str]) -> int:
 
 
 def collectives(text: str, devices: int) -> dict[str, list[int]]:
-    """{collective: [how many, bytes that a device sends]} of a compiled module, turning its loops."""
+    """{collective: [how many, bytes that a device sends]} of a compiled module."""
     bodies, entry = computations(text)
     found = {}
 
