@@ -303,8 +303,8 @@ def evaluation(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """An evaluation during a run: (figures of a part of dev, those of the config's own `evals`).
 
-    losses, scores: of `evaluators`. config: the run's, with the present shape as its `model`. phase:
-    the phase whose step was taken last.
+    losses, scores: of `evaluators`. config: the run's, with the present shape as its `model`.
+    phase: the phase whose step was taken last.
     """
     found = {}
     if config.data.dev:

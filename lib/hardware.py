@@ -57,8 +57,8 @@ def tune_for_cpu():
     - XLA asks for a step's scratch memory anew at each step. The C library is told to keep what is
       freed, to hold room beyond the heap's end, and to merge small pieces as they are freed: then
       that memory fits where it was before. Without this a process came to hold six times as much.
-    - XLA is told to make one loop with several outputs of what reads the same arrays. Then parameters
-      and moments are updated in one pass, in place.
+    - XLA is told to make one loop with several outputs of what reads the same arrays. Then
+      parameters and moments are updated in one pass, in place.
     - Tracing makes many objects, nearly all of which live on, and JAX is called back at each look
       for garbage. Python is told to look less often.
     """

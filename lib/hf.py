@@ -61,7 +61,7 @@ def safetensors_package() -> ModuleType:
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """{name of a tensor: (parameter, layer)} of a checkpoint; outside of blocks the layer is None."""
+    """{name of a tensor in a checkpoint: (parameter, layer)}; the layer is None outside blocks."""
     found = {}
     for name, p in table(config).items():
         for layer in layers_of(p):
