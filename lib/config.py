@@ -51,7 +51,8 @@ def find_config_file(path: str):
     names = {place.stem: place.as_posix() for place in configs} | {verb: verb for verb in verbs}
     near = difflib.get_close_matches(Path(path).stem, names, 1)
     hint = f"did you mean {names[near[0]]}?" if near else "configs/README.md lists the configs"
-    raise InputError(f"{path!r} is neither a config file nor a verb ({', '.join(verbs)}); {hint}")
+    raise InputError(f"{path!r} is neither a config file, such as configs/quickstart.py, nor a verb "
+                     f"({', '.join(verbs)}); {hint}")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from lib.config import ROOT, from_json, load_file, to_json
 from train import load_config, parse
 
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = (ROOT / "configs/README.md").read_text("utf-8")
+PAGES = (ROOT / "docs/extending.md").read_text("utf-8")
 EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", PAGES))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 BASE = load_file(ROOT / "configs/quickstart.py").config

@@ -436,7 +436,7 @@ def test_what_is_no_study_s_file_is_one_helpful_sentence(file, line, sentence):
 def test_the_directory_of_a_run_or_a_study_and_an_arm_are_one_helpful_sentence(file, trainer):
     call(file, "--seeds", "1")
     for path, sentence in [(file.parent / "runs/tiny", "is the directory of a study; allowed is the study's"),
-                           (file.parent / "runs/tiny/deep-0.02-s1", "is the directory of a run; allowed is a "),
+                           (file.parent / "runs/tiny/deep-0.02-s1", "is the directory of a run; allowed is"),
                            (f"{file}:deep", "names an arm; allowed is the file, with --arms deep"),
                            (ROOT / "configs/quickstart.py", "which `python train.py .*quickstart.py`")]:
         with pytest.raises(InputError, match=sentence):
@@ -616,7 +616,7 @@ def test_records_and_marks_that_do_not_fit_the_files_are_refused(house, trainer)
     refused("tiny.json belongs to no file in configs/")
     write(source, text)
     source.with_name("small.py").write_text('"""Broken.""" +')
-    refused("small.py.*SyntaxError")
+    refused("small.py, line 1: invalid syntax")
     source.with_name("small.py").unlink()
     (house / "README.md").write_text("nothing")
     refused("README.md lacks the lines <!-- results --> and <!-- /results -->")
@@ -631,6 +631,12 @@ def test_the_readme_shows_five_studies_at_most_one_of_each_chapter_first(house, 
     entries = library(house)
     assert [entry.method for entry in entries] == ["a", "b", "tiny", "c", "meco", "d", "e"]
     assert [entry.method for entry in papers.chosen(entries)] == ["a", "c", "d", "e", "b"]
+
+
+def test_the_pages_of_this_house_are_as_its_files_and_records_say():
+    for place, text in papers.pages(ROOT).items():
+        assert place.is_file(), place
+        assert place.read_text("utf-8") == text, f"{place}: python train.py papers --write"
 
 
 @pytest.mark.parametrize("words", ["tiny", "THINGS small", "2024", "001:39", "growth", "on tiny things", ""])

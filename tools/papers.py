@@ -43,11 +43,12 @@ def search(entries: list[Entry], words: list[str]) -> list[Entry]:
     names = {}
     for entry in entries:
         for text in (entry.method, *entry.papers):
-            names |= dict.fromkeys([text.casefold(), *text.casefold().split()], entry)
+            text = text.casefold()
+            names |= dict.fromkeys([text, *text.split()], entry)
     near = []
     for word in [" ".join(words), *words]:
         near += difflib.get_close_matches(word.casefold(), names, 3, cutoff=0.7)
-    files = dict.fromkeys(f"{entry_name(names[name])}" for name in near)
+    files = dict.fromkeys(entry_name(names[name]) for name in near)
     hint = f"the nearest are: {'; '.join(files)}" if files else "without words, all are listed"
     raise InputError(f"no file of the library has all of: {' '.join(words)}; {hint}")
 
@@ -180,7 +181,8 @@ def readme_rows(entries: list[Entry]) -> str:
         rows.append([link(entry, ""), entry.question, now.says, found(claim), claim["verdict"]])
     if not rows:
         return "No study is recorded yet."
-    return "\n".join(table(["method", "question", "first claim", "found", "verdict"], rows)).strip()
+    head = ["method", "question", "first claim", "found", "verdict"]
+    return "\n".join(table(head, rows)).strip()
 
 
 def with_rows(readme: str, rows: str) -> str:

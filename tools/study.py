@@ -92,8 +92,12 @@ class Request(NamedTuple):
     @property
     def claims(self) -> list[Claim]:
         """Those about arms that run."""
-        control_of = self.study.control_of
-        return [c for c in self.study.claims if {c.arm, control_of(c)} <= {*self.arms}]
+        known = []
+        for claim in self.study.claims:
+            control = self.study.control_of(claim)
+            if claim.arm in self.arms and control in self.arms:
+                known.append(claim)
+        return known
 
 
 # ------------------------------------------------------------------------------- what is asked for
@@ -356,7 +360,8 @@ def tune(request: Request, runner: Runner) -> tuple[dict[str, dict], list[dict]]
     grid = list(request.study.peak_lrs)
     if len(grid) < 2 or request.quick:
         rate = grid[len(grid) // 2] if grid else None
-        return {arm: dict(rate=rate, bracketed=None, tuning={}) for arm in request.arms}, []
+        untuned = dict(rate=rate, bracketed=None, tuning={})
+        return {arm: dict(untuned) for arm in request.arms}, []
     tried: dict[str, dict[float, float]] = {arm: {} for arm in request.arms}
     jobs = [Job(arm, rate, 0) for rate in grid for arm in request.arms]
     runs = []
@@ -391,8 +396,10 @@ def conclude(request: Request) -> dict:
         if not own:
             raise InputError(f"no run of {arm} came to its end: {runner.failed}")
         arms[arm] |= arm_figures(own, runs[study.first])
-    measures = {name: {arm: own_figures(own, runs[study.first], name) for arm, own in runs.items()}
-                for name in study.measures}
+    control = runs[study.first]
+    measures = {}
+    for name in study.measures:
+        measures[name] = {arm: own_figures(own, control, name) for arm, own in runs.items()}
     every = [*tuned, *found.values()]
     return dict(
         study=request.directory.name, control=study.first, seeds=request.seeds,
@@ -430,8 +437,8 @@ def judged(request: Request, claim: Claim, runs: dict[str, dict[int, dict]]) -> 
 
 def makers(runs: list[dict]) -> list[dict]:
     """The versions, commits, hosts and devices that made some runs, each set of them once."""
-    found = {json.dumps(run["made_by"], sort_keys=True) for run in runs}
-    return [json.loads(text) for text in sorted(found)]
+    texts = {json.dumps(run["made_by"], sort_keys=True) for run in runs}
+    return [json.loads(text) for text in sorted(texts)]
 
 
 def cost_of(request: Request, tuned: list[dict], compared: list[dict]) -> dict[str, float]:
@@ -514,9 +521,11 @@ def table(result: dict) -> str:
         columns += ["bits per byte", f"less {control}'s", "speed-up, FLOPs", "tokens"]
     lines = [row(columns), "|---" * len(columns) + "|"]
     for arm, f in arms.items():
-        lines.append(row(arm_row(arm, f, arm == control)[:len(columns)]))
+        cells = arm_row(arm, f, arm == control)
+        lines.append(row(cells[:len(columns)]))
     if result["measures"]:
-        lines += ["", row([f"(less {control}'s)", *arms]), "|---" * (len(arms) + 1) + "|"]
+        lines += ["", row([f"(less {control}'s)", *arms])]
+        lines.append("|---" * (len(arms) + 1) + "|")
     for name, by in result["measures"].items():
         lines.append(row(measure_row(name, by, control)))
     claims = [claim_line(claim) for claim in result["claims"]]
@@ -559,23 +568,28 @@ def draw_arm(top, bottom, axis: str, arm: str, found: dict, control: dict | None
     pairs = [(curves[seed], control[seed]["curve"]) for seed in end["values"]]
     first = pairs[0][1][axis]
     known = (points >= first[0]) & (points <= first[-1])
-    gaps = [(own["dev"] - np.interp(points, other[axis], other["dev"]))[known]
-            for own, other in pairs]
+    gaps = []
+    for own, other in pairs:
+        dev_of_other = np.interp(points, other[axis], other["dev"])
+        gaps.append((own["dev"] - dev_of_other)[known])
     bands = [interval(values) for values in np.transpose(gaps).tolist()]
     mean, half = np.array(bands, float).reshape(-1, 2).T
-    bottom.plot(points[known], mean, label=f"{arm}, on dev", color=color)
-    bottom.fill_between(points[known], mean - half, mean + half, alpha=0.15, linewidth=0,
-                        color=color)
-    bottom.errorbar(np.array(found[axis]), end["mean"], end["half"], fmt="o", capsize=4,
-                    label=f"{arm}, on test", color=color)
+    points = points[known]
+    bottom.plot(points, mean, label=f"{arm}, on dev", color=color)
+    bottom.fill_between(points, mean - half, mean + half, alpha=0.15, linewidth=0, color=color)
+    bottom.errorbar(
+        np.array(found[axis]), end["mean"], end["half"],
+        fmt="o", capsize=4, label=f"{arm}, on test", color=color)
 
 
-def draw_curves(figure: Figure, result: dict):
-    """Dev curves above, differences to the control below; over tokens and over FLOPs."""
+def draw_curves(figure: Figure, result: dict) -> np.ndarray:
+    """Dev curves above, differences to the control below; by tokens and by FLOPs. Returns axes."""
     axes = figure.subplots(2, 2, sharex="col")
     name = result["control"]
     control = result["arms"][name]["runs"]
-    ends = [run["dev"] for f in result["arms"].values() for run in f["runs"].values() if run["dev"]]
+    ends = []
+    for found in result["arms"].values():
+        ends += [run["dev"] for run in found["runs"].values() if run["dev"]]
     for (top, bottom), axis in zip(axes.T, ("tokens", "flops"), strict=True):
         for color, (arm, found) in enumerate(result["arms"].items()):
             other = None if arm == name else control
@@ -604,7 +618,8 @@ def draw(result: dict) -> Figure:
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = draw_curves(figure, result)
     if result["measures"]:
-        draw_measures(figure.add_subplot(axes[1, 0].get_gridspec()[1, :]), result)
+        below = axes[1, 0].get_gridspec()[1, :]
+        draw_measures(figure.add_subplot(below), result)
         for top, bottom in axes.T:
             top.set_xlabel(bottom.get_xlabel())
             top.tick_params(labelbottom=True)
