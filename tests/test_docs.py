@@ -16,7 +16,7 @@ from train import load_config, parse
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (ROOT / "docs/extending.md").read_text("utf-8")
 EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", PAGES))
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 BASE = load_file(ROOT / "configs/quickstart.py").config
 
 

@@ -104,8 +104,8 @@ def share(progress: float, pacing: str = "linear", first: float = 0.1, start: fl
     (e^rate - 1), "step" 0 until `end`.
     """
     u = min(max((progress - start) / (end - start), 0.0), 1.0)
-    curves = dict(linear=u, root=math.sqrt(u), step=float(u >= 1),
-                  exponential=math.expm1(rate * u) / math.expm1(rate))
+    exponential = math.expm1(rate * u) / math.expm1(rate)
+    curves = dict(linear=u, root=math.sqrt(u), exponential=exponential, step=float(u >= 1))
     if pacing not in curves:
         raise InputError(f"phases.order.pacing is {pacing!r}; allowed are {', '.join(curves)}")
     return first + (1 - first) * curves[pacing]

@@ -1,4 +1,4 @@
-"""configs/active_forgetting.py: resets, cycles, the frozen body, few tokens, the new language, the arms."""
+"""configs/forgetting/active_forgetting.py: resets, cycles, a frozen body, a new language."""
 import itertools
 import json
 import math
@@ -31,7 +31,7 @@ from lib.tokenizers import Bytes
 from model import ModelConfig
 from train import Edit
 
-forgetting = load_file(ROOT / "configs/active_forgetting.py")
+forgetting = load_file(ROOT / "configs/forgetting/active_forgetting.py")
 equal = np.testing.assert_array_equal
 K, STEPS = 10, 24  # resets after 10 and 20 steps; the last episode is cut short
 WORDS = "def return self tree loss stack layer import class of".split()
@@ -59,7 +59,7 @@ def watched(edited, context):
 
 def tiny(tmp_path, arm: str = "forgetting", **changes) -> train.Config:
     """An arm of the file at a size that takes a second."""
-    config, cycle = forgetting.arms[arm], {}
+    config, cycle = forgetting.study.arms[arm], {}
     first, *cells = config.phases
     small = dict(batch=8, seq=16)
     if first.repeat:
@@ -217,8 +217,8 @@ def test_each_cycle_is_the_whole_schedule_over_its_own_steps(steps, cycle, start
 
 
 def test_only_the_embeddings_rate_starts_again_in_each_episode():
-    plain, forget = (course(forgetting.arms[arm]).rates for arm in ("standard", "forgetting"))
-    phase = forgetting.arms["forgetting"].phases[0]
+    plain, forget = (course(forgetting.study.arms[arm]).rates for arm in ("standard", "forgetting"))
+    phase = forgetting.study.arms["forgetting"].phases[0]
     (reset,), own = phase.repeat, phase.lr["embed"]
     assert own.cycle == reset.every and phase.steps % reset.every == 0
     episodes = forget["embed"][1:phase.steps + 1].reshape(-1, reset.every)
@@ -312,7 +312,7 @@ def test_the_new_language_is_the_old_one_under_another_alphabet():
     assert sum(k == v for k, v in table.items()) < 8
     back, ids = {v: k for k, v in table.items()}, np.array([table.get(i, i) for i in range(256)])
     old, new = (itertools.islice(source.documents(), 400)
-                for source in (forgetting.config.data.sources[n] for n in ("old", "new")))
+                for source in (forgetting.standard.data.sources[n] for n in ("old", "new")))
     seen = splits = 0
     for a, b in zip(old, new, strict=True):
         if isinstance(a, data.Skipped):
@@ -328,9 +328,9 @@ def test_the_new_language_is_the_old_one_under_another_alphabet():
 # -------------------------------------------------------------------------------------------------- the arms
 
 
-@pytest.mark.parametrize("name", forgetting.arms)
+@pytest.mark.parametrize("name", forgetting.study.arms)
 def test_every_arm_is_a_config_that_is_accepted_and_adapts_alike(name):
-    arm, control = forgetting.arms[name], forgetting.arms[forgetting.control]
+    arm, control = forgetting.study.arms[name], forgetting.study.arms[forgetting.study.first]
     train.check(arm)
     found, cells = course(arm), len(forgetting.CELLS)
     assert arm.phases[1:] == control.phases[1:] and len(arm.phases) == 1 + cells
@@ -352,15 +352,15 @@ def test_measures_are_the_best_of_each_cell_and_the_last_of_the_old_language():
     for i in range(len(forgetting.CELLS)):
         rows += [{"phase": i + 1, "eval/old/loss": 0.0, "eval/new/loss": v + i} for v in (6.0, 4.0, 5.0)]
     rows.append({"phase": len(forgetting.CELLS), "eval/new/loss": None})  # not finite
-    found = {name: measure(rows) for name, measure in forgetting.measures.items()}
+    found = {name: measure(rows) for name, measure in forgetting.study.measures.items()}
     assert found == {"own language": 2.0} | {n: 4.0 + i for i, n in enumerate(forgetting.CELLS)}
-    assert forgetting.tuned_by in forgetting.CELLS
-    assert forgetting.measures[forgetting.tuned_by]([{"phase": 0}]) == float("inf")
+    assert forgetting.study.tuned_by in forgetting.CELLS
+    assert forgetting.study.measures[forgetting.study.tuned_by]([{"phase": 0}]) == float("inf")
 
 
 def test_claims_name_arms_and_measures_and_the_first_one_decides():
-    for claim in forgetting.claims:
-        assert {claim["arm"], claim.get("control", forgetting.control)} <= {*forgetting.arms}
-        assert claim["measure"] in forgetting.measures and ("below" in claim) != ("above" in claim)
-    decides = forgetting.claims[0]
-    assert (decides["arm"], decides["measure"], decides["below"]) == ("forgetting", "20k", 0.0)
+    for claim in forgetting.study.claims:
+        assert {claim.arm, forgetting.study.control_of(claim)} <= {*forgetting.study.arms}
+        assert claim.measure in forgetting.study.measures and len(claim.bound) == 1
+    decides = forgetting.study.claims[0]
+    assert (decides.arm, decides.measure, decides.below) == ("forgetting", "20k", 0.0)

@@ -1,4 +1,4 @@
-"""configs/temporary_forgetting.py: the process, its evaluation, and runs of all arms."""
+"""configs/forgetting/dual_process.py: the process, its evaluation, and runs of all arms."""
 import json
 
 import jax
@@ -17,7 +17,7 @@ from lib.statistics import run_figures
 from lib.tokenizers import make_tokenizer
 from train import load_config
 
-FILE = ROOT / "configs/temporary_forgetting.py"
+FILE = ROOT / "configs/forgetting/dual_process.py"
 forgetting = load_file(FILE)
 COPULA, FIRST, LENGTH = forgetting.COPULA, forgetting.FIRST, forgetting.LENGTH
 WORDS = 50  # 22 nouns, 22 adjectives, 6 new words
@@ -101,7 +101,7 @@ def test_a_row_is_a_function_of_its_draw():
 
 
 def test_the_lexicon_gives_each_word_a_piece_of_its_own_from_first_on():
-    config = forgetting.config
+    config = forgetting.vanilla
     tokenizer = make_tokenizer(config.data, config.model.vocab)
     (document,) = config.data.sources["lexicon"].documents()
     ids = tokenizer.encode(document.text)
@@ -171,10 +171,10 @@ def test_measures_are_means_of_the_last_three_values_and_what_was_lost_on_the_wa
     rows = [{"train/loss": 1.0}, *({"pos/new": v} for v in (0.5, 1.0, 0.25, 0.5, 0.0)), {"train/loss": 0.0}]
     assert forgetting.late(rows, "pos/new") == 0.25 and forgetting.lost(rows, "pos/new") == 0.75
     ends = [{f"pos/{k}": sign * i for i, k in enumerate(probe("context"))} for sign in (1, -1, -1)]
-    found = {name: measure(ends + rows) for name, measure in forgetting.measures.items()}
+    found = {name: measure(ends + rows) for name, measure in forgetting.study.measures.items()}
     expected = {k: -i / 3 for i, k in enumerate(probe("context"))} | {"new": 0.25, "new_lost": 0.75}
     assert found == pytest.approx(expected)
-    assert {c["measure"] for c in forgetting.claims} <= {*forgetting.measures}
+    assert {c.measure for c in forgetting.study.claims} <= {*forgetting.study.measures}
 
 
 def course(arm: str) -> tuple[train.Config, Plan]:
@@ -186,14 +186,14 @@ def course(arm: str) -> tuple[train.Config, Plan]:
 
 
 def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then():
-    plans = {arm: course(arm) for arm in forgetting.arms}
-    control, every = plans[forgetting.control][1], forgetting.EVERY
+    plans = {arm: course(arm) for arm in forgetting.study.arms}
+    control, every = plans[forgetting.study.first][1], forgetting.EVERY
     steps = int(control.ends[-1])
     resets = {arm: [s for s in range(steps + 1) if edits_at(*plan, s)] for arm, plan in plans.items()}
     end = int(plans["temporary"][1].ends[0])
     assert resets == dict(vanilla=[], active=[*range(every, steps, every)],
                           temporary=[*range(every, end, every)])
-    assert end % every == steps % every == forgetting.config.eval_every % every == 0  # whole episodes
+    assert end % every == steps % every == forgetting.vanilla.eval_every % every == 0  # whole episodes
     for arm, (_, found) in plans.items():
         assert np.array_equal(found.flops, control.flops)
         assert all(np.allclose(found.rates[g], control.rates[g]) for g in ("matrix", "vector")), arm
@@ -212,7 +212,7 @@ def one_device(monkeypatch):
 
 
 def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, capsys, one_device):
-    fields = forgetting.quick | {"eval_every": 2, "phases.0.repeat.0.every": 2, "model.layers": 1,
+    fields = forgetting.study.quick | {"eval_every": 2, "phases.0.repeat.0.every": 2, "model.layers": 1,
                                  "phases.0.lr.embed.cycle": 2, "sample_tokens": 1}
     words = [w for k, v in fields.items() for i in range(2 if "*" in k else 1)
              for w in ("--" + k.replace("*", str(i)), str(v))]
@@ -223,6 +223,6 @@ def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, caps
     evals = [r for r in rows if "pos/new" in r]
     assert [r["step"] for r in evals] == [2, 4, 6, 8]
     assert len([r for r in rows if 0 < r.get("train/loss", 0) < 10]) == 8
-    last = run_figures(tmp_path / "run", measures=forgetting.measures)["last"]
+    last = run_figures(tmp_path / "run", measures=forgetting.study.measures)["last"]
     assert last["head/context"] == pytest.approx(np.mean([r["pos/head/context"] for r in evals[1:]]))
     assert last["new_lost"] == pytest.approx(max(r["pos/new"] for r in evals) - last["new"])

@@ -1,4 +1,4 @@
-"""The edits that live in configs/: width growth, freezing, pruning, vocabularies, learngenes."""
+"""configs/growth/: stacking, width growth, freezing, pruning, learngenes."""
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import course_of
+from edit_cases import context, some
 
 import model
 import train
@@ -16,21 +17,16 @@ from lib.freezing import BLOCK, asleep, freeze
 from lib.kernels import Mask
 from lib.optim import adamw, first_state, init_opt_state
 from lib.schedule import shapes
-from lib.sharding import MeshConfig, make_mesh, shardings
-from lib.tokenizers import load_tokenizer, train_bpe
+from lib.sharding import MeshConfig, make_mesh
 from lib.widen import widen
-from model import Context, Model
+from model import Model
 
-layers = load_file(ROOT / "configs/incremental_layers.py")
-learngene = load_file(ROOT / "configs/learngene.py")
-pruning = load_file(ROOT / "configs/pruning.py")
-vocabulary = load_file(ROOT / "configs/vocabulary_swap.py")
-width = load_file(ROOT / "configs/width_growth.py")
-widen = widen
+CHAPTER = ROOT / "configs/growth"
+bert2bert, g_stack, incremental, learngene, minitron = (
+    load_file(CHAPTER / f"{name}.py")
+    for name in ("bert2bert", "g_stack", "incremental", "learngene", "minitron"))
 equal = np.testing.assert_array_equal
 IDS = np.random.default_rng(0).integers(0, 258, (2, 12), np.int32)
-
-
 
 
 @pytest.fixture
@@ -38,21 +34,6 @@ def double():
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
-
-
-def context(seed=0, **fields):
-    """An edit's context with no more than a key."""
-    return Context(jax.random.key(seed), 10, None, None, None)._replace(**fields)
-
-
-def some(config, seed=1):
-    """Parameters in which gains and blocks matter more than in the table's draw."""
-    rng, out = np.random.default_rng(seed), {}
-    for name, p in model.table(config).items():
-        draws = rng.uniform(0.5, 1.5, p.shape) if p.std is None else rng.normal(size=p.shape)
-        size = 1 if p.std is None else max(p.std, config.embed**-0.5)
-        out[name] = jnp.asarray(draws * size, config.param_dtype)
-    return out
 
 
 @partial(jax.jit, static_argnames="config")
@@ -210,12 +191,12 @@ def test_widen_is_the_same_on_eight_devices(tiny):
 
 
 def test_width_growth_arms_cost_the_same():
-    arms = width.arms
+    arms = bert2bert.study.arms
     costs = {}
     for name, config in arms.items():
         train.check(config)
         course = course_of(config, context())
-        assert replace(course.models[-1], norm_eps=1e-6) == width.wide
+        assert replace(course.models[-1], norm_eps=1e-6) == bert2bert.wide
         costs[name] = course.flops[-1]
     assert max(costs.values()) / min(costs.values()) < 1.001
 
@@ -226,7 +207,7 @@ def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
     params = some(config)
 
     def used(p, step):
-        return width.sub_models(p, step, {}, embed=config.embed, begin=5, until=30, top=top)
+        return bert2bert.sub_models(p, step, {}, embed=config.embed, begin=5, until=30, top=top)
 
     @jax.jit
     def both(p, step):
@@ -257,14 +238,14 @@ def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
 
 
 def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_model():
-    config = width.arms["two_stage"]
+    config = bert2bert.study.arms["two_stage"]
     stage, (narrow, _) = config.reparam.keywords, config.phases
-    assert stage["begin"] == narrow.steps and stage["embed"] == width.wide.embed
+    assert stage["begin"] == narrow.steps and stage["embed"] == bert2bert.wide.embed
     assert stage["begin"] + 20 < stage["until"]
     assert not any(s % config.eval_every == 0 for s in range(stage["begin"] + 1, stage["until"]))
 
 
-# -------------------------------------------------------------------------------------------- freezing layers
+# ---------------------------------------------------------------------------------- freezing layers
 
 
 def test_frozen_layers_stay_bit_for_bit_and_move_again(tiny):
@@ -309,15 +290,15 @@ def test_freeze_takes_the_gradient_of_what_it_names(tiny):
 
 def test_incremental_arms_cost_the_same():
     costs = []
-    for config in layers.arms.values():
+    for config in incremental.study.arms.values():
         train.check(config)
         course = course_of(config, context())
-        assert course.models[-1] == layers.deep
+        assert course.models[-1] == incremental.scratch.model
         costs.append(course.flops[-1])
     assert max(costs) / min(costs) < 1.002
 
 
-# ---------------------------------------------------------------------------------------------------- pruning
+# ------------------------------------------------------------------------------------------ pruning
 
 
 def calibration(n):
@@ -341,7 +322,7 @@ def test_pruning_what_growth_added_gives_the_old_model_back(tiny, by, tied):
     if by == "first":
         grown = widen(before, context(), embed=48, kv_heads=3, mlp=60, new="zero").model
     given = context(batches=calibration)
-    small = pruning.prune(grown, given, layers=2, kv_heads=2, mlp=48, embed=32, by=by, batches=2)
+    small = minitron.prune(grown, given, layers=2, kv_heads=2, mlp=48, embed=32, by=by, batches=2)
     assert replace(small.model.config, norm_eps=1e-6) == before.config
     assert apart(small, before) <= 1e-5
     for name, p in model.table(before.config).items():
@@ -355,7 +336,7 @@ def test_pruning_keeps_what_matters_and_cuts_moments_along(tiny):
     loud = before.params["down"].at[np.arange(2)[:, None], keep].mul(100.0)
     before = Model(before.config, before.params | {"down": loud})
     for by in ("magnitude", "activations"):
-        edited = pruning.prune(before, context(batches=calibration), mlp=3, by=by, batches=1, moments="map")
+        edited = minitron.prune(before, context(batches=calibration), mlp=3, by=by, batches=1, moments="map")
         equal(edited.model.params["down"], np.take_along_axis(np.asarray(loud), keep[:, :, None], 1))
         names = model.groups(tiny)["matrix"]
         moments = edited.policy["matrix"]({n: before.params[n] for n in names}, "mu")
@@ -364,103 +345,24 @@ def test_pruning_keeps_what_matters_and_cuts_moments_along(tiny):
 
 def test_pruning_refuses(tiny):
     with pytest.raises(ValueError, match="mlp is 49, but the model has 48"):
-        pruning.prune(wider("float32", tiny, True), context(), mlp=49)
+        minitron.prune(wider("float32", tiny, True), context(), mlp=49)
     with pytest.raises(ValueError, match="by is 'luck'"):
-        pruning.prune(wider("float32", tiny, True), context(), mlp=4, by="luck")
+        minitron.prune(wider("float32", tiny, True), context(), mlp=4, by="luck")
 
 
 def test_pruning_arms_are_runs():
     """Their shapes come from shapes alone, calibration batches or not."""
     one = np.ones((2, 12), np.int32)
     given = context(batches=lambda n: [dict(tokens=IDS, segments=one, positions=one)])
-    for config in pruning.arms.values():
+    for config in minitron.study.arms.values():
         train.check(config)
         last = shapes(config, given)[-1]
         assert (last.embed, last.kv_heads, last.heads, last.mlp, last.layers) == (96, 3, 3, 256, 4)
+    spent = {name: course_of(arm, given).flops[-1] for name, arm in minitron.study.arms.items()}
+    assert max(spent.values()) / min(spent.values()) < 1.003
 
 
-# ----------------------------------------------------------------------------------------------- vocabularies
-
-
-@pytest.fixture(scope="module")
-def tokenizers(corpus, pieces, tmp_path_factory):
-    """(the old tokenizer, its file, the new one), of 310 and 320 pieces."""
-    texts = [file.read_text("utf-8") for file in sorted(corpus.rglob("*.txt"))][::2]
-    file = tmp_path_factory.mktemp("tokenizer") / "old.model"
-    file.write_bytes(train_bpe(texts, 310))
-    return load_tokenizer(file), str(file), pieces
-
-
-def swapped(config, tokenizers, seed=0, **arguments):
-    """(edited, the old parameters, indices of shared pieces in new and old)."""
-    old, file, new = tokenizers
-    before = Model(replace(config, vocab=old.vocab), some(replace(config, vocab=old.vocab)))
-    edited = vocabulary.swap_vocabulary(before, context(seed, tokenizer=new), old=file, **arguments)
-    names, place = vocabulary.piece_names(new), vocabulary.piece_names(old)
-    pairs = np.array([(i, place.index(n)) for i, n in enumerate(names) if n in place]).T
-    return edited, before.params, pairs
-
-
-@pytest.mark.parametrize("new", ["random", "mean", "normal", "hull", "pieces"])
-def test_a_swap_keeps_shared_pieces_and_the_body(tiny, tokenizers, new):
-    tied = new == "mean"
-    edited, old, (now, then) = swapped(replace(tiny, tied=tied), tokenizers, new=new)
-    config, params = edited.model
-    assert config == replace(tiny, tied=tied, vocab=tokenizers[2].vocab) and not edited.preserves
-    assert {n: x.shape for n, x in params.items()} == {n: p.shape for n, p in model.table(config).items()}
-    assert edited.policy == dict.fromkeys(["embed"] if tied else ["embed", "head"], "reset")
-    assert 256 < len(now) < config.vocab
-    rest = np.setdiff1d(np.arange(config.vocab), now)
-    for name, x in params.items():
-        if name not in ("embed", "head"):
-            equal(x, old[name])
-            continue
-        x, y = (np.asarray(x), np.asarray(old[name])) if name == "embed" else (x.T, old[name].T)
-        equal(x[now], y[then])
-        if new == "mean":
-            np.testing.assert_allclose(x[rest], np.tile(y.mean(0), (len(rest), 1)), atol=1e-6)
-        elif new != "random":
-            assert np.all(x[rest] <= y.max(0)) and np.all(x[rest] >= y.min(0))
-        if new == "pieces":
-            spelt = tokenizers[0].encode(tokenizers[2].decode([rest[0]]))
-            np.testing.assert_allclose(x[rest[0]], np.mean([y[i] for i in spelt], 0), atol=1e-6)
-    again, other = (swapped(replace(tiny, tied=tied), tokenizers, seed=seed, new=new)[0].model.params
-                    for seed in (0, 1))
-    equal(again["embed"], params["embed"])
-    assert np.any(other["embed"] != params["embed"]) == (new not in ("mean", "pieces"))
-
-
-def test_normal_rows_have_the_mean_and_covariance_of_the_old(tiny, tokenizers):
-    """With full covariance, and no copies, over seeds: 4,480 rows of 8 columns."""
-    config = replace(tiny, embed=8)
-    drawn = [swapped(config, tokenizers, seed=s, new="normal", scale=1.0, copy=False) for s in range(14)]
-    rows, old = np.concatenate([d[0].model.params["embed"] for d in drawn]), np.asarray(drawn[0][1]["embed"])
-    size = old.std()
-    np.testing.assert_allclose(rows.mean(0), old.mean(0), atol=5 * size / len(rows)**0.5)
-    np.testing.assert_allclose(np.cov(rows.T), np.cov(old.T), atol=7 * size**2 / len(rows)**0.5)
-
-
-def test_a_swap_is_the_same_on_eight_devices(tiny, tokenizers):
-    old, file, new = tokenizers
-    config = replace(tiny, vocab=old.vocab)
-    for how in ("normal", "hull"):
-        out = []
-        for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]),
-                     make_mesh(MeshConfig(fsdp=4, tensor=2))):
-            where = shardings(model.table(config), mesh)
-            before = Model(config, {n: jax.device_put(x, where[n]) for n, x in some(config).items()})
-            given = context(tokenizer=new)
-            out.append(vocabulary.swap_vocabulary(before, given, old=file, new=how).model.params["embed"])
-        np.testing.assert_allclose(*out, rtol=1e-5, atol=1e-7)
-
-
-def test_a_swap_refuses_another_model_s_tokenizer(tiny, tokenizers):
-    given = context(tokenizer=tokenizers[2])
-    with pytest.raises(ValueError, match="of 310 pieces, but the model has 258"):
-        vocabulary.swap_vocabulary(Model(tiny, some(tiny)), given, old=tokenizers[1])
-
-
-# -------------------------------------------------------------------------------------------------- learngene
+# ---------------------------------------------------------------------------------------- learngene
 
 
 def test_expanded_layers_are_a_linear_function_of_depth(tiny):
@@ -501,7 +403,7 @@ def test_expansion_to_the_depth_trained_computes_what_was_trained(tiny, shared, 
 
 def test_learngene_arms_cost_the_same():
     costs = []
-    for config in learngene.arms.values():
+    for config in learngene.study.arms.values():
         train.check(config)
         costs.append(course_of(config, context()).flops[-1])
     assert max(costs) / min(costs) < 1.002
@@ -511,3 +413,96 @@ def test_learngene_arms_cost_the_same():
 def test_expand_refuses(tiny, arguments):
     with pytest.raises(ValueError, match="expand: layers is"):
         learngene.expand(Model(tiny, some(tiny)), context(), **arguments)
+
+
+# ------------------------------------------------------------------------------------------ g_stack
+
+
+def flops_of(arm: train.Config) -> tuple[float, list[int]]:
+    """(training FLOPs of an arm, the depth of each of its phases)."""
+    course = course_of(arm, context())
+    return course.flops[-1], [m.layers for m in course.models]
+
+
+def test_the_arms_of_stacking_cost_the_same():
+    total, depths = flops_of(g_stack.study.arms["scratch"])
+    assert depths == [8]
+    for arm in "stack identity random_on_top stack_g2 stack_g8 stack_early stack_late annealed".split():
+        flops, depths = flops_of(g_stack.study.arms[arm])
+        assert flops == pytest.approx(total, rel=0.01) and depths[1] == 8
+    assert flops_of(g_stack.study.arms["stack_g8"])[1] == [1, 8]
+    for arm in "gradual", "middle":
+        assert flops_of(g_stack.study.arms[arm])[1] == [2, 4, 6, 8]
+        assert flops_of(g_stack.study.arms[arm])[0] == pytest.approx(total, rel=1e-3)
+        steps = np.array([p.steps for p in g_stack.study.arms[arm].phases])
+        np.testing.assert_allclose(steps, steps.sum() * np.array([.1, .2, .3, .4]), atol=1.5)
+    assert g_stack.middle(4, 1) == (0, 1, 1, 2, 3) and g_stack.middle(6, 2) == (0, 1, 2, 3, 2, 3, 4, 5)
+    assert g_stack.middle(2, 2) == (0, 1, 0, 1) and g_stack.top(4, 2) == (0, 1, 2, 3, 2, 3)
+    for arm in "scratch_4x", "stack_4x":
+        assert flops_of(g_stack.study.arms[arm])[0] == pytest.approx(4 * total, rel=0.01)
+    base, deep = g_stack.study.arms["stack"].phases
+    short, tokens = (g_stack.study.arms[arm].phases[0] for arm in ("short", "scratch_tokens"))
+    assert short.steps == deep.steps and tokens.steps == base.steps + deep.steps
+    assert flops_of(g_stack.study.arms["short"])[0] == pytest.approx(7 / 8 * total, rel=0.01)
+
+
+def test_the_arms_of_stacking_decay_over_the_same_last_flops_and_end_at_the_same_rate():
+    for arm in "scratch", "stack", "stack_late":
+        course = course_of(g_stack.study.arms[arm], context())
+        rate, share = course.rates["matrix"], course.flops / course.flops[-1]
+        assert rate[-1] == pytest.approx(0.05 * 8e-3)
+        assert share[(share > 0.5) & (rate < 0.999 * 8e-3)][0] == pytest.approx(0.6, abs=0.005)
+
+
+def test_every_arm_of_stacking_is_a_config_that_is_accepted():
+    for arm in g_stack.study.arms.values():
+        train.check(replace(arm, name="x"))
+
+
+def narrowed(arm: str) -> tuple[model.ModelConfig, dict, dict]:
+    """(shape after the growth, parameters before and after it) of an arm of g_stack.py, narrower."""
+    config = replace(g_stack.study.arms[arm].model, embed=32, mlp=48, heads=2, kv_heads=2, head_dim=8, vocab=50,
+                     unroll=1)
+    shapes = []
+
+    @jax.jit
+    def made():
+        before = after = model.Model(config, model.init(config, jax.random.key(0)))
+        for edit in g_stack.study.arms[arm].phases[1].edits:
+            after = edit(after, model.Context(jax.random.key(1), 0, None, None, None)).model
+        shapes.append(after.config)
+        return before.params, after.params
+
+    before, after = made()
+    return shapes[0], before, after
+
+
+logits_of = jax.jit(model.apply, static_argnums=2)
+
+
+def test_copies_that_are_silenced_keep_the_function_and_learn_from_there():
+    """G_zero: logits as before within 1e-5; the copies' other weights are the layer's, and they learn."""
+    config, before, after = narrowed("identity")
+    ids = jnp.arange(24).reshape(2, 12)
+    one = replace(config, layers=2)
+    np.testing.assert_allclose(logits_of(after, ids, config), logits_of(before, ids, one), atol=1e-5)
+    np.testing.assert_array_equal(after["q"], before["q"][np.array([0, 0, 0, 0, 1, 1, 1, 1])])
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, ids, config)))))(after)
+    assert (np.abs(grads["down"]).max((1, 2)) > 0).all() and (np.abs(grads["o"]).max((1, 2, 3, 4)) > 0).all()
+
+
+def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end():
+    config, before, after = narrowed("annealed")
+    weights, ids = g_stack.study.arms["annealed"].reparam, jnp.arange(24).reshape(2, 12)
+    start = g_stack.study.arms["annealed"].phases[0].steps
+    assert set(weights.keywords) == {"layers", "start", "steps"} and weights.keywords["start"] == start
+
+    @jax.jit
+    def scores(step):
+        return model.apply(weights(after, step, None), ids, config)
+
+    np.testing.assert_allclose(scores(start), logits_of(before, ids, replace(config, layers=2)), atol=1e-5)
+    np.testing.assert_allclose(scores(start + 100), logits_of(after, ids, config), atol=1e-6)
+    for end in start, start + 100:
+        assert np.abs(scores(start + 50) - scores(end)).max() > 1e-4
+    np.testing.assert_array_equal(weights(before, 3, None)["o"], before["o"])  # nothing is new in the base
