@@ -29,15 +29,11 @@ LINES, EXPERIMENT = 120, 40  # the most of a file, and of its experiment
 
 # Files that are longer, as (lines, lines of their experiment) at most, and why. It only shrinks.
 LONGER = {
-    "context/in_context_pretraining": (165, 35),  # nearest neighbours, until D4 needs them too
-    "forgetting/active_forgetting": (135, 56),  # a phase and a measure for each of four cells
-    "forgetting/dual_process": (200, 52),  # a process of its own, and its probe
-    "forgetting/vocabulary": (175, 52),  # five ways to begin a row, and a run to plain bytes
-    "growth/g_stack": (120, 42),  # fifteen arms
-    "growth/minitron": (220, 31),  # scores, with a copy of the forward pass until `visit` is there
-    "selection/climb": (155, 35),  # scores of documents, until a second file needs them
-    "selection/qurating": (125, 40),  # four selections
-    "baselines/shakespeare_char": (110, 42),  # nanoGPT's setting in full
+    "context/in_context_pretraining": (162, 32),  # nearest neighbours, until D4 needs them too
+    "forgetting/dual_process": (197, 45),  # a process of its own, and its probe
+    "forgetting/vocabulary": (173, 40),  # five ways to begin a row, and a run to plain bytes
+    "growth/minitron": (218, 25),  # scores by a copy of the forward pass, until blocks can be visited
+    "selection/climb": (154, 29),  # scores of documents, until a second file needs them
 }
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {

@@ -127,8 +127,6 @@ def test_names_that_are_not_known_are_refused_by_a_sentence():
     for packing in (climb.easy_first, qurating.top):
         with pytest.raises(data.InputError, match="'worst_fit'.*allowed are concat, best_fit"):
             packing(np.full(3, 4), 4, scored([1, 2, 3]), packing="worst_fit")
-    with pytest.raises(data.InputError, match="'word'; allowed are line, sentence"):
-        metadata.shuffled_units(data.Document("p", "text"), None, "word")
 
 
 # ----------------------------------------------------------------------------------------- qurating

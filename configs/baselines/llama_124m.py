@@ -1,4 +1,4 @@
-"""Llama, 124M class: 12 layers of 768, 32k pieces, packed rows of 1,024, half a million tokens a step.
+"""Llama, 124M class: 12 layers of 768, 32k pieces, rows of 1,024, half a million tokens a step.
 
 Paper: none; the size that GPT-2 made the usual one to try ideas at
 Method: plain next-token prediction; a Llama's blocks, AdamW, a warm-up and a decay.

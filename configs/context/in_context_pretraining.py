@@ -60,7 +60,7 @@ def neighbours(vectors: np.ndarray, k: int) -> np.ndarray:
 
 
 def path(near: np.ndarray, cluster: int) -> list[int]:
-    """All documents once: each followed by its nearest unseen neighbour, `cluster` in a row at most.
+    """All documents once: each, then its nearest unseen neighbour, at most `cluster` in a row.
 
     Where none is left, or the cluster is full, it goes on at the next unseen document in order.
     """

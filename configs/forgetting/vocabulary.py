@@ -50,7 +50,7 @@ def piece_names(tokenizer: Tokenizer) -> list[str]:
 
 
 def spelling(tokenizer: Tokenizer, old: Tokenizer) -> np.ndarray:
-    """[new, old] The share of each old piece in the spelling of each new one; a row sums to 1 or 0."""
+    """[new, old] The share of each old piece in the spelling of a new one; rows sum to 1 or 0."""
     share = np.zeros((tokenizer.vocab, old.vocab), np.float32)
     for i in range(tokenizer.vocab):
         ids = old.encode(tokenizer.decode([i]))
@@ -66,7 +66,7 @@ def fresh_rows(new: str, x, n: int, key, scale: float, among: int, share):
         return jnp.broadcast_to(mean, (n, x.shape[1]))
     if new == "normal":
         cov = jnp.cov(x, rowvar=False)
-        # What makes a singular covariance (fewer rows than columns) factor, as large as its rounding.
+        # With this a singular covariance (fewer rows than columns) factors too.
         ridge = 1e-6 * jnp.trace(cov) / len(cov) * jnp.eye(len(cov), dtype=x.dtype)
         z = jax.random.normal(key, (n, len(cov)), x.dtype)
         return mean + scale**0.5 * z @ jnp.linalg.cholesky(cov + ridge).T
@@ -91,9 +91,9 @@ def swap_vocabulary(model: Model, context: Context, old: str,
     """
     before, tokenizer = load_tokenizer(old), context.tokenizer
     if before.vocab != model.config.vocab:
-        raise ValueError(f"swap_vocabulary: old is {old!r}, of {before.vocab} pieces, but the model "
-                         f"has {model.config.vocab}; allowed is the tokenizer that it was trained "
-                         "with")
+        raise ValueError(f"swap_vocabulary: old is {old!r}, of {before.vocab} pieces, but the "
+                         f"model has {model.config.vocab}; allowed is the tokenizer that it was "
+                         "trained with")
     if new not in WAYS:
         raise ValueError(f"swap_vocabulary: new is {new!r}, allowed are {', '.join(WAYS)}")
     config = replace(model.config, vocab=tokenizer.vocab)
@@ -162,8 +162,8 @@ study = Study(
     ),
     seeds=3,
 )
-to_bytes = partial(swap_vocabulary, old=QUICKSTART, new="pieces",
-                   copy=False)  # the bytes among its pieces are hardly trained: it spells with others
+# The bytes among its pieces are hardly trained, as it spells with others: they are not copied.
+to_bytes = partial(swap_vocabulary, old=QUICKSTART, new="pieces", copy=False)
 config = Config(
     init_from="runs/quickstart",
     data=DataConfig(sources={"stdlib": Source(stdlib)}, tokenizer="bytes"),

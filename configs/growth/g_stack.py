@@ -49,7 +49,7 @@ def annealed(params, step, batch, layers: int, start: int, steps: int) -> dict:
 
 def grown(times: int = 4, share: float = 1 / 8, budget: int = 1, then: tuple = (),
           **how) -> Config:
-    """A `times` shallower base for a share of `budget` times the FLOPs; then 8 layers by `stack`."""
+    """A `times` shallower base for a share of `budget` times the FLOPs; then 8 layers."""
     shallow = base.shape(layers=8 // times)
     first = base.steps_for(share * budget * base.flops(scratch.model, plain), shallow, plain)
     before = replace(plain, steps=first, schedule=replace(scratch.schedule, shape="constant"))

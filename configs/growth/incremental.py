@@ -1,4 +1,4 @@
-"""Incremental layers: do new layers at random, the old ones frozen for a while, pay? They should not.
+"""Incremental layers: do new layers at random, on frozen ones at first, pay? They should not.
 
 Paper: On the Effectiveness of Incremental Training of Large Language Models, Li et al. 2024
     (001:22, arXiv 2411.18700)

@@ -1,4 +1,4 @@
-"""Learngenes: do layers that are a function of few shared ones give a good start for another depth?
+"""Learngenes: are layers made of few shared ones a good start for another depth?
 
 Paper: Transformer as Linear Expansion of Learngene, Xia et al. 2024 (003:35);
     Exploring Learngene via Stage-wise Weight Sharing, Xia et al. 2024 (003:4)
@@ -88,7 +88,7 @@ def arm(reparam, **how) -> Config:
 
 
 study = Study(
-    question="Do layers that are a function of few shared ones give a good start for another depth?",
+    question="Are layers that are a function of few shared ones a good start for another depth?",
     paper=(Paper(title="Transformer as Linear Expansion of Learngene", authors="Xia et al.",
                  year=2024, seeds=("003:35",)),
            Paper(title="Exploring Learngene via Stage-wise Weight Sharing for Initializing "

@@ -8,9 +8,7 @@ Method: rate each document; draw documents without replacement with probabilitie
 Here: Python's library without exact duplicates, at equal steps, so half of the data is seen twice
     as often. everything: all documents. top: the highest ratings, half of all positions. sampled:
     half, as in the paper. chance: half, without regard to the rating: the control. The rating is
-    the share of a module that is documentation, on the guess that explained code teaches more.
-    Left out: a language model that judges pairs, and the rater trained on these. The choice is made
-    in the plan, per window, so arms share a cache, and `data.window` is large.
+    the share of a module that is documentation, on a guess. Left out: a judge of pairs and a rater.
 Cost: four arms, some 26 runs of half a minute, a quarter of an hour on two CPU cores.
 Run:
     python train.py study configs/selection/qurating.py --jobs 2
@@ -39,7 +37,7 @@ def documented(document: Document, tokens) -> float:
 
 
 def pack(keep: np.ndarray, lengths: np.ndarray, seq: int, packing: str) -> np.ndarray:
-    """The plan of a packing (a name in PACKINGS) for the documents where `keep` is true."""
+    """The plan of a packing (a name in PACKINGS) of the documents that are kept."""
     if packing not in PACKINGS:
         raise InputError(f"packing is {packing!r}; allowed are {', '.join(PACKINGS)}")
     kept = np.flatnonzero(keep)
@@ -79,8 +77,7 @@ def top(lengths, seq: int, documents: Documents, share: float = 0.5,
 
 def gumbel(shard: Shard, seed: int) -> np.ndarray:
     """Standard Gumbel noise for each document of a shard, which the seed alone decides."""
-    rng = np.random.default_rng([seed, int(shard.directory.name)])
-    return rng.gumbel(size=len(shard.split))
+    return np.random.default_rng([seed, int(shard.directory.name)]).gumbel(size=len(shard.split))
 
 
 def sampled(lengths, seq: int, documents: Documents, share: float = 0.5, temperature: float = 2.0,
@@ -98,8 +95,8 @@ def sampled(lengths, seq: int, documents: Documents, share: float = 0.5, tempera
 
 (phase,) = base.small.phases
 source = Source(partial(distinct_stdlib, near=0.0), score=documented)
-everything = replace(base.small, data=DataConfig(
-    sources={"stdlib": source}, dev=0.03, test=0.03, window=1_000_000))
+everything = replace(base.small, data=DataConfig(sources={"stdlib": source}, dev=0.03, test=0.03,
+                                                 window=1_000_000))
 chosen = dict(top=partial(top, share=0.5), sampled=partial(sampled, share=0.5, temperature=2.0),
               chance=partial(sampled, share=0.5, temperature=1e9))
 study = Study(
