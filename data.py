@@ -204,14 +204,34 @@ class Loader:
         self.names, self.phases, self.seed = list(caches), phases, seed
         self.sources = [config.sources[name] for name in caches]
         self.ends = np.cumsum([phase.steps for phase in phases])
-        self.log, self.start, self.lock = [[] for _ in phases], [0] * len(caches), threading.RLock()
+        self.lock = threading.RLock()
         self.lengths, self.picks = zip(*map(batch_lengths, phases), strict=True)
-        shapes = [(len(lengths), len(caches)) for lengths in self.lengths]
-        self.counts = [np.zeros((p.steps + 1, *s), np.int64) for p, s in zip(phases, shapes, strict=True)]
-        self.known, self.carry = [0] * len(phases), [np.zeros(s) for s in shapes]
         self.rows = [[[Rows(cache, seq, phase.packing, phase.order, config.window, tokenizer, (seed, i))
                        for i, cache in enumerate(caches.values())] for seq in lengths]
                      for phase, lengths in zip(phases, self.lengths, strict=True)]
+        self.restore([0] * len(caches), [])
+
+    def restore(self, start: list[int], log: list[list[dict[str, float]]]):
+        """Go on from a checkpoint: `start`, the positions of each source that another run drew before, and
+        the decisions `log` of each phase (a phase that it lacks has none yet). Forgets all that was drawn."""
+        later = len(self.phases) - len(log)
+        self.start = list(start)
+        self.log = [list(decisions) for decisions in log] + [[] for _ in range(later)]
+        shapes = [(len(lengths), len(self.names)) for lengths in self.lengths]
+        self.counts = [np.zeros((p.steps + 1, *s), np.int64) for p, s in zip(self.phases, shapes, strict=True)]
+        self.known, self.carry = [0] * len(self.phases), [np.zeros(s) for s in shapes]
+
+    def decide(self, phase: int, losses: dict[str, float]):
+        """Log one decision of a phase: the dev losses {source: nats} that its mixture is steered by."""
+        self.log[phase].append(losses)
+
+    def decided(self) -> int:
+        """The last step whose batch the log so far determines: the last of all where nothing is steered."""
+        for end, phase, log in zip(self.ends.tolist(), self.phases, self.log, strict=True):
+            known = phase.steer * (len(log) + 1)
+            if phase.steer and known < phase.steps:
+                return end - phase.steps + known
+        return int(self.ends[-1])
 
     def phase_of(self, step: int) -> int:
         """The phase that takes `step` (1 and up)."""

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,16 +28,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from data import Batch, DataConfig, Loader, batch_lengths, causal, shuffled
 from lib import config as config_files
 from lib.banner import banner
+from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, find_checkpoint
 from lib.config import ROOT, check_types, flatten, from_json, load_file, to_json
 from lib.corpus import assemble
-from lib.curves import follow
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
 from lib.evaluate import evaluate_during, evaluators
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
-from lib.log import Reporter
+from lib.log import Log, say
 from lib.optim import (
     State,
     adamw,
@@ -50,12 +49,13 @@ from lib.optim import (
     update_ratios,
 )
 from lib.packing import concat_and_split
-from lib.prefetch import prefetch
+from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
-from lib.resume import resume_key, start_config, start_state
-from lib.schedule import Schedule, edits_at, make_plan, schedules
-from lib.sharding import MeshConfig, largest, make_mesh, own_rows, put, shardings
-from lib.tokenizers import load_tokenizer
+from lib.resume import changed_fields, resume_key, start_config, start_from
+from lib.schedule import Plan, Schedule, make_plan, schedules
+from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
+from lib.stop import Stop
+from lib.tokenizers import Tokenizer, load_tokenizer
 from lib.trackers import start_tracker
 from model import (
     Context,
@@ -203,279 +203,452 @@ def check(config: Config) -> None:
             raise InputError(sentence)
 
 
+# --------------------------------------------------------------------------------------------------- the step
+
+def loss_sums(trained: dict, frozen: dict, batch: dict, step, mask: Mask, config: Config, model: ModelConfig):
+    """(numerator, (denominator, metrics)) of a batch's loss under parameters of which the first are trained."""
+    params = reparametrised(config.reparam, trained | frozen, step, batch)
+    each = losses(params, batch, mask, model, config.token_loss, {"step": step})
+    (numerator, denominator), metrics = config.reduce(each, batch)
+    return numerator, (denominator, metrics)
+
+
+def accumulated(gradient: Callable, batch: dict, parts: int):
+    """gradient(batch), the batch taken in so many parts in turn: sums are added up, metrics are averaged."""
+    if parts == 1:
+        return gradient(batch)
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    like = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(part)), None
+
+    ((numerator, (denominator, metrics)), grads), _ = lax.scan(add, zeros, split)
+    metrics = jax.tree.map(lambda x: x / parts, metrics)
+    return (numerator, (denominator, metrics)), grads
+
+
+def squared_norms(grads: dict, members: dict[str, list[str]], scale, dtype) -> dict[str, jax.Array]:
+    """{optimiser group: the squared norm of its gradients times scale}."""
+    def squared(names):
+        return sum(jnp.sum(jnp.square(grads[name]), dtype=dtype) for name in names)
+
+    return {group: squared(names) * scale**2 for group, names in members.items()}
+
+
+def clipped(grads: dict, scale, squares: dict[str, jax.Array], clip: float) -> tuple[dict, jax.Array]:
+    """(gradients times scale and clipped, their norm before that); squares: by group, scaled already."""
+    norm = jnp.sqrt(sum(squares.values()))
+    if clip:
+        scale = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
+    return {name: grad * scale for name, grad in grads.items()}, norm
+
+
+def descend(old: dict, directions: dict, lr) -> dict:
+    """Parameters moved along descent directions, in their own dtypes."""
+    return {name: x - (lr * directions[name]).astype(x.dtype) for name, x in old.items()}
+
+
+def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
+              frozen: frozenset[str] = frozenset()) -> Callable:
+    """`step(state, batch, lr, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
+
+    lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which have no part
+    in the clipped norm. An update whose loss or gradient is not finite leaves parameters and optimiser as they
+    were, and counts.
+    """
+    optimizers = config.optimizer(table(model))
+    members = {group: names for group, names in groups(model).items() if group not in frozen}
+    trained = {name for names in members.values() for name in names}
+
+    def step(state: State, batch: dict, lr: dict, mask: Mask):
+        moving = {name: x for name, x in state.params.items() if name in trained}
+        still = {name: x for name, x in state.params.items() if name not in trained}
+
+        def gradient(part):
+            value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
+            return value_and_grad(moving, still, part, state.step, mask, config, model)
+
+        (numerator, (denominator, metrics)), grads = accumulated(gradient, batch, accumulate)
+        scale = 1 / jnp.maximum(denominator, 1e-9)
+        loss = numerator * scale
+        squares = squared_norms(grads, members, scale, loss.dtype)
+        grads, norm = clipped(grads, scale, squares, config.clip)
+        params, opt = dict(state.params), dict(state.opt)
+        for group, names in members.items():
+            own, old = ({name: tree[name] for name in names} for tree in (grads, state.params))
+            directions, opt[group] = optimizers[group].update(own, state.opt[group], old)
+            params |= descend(old, directions, lr[group])
+            metrics[f"{group}/grad_norm"] = jnp.sqrt(squares[group])
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt),
+                                   (state.params, state.opt))
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics |= {"train/loss": loss, "train/grad_norm": norm, "skipped": skipped}
+        return State(params, opt, state.step + 1, skipped), metrics
+
+    return step
+
+
+def compile_step(config: Config, model: ModelConfig, mesh: Mesh, state: State, batch: dict, lr: dict,
+                 mask: Mask, accumulate: int = 1, frozen: frozenset[str] = frozenset()):
+    """The step as an executable `(state, batch, lr) -> (state, metrics)` that reuses `state`'s memory."""
+    out = places(state_like(model, config.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(make_step(config, model, accumulate, frozen), static_argnames="mask", donate_argnums=0,
+                   out_shardings=out)
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch, lr, mask=mask).compile()
+
+
+# ---------------------------------------------------------------------------------------------- edits applied
+
+def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig) -> dict:
+    """The optimiser state {group: state} after an edit; `fresh` is a new one for the edited parameters.
+
+    Raises ValueError where an edit's policy leaves a state that does not fit its parameters.
+    """
+    before, after = groups(old), {}
+    for group, new in fresh.items():
+        policy = edited.policy.get(group, "keep")
+        if policy == "reset" or group not in before:
+            after[group] = new
+        elif policy == "keep":
+            after[group] = opt[group]
+        else:
+            after[group] = map_like_params(opt[group], before[group], policy)
+        if jax.tree.map(jnp.shape, after[group]) != jax.tree.map(jnp.shape, new):
+            raise ValueError(f"an edit's policy {policy!r} for the optimiser group {group!r} "
+                             "does not fit its parameters")
+    return after
+
+
+def apply_edits(edits: list[Callable], state: State, model: ModelConfig, optimizer: Callable, mesh: Mesh,
+                context: Context) -> tuple[State, ModelConfig]:
+    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
+    for i, edit in enumerate(edits):
+        own = context._replace(key=jax.random.fold_in(context.key, i))
+        edited = edit(Model(model, state.params), own)
+        new, params = edited.model
+        opt = transfer_opt_state(state.opt, init_opt_state(params, new, optimizer), edited, model)
+        state = state.replace(params=params, opt=opt)
+        state = jax.device_put(state, places(state_like(new, optimizer, mesh)))
+        model = new
+    return state, model
+
+
+def edit_model(run: "Run", state: State, step: int) -> State:
+    """The state after the edits that are due after `step` steps."""
+    edits = run.plan.edits[step]
+    key = jax.random.fold_in(run.key("edits"), step)
+    context = run.context._replace(key=key, step=step, batches=functools.partial(next_batches, run.loader, step))
+    with user_errors():
+        state, model = apply_edits(edits, state, run.plan.model_after(step), run.config.optimizer, run.mesh,
+                                   context)
+    names = ", ".join(getattr(edit, "func", edit).__name__ for edit in edits)
+    say(f"step {step}: {names}; now {model.layers} layers, {count(model):,} parameters")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+@dataclass
 class Run:
-    """A run: all that is worked out for it in advance, and the state that its steps change."""
+    """What is worked out in advance for a run, and what it keeps open."""
 
-    def __init__(self, config: Config, file: str = ""):
-        check(config)
-        self.file, self.directory = file, Path(config.runs).expanduser() / config.name
-        own = None
-        if config.init_from:
-            config, own = start_config(config, self.directory)
-        jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
-        with user_errors():
-            self.mesh = make_mesh(config.mesh)
-            rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        for i, phase in enumerate(config.phases):
-            parts = rows * phase.accumulate
-            if any(phase.batch * phase.seq // n % parts for n in batch_lengths(phase)[0]):
-                raise InputError(f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
-                                 f"{rows} devices on the mesh axes data and fsdp, times accumulate")
-        self.config, self.tokenizer, self.caches = assemble(config, own)
-        jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
-        self.loader = Loader(self.caches, config.phases, config.data, self.tokenizer, config.seed)
-        self.context = Context(jax.random.key(0), 0, self.tokenizer,
-                                     lambda n: [self.loader.batch(i + 1).arrays for i in range(n)], load)
-        with user_errors():
-            lengths = [batch_lengths(phase) for phase in config.phases]
-            self.course = make_plan(self.config, self.context, lengths)
-            for i, shape in enumerate(self.course.models):
-                shardings(table(shape), self.mesh)
-                if shape.vocab != (n := self.tokenizer.vocab):
-                    raise InputError(f"phases.{i}: the model has {shape.vocab} pieces, the tokenizer {n}; "
-                                     "use the same data.tokenizer, or an edit that swaps the vocabulary")
-        self.total, self.compiled = int(self.course.ends[-1]), {}
-        self.stops = {int(end): None for end in self.course.ends}  # {step: phase to be steered there, if any}
-        for i, (phase, end) in enumerate(zip(config.phases, [*self.stops], strict=True)):
-            self.stops |= dict.fromkeys(range(end - phase.steps, end, phase.steer or phase.steps)[1:], i)
-
-    def first(self):
-        """The state and shape before any step: drawn, or that of what `init_from` names."""
-        self.shape, self.since = self.config.model, None
-        self.state = first_state(self.shape, self.config.optimizer, self.mesh, self.key("init"))
-        if self.config.init_from:
-            start_state(self)
+    config: Config
+    file: str  # the config file
+    directory: Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+    caches: dict[str, Cache]  # by source
+    loader: Loader
+    plan: Plan
+    context: Context  # of edits
+    programs: dict = field(default_factory=dict)  # compiled, by what they depend on
+    checkpoints: Checkpoints | None = None
+    resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset of embeddings
+    summary: dict[str, Any] | None = None  # of a run that has ended
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed; the order of data draws from the seed by numpy."""
         return jax.random.fold_in(jax.random.key(self.config.seed), ("init", "edits").index(use))
 
-    def begin(self) -> int:
-        """Restore the last checkpoint or draw the first state, and set the directory up; gives its step."""
-        root = self.directory / "checkpoints"
-        self.checkpoints = Checkpoints(root, self.config.keep, self.config.keep_every)
-        found = [0, *self.checkpoints.steps()]
-        if len(np.unique(all_gather(int(digest([to_json(self.config), found])[:7], 16)))) > 1:
-            raise InputError(f"the processes of run {self.directory} have different configs or checkpoints; "
-                             "allowed is the same command everywhere, and a directory that all of them see")
-        while start := found.pop():
-            try:
-                self.restore(start)
-                break
-            except Damaged as error:
-                if len(found) == 1:
-                    raise InputError(f"{error}, with none before it; delete it to begin anew") from None
-                print(f"{error}; it is now {start}.damaged, and the run goes back to step {found[-1]}")
-                if is_main_process():
-                    (root / str(start)).rename(root / f"{start}.damaged")
-                all_gather(0)
-                self.checkpoints.manager.reload()
-        if not start:
-            self.first()
-        end = self.directory / "summary.json"
-        self.done = json.loads(end.read_text()) if start == self.total and end.exists() else None
-        if is_main_process():
-            if not self.done:  # what an extended run left there is not its end any more
-                end.unlink(missing_ok=True)
-            (self.directory / "source").mkdir(exist_ok=True)
-            for path in filter(None, [*ROOT.glob("*.py"), self.file.split(":")[0]]):
-                shutil.copy(path, self.directory / "source")
-            write(self.directory / "tokenizer.model", self.tokenizer.model)
-            write(self.directory / "config.json", json.dumps(to_json(self.config), indent=1))
-        self.out = Reporter(self.directory / "metrics.jsonl", start, self.course, bool(self.done))
-        self.out.track = start_tracker(self, start)
-        if start:
-            self.out.say(f"resuming from step {start}" + (": this run is complete" if self.done else ""))
-        return start
+    def abandon(self):
+        """End the processes that build token caches, and so all waiting for them."""
+        for cache in self.caches.values():
+            cache.abandon()
 
-    def restore(self, step: int):
-        """The state, shape and place in the data at a checkpoint, where this config leads there."""
-        meta = self.checkpoints.meta(step)
-        before, now = meta["past"], resume_key(self.config, self.course, step)
-        changed = [k if "(" in k else f"{k} was {before.get(k)!r} and is {now.get(k)!r}"
-                   for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-        changed += [f"the phases end at step {self.total}"] if step > self.total else []
-        if changed:
-            raise InputError(f"run {self.directory} has taken {step} steps under another config: "
-                             f"{'; '.join(changed)}; change that back, or use another --name")
-        if self.fingerprints(meta["sealed"]) != meta["fingerprints"]:
-            raise InputError(f"run {self.directory} was trained on other text than the sources give now "
-                             f"({', '.join(self.caches)}); put that back, or use another --name")
-        self.loader.start = meta["start"]
-        self.loader.log[:len(meta["log"])] = meta["log"]  # phases may have been added
-        self.shape, self.since = from_json(ModelConfig, meta["model"]), meta["since_reset"]
-        like = state_like(self.shape, self.config.optimizer, self.mesh)
-        self.state = self.checkpoints.state(step, like)
 
-    def fingerprints(self, sealed: dict[str, int]) -> dict[str, str | None]:
-        """Of each source's first so many shards."""
-        return {n: c.facts(min(sealed[n], c.wait(sealed[n])) - 1)["fingerprint"]
-                for n, c in self.caches.items()}
+def next_batches(loader: Loader, step: int, number: int) -> list[dict]:
+    """The arrays of the `number` batches after `step`, for edits that look at data; the last again at the end."""
+    last = loader.decided()
+    return [loader.batch(min(step + i, last)).arrays for i in range(1, number + 1)]
 
-    def edit(self, edits: list[Callable], step: int):
-        """Apply the edits due after a step."""
-        context = self.context._replace(key=jax.random.fold_in(self.key("edits"), step), step=step)
-        with user_errors():
-            self.state, self.shape = apply_edits(edits, self.state, self.shape, self.config.optimizer,
-                                                       self.mesh, context)
-        self.since = 0 if step not in (0, *self.course.ends) else self.since  # a recurring edit: see `load`
-        names = ", ".join(getattr(e, "func", e).__name__ for e in edits)
-        size = f"{self.shape.layers} layers, {count(self.shape):,} parameters"
-        self.out.recent.clear()
-        self.out.say(f"step {step}: {names}; now {size}")
 
-    def update(self, step: int, batch: Batch, watch: bool) -> dict:
-        """Dispatch one update, compiled where its phase is new; gives its metrics, still on the device."""
-        arrays, mask = put(batch.arrays, self.mesh, batch.rows), Mask(**batch.mask)
-        rates = {g: np.float32(self.course.rates[g][step]) for g in groups(self.shape)}
-        key = (self.loader.phase_of(step), arrays["tokens"].shape, mask)
-        if key not in self.compiled:
-            self.out.sync()
-            with user_errors():
-                attention = choose(self.shape.attention, mask, key[1][1], self.shape.dtype)
-            run = compile_step(self.config, self.shape, self.mesh, self.state, arrays, rates, mask,
-                                     self.config.phases[key[0]].accumulate)
-            if not self.compiled:
-                banner(self, run, attention)
-            self.compiled[key] = run
-        before = jax.tree.map(jnp.copy, self.state.params) if watch else None
-        self.state, metrics = self.compiled[key](self.state, arrays, rates)
-        self.since = None if self.since is None else self.since + 1
-        return metrics | (update_ratios(before, self.state.params, self.shape) if watch else {})
+def prepare(config: Config, file: str = "") -> Run:
+    """Check a config, and work out all that its run needs before it holds a state."""
+    check(config)
+    directory, own = Path(config.runs).expanduser() / config.name, None
+    if config.init_from:
+        config, own = start_config(config, directory)
+        check(config)
+    jax.config.update("jax_enable_x64", "float64" in (config.model.dtype, config.model.param_dtype))
+    with user_errors():
+        mesh = make_mesh(config.mesh)
+    check_batches(config, mesh)
+    config, tokenizer, caches = assemble(config, own)
+    loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
+    batches = functools.partial(next_batches, loader, 0)
+    context = Context(jax.random.key(0), 0, tokenizer, batches, load)
+    with user_errors():
+        plan = make_plan(config, context)
+        for model in plan.models:
+            shardings(table(model), mesh)
+    for i, model in enumerate(plan.models):
+        if model.vocab != tokenizer.vocab:
+            raise InputError(f"phases.{i}: the model has {model.vocab} pieces, the tokenizer "
+                             f"{tokenizer.vocab}; use the same data.tokenizer, or an edit that swaps the "
+                             "vocabulary")
+    return Run(config, file, directory, mesh, tokenizer, caches, loader, plan, context)
 
-    def spent(self, step: int) -> dict:
-        """What every row says of the budget."""
-        return {"train/tokens": int(self.course.tokens[step]), "train/flops": float(self.course.flops[step]),
-                "phase": self.loader.phase_of(step)}
 
-    def finish(self, step: int, metrics: dict, of_batch: dict) -> int:
-        """Write a step's row, one step late so that no device waits; gives what was asked, see `phase`."""
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        skipped, asked = int(metrics.pop("skipped")), int(metrics.pop("asked"))
-        shape = self.course.models[self.loader.phase_of(step)]
-        lr = float(max(r[step] for r in self.course.rates.values()))
-        self.out.step({"step": step, **metrics, "train/lr": lr, **self.spent(step), **of_batch,
-                       "model/params": count(shape), "train/skipped": skipped})
-        if skipped >= self.config.max_skipped:
-            self.out.sync()
-            self.checkpoints.close()
-            raise InputError(f"loss or gradient not finite at step {step} and {skipped - 1} before it; use a "
-                             "lower schedule.peak or clip under another --name, or look at that data")
-        return asked
+def check_batches(config: Config, mesh: Mesh):
+    """Raise InputError for a batch that the devices and `accumulate` do not divide."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for i, phase in enumerate(config.phases):
+        parts = rows * phase.accumulate
+        if any(phase.batch * phase.seq // n % parts for n in batch_lengths(phase)[0]):
+            raise InputError(f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
+                             f"{rows} devices on the mesh axes data and fsdp, times accumulate")
 
-    def evaluate(self, step: int):
-        """A row of held-out figures, as tools/eval.py has them."""
-        if self.shape not in self.compiled:
-            self.compiled[self.shape] = evaluators(self.config, self.shape, self.mesh)
-        if row := evaluate_during(self, step, *self.compiled[self.shape]):
-            self.out.row({"step": step, **row, **self.spent(step)})
-            said = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in row.items())
-            self.out.say(f"step {step}: {', '.join(said)}")
-        follow(self)
-        if (steered := self.stops.get(step)) is not None:
-            self.loader.log[steered].append({name: row[f"eval/{name}/loss"] for name in self.caches})
 
-    def save(self, step: int):
-        """Begin a checkpoint, once every row up to it is on disk."""
-        self.out.sync()
-        begun, sealed = time.monotonic(), {name: cache.sealed for name, cache in self.caches.items()}
-        self.checkpoints.save(step, self.state, {
-            "step": step, "model": to_json(self.shape), **self.spent(step), "since_reset": self.since,
-            "sealed": sealed, "fingerprints": self.fingerprints(sealed), "log": self.loader.log,
-            "start": self.loader.start, "past": resume_key(self.config, self.course, step),
-            "positions": dict(zip(self.caches, self.loader.positions(step).tolist(), strict=True))})
-        self.saved, self.newest = time.monotonic(), step
-        self.out.stall = self.saved - begun
+def resume(run: Run) -> tuple[State, int]:
+    """The state to go on from, and its step: that of the newest checkpoint that is whole, or the first one."""
+    found = [0, *run.checkpoints.steps()]
+    same = all_gather(int(digest([to_json(run.config), found])[:7], 16))
+    if len(np.unique(same)) > 1:
+        raise InputError(f"the processes of run {run.directory} have different configs or checkpoints; "
+                         "allowed is the same command everywhere, and a directory that all of them see")
+    state, step = newest(run, found)
+    lay_out(run)
+    if step:
+        say(f"resuming from step {step}" + (": this run is complete" if run.summary else ""))
+    return state, step
 
-    def train(self) -> dict[str, Any] | None:
-        """From the last checkpoint to the end; gives what summary.json holds, None after a signal to end."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        stop: list = []
 
-        def halt(number: int, _):
-            stop.append(signal.Signals(number).name)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C once more ends it at once
-            for cache in self.caches.values() if jax.process_count() == 1 else ():
-                cache.abandon()  # or this would wait for rows that may take an hour to come
-
-        before = {number: signal.signal(number, halt) for number in (signal.SIGTERM, signal.SIGINT)}
+def newest(run: Run, found: list[int]) -> tuple[State, int]:
+    """The state at the newest of the steps that is whole, and that step; at 0 the first state."""
+    while found[-1]:
+        step = found.pop()
         try:
-            with locked(self.directory / ".lock", f"run {self.directory}") if is_main_process() else \
-                    contextlib.nullcontext():
-                self.newest = step = self.begin()
-                self.saved = time.monotonic()
-                for end in sorted(s for s in self.stops if s > step):
-                    if not self.phase(step, end, stop):
-                        return None
-                    step = end
-                self.checkpoints.close()
-                return self.done or self.conclude()
-        except InputError:  # of an edit, or of a source: what is being saved is not lost
-            if jax.process_count() == 1 and hasattr(self, "checkpoints"):
-                with contextlib.suppress(InputError):
-                    self.checkpoints.close()
-            raise
-        finally:
-            for pair in before.items():
-                signal.signal(*pair)
+            return restore(run, step), step
+        except Damaged as error:
+            if len(found) == 1:
+                raise InputError(f"{error}, with none before it; delete it to begin anew") from None
+            print(f"{error}; it is now {step}.damaged, and the run goes back to step {found[-1]}")
+            run.checkpoints.put_aside(step)
+    return first(run), 0
 
-    def phase(self, step: int, end: int, stop: list) -> bool:
-        """The loop: for each step up to `end` the edits due before it, its update, and what is due after.
 
-        Each step, processes ask for a checkpoint (1), or after a signal (in `stop`) to save and end (2); they
-        hear of it, the same step everywhere, with the step's metrics. False if the run ends for that.
-        """
-        config, pending = self.config, None
-        make = functools.partial(self.loader.batch, own=functools.partial(own_rows, self.mesh))
-        with contextlib.closing(prefetch(make, range(step + 1, end + 1))) as batches:
-            while step < end:
-                begun = time.perf_counter()
-                try:
-                    batch = next(batches)
-                except InputError:
-                    if not stop or jax.process_count() > 1:
-                        raise
-                    return self.leave(step, stop, pending)  # nobody builds what this waited for any more
-                self.out.waited += time.perf_counter() - begun
-                if edits := edits_at(config, self.course, step):
-                    if pending:  # what is asked for there is asked for again
-                        self.finish(*pending)
-                    pending = None
-                    self.edit(edits, step)
-                step += 1
-                watch = any(edits_at(config, self.course, s) for s in range(max(0, step - 5), step))
-                ask = 2 if stop else int(time.monotonic() - self.saved > 60 * config.save_minutes)
-                metrics = self.update(step, batch, watch) | {"asked": largest(ask, self.mesh)}
-                asked = max(self.finish(*pending) if pending else 0, ask * (jax.process_count() == 1))
-                pending = step, metrics, batch.metrics
-                saving = step == end or step % config.save_every == 0
-                if asked or saving or step % config.eval_every == 0:
-                    asked, pending = max(asked, self.finish(*pending)), None
-                    if step == end or step % config.eval_every == 0:
-                        self.evaluate(step)
-                    if asked or saving:
-                        self.save(step)
-                    self.out.sync()
-                if asked == 2:
-                    return self.leave(step, stop)
-        return True
+def restore(run: Run, step: int) -> State:
+    """The state at a checkpoint, where the run's config and text lead there; sets the loader's past."""
+    meta = run.checkpoints.meta(step)
+    changed = changed_fields(meta["past"], resume_key(run.config, run.plan, step))
+    if step > run.plan.total:
+        changed.append(f"the phases end at step {run.plan.total}")
+    if changed:
+        raise InputError(f"run {run.directory} has taken {step} steps under another config: "
+                         f"{'; '.join(changed)}; change that back, or use another --name")
+    if fingerprints(run, meta["sealed"]) != meta["fingerprints"]:
+        raise InputError(f"run {run.directory} was trained on other text than the sources give now "
+                         f"({', '.join(run.caches)}); put that back, or use another --name")
+    like = state_like(from_json(ModelConfig, meta["model"]), run.config.optimizer, run.mesh)
+    state = run.checkpoints.state(step, like)
+    run.loader.restore(meta["start"], meta["log"])
+    run.resumed = step, meta["since_reset"]
+    return state
 
-    def leave(self, step: int, stop: list, pending: tuple | None = None) -> bool:
-        """End after a signal, with the row that is `pending` written and all up to `step` saved; False."""
-        if pending:
-            self.finish(*pending)
-        if step > self.newest:
-            self.save(step)
-        self.checkpoints.close()
-        self.out.say(f"stopped by {[*stop, 'SIGTERM'][0]}; step {step} is saved, the same command resumes")
-        return False
 
-    def conclude(self) -> dict[str, Any]:
-        """The last row, and what tools/eval.py and tools/summary.py make of the run."""
-        found = {k: v for k, v in verb("eval", [str(self.directory)]).items() if ".test/" in k}
-        self.out.row({"step": self.total, **found, **self.spent(self.total)})
-        self.out.sync()
-        return verb("summary", [str(self.directory)])
+def first(run: Run) -> State:
+    """The state before any step: drawn, or that of what `init_from` names."""
+    model, optimizer = run.config.model, run.config.optimizer
+    state = first_state(model, optimizer, run.mesh, run.key("init"))
+    if not run.config.init_from:
+        return state
+    start = start_from(run.config, model, state, state_like(model, optimizer, run.mesh))
+    run.resumed = 0, start.since_reset
+    if start.positions:
+        run.loader.restore([start.positions.get(name, 0) for name in run.caches], [])
+    return start.state
+
+
+def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
+    """Of the first so many shards of each source: what their text, tokens and settings are known by."""
+    found = {}
+    for name, cache in run.caches.items():
+        last = min(sealed[name], cache.wait(sealed[name])) - 1
+        found[name] = cache.facts(last)["fingerprint"]
+    return found
+
+
+def program(run: Run, state: State, phase: int, arrays: dict, mask: Mask, lr: dict):
+    """The compiled step of a phase for batches like this one."""
+    key = phase, arrays["tokens"].shape, mask
+    if key not in run.programs:
+        model, config = run.plan.models[phase], run.config
+        with user_errors():
+            attention = choose(model.attention, mask, key[1][1], model.dtype)
+        made = compile_step(config, model, run.mesh, state, arrays, lr, mask,
+                            config.phases[phase].accumulate, run.plan.frozen(phase))
+        if not run.programs:
+            banner(run, made, attention)
+        run.programs[key] = made
+    return run.programs[key]
+
+
+def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, dict]:
+    """Dispatch one update; gives the state after it and its metrics, both still on the devices."""
+    phase = run.plan.phase_of(step)
+    model = run.plan.models[phase]
+    arrays, mask = put(batch.arrays, run.mesh, batch.rows), Mask(**batch.mask)
+    lr = {group: np.float32(run.plan.lr[group][step]) for group in groups(model)}
+    update = program(run, state, phase, arrays, mask, lr)
+    edited = any(step - n in run.plan.edits for n in range(1, 6))  # in the last five steps
+    before = jax.tree.map(jnp.copy, state.params) if edited else None
+    state, metrics = update(state, arrays, lr)
+    if edited:
+        metrics |= update_ratios(before, state.params, model)
+    return state, metrics
+
+
+def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
+    """Held-out figures of a state, as lib/evaluate.py has them; a steered mixture is decided by them."""
+    model = run.plan.model_after(step)
+    if model not in run.programs:
+        run.programs[model] = evaluators(run.config, model, run.mesh)
+    losses, scores = run.programs[model]
+    config = replace(run.config, model=model)
+    row = evaluate_during(config, run.plan.phase_of(step), run.caches, run.tokenizer, run.mesh, state, losses,
+                          scores)
+    if step in run.plan.steers:
+        run.loader.decide(run.plan.steers[step], {name: row[f"eval/{name}/loss"] for name in run.caches})
+    return row
+
+
+def save(run: Run, state: State, step: int, log: Log):
+    """Begin a checkpoint, once every row up to it is on disk."""
+    log.sync()
+    begun = time.monotonic()
+    sealed = {name: cache.sealed for name, cache in run.caches.items()}
+    positions = run.loader.positions(step).tolist()
+    run.checkpoints.save(step, state, {
+        "step": step, "model": to_json(run.plan.model_after(step)), **run.plan.spent(step),
+        "since_reset": run.plan.since_reset(step, *run.resumed),
+        "sealed": sealed, "fingerprints": fingerprints(run, sealed),
+        "log": run.loader.log, "start": run.loader.start,
+        "past": resume_key(run.config, run.plan, step),
+        "positions": dict(zip(run.caches, positions, strict=True))})
+    log.save_s = time.monotonic() - begun
+
+
+def lay_out(run: Run):
+    """Write what identifies a run into its directory; what it ended with, if it has, is its summary."""
+    end = run.directory / "summary.json"
+    if end.exists() and run.resumed[0] == run.plan.total:
+        run.summary = json.loads(end.read_text())
+    if not is_main_process():
+        return
+    if not run.summary:  # what a run left there that was made longer is not its end any more
+        end.unlink(missing_ok=True)
+    source = run.directory / "source"
+    source.mkdir(exist_ok=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, source)
+    if run.file:
+        shutil.copy(run.file.split(":")[0], source)
+    write(run.directory / "tokenizer.model", run.tokenizer.model)
+    write(run.directory / "config.json", json.dumps(to_json(run.config), indent=1))
+
+
+@contextlib.contextmanager
+def opened(run: Run):
+    """Hold a run's directory: no other process trains it; what is being saved is waited for at the end."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    lock = contextlib.nullcontext()
+    if is_main_process():
+        lock = locked(run.directory / ".lock", f"run {run.directory}")
+    root, config = run.directory / "checkpoints", run.config
+    with lock, Checkpoints(root, config.keep, config.keep_every) as run.checkpoints:
+        yield
+
+
+def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
+    """The batches of the steps after `step`, made ahead; no more of them where a signal ends the waiting."""
+    make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
+    steps = range(step + 1, run.plan.total + 1)
+    return Prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit)
+
+
+def log_of(run: Run, step: int) -> Log:
+    """What a run reports after `step`, its tracker told of what came before."""
+    complete = run.summary is not None
+    log = Log(run.directory / "metrics.jsonl", step, run.plan, run.config.max_skipped, complete)
+    if not complete:
+        log.track = start_tracker(run.config, run.directory, step)
+    return log
+
+
+def train(config: Config, file: str = "") -> dict[str, Any] | None:
+    """Train from the last checkpoint, or from the start, to the end; None if a signal stopped it.
+
+    Gives what summary.json holds. file: where the config comes from, to be kept with the run.
+    """
+    run = prepare(config, file)
+    with Stop(run.mesh, config.save_minutes, run.abandon) as stop, opened(run):
+        state, step = resume(run)  # its own checkpoint, another run, a Hugging Face directory, or a draw
+        with log_of(run, step) as log, batches_after(run, step, stop) as batches:
+            if step == 0 and run.plan.evaluates(0):
+                log.evaluation(0, evaluate(run, state, 0))
+            for step, batch in enumerate(batches, step + 1):
+                if step - 1 in run.plan.edits:  # growth and forgetting happen between batches
+                    log.flush()
+                    state = edit_model(run, state, step - 1)
+                state, metrics = train_step(run, state, batch, step)
+                log.step(step, metrics, batch.metrics, batches.waited)  # read a step late: no device waits
+                stop.listen()
+                if run.plan.evaluates(step):
+                    log.sync()
+                    log.evaluation(step, evaluate(run, state, step))
+                if run.plan.saves(step) or stop.wants_save:
+                    save(run, state, step, log)
+                    stop.restart_clock()
+                if stop.wants_exit:
+                    break
+            if stop.wants_exit:
+                return leave(run, state, step, log, stop)
+            return finish(run, log)
+
+
+def leave(run: Run, state: State, step: int, log: Log, stop: Stop):
+    """End after a signal, with all up to `step` saved."""
+    run.checkpoints.wait()
+    if step > max([0, *run.checkpoints.steps()]):
+        save(run, state, step, log)
+    run.checkpoints.close()
+    say(f"stopped by {stop.reason()}; step {step} is saved, the same command resumes")
+
+
+def finish(run: Run, log: Log) -> dict[str, Any]:
+    """The last row, and what tools/eval.py and tools/summary.py make of the run."""
+    run.checkpoints.close()
+    if run.summary:
+        return run.summary
+    total = run.plan.total
+    found = {k: v for k, v in verb("eval", [str(run.directory)]).items() if ".test/" in k}
+    log.row({"step": total, **found, **run.plan.spent(total)})
+    log.sync()
+    return verb("summary", [str(run.directory)])
 
 
 def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
@@ -496,6 +669,8 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     return params, config, tokenizer, lambda params, ids: scores(params, step, jnp.asarray(ids))
 
 
+# ------------------------------------------------------------------------------------------- the command line
+
 def verb(name: str, arguments: list[str]):
     """Run tools/NAME.py."""
     return load_file(ROOT / "tools" / f"{name}.py").main(arguments)
@@ -513,7 +688,7 @@ def main(arguments: list[str]) -> int:
             elif "--debug" in arguments:
                 result = verb("debug", [word for word in arguments if word != "--debug"])
             else:
-                result = Run(*parse(arguments)).train()
+                result = train(*parse(arguments))
             return result if isinstance(result, int) else 0  # of fit: 1 for what does not
     except InputError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # at once: threads may write too
@@ -521,106 +696,11 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return 130
+
+
 if __name__ == "__main__":  # one module called `train`, for this process and for every config that imports it
     sys.path.insert(0, str(ROOT))
     import train
     # A failed save of Orbax's closes an event loop that its threads still call: the save's sentence says it.
     sys.unraisablehook = lambda it: str(it.exc_value) == "Event loop is closed" or sys.__unraisablehook__(it)
     sys.exit(train.main(sys.argv[1:]))
-
-
-def make_step(run, config: ModelConfig, accumulate: int = 1) -> Callable:
-    """`step(state, batch, rates, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
-
-    run: has optimizer, reparam, token_loss, reduce and clip (a `train.Config`). rates: {group: float32}.
-    accumulate: the batch is taken in so many parts in turn, whose numerators and denominators are summed.
-    An update whose loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
-    """
-    transforms, members = run.optimizer(table(config)), groups(config)
-
-    def loss(params, batch, step, mask):
-        used = reparametrised(run.reparam, params, step, batch)
-        each = losses(used, batch, mask, config, run.token_loss, {"step": step})
-        (numerator, denominator), metrics = run.reduce(each, batch)
-        return numerator, (denominator, metrics)
-
-    def sums(params, batch, step, mask):
-        """Sums over the batch: ((numerator, (denominator, metrics)), gradient of the numerator)."""
-        def gradient(part):
-            return jax.value_and_grad(loss, has_aux=True)(params, part, step, mask)
-
-        if accumulate == 1:
-            return gradient(batch)
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
-        like = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(part)), None
-
-        (values, grads), _ = lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), parts)
-        numerator, (denominator, metrics) = values
-        return (numerator, (denominator, jax.tree.map(lambda x: x / accumulate, metrics))), grads
-
-    def step(state: State, batch, rates, mask: Mask):
-        (numerator, (denominator, metrics)), grads = sums(state.params, batch, state.step, mask)
-        share = 1 / jnp.maximum(denominator, 1e-9)
-        value = numerator * share
-        square = {g: sum(jnp.sum(jnp.square(grads[n]), dtype=value.dtype) for n in names) * share**2
-                  for g, names in members.items()}
-        norm = jnp.sqrt(sum(square.values()))
-        scale = share * (jnp.minimum(1.0, run.clip / jnp.maximum(norm, 1e-9)) if run.clip else 1.0)
-        params, opt = {}, {}
-        for group, names in members.items():
-            clipped = {n: grads[n] * scale for n in names}
-            old = {n: state.params[n] for n in names}
-            direction, opt[group] = transforms[group].update(clipped, state.opt[group], old)
-            params |= {n: old[n] - (rates[group] * direction[n]).astype(old[n].dtype) for n in names}
-            metrics[f"{group}/grad_norm"] = jnp.sqrt(square[group])
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt),
-                                   (state.params, state.opt))
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        metrics |= {"train/loss": value, "train/grad_norm": norm, "skipped": skipped}
-        return State(params, opt, state.step + 1, skipped), metrics
-
-    return step
-
-
-def compile_step(run, config: ModelConfig, mesh: Mesh, state: State, batch, rates, mask: Mask,
-                 accumulate: int = 1):
-    """The step as an executable `(state, batch, rates) -> (state, metrics)` that reuses `state`'s memory."""
-    out = places(state_like(config, run.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(make_step(run, config, accumulate), static_argnames="mask", donate_argnums=0,
-                   out_shardings=out)
-    with jax.set_mesh(mesh):
-        return step.lower(state, batch, rates, mask=mask).compile()
-
-
-def transfer_opt_state(opt: dict, first: dict, edited: Edited, old: ModelConfig) -> dict:
-    """The optimiser state {group: state} after an edit; `first` is a fresh one for the edited parameters.
-
-    Raises ValueError where an edit's policy leaves a state that does not fit its parameters.
-    """
-    out, before = {}, groups(old)
-    for group, fresh in first.items():
-        policy = edited.policy.get(group, "keep") if group in before else "reset"
-        if policy == "reset":
-            out[group] = fresh
-        else:
-            out[group] = opt[group] if policy == "keep" else map_like_params(opt[group], before[group], policy)
-        if jax.tree.map(jnp.shape, out[group]) != jax.tree.map(jnp.shape, fresh):
-            raise ValueError(f"an edit's policy {policy!r} for the optimiser group {group!r} "
-                             "does not fit its parameters")
-    return out
-
-
-def apply_edits(edits: list[Callable], state: State, config: ModelConfig, optimizer: Callable, mesh: Mesh,
-                context: Context) -> tuple[State, ModelConfig]:
-    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
-    for i, edit in enumerate(edits):
-        edited = edit(Model(config, state.params), context._replace(key=jax.random.fold_in(context.key, i)))
-        new, params = edited.model
-        opt = transfer_opt_state(state.opt, init_opt_state(params, new, optimizer), edited, config)
-        state, config = state.replace(params=params, opt=opt), new
-        state = jax.device_put(state, places(state_like(config, optimizer, mesh)))
-    return state, config

@@ -15,29 +15,42 @@ def grid(devices, mesh) -> str:
     return f"{len(devices)} x {devices[0].device_kind}, mesh {sizes}"
 
 
-def banner(run, step, attention: str):
-    """Print what is about to run, before it runs; step, attention: the first phase's, compiled and chosen."""
-    config, course = run.config, run.course
-    shapes, tokens, first = course.models, int(course.tokens[-1]), course.models[0]
-    multiply, square = jax.jit(jnp.matmul), np.ones((1024, 1024), first.dtype)
-    for _ in range(2):
+def matmul_speed(dtype: str) -> float:
+    """FLOP/s of a bare matrix product of this dtype on one device here."""
+    multiply, square = jax.jit(jnp.matmul), np.ones((1024, 1024), dtype)
+    for _ in range(2):  # the first one is compiled
         begun = time.perf_counter()
         multiply(square, square).block_until_ready()
-    speed = run.mesh.devices.size * 2 * 1024**3 / (time.perf_counter() - begun)
-    memory = step.memory_analysis()
-    memory = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
-    later = config.data.stream or any(p.steer for p in config.phases)
-    epochs = {} if later else run.loader.epochs(int(course.ends[-1]))
-    epochs = ", ".join(f"{name} {n:.2f}" for name, n in epochs.items()) or "not known yet"
-    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return 2 * 1024**3 / (time.perf_counter() - begun)
+
+
+def epochs_of(run) -> str:
+    """How often the run reads each source; not known where a source is still growing, or a mixture is steered."""
+    if run.config.data.stream or run.plan.steers:
+        return "not known yet"
+    found = run.loader.epochs(run.plan.total)
+    return ", ".join(f"{name} {n:.2f}" for name, n in found.items())
+
+
+def banner(run, step, attention: str):
+    """Print what is about to run, before it runs; step, attention: the first phase's, compiled and chosen."""
+    config, plan = run.config, run.plan
+    models, tokens, flops = plan.models, int(plan.tokens[-1]), float(plan.flops[-1])
+    analysis = step.memory_analysis()
+    memory = (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) / 2**20
+    devices = grid(run.mesh.devices.ravel(), run.mesh)
+    if jax.process_count() > 1:
+        devices += f", {jax.process_count()} processes"
+    seconds = 2 * flops / (run.mesh.devices.size * matmul_speed(models[0].dtype))
+    sizes = (f"{count(model):,} ({model.layers} layers)" for model in dict.fromkeys(models))
     lines = {
         "run": f"{config.runs}/{config.name}",
-        "parameters": " -> ".join(f"{count(m):,} ({m.layers} layers)" for m in dict.fromkeys(shapes)),
-        "tokens": f"{tokens:,}, {tokens / count(shapes[-1]):.1f} a parameter; epochs: {epochs}",
-        "FLOPs": f"{course.flops[-1]:.3g}",
+        "parameters": " -> ".join(sizes),
+        "tokens": f"{tokens:,}, {tokens / count(models[-1]):.1f} a parameter; epochs: {epochs_of(run)}",
+        "FLOPs": f"{flops:.3g}",
         "memory": f"{memory:,.0f} MiB a device in the first phase",
-        "devices": grid(run.mesh.devices.ravel(), run.mesh) + processes,
-        "attention": f"{attention}, {first.dtype}",
-        "expected": f"{timedelta(seconds=int(course.flops[-1] / speed * 2))} at half a bare matmul's speed",
+        "devices": devices,
+        "attention": f"{attention}, {models[0].dtype}",
+        "expected": f"{timedelta(seconds=int(seconds))} at half a bare matmul's speed",
     }
-    print("\n".join(f"{k:>11}  {v}" for k, v in lines.items()), flush=True)
+    print("\n".join(f"{name:>11}  {value}" for name, value in lines.items()), flush=True)

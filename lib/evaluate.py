@@ -157,17 +157,18 @@ def own_evals(config, tokenizer: Tokenizer, params, apply: Callable) -> dict[str
     return row
 
 
-def evaluate_during(run, step: int, losses: Callable, scores: Callable) -> dict[str, float]:
+def evaluate_during(config, phase: int, caches: dict, tokenizer: Tokenizer, mesh, state, losses: Callable,
+                    scores: Callable) -> dict[str, float]:
     """{metric: value} of a run as it stands, on the fixed subset of dev and by its config's own `evals`.
 
     losses, scores: of `model.evaluators`.
     """
-    config, params, row = replace(run.config, model=run.shape), run.state.params, {}
+    row, params = {}, state.params
     if config.data.dev:
-        found, _ = measure(partial(losses, params, run.state.step), run.caches, "dev", config,
-                           config.phases[run.loader.phase_of(step)], run.tokenizer, config.eval_tokens)
+        found, _ = measure(partial(losses, params, state.step), caches, "dev", config,
+                           config.phases[phase], tokenizer, config.eval_tokens)
         row = {f"eval/{name}/{k}": v for name, of in found.items() for k, v in of.items()}
-    return row | own_evals(config, run.tokenizer, params, sharded_apply(scores, run.state.step, run.mesh))
+    return row | own_evals(config, tokenizer, params, sharded_apply(scores, state.step, mesh))
 
 
 def compressed(texts: list[bytes]) -> dict[str, float]:

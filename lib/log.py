@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, and a line on the terminal."""
+"""What a run reports of its steps: rows of metrics.jsonl, and a line on the terminal."""
 import collections
 import json
 import math
@@ -6,81 +6,194 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from lib.curves import follow
 from lib.disk import write
+from lib.errors import InputError
 from lib.hardware import peak
 from lib.processes import is_main_process
 from lib.schedule import Plan
+from model import count
+
+RECENT = 100  # losses that a new one is compared with
+SPIKE = 6  # standard deviations above their mean at which it is reported
+PAUSE = 5.0  # seconds between lines where the output is no terminal
 
 
-class Reporter:
-    """metrics.jsonl, and a live line on a terminal or plain ones every five seconds elsewhere."""
+def say(text: str):
+    """Print a line of its own, in place of the one that shows where the run is."""
+    if sys.stdout.isatty():
+        text = f"\r\x1b[2K{text}"
+    print(text, flush=True)
 
-    def __init__(self, path: Path, start: int, course: Plan, done: bool = False):
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        rows = [(line, json.loads(line)) for line in lines if line.endswith(b"\n")]
-        # What the checkpoint has not seen will come again; so will the test figures, which end a run.
-        kept = [line for line, row in rows if row["step"] <= start and (done or ".test/" not in "".join(row))]
+
+def finite(value):
+    """The value, or None for a float that JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def rows_kept(path: Path, step: int, complete: bool) -> bytes:
+    """The lines of a metrics.jsonl that a run which goes on from `step` keeps.
+
+    Steps that its checkpoint has not seen will come again; so will the test figures, which end a run.
+    """
+    if step == 0 or not path.exists():
+        return b""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):  # torn
+            continue
+        row = json.loads(line)
+        of_test = any(".test/" in name for name in row)
+        if row["step"] <= step and (complete or not of_test):
+            kept.append(line)
+    return b"".join(kept)
+
+
+class Log:
+    """Writes a row for each step, one step late, so that no device waits for the host to read its figures.
+
+    track: takes each row too. complete: the run has ended before; its rows stay as they are.
+    """
+
+    def __init__(self, path: Path, step: int, plan: Plan, max_skipped: int, complete: bool = False):
+        self.path, self.plan, self.max_skipped = path, plan, max_skipped
+        place = os.devnull
         if is_main_process():
-            write(path, b"".join(kept))
-        self.file, self.course, self.start = open(path if is_main_process() else os.devnull, "a"), course, start
-        self.live, self.begun, self.last, self.track = sys.stdout.isatty(), time.perf_counter(), None, None
-        self.shown = self.waited = self.stall = 0.0
-        self.peak, self.recent = peak(), collections.deque(maxlen=100)
+            write(path, rows_kept(path, step, complete))
+            place = path
+        self.file = open(place, "a")
+        self.track: Callable[[dict], None] | None = None
+        self.pending = None  # (step, metrics on the device, figures of the batch) not written yet
+        self.recent = collections.deque(maxlen=RECENT)  # losses
+        self.last = None  # when the last row was written; None: what came since is no step's time
+        self.waited, self.waited_now = 0.0, 0.0  # seconds waited for batches, up to that row and up to now
+        self.save_s = 0.0  # seconds that a checkpoint held up the loop since the last row
+        self.begun = None  # (time, FLOPs) of the first row: the first step's time is mostly compilation
+        self.shown, self.speed, self.peak = 0.0, {}, peak()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.sync()
+        self.file.close()
+
+    def step(self, step: int, metrics: dict, of_batch: dict, waited: float):
+        """Take a step's metrics, still on the device, and write the row of the step before.
+
+        waited: seconds that the loop has waited for batches so far. Raises InputError after `max_skipped`
+        updates in a row that were not finite.
+        """
+        self.waited_now = waited
+        self.flush()
+        self.pending = step, metrics, of_batch
+
+    def flush(self):
+        """Write the row that is pending."""
+        if self.pending is None:
+            return
+        step, metrics, of_batch = self.pending
+        self.pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        skipped = int(metrics.pop("skipped"))
+        row = {"step": step, **metrics, "train/lr": float(max(lr[step] for lr in self.plan.lr.values())),
+               **self.plan.spent(step), **of_batch,
+               "model/params": count(self.plan.models[self.plan.phase_of(step)]), "train/skipped": skipped}
+        self.report_spike(step, row["train/loss"])
+        now = time.perf_counter()
+        self.row(row | self.timing(step, now))
+        self.show(row, now)
+        if skipped >= self.max_skipped:
+            raise InputError(f"loss or gradient not finite at step {step} and {skipped - 1} before it; use a "
+                             "lower schedule.peak or clip under another --name, or look at that data")
+
+    def timing(self, step: int, now: float) -> dict[str, float]:
+        """What a step took, where nothing else came between it and the one before."""
+        found = {}
+        if self.last is not None:
+            seconds, plan = now - self.last, self.plan
+            found = {"perf/step_ms": 1e3 * seconds,
+                     "perf/tokens_per_s": (plan.tokens[step] - plan.tokens[step - 1]) / seconds,
+                     "perf/host_stall": (self.waited_now - self.waited) / seconds}
+            if self.peak:
+                found["perf/mfu"] = (plan.flops[step] - plan.flops[step - 1]) / seconds / self.peak
+        if self.save_s:
+            found["perf/save_s"] = round(self.save_s, 4)
+        self.last, self.waited, self.save_s = now, self.waited_now, 0.0
+        self.speed = found
+        return found
+
+    def report_spike(self, step: int, loss: float):
+        """Say so where a loss is far above the last ones."""
+        if len(self.recent) > 50:
+            above = (loss - np.mean(self.recent)) / np.std(self.recent)
+            if above > SPIKE:
+                config = self.path.with_name("config.json")
+                say(f"step {step}: loss {loss:.3f}, {above:.0f} deviations above the last; "
+                    f"python train.py corpus inspect {config} --step {step}")
+        if math.isfinite(loss):
+            self.recent.append(loss)
 
     def row(self, row: dict):
-        """One JSON object on a line of its own; what is not finite becomes null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        """Write one JSON object on a line of its own; what is not finite becomes null."""
+        row = {name: finite(value) for name, value in row.items()}
+        self.file.write(json.dumps(row) + "\n")
         if self.track:
-            self.track(finite)
+            self.track(row)
+
+    def evaluation(self, step: int, found: dict[str, float]):
+        """Write a row of held-out figures after that of its step, print them, and draw them now and then."""
+        if not found:
+            return
+        self.row({"step": step, **found, **self.plan.spent(step)})
+        said = (f"{name.removeprefix('eval/')} {value:.4f}" for name, value in found.items())
+        say(f"step {step}: {', '.join(said)}")
+        if is_main_process():
+            follow(self.path.parent, self.sync)
 
     def sync(self):
-        """Every row so far onto the disk, and what comes now out of the next step's time."""
+        """Bring every row so far onto the disk; what comes now is not of the next step's time."""
+        self.flush()
         self.file.flush()
         if is_main_process():
             os.fsync(self.file.fileno())
-        self.last, self.waited = None, 0.0
+        self.last = None
 
-    def step(self, row: dict):
-        """Write a step's row and show where the run is; `waited`: seconds spent on batches since the last."""
-        c, step, now = self.course, row["step"], time.perf_counter()
-        if self.last:
-            seconds = now - self.last
-            tokens, flops = c.tokens[step] - c.tokens[step - 1], c.flops[step] - c.flops[step - 1]
-            row |= {"perf/step_ms": 1e3 * seconds, "perf/tokens_per_s": tokens / seconds,
-                    "perf/host_stall": self.waited / seconds}
-            row |= {"perf/mfu": flops / seconds / self.peak} if self.peak else {}
-        loss, spread = row["train/loss"], np.std(self.recent) if len(self.recent) > 50 else math.inf
-        if (above := loss - np.mean(self.recent or [loss])) > 6 * spread:
-            self.say(f"step {step}: loss {loss:.3f}, {above / spread:.0f} deviations above the last; python "
-                     f"train.py corpus inspect {Path(self.file.name).with_name('config.json')} --step {step}")
-        self.recent += [loss] if math.isfinite(loss) else []
-        row |= {"perf/save_s": round(self.stall, 4)} if self.stall else {}  # that a checkpoint held the loop
-        self.last, self.waited, self.stall = now, 0.0, 0.0
-        self.row(row)
-        if not self.live and now - self.shown < 5 and step != c.ends[-1]:
+    def show(self, row: dict, now: float):
+        """Show where the run is: on a terminal each step, elsewhere every few seconds."""
+        live = sys.stdout.isatty()
+        if not live and now - self.shown < PAUSE and row["step"] != self.plan.total:
             return
-        self.shown, text = now, status_line(self, row, now)
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[2K{text[:width]}" if self.live else text, end="" if self.live else "\n", flush=True)
+        self.shown, text = now, self.status_line(row, now)
+        if live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[2K{text[:width]}", end="", flush=True)
+        else:
+            print(text, flush=True)
 
-    def say(self, text: str):
-        """A line of its own, in place of the live one."""
-        print(("\r\x1b[2K" if self.live else "") + text, flush=True)
-
-
-def status_line(out: Reporter, row: dict, now: float) -> str:
-    """Where a run is, from a step's row, at a time in seconds."""
-    step, flops = row["step"], out.course.flops
-    pace = (now - out.begun) / (flops[step] - flops[out.start])
-    left = timedelta(seconds=int((flops[-1] - flops[step]) * pace))
-    speed = [f"{row['perf/tokens_per_s']:,.0f} tok/s"] if "perf/tokens_per_s" in row else []  # see `sync`
-    speed += [f"mfu {row['perf/mfu']:.1%}"] if "perf/mfu" in row else []
-    return " | ".join([f"{flops[step] / flops[-1]:6.1%}", f"step {step}/{out.course.ends[-1]}",
-                       f"loss {row['train/loss']:.3f}", f"lr {row['train/lr']:.2e}",
-                       f"grad {row['train/grad_norm']:.2f}", *speed, f"ETA {left}"])
+    def status_line(self, row: dict, now: float) -> str:
+        """Where a run is, from a step's row, at a time in seconds."""
+        step, flops = row["step"], self.plan.flops
+        parts = [f"{flops[step] / flops[-1]:6.1%}", f"step {step}/{self.plan.total}",
+                 f"loss {row['train/loss']:.3f}", f"lr {row['train/lr']:.2e}",
+                 f"grad {row['train/grad_norm']:.2f}"]
+        if "perf/tokens_per_s" in self.speed:
+            parts.append(f"{self.speed['perf/tokens_per_s']:,.0f} tok/s")
+        if "perf/mfu" in self.speed:
+            parts.append(f"mfu {self.speed['perf/mfu']:.1%}")
+        if self.begun is None:
+            self.begun = now, flops[step]
+        elif flops[step] > self.begun[1]:
+            pace = (now - self.begun[0]) / (flops[step] - self.begun[1])
+            parts.append(f"ETA {timedelta(seconds=int((flops[-1] - flops[step]) * pace))}")
+        return " | ".join(parts)

@@ -1,8 +1,8 @@
-"""What a run starts from: its own checkpoint, another run's, or a Hugging Face directory."""
+"""What a run goes on from: what its past steps depend on, and what `init_from` names."""
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import shuffled
 from lib.checkpoint import find_checkpoint
@@ -10,65 +10,103 @@ from lib.config import flatten, from_json, to_json
 from lib.disk import digest
 from lib.errors import InputError
 from lib.hf import read_params, read_shape
-from lib.optim import state_like
+from lib.optim import State
 from lib.schedule import Plan
 from model import ModelConfig
 
+# Fields of a config that the steps taken so far depend on.
+PAST = ("seed", "model", "init_from", "init_with", "data", "phases", "optimizer", "clip", "max_skipped",
+        "reparam", "token_loss", "reduce")
+# Fields of a model's shape that say how it is computed: a run that starts from another sets its own.
+HOW = ("dtype", "param_dtype", "attention", "unroll", "remat", "logits_mib")
 
-def resume_key(config, course: Plan, step: int) -> dict[str, Any]:
+
+def as_json(value) -> Any:
+    """A config, or part of one, as it comes back from a JSON file."""
+    return json.loads(json.dumps(to_json(value)))
+
+
+def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
     """What the first `step` steps depend on, flat: a run that goes on from there must have it in common."""
-    fields = "seed model init_from init_with data phases optimizer clip max_skipped reparam token_loss reduce"
-    out = {k: v for k, v in json.loads(json.dumps(to_json(config))).items() if k in fields.split()}
-    out["phases"] = [p for p, end, now in zip(out["phases"], course.ends, config.phases, strict=True)
-                     if end - now.steps < step]
-    for phase, now, end in zip(out["phases"], config.phases, course.ends, strict=False):
-        del phase["schedule"], phase["lr"]  # their effect, the rates, is compared below
-        if end >= step and not (callable(now.mixture) or now.lengths or now.order is not shuffled):
-            del phase["steps"]
-    rates = {group: r[1:step + 1].tolist() for group, r in course.rates.items() if r[1:step + 1].any()}
-    return flatten(out) | {"data.sources (their order)": list(config.data.sources),
-                           "schedule (the rates of steps already taken)": digest(rates)}
+    fields = {name: value for name, value in as_json(config).items() if name in PAST}
+    begins = [end - phase.steps for phase, end in zip(config.phases, plan.ends, strict=True)]
+    phases = []
+    for written, phase, begin, end in zip(fields["phases"], config.phases, begins, plan.ends, strict=True):
+        if begin >= step:
+            continue
+        del written["schedule"], written["lr"]  # their effect, the rates, is compared below
+        by_progress = callable(phase.mixture) or phase.lengths or phase.order is not shuffled
+        if end >= step and not by_progress:
+            del written["steps"]  # the phase may become longer
+        phases.append(written)
+    fields["phases"] = phases
+    rates = {group: lr[1:step + 1].tolist() for group, lr in plan.lr.items() if lr[1:step + 1].any()}
+    return flatten(fields) | {
+        "data.sources (their order)": list(config.data.sources),
+        "schedule (the rates of steps already taken)": digest(rates)}
+
+
+def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two `resume_key`s, in words."""
+    said = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            said.append(key if "(" in key else f"{key} was {old!r} and is {new!r}")
+    return said
+
+
+def run_step(name: str) -> tuple[str, int | None]:
+    """RUN or RUN@STEP as (run, step)."""
+    run, at, step = name.rpartition("@")
+    if at and step.isdigit():
+        return run, int(step)
+    return name, None
 
 
 def start_config(config, directory: Path) -> tuple[Any, Path | None]:
-    """(config with the shape and, unless it names one, the tokenizer of what `init_from` names, file of the
-    run's own tokenizer). Once the run in `directory` has a checkpoint, shape and tokenizer are read there:
-    what it started from need not be any more.
+    """(config with shape and tokenizer of what `init_from` names, file of the run's own tokenizer).
+
+    A tokenizer that the config names stays. Once the run in `directory` has a checkpoint, shape and tokenizer
+    are read there: what it started from need not be any more.
     """
-    name, begun = config.init_from, any(directory.glob("checkpoints/[0-9]*"))
+    name = config.init_from
+    begun = any(directory.glob("checkpoints/[0-9]*"))
     if begun:
         shape = json.loads((directory / "config.json").read_text())["model"]
+    elif name.startswith("hf:"):
+        shape = as_json(read_shape(name))
     else:
-        shape = read_shape(name) if name.startswith("hf:") else find_checkpoint(*run_step(name))[2]["model"]
-    shape = from_json(ModelConfig, shape) if isinstance(shape, dict) else shape
-    how = "dtype param_dtype attention unroll remat logits_mib".split()
-    config = replace(config, model=replace(shape, **{field: getattr(config.model, field) for field in how}))
+        shape = find_checkpoint(*run_step(name))[2]["model"]
+    how = {field: getattr(config.model, field) for field in HOW}
+    config = replace(config, model=replace(from_json(ModelConfig, shape), **how))
     if config.data.tokenizer == "bpe":
         tokenizer = name if name.startswith("hf:") else f"{run_step(name)[0]}/tokenizer.model"
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
     return config, directory / "tokenizer.model" if begun else None
 
 
-def run_step(name: str) -> tuple[str, int | None]:
-    """RUN or RUN@STEP as (run, step)."""
-    run, at, step = name.rpartition("@")
-    return (run, int(step)) if at and step.isdigit() else (name, None)
+class Start(NamedTuple):
+    """What a run begins with besides what it draws."""
+
+    state: State
+    since_reset: int | None = None  # steps since its embeddings were drawn anew, None if never
+    positions: dict[str, int] | None = None  # of each source, that another run has drawn
 
 
-def start_state(run):
-    """Give a run, its state just drawn, what `init_from` names: parameters, or all of a checkpoint."""
-    config, like = run.config, state_like(run.shape, run.config.optimizer, run.mesh)
-    if config.init_from.startswith("hf:"):
-        run.state = run.state.replace(params=read_params(config.init_from, run.shape, like.params))
-        return
-    checkpoints, step, meta = find_checkpoint(*run_step(config.init_from))
-    run.since = meta["since_reset"]
+def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
+    """A state just drawn, with what `init_from` names in it: parameters, or all of a checkpoint.
+
+    like: shapes, dtypes and places of the state.
+    """
+    name = config.init_from
+    if name.startswith("hf:"):
+        return Start(state.replace(params=read_params(name, model, like.params)))
+    checkpoints, step, meta = find_checkpoint(*run_step(name))
     if config.init_with == "params":
-        run.state = run.state.replace(params=checkpoints.params(step, like))
-        return
+        return Start(state.replace(params=checkpoints.params(step, like)), meta["since_reset"])
     written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
-    if written != json.loads(json.dumps(to_json(config.optimizer))):
-        raise InputError(f'init_with is "all", but {config.init_from} has another optimizer')
+    if written != as_json(config.optimizer):
+        raise InputError(f'init_with is "all", but {name} has another optimizer')
     taken = checkpoints.state(step, like)
-    run.state = run.state.replace(params=taken.params, opt=taken.opt)
-    run.loader.start = [meta["positions"].get(name, 0) for name in run.caches]
+    return Start(state.replace(params=taken.params, opt=taken.opt), meta["since_reset"], meta["positions"])

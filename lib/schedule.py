@@ -1,11 +1,12 @@
 """The plan of a run: budgets, shapes, edits and learning rates of every step, from the config alone."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import numpy as np
 
+from data import batch_lengths
 from model import Context, Model, ModelConfig, flops_per_token, groups, init
 
 
@@ -24,99 +25,203 @@ class Schedule:
 
 
 def schedules(config) -> dict[str, Schedule]:
-    """Every schedule of a `train.Config` by its path: the run's, phases', optimiser groups'."""
-    named = {"schedule": config.schedule}
+    """Every schedule of a `train.Config` by its path: the run's, its phases', their optimiser groups'."""
+    found = {"schedule": config.schedule}
     for i, phase in enumerate(config.phases):
-        own = {f"lr.{group}": s for group, s in phase.lr.items()} | {"schedule": phase.schedule}
-        named |= {f"phases.{i}.{path}": s for path, s in own.items() if isinstance(s, Schedule)}
-    return named
+        found |= {f"phases.{i}.lr.{group}": own for group, own in phase.lr.items()}
+        found[f"phases.{i}.schedule"] = phase.schedule
+    return {path: own for path, own in found.items() if isinstance(own, Schedule)}
+
+
+def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: float) -> np.ndarray:
+    """The rate as a share of the peak, warm-up aside, where `used` of the budget `total` is consumed."""
+    after = np.clip((used - warm) / max(total - warm, 1e-9), 0, 1)  # share of what follows the warm-up
+    match schedule.shape:
+        case "cosine":
+            return schedule.final + (1 - schedule.final) * 0.5 * (1 + np.cos(np.pi * after))
+        case "linear":
+            return 1 - (1 - schedule.final) * after
+        case "wsd":
+            through = np.clip((used / total - (1 - schedule.decay)) / schedule.decay, 0, 1)
+            if schedule.fall == "sqrt":
+                through = np.sqrt(through)
+            return 1 - (1 - schedule.final) * through
+    return np.ones(len(used))
 
 
 def lr_schedule(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.ndarray:
-    """The rate at steps start+1 .. start+steps, where `spent` [s] is the budget consumed after s steps.
+    """The learning rate at steps start+1 .. start+steps, where `spent` [s] is consumed after s steps.
 
     A step's rate belongs to the budget consumed with that step, so a row's own figures give its rate.
     """
     if schedule.cycle:
-        once, starts = replace(schedule, cycle=0), range(start, start + steps, schedule.cycle)
-        return np.concatenate([lr_schedule(once, spent, s, min(schedule.cycle, start + steps - s)) for s in starts])
+        once = replace(schedule, cycle=0)
+        end = start + steps
+        starts = range(start, end, schedule.cycle)
+        return np.concatenate(
+            [lr_schedule(once, spent, s, min(schedule.cycle, end - s)) for s in starts])
     used = (spent[start + 1:start + steps + 1] - spent[start]).astype(float)
     total = float(spent[start + steps] - spent[start])
-    warm = used[min(schedule.warmup, steps) - 1] if schedule.warmup else 0.0
-    rise = np.minimum(1.0, used / warm) if warm else np.ones(steps)
-    after = np.clip((used - warm) / max(total - warm, 1e-9), 0, 1)  # of the warm-up
-    if schedule.shape == "cosine":
-        fall = schedule.final + (1 - schedule.final) * 0.5 * (1 + np.cos(np.pi * after))
-    elif schedule.shape == "linear":
-        fall = 1 - (1 - schedule.final) * after
-    elif schedule.shape == "wsd":
-        through = np.clip((used / total - (1 - schedule.decay)) / schedule.decay, 0, 1)
-        fall = 1 - (1 - schedule.final) * (np.sqrt(through) if schedule.fall == "sqrt" else through)
-    else:
-        fall = np.ones(steps)
-    return schedule.peak * rise * fall
+    warm = 0.0
+    if schedule.warmup:
+        warm = used[min(schedule.warmup, steps) - 1]
+    rise = np.ones(steps)
+    if warm:
+        rise = np.minimum(1.0, used / warm)
+    return schedule.peak * rise * shape_of_decay(schedule, used, warm, total)
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """What each step of a run is to be, from the config alone. Index s is after s steps; 0 is the start."""
 
     ends: np.ndarray  # last step of each phase
-    models: list[ModelConfig]  # of each phase
-    tokens: np.ndarray  # consumed [steps + 1]
-    flops: np.ndarray  # model FLOPs consumed [steps + 1]
-    rates: dict[str, np.ndarray]  # learning rate of each optimiser group [steps + 1]
+    start: ModelConfig  # the model before the first edit
+    models: list[ModelConfig]  # of each phase, its edits applied
+    tokens: np.ndarray  # consumed, int64 [steps + 1]
+    flops: np.ndarray  # model FLOPs consumed, float64 [steps + 1]
+    lr: dict[str, np.ndarray]  # learning rate of each optimiser group [steps + 1]
+    edits: dict[int, list[Callable]]  # to apply after so many steps, before the next one
+    resets: np.ndarray  # steps after which an edit recurs within its phase, ascending
+    steers: dict[int, int]  # step after which a mixture is decided anew: its phase
+    eval_steps: frozenset[int]  # evaluations besides those of each `eval_every` steps
+    eval_every: int
+    save_every: int
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return int(self.ends[-1])
+
+    def phase_of(self, step: int) -> int:
+        """The phase that takes `step` (1 and up); the first one for 0."""
+        return int(np.searchsorted(self.ends, max(1, step)))
+
+    def model_after(self, step: int) -> ModelConfig:
+        """The model's shape after `step` steps, before the edits that are due there."""
+        if step == 0:
+            return self.start
+        return self.models[self.phase_of(step)]
+
+    def stops(self, step: int) -> bool:
+        """Does a phase end here, or is a mixture decided anew? Then the run evaluates and saves."""
+        return step in self.ends or step in self.steers
+
+    def evaluates(self, step: int) -> bool:
+        """Is there an evaluation after `step` steps?"""
+        if step in self.eval_steps:
+            return True
+        return step > 0 and (self.stops(step) or step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Is there a checkpoint after `step` steps?"""
+        return self.stops(step) or step % self.save_every == 0
+
+    def frozen(self, phase: int) -> frozenset[str]:
+        """Optimiser groups whose rate is 0 through a whole phase."""
+        begin, end = int(np.append(0, self.ends)[phase]), int(self.ends[phase])
+        return frozenset(g for g, lr in self.lr.items() if not lr[begin + 1:end + 1].any())
+
+    def since_reset(self, step: int, start: int = 0, since: int | None = None) -> int | None:
+        """Steps since an edit last recurred, None if never; at step `start` it was `since`."""
+        last = int(np.searchsorted(self.resets, step))  # a reset after `step` steps belongs to the next one
+        if last and self.resets[last - 1] >= start:
+            return step - int(self.resets[last - 1])
+        return None if since is None else since + step - start
+
+    def spent(self, step: int) -> dict[str, float]:
+        """What every row of metrics.jsonl says of the budget."""
+        return {"train/tokens": int(self.tokens[step]), "train/flops": float(self.flops[step]),
+                "phase": self.phase_of(step)}
 
 
-def shapes(config, context: Context) -> list[ModelConfig]:
-    """The model's shape in each phase: the edits, run on shapes alone."""
-    out, current = [], config.model
+def models_of(config, context: Context) -> list[ModelConfig]:
+    """The model's shape in each phase of a `train.Config`: its edits, run on shapes alone."""
+    found, current = [], config.model
     for phase in config.phases:
         for edit in phase.edits:
-            box = []
-
-            def abstract(key, edit=edit, current=current, box=box):
-                box.append(edit(Model(current, init(current, key)), context).model)
-                return box[0].params
-
-            jax.eval_shape(abstract, jax.random.key(0))
-            current = box[0].config
-        out.append(current)
-    return out
+            current = shape_after(edit, current, context)
+        found.append(current)
+    return found
 
 
-def make_plan(config, context: Context, lengths: list[tuple]) -> Plan:
-    """Budgets and rates of every step of a `train.Config`; lengths: `data.batch_lengths` of each phase."""
-    models = shapes(config, context)
-    steps, size = [p.steps for p in config.phases], [p.batch * p.seq for p in config.phases]
-    tokens = np.concatenate([[0], np.cumsum(np.repeat(np.array(size, np.int64), steps))])
-    cost = [n * np.array([flops_per_token(m, seq) for seq in rows], float)[picks]
-            for m, n, (rows, picks) in zip(models, size, lengths, strict=True)]
-    flops = np.concatenate([[0.0], np.cumsum(np.concatenate(cost))])
-    ends, spent = np.cumsum(steps), dict(tokens=tokens, flops=flops)
-    names = list(dict.fromkeys(g for m in models for g in groups(m)))
-    base = lr_schedule(config.schedule, spent[config.schedule.budget], 0, int(ends[-1]))
-    rates = {group: np.zeros(ends[-1] + 1) for group in names}
+def shape_after(edit: Callable, config: ModelConfig, context: Context) -> ModelConfig:
+    """The shape that an edit gives, worked out without computing its parameters."""
+    shapes = []
+
+    def abstract(key):
+        edited = edit(Model(config, init(config, key)), context).model
+        shapes.append(edited.config)
+        return edited.params
+
+    jax.eval_shape(abstract, jax.random.key(0))
+    return shapes[0]
+
+
+def flops_of(phase, model: ModelConfig) -> np.ndarray:
+    """Model FLOPs of each batch of a phase [steps], by the length of its rows."""
+    lengths, picks = batch_lengths(phase)
+    size = phase.batch * phase.seq
+    return size * np.array([flops_per_token(model, seq) for seq in lengths], float)[picks]
+
+
+def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dict[str, np.ndarray]:
+    """The learning rate of each optimiser group [steps + 1]; raises ValueError for a group that is none."""
+    run = config.schedule
+    base = lr_schedule(run, spent[run.budget], 0, int(ends[-1]))
+    lr = {group: np.zeros(ends[-1] + 1) for group in names}
     for i, phase in enumerate(config.phases):
         begin, end = int(ends[i]) - phase.steps, int(ends[i])
         if unknown := set(phase.lr) - set(names):
             raise ValueError(f"phases.{i}.lr names {', '.join(unknown)}; allowed are the optimiser groups "
                              f"{', '.join(names)}")
-        own = phase.schedule
-        rate = lr_schedule(own, spent[own.budget], begin, phase.steps) if own else base[begin:end]
+        common, own = base[begin:end], phase.schedule
+        if own:
+            common = lr_schedule(own, spent[own.budget], begin, phase.steps)
         for group in names:
             how = phase.lr.get(group, 1.0)
-            rates[group][begin + 1:end + 1] = rate * how if not isinstance(how, Schedule) else \
-                lr_schedule(how, spent[how.budget], begin, phase.steps)
-    return Plan(ends, models, tokens, flops, rates)
+            if isinstance(how, Schedule):
+                lr[group][begin + 1:end + 1] = lr_schedule(how, spent[how.budget], begin, phase.steps)
+            else:
+                lr[group][begin + 1:end + 1] = common * how
+    return lr
 
 
-def edits_at(config, course: Plan, step: int) -> list[Callable]:
-    """The edits to apply after `step` steps: a phase's own at its beginning, recurring ones within it."""
-    for i, phase in enumerate(config.phases):
-        begin, end = int(course.ends[i]) - phase.steps, int(course.ends[i])
-        if step == begin:
-            return list(phase.edits)
-        if begin < step < end:
-            return [e.apply for e in phase.repeat
-                    if (step - begin) % e.every == 0 and not 0 < e.until < step - begin]
-    return []
+def edits_of(config, ends: np.ndarray) -> tuple[dict[int, list[Callable]], np.ndarray]:
+    """({step: edits due after it}, the steps of those that recur within a phase)."""
+    edits, resets = {}, []
+    for phase, end in zip(config.phases, ends.tolist(), strict=True):
+        begin = end - phase.steps
+        if phase.edits:
+            edits[begin] = list(phase.edits)
+        for step in range(begin + 1, end):
+            due = [edit.apply for edit in phase.repeat if recurs(edit, step - begin)]
+            if due:
+                edits[step] = due
+                resets.append(step)
+    return edits, np.array(resets, np.int64)
+
+
+def recurs(edit, within: int) -> bool:
+    """Is a `train.Edit` due after so many steps of its phase?"""
+    over = 0 < edit.until < within
+    return within % edit.every == 0 and not over
+
+
+def make_plan(config, context: Context) -> Plan:
+    """The plan of a `train.Config`. Raises ValueError for what its edits or groups refuse."""
+    models = models_of(config, context)
+    phases, ends = config.phases, np.cumsum([phase.steps for phase in config.phases])
+    sizes = np.repeat(np.array([p.batch * p.seq for p in phases], np.int64), [p.steps for p in phases])
+    tokens = np.concatenate([[0], np.cumsum(sizes)])
+    costs = [flops_of(phase, model) for phase, model in zip(phases, models, strict=True)]
+    flops = np.concatenate([[0.0], np.cumsum(np.concatenate(costs))])
+    names = list(dict.fromkeys(group for model in models for group in groups(model)))
+    edits, resets = edits_of(config, ends)
+    steers = {}
+    for i, (phase, end) in enumerate(zip(phases, ends.tolist(), strict=True)):
+        if phase.steer:
+            steers |= dict.fromkeys(range(end - phase.steps, end, phase.steer)[1:], i)
+    lr = lr_of_groups(config, ends, dict(tokens=tokens, flops=flops), names)
+    return Plan(ends, config.model, models, tokens, flops, lr, edits, resets, steers,
+                frozenset(getattr(config, "eval_at", ())), config.eval_every, config.save_every)

@@ -60,7 +60,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 def course_of(config, context) -> Plan:
     """Shapes, budgets and rates of every step of a config, as a run works them out."""
     with user_errors():
-        return make_plan(config, context, [data.batch_lengths(phase) for phase in config.phases])
+        return make_plan(config, context)
 
 
 def strong(config: model.ModelConfig) -> dict[str, jax.Array]:

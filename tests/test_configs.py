@@ -144,7 +144,7 @@ def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(name):
     assert max(spent) / min(spent) < (1.003 if budget == "flops" else 1 + 1e-9)
     assert len({replace(course.models[-1], norm_eps=0.0) for course in courses}) == 1
     for config, course in zip(arms.values(), courses, strict=True):
-        s, rate = config.schedule, course.rates["matrix"]
+        s, rate = config.schedule, course.lr["matrix"]
         share = getattr(course, budget) / max(spent)
         assert s.shape == "wsd" and rate[-1] == pytest.approx(s.final * s.peak, rel=1e-3)
         falls = share[(share > 0.5) & (rate < 0.999 * s.peak)]

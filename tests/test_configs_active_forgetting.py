@@ -24,7 +24,7 @@ from lib.config import ROOT, load_file
 from lib.edits import reset_embeddings
 from lib.optim import State, state_like
 from lib.packing import DOCUMENT, ROW, START
-from lib.schedule import Plan, Schedule, edits_at, lr_schedule
+from lib.schedule import Plan, Schedule, lr_schedule
 from lib.sharding import MeshConfig, make_mesh
 from lib.sources import split_of
 from lib.tokenizers import Bytes
@@ -85,13 +85,16 @@ def trained(config: train.Config, devices: int = 1, resets: tuple[int, ...] = ()
     whole = make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", lambda mesh, _=None: whole(mesh, jax.devices()[:devices]))
-        patch.setattr(train.Run, "conclude", lambda run: run.out.sync())  # no samples, no pictures
+        patch.setattr(train, "finish", lambda run, log: log.sync())  # no samples, no pictures
         DRAWN.clear()
-        run = train.Run(config, __file__)
-        run.directory.mkdir(parents=True, exist_ok=True)
-        run.begin() if resets else run.train()
+        run = train.prepare(config, __file__)
+        if not resets:
+            train.train(config, __file__)
+        state = train.first(run)
         for step in resets:
-            run.edit(edits_at(run.config, run.course, step), step)
+            state = train.edit_model(run, state, step)
+            if devices > 1:
+                assert len(state.params["embed"].sharding.device_set) == devices
     return run, dict(DRAWN)
 
 
@@ -132,9 +135,8 @@ def body(run, params) -> dict:
 def test_a_reset_leaves_the_body_and_its_optimiser_bit_for_bit(whole):
     """What the run itself does after K steps, with moments and counts that are not those of a fresh state."""
     run, drawn = whole
-    before = run.state = state(run, K)
-    run.edit(edits_at(run.config, run.course, K), K)
-    after = run.state
+    before = state(run, K)
+    after = train.edit_model(run, before, K)
     assert bits(body(run, after.params)) == bits(body(run, before.params))
     for group in BODY:
         assert bits(after.opt[group]) == bits(before.opt[group]) and int(after.opt[group][0].count) == K
@@ -172,9 +174,8 @@ def test_draws_follow_seed_and_step_through_a_stop_and_on_eight_devices(whole, t
     assert [*begun] == [K] and [*rest] == [2 * K]
     equal(begun[K], drawn[K])
     equal(rest[2 * K], drawn[2 * K])
-    assert bits(second.state.params) == bits(state(run, run.total).params)
-    wide, eight = trained(tiny(tmp_path, name="eight"), devices=8, resets=(K, 2 * K))
-    assert len(wide.state.params["embed"].sharding.device_set) == 8
+    assert bits(state(second, second.plan.total).params) == bits(state(run, run.plan.total).params)
+    _, eight = trained(tiny(tmp_path, name="eight"), devices=8, resets=(K, 2 * K))
     _, other = trained(tiny(tmp_path, name="other", seed=1), resets=(K, 2 * K))
     for step in (K, 2 * K):
         equal(eight[step], drawn[step])
@@ -187,7 +188,7 @@ def test_the_loss_after_a_reset_is_that_of_a_head_that_knows_nothing(whole):
     """
     run, _ = whole
     losses = {r["step"]: r["train/loss"] for r in rows_of(run) if "train/loss" in r}
-    for step in (K, 2 * K, *run.course.ends.tolist()[:-1]):
+    for step in (K, 2 * K, *run.plan.ends.tolist()[:-1]):
         gain = np.asarray(state(run, step).params["norm"])
         expected = math.log(Bytes.vocab) + np.mean(gain**2) / 2
         assert abs(losses[step + 1] - expected) < 0.3 and losses[step] < expected - 0.5
@@ -217,7 +218,7 @@ def test_each_cycle_is_the_whole_schedule_over_its_own_steps(steps, cycle, start
 
 
 def test_only_the_embeddings_rate_starts_again_in_each_episode():
-    plain, forget = (course(forgetting.study.arms[arm]).rates for arm in ("standard", "forgetting"))
+    plain, forget = (course(forgetting.study.arms[arm]).lr for arm in ("standard", "forgetting"))
     phase = forgetting.study.arms["forgetting"].phases[0]
     (reset,), own = phase.repeat, phase.lr["embed"]
     assert own.cycle == reset.every and phase.steps % reset.every == 0
@@ -237,7 +238,7 @@ def test_only_the_embeddings_rate_starts_again_in_each_episode():
 def test_the_body_is_frozen_in_adaptation_and_the_loss_falls(whole):
     """Bit for bit, through weight decay and old moments; every cell begins with embeddings of its own."""
     run, _ = whole
-    ends = run.course.ends.tolist()
+    ends = run.plan.ends.tolist()
     states = [state(run, s) for s in ends]
     assert len({tuple(bits(body(run, s.params))) for s in states}) == 1
     assert bits(body(run, states[0].params)) != bits(body(run, state(run, 2 * K).params))
@@ -250,7 +251,7 @@ def test_the_body_is_frozen_in_adaptation_and_the_loss_falls(whole):
 
 def test_adaptation_reads_the_new_language_alone(whole):
     run, _ = whole
-    first, *cells = run.course.ends.tolist()
+    first, *cells = run.plan.ends.tolist()
     rows = [r for r in rows_of(run) if "data/new/rows" in r]
     assert [(r["data/old/rows"], r["data/new/rows"]) for r in rows] == [(8, 0)] * first + [(0, 8)] * (
         cells[-1] - first)
@@ -337,9 +338,9 @@ def test_every_arm_is_a_config_that_is_accepted_and_adapts_alike(name):
     assert np.diff(found.ends).tolist() == [steps for _, steps in forgetting.CELLS.values()]
     first = found.ends[0]
     for group in BODY:
-        assert not found.rates[group][first + 1:].any()
-        assert found.rates[group][1:first + 1].any() == (name != "random_body")
-    zero = np.flatnonzero(found.rates["embed"][1:] == 0) + 1
+        assert not found.lr[group][first + 1:].any()
+        assert found.lr[group][1:first + 1].any() == (name != "random_body")
+    zero = np.flatnonzero(found.lr["embed"][1:] == 0) + 1
     assert {*found.ends[1:]} <= {*zero} <= {*found.ends[1:], *range(forgetting.K, first + 1, forgetting.K)}
     assert first == (1 if name == "random_body" else course(control).ends[0])
     for phase, (tokens, _) in zip(arm.phases[1:], forgetting.CELLS.values(), strict=True):

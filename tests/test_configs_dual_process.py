@@ -11,7 +11,7 @@ import data
 import model
 import train
 from lib.config import ROOT, load_file
-from lib.schedule import Plan, edits_at
+from lib.schedule import Plan
 from lib.sharding import make_mesh
 from lib.statistics import run_figures
 from lib.tokenizers import make_tokenizer
@@ -189,19 +189,19 @@ def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then()
     plans = {arm: course(arm) for arm in forgetting.study.arms}
     control, every = plans[forgetting.study.first][1], forgetting.EVERY
     steps = int(control.ends[-1])
-    resets = {arm: [s for s in range(steps + 1) if edits_at(*plan, s)] for arm, plan in plans.items()}
+    resets = {arm: [s for s in range(steps + 1) if s in plan[1].edits] for arm, plan in plans.items()}
     end = int(plans["temporary"][1].ends[0])
     assert resets == dict(vanilla=[], active=[*range(every, steps, every)],
                           temporary=[*range(every, end, every)])
     assert end % every == steps % every == forgetting.vanilla.eval_every % every == 0  # whole episodes
     for arm, (_, found) in plans.items():
         assert np.array_equal(found.flops, control.flops)
-        assert all(np.allclose(found.rates[g], control.rates[g]) for g in ("matrix", "vector")), arm
-    embed = {arm: found.rates["embed"] for arm, (_, found) in plans.items()}
+        assert all(np.allclose(found.lr[g], control.lr[g]) for g in ("matrix", "vector")), arm
+    embed = {arm: found.lr["embed"] for arm, (_, found) in plans.items()}
     assert np.allclose(embed["temporary"][1:end + 1], embed["active"][1:end + 1])
     assert np.allclose(embed["temporary"][end + 1:], embed["vanilla"][end + 1:])
     episodes = embed["active"][1:].reshape(-1, every)
-    assert np.allclose(episodes, episodes[0]) and episodes[0].max() > control.rates["embed"].max()
+    assert np.allclose(episodes, episodes[0]) and episodes[0].max() > control.lr["embed"].max()
 
 
 @pytest.fixture

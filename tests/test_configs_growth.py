@@ -449,7 +449,7 @@ def test_the_arms_of_stacking_cost_the_same():
 def test_the_arms_of_stacking_decay_over_the_same_last_flops_and_end_at_the_same_rate():
     for arm in "scratch", "stack", "stack_late":
         course = course_of(g_stack.study.arms[arm], context())
-        rate, share = course.rates["matrix"], course.flops / course.flops[-1]
+        rate, share = course.lr["matrix"], course.flops / course.flops[-1]
         assert rate[-1] == pytest.approx(0.05 * 8e-3)
         assert share[(share > 0.5) & (rate < 0.999 * 8e-3)][0] == pytest.approx(0.6, abs=0.005)
 

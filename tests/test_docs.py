@@ -84,7 +84,7 @@ def test_all_examples_together_train(examples, tmp_path, tiny):
         data=data.DataConfig(sources=dict(modules=source, functions=source), tokenizer="bytes", dev=0.2,
                              test=0.1, max_skipped=0.5),
         overlap=8, eval_every=2, eval_tokens=200, prompts=(), save_every=4, **changed)
-    train.Run(config, __file__).train()
+    train.train(config, __file__)
     rows = [json.loads(line) for line in (tmp_path / "all/metrics.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "train/loss" in r]
     assert [r["step"] for r in steps] == [*range(1, 9)] and all(r["train/skipped"] == 0 for r in steps)

@@ -237,7 +237,7 @@ def run(tmp_path_factory, tiny, data_config):
                partial(blimp, path=str(here / "pairs"))), sample_tokens=4)
     train.check(config)
     assert from_json(train.Config, to_json(config)).evals[0].func is tasks
-    summary = train.Run(config, __file__).train()
+    summary = train.train(config, __file__)
     rows = [json.loads(line) for line in (here / "runs/tasked/metrics.jsonl").read_text().splitlines()]
     return here, summary, rows
 
@@ -318,7 +318,7 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
     assert found["eval/whole/loss"] == pytest.approx(rows[::16].mean(), rel=1e-5)
     assert abs(found["eval/validation/loss"] - rows.mean()) < 4 * found["eval/validation/loss_se"] < 0.2
     assert found["eval/validation/loss_se"] == pytest.approx(rows.std() / 2_000**0.5, rel=0.1)
-    summary = train.Run(config, file).train()
+    summary = train.train(config, file)
     here = tmp_path / "shakespeare_char-adamw"
     metrics = [json.loads(r) for r in (here / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in metrics if "eval/validation/loss" in r] == [2, 4]
@@ -346,7 +346,7 @@ def test_the_harness_gives_the_exported_model_the_same_scores(tmp_path, tiny, da
         data=train.replace(data_config, tokenizer=str(tmp_path / "pieces.model"), dev=0, test=0),
         phases=(train.Phase(steps=30, batch=8, seq=64),), overlap=8, schedule=Schedule(peak=1e-2),
         prompts=())
-    train.Run(config, __file__).train()
+    train.train(config, __file__)
     assert train.main(["export", str(tmp_path / "tasked"), str(tmp_path / "exported")]) == 0
 
     text = "\n".join(p.read_text("utf-8") for p in sorted(corpus.rglob("*.txt")))

@@ -20,6 +20,7 @@ from data import InputError
 from lib.cache import build
 from lib.hf import read_params, read_shape
 from lib.kernels import Mask
+from lib.log import Log
 from lib.optim import adamw, state_like
 from lib.schedule import Schedule
 from lib.sharding import MeshConfig, make_mesh, shardings
@@ -66,15 +67,15 @@ def config_of(data_config, tmp_path, name: str = "tiny", **fields) -> Config:
 
 def run_of(config: Config) -> tuple[str, dict]:
     """(run directory, parameters) of a run that has taken no step; gains too are drawn at random."""
-    run = train.Run(config)
-    run.directory.mkdir(parents=True)
-    run.begin()
+    run = train.prepare(config)
     rng = np.random.default_rng(1)
-    run.state = run.state.replace(params={n: jax.device_put(x + 0.1 * rng.standard_normal(x.shape).astype(
-        x.dtype), x.sharding) for n, x in run.state.params.items()})
-    run.save(1)
-    run.checkpoints.close()
-    return str(run.directory), {n: np.asarray(x) for n, x in run.state.params.items()}
+    with train.opened(run), Log(run.directory / "metrics.jsonl", 0, run.plan, config.max_skipped) as log:
+        state, _ = train.resume(run)
+        train.lay_out(run)
+        state = state.replace(params={n: jax.device_put(x + 0.1 * rng.standard_normal(x.shape).astype(
+            x.dtype), x.sharding) for n, x in state.params.items()})
+        train.save(run, state, 1, log)
+    return str(run.directory), {n: np.asarray(x) for n, x in state.params.items()}
 
 
 def read(name: str, mesh: MeshConfig | None = None, **fields) -> tuple[ModelConfig, dict]:
@@ -404,12 +405,13 @@ def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, 
     bpe.save(tmp_path / "hub", None)
     plain = replace(data_config, tokenizer="bpe")
     config = config_of(plain, tmp_path, init_from=name, model=ModelConfig(remat="elementwise"))
-    begun = train.Run(config)
+    begun = train.prepare(config)
     assert begun.config.model == replace(read_shape(name), remat="elementwise")
     assert begun.tokenizer.vocab == 300 and begun.tokenizer.eos == 0
-    assert begun.train()["step"] == 2
-    meshed = train.Run(replace(config, name="meshed", mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
-    assert meshed.train()["step"] == 2
+    assert train.train(config)["step"] == 2
+    on_mesh = replace(config, name="meshed", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    meshed = train.prepare(on_mesh)
+    assert train.train(on_mesh)["step"] == 2
 
     def losses(run):
         rows = map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
@@ -422,10 +424,11 @@ def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, 
     assert losses(begun)[0] == pytest.approx(float(np.average(first, weights=batch["weights"])), rel=1e-5)
 
     shutil.move(tmp_path / "hub", tmp_path / "elsewhere")
-    longer = train.Run(replace(config, phases=(replace(config.phases[0], steps=4),)))
-    assert longer.train()["step"] == 4 and longer.tokenizer.model == begun.tokenizer.model
+    more = replace(config, phases=(replace(config.phases[0], steps=4),))
+    longer = train.prepare(more)
+    assert train.train(more)["step"] == 4 and longer.tokenizer.model == begun.tokenizer.model
     with pytest.raises(InputError, match="no local Hugging Face directory"):
-        train.Run(replace(config, name="anew"))
+        train.prepare(replace(config, name="anew"))
     export.main([str(longer.directory), str(tmp_path / "back")])
     end, trained = read(f"hf:{tmp_path / 'back'}")
     assert end == shape
@@ -436,4 +439,4 @@ def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, 
 
 def test_a_directory_has_no_optimiser(data_config, tmp_path):
     with pytest.raises(InputError, match='init_with is "all".*"params"'):
-        train.Run(config_of(data_config, tmp_path, init_from=f"hf:{tmp_path}", init_with="all"))
+        train.prepare(config_of(data_config, tmp_path, init_from=f"hf:{tmp_path}", init_with="all"))

@@ -929,10 +929,9 @@ def begun(here, tmp_path, victim):
     config, file = parse([str(here.config), "--runs", str(tmp_path), "--name", "victim"])
 
     def begin() -> int:
-        made = train.Run(config, file)
-        step = made.begin()
-        made.checkpoints.close()
-        return step
+        made = train.prepare(config, file)
+        with train.opened(made):
+            return train.resume(made)[1]
 
     return run, begin
 

@@ -190,7 +190,7 @@ def run(tiny, data_config, tmp_path_factory):
     root = tmp_path_factory.mktemp("sample")
     config = train.Config(name="two", runs=str(root), model=tiny, data=data_config, overlap=8,
                           phases=(train.Phase(steps=2, batch=8, seq=32),), eval_tokens=200, sample_tokens=4)
-    train.Run(config).train()
+    train.train(config)
     return root / "two"
 
 

@@ -32,17 +32,17 @@ class Killed(Exception):
 def killed(config: Config, step: int):
     """Run until a step is done, and no further: neither saved nor said anywhere that this is the end."""
     with pytest.MonkeyPatch.context() as patch:
-        update = train.Run.update
+        update = train.train_step
 
-        def stopped(run, now, *rest):
+        def stopped(run, state, batch, now):
             if now > step:
                 run.checkpoints.wait()
                 raise Killed
-            return update(run, now, *rest)
+            return update(run, state, batch, now)
 
-        patch.setattr(train.Run, "update", stopped)
+        patch.setattr(train, "train_step", stopped)
         with pytest.raises(Killed):
-            train.Run(config).train()
+            train.train(config)
 
 
 def same(track: dict[str, list], run: Path):
@@ -64,13 +64,13 @@ def test_tensorboard_has_each_step_once_after_a_kill(config):
     config, run = replace(config, tracker="tensorboard"), Path(config.runs) / "run"
     killed(replace(config, tracker="none"), 5)
     killed(config, 10)
-    train.Run(config).train()
+    train.train(config)
     assert len([*run.glob("tensorboard/*")]) == 2
     track = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     found = {n: [(e.step, e.value) for e in track.Scalars(n)] for n in track.Tags()["scalars"]}
     same({n: points for n, points in found.items() if points}, run)
     assert len(found["eval/corpus.test/bpb"]) == 1
-    train.Run(config).train()  # complete: nothing to follow
+    train.train(config)  # complete: nothing to follow
     assert len([*run.glob("tensorboard/*")]) == 2
 
 
@@ -99,11 +99,11 @@ def test_wandb_offline_has_each_step_once_after_a_kill(config, monkeypatch):
     import wandb
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setattr(train.Run, "conclude", lambda run: run.out.sync())
+    monkeypatch.setattr(train, "finish", lambda run, log: log.sync())
     config, run = replace(config, tracker="wandb"), Path(config.runs) / "run"
     killed(config, 6)
     identity = (run / "wandb/id").read_text()
-    train.Run(config).train()
+    train.train(config)
     wandb.teardown()  # its own process writes the file, and may do so after `finish` returns
     file, = run.glob("wandb/offline-run-*/*.wandb")
     assert file.name == f"run-{identity}.wandb"

@@ -28,9 +28,9 @@ from lib.config import from_json, to_json
 from lib.edits import reset_embeddings, stack
 from lib.evaluate import evaluators
 from lib.kernels import Mask
-from lib.log import Reporter
+from lib.log import Log
 from lib.optim import State, adamw
-from lib.schedule import Plan, Schedule, edits_at, lr_schedule
+from lib.schedule import Plan, Schedule, lr_schedule
 from lib.sharding import MeshConfig, make_mesh, put, shardings
 from model import Edited, Model, ModelConfig
 from train import Config, Edit, Phase, load_config, parse
@@ -256,10 +256,10 @@ def one_phase(steps=40, **schedule) -> Config:
 
 def test_warmup_is_linear_in_steps_of_equal_cost():
     """Rate s is s/warmup of the peak, and the peak at the last step of the warm-up."""
-    rates = course_of(one_phase(shape="constant", peak=0.5, warmup=10)).rates["matrix"]
+    rates = course_of(one_phase(shape="constant", peak=0.5, warmup=10)).lr["matrix"]
     np.testing.assert_allclose(rates[1:11], 0.5 * np.arange(1, 11) / 10, rtol=1e-12)
     np.testing.assert_allclose(rates[10:], 0.5, rtol=1e-12)
-    assert (course_of(one_phase(shape="constant", peak=0.5, warmup=0)).rates["matrix"][1:] == 0.5).all()
+    assert (course_of(one_phase(shape="constant", peak=0.5, warmup=0)).lr["matrix"][1:] == 0.5).all()
 
 
 @pytest.mark.parametrize("fall", ["linear", "sqrt"])
@@ -276,7 +276,7 @@ def test_falls_in_closed_form(fall):
 
 def test_wsd_is_flat_and_then_linear_to_the_final_rate():
     """The closed form at every step."""
-    rates = course_of(one_phase(shape="wsd", peak=0.5, warmup=4, decay=0.25, final=0.2)).rates["embed"]
+    rates = course_of(one_phase(shape="wsd", peak=0.5, warmup=4, decay=0.25, final=0.2)).lr["embed"]
     np.testing.assert_allclose(rates[4:31], 0.5, rtol=1e-12)
     np.testing.assert_allclose(rates[30:], 0.5 * (1 - 0.8 * np.arange(11) / 10), rtol=1e-9)
     assert rates[-1] == pytest.approx(0.1, rel=1e-9)
@@ -284,7 +284,7 @@ def test_wsd_is_flat_and_then_linear_to_the_final_rate():
 
 def test_cosine_falls_from_the_peak_to_the_final_rate():
     """The closed form at every step after the warm-up."""
-    rates = course_of(one_phase(shape="cosine", peak=0.5, warmup=4, final=0.2)).rates["vector"]
+    rates = course_of(one_phase(shape="cosine", peak=0.5, warmup=4, final=0.2)).lr["vector"]
     through = np.arange(37) / 36
     np.testing.assert_allclose(rates[4:], 0.5 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * through))), rtol=1e-9)
 
@@ -315,7 +315,7 @@ def test_rate_belongs_to_the_budget_of_its_own_row(shape, budget):
     )
     used = (course.flops if budget == "flops" else course.tokens)[1:].astype(float)
     assert len(set(np.diff(used).round())) == 2
-    np.testing.assert_allclose(course.rates["matrix"][1:], by_hand(schedule, used, used[5]), rtol=1e-9)
+    np.testing.assert_allclose(course.lr["matrix"][1:], by_hand(schedule, used, used[5]), rtol=1e-9)
 
 
 def test_cheaper_first_phase_ends_at_the_same_rate():
@@ -332,12 +332,12 @@ def test_cheaper_first_phase_ends_at_the_same_rate():
             schedule=schedule, model=replace(TINY, layers=4), phases=(Phase(steps=90, batch=8, seq=32),)
         )
     )
-    assert grown.rates["matrix"][-1] == pytest.approx(deep.rates["matrix"][-1], rel=1e-9)
-    assert grown.rates["matrix"][-1] == pytest.approx(1e-3, rel=1e-9)
+    assert grown.lr["matrix"][-1] == pytest.approx(deep.lr["matrix"][-1], rel=1e-9)
+    assert grown.lr["matrix"][-1] == pytest.approx(1e-3, rel=1e-9)
     share = grown.flops[10:] / grown.flops[-1]
     np.testing.assert_allclose(
-        np.interp(share, deep.flops / deep.flops[-1], deep.rates["matrix"]),
-        grown.rates["matrix"][10:],
+        np.interp(share, deep.flops / deep.flops[-1], deep.lr["matrix"]),
+        grown.lr["matrix"][10:],
         rtol=2e-3,
     )
 
@@ -348,10 +348,10 @@ def test_phase_schedule_warms_up_again_over_its_own_budget():
     phases = (Phase(steps=20, batch=8, seq=32), Phase(steps=20, batch=8, seq=32, schedule=own))
     course = course_of(tiny_config(phases=phases))
     plain = course_of(tiny_config(phases=(phases[0], replace(phases[1], schedule=None))))
-    rates = course.rates["matrix"]
+    rates = course.lr["matrix"]
     np.testing.assert_allclose(rates[21:26], 2e-2 * np.arange(1, 6) / 5, rtol=1e-9)
     assert rates[40] == pytest.approx(1e-2, rel=1e-9)
-    np.testing.assert_array_equal(rates[:21], plain.rates["matrix"][:21])
+    np.testing.assert_array_equal(rates[:21], plain.lr["matrix"][:21])
 
 
 def test_a_group_with_factor_zero_is_frozen_bit_for_bit():
@@ -359,10 +359,10 @@ def test_a_group_with_factor_zero_is_frozen_bit_for_bit():
     phases = (Phase(steps=4, batch=8, seq=16, lr={"matrix": 0.0, "vector": 0.5}),)
     config = tiny_config(phases=phases, schedule=Schedule(shape="constant", peak=1e-2, warmup=0))
     course, take = course_of(config), stepper(config)
-    assert course.rates["vector"][1] == 0.5 * course.rates["embed"][1] > 0
+    assert course.lr["vector"][1] == 0.5 * course.lr["embed"][1] > 0
     first = state = first_state(config)
     for s in range(1, 4):
-        state, _ = take(state, random_batch(s), {g: r[s] for g, r in course.rates.items()})
+        state, _ = take(state, random_batch(s), {g: r[s] for g, r in course.lr.items()})
     for group, names in model.groups(TINY).items():
         for name in names:
             assert same_bits(first.params[name], state.params[name]) == (group == "matrix"), name
@@ -405,7 +405,7 @@ def test_edits_are_due_when_the_design_says():
         )
     )
     course = course_of(config)
-    found = {s: edits_at(config, course, s) for s in range(11)}
+    found = {s: course.edits.get(s, []) for s in range(11)}
     assert {s: e for s, e in found.items() if e} == {
         0: [silence],
         4: [twice, silence],
@@ -423,7 +423,7 @@ def test_recurring_edit_without_an_end_goes_on():
             Phase(steps=11, repeat=(Edit(reset_embeddings, every=5),)),
         )
     )
-    assert [s for s in range(22) if edits_at(config, course_of(config), s)] == [5, 15, 20]
+    assert [s for s in range(22) if course_of(config).edits.get(s, [])] == [5, 15, 20]
 
 
 # ------------------------------------------------------------------------------- bad configs, before any work
@@ -557,20 +557,20 @@ def test_mesh_sizes_that_do_not_divide_are_refused():
         dict(data=-2),
     ):
         with pytest.raises(InputError, match="mesh.*8 devices.*allowed"):
-            train.Run(tiny_config(mesh=MeshConfig(**sizes)))
+            train.prepare(tiny_config(mesh=MeshConfig(**sizes)))
     assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def test_batch_that_the_devices_do_not_divide_is_refused():
     """Before anything is read."""
     with pytest.raises(InputError, match=r"phases\.1\.batch is 12.*8 devices"):
-        train.Run(tiny_config(phases=(Phase(batch=8), Phase(batch=12))))
+        train.prepare(tiny_config(phases=(Phase(batch=8), Phase(batch=12))))
 
 
 def test_width_that_the_mesh_does_not_divide_is_refused():
     """A size that `mesh.tensor` does not divide is an error, not a copy."""
     with pytest.raises(InputError, match=r"vocab.*258.*mesh\.tensor.*8.*divide"):
-        train.Run(tiny_config(mesh=MeshConfig(data=1, tensor=8)))
+        train.prepare(tiny_config(mesh=MeshConfig(data=1, tensor=8)))
 
 
 def test_edit_that_leaves_a_misfit_optimiser_is_refused(tmp_path, one_device):
@@ -580,14 +580,14 @@ def test_edit_that_leaves_a_misfit_optimiser_is_refused(tmp_path, one_device):
         phases=(Phase(steps=2, batch=8, seq=32), Phase(steps=2, batch=8, seq=32, edits=(bad_policy,))),
     )
     with pytest.raises(InputError, match="policy.*keep.*(matrix|vector)"):
-        train.Run(config, __file__).train()
+        train.train(config, __file__)
     assert train.load(str(tmp_path / "tiny"))[1].model.layers == 2
 
 
 def test_edit_of_layers_that_are_not_there_is_refused():
     """Before the run begins: an edit's ValueError is the config's fault."""
     with pytest.raises(InputError, match="stack: layers is .*7.*layers 0 to 1"):
-        train.Run(tiny_config(phases=(Phase(batch=8, seq=32, edits=(partial(stack, layers=(0, 7)),)),)))
+        train.prepare(tiny_config(phases=(Phase(batch=8, seq=32, edits=(partial(stack, layers=(0, 7)),)),)))
 
 
 # ----------------------------------------------------------------------------------------- configs in and out
@@ -819,7 +819,7 @@ def test_run_stops_after_too_many_updates_that_are_not_finite(tmp_path, one_devi
     )
     for _ in range(2):
         with pytest.raises(InputError, match=r"not finite at step 5\b"):
-            train.Run(config, __file__).train()
+            train.train(config, __file__)
         rows = [r for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
         assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
         assert [r["train/loss"] is None for r in rows] == [False, False, True, True, True]
@@ -829,7 +829,7 @@ def test_run_stops_after_too_many_updates_that_are_not_finite(tmp_path, one_devi
 def test_single_bad_step_does_not_stop_a_run(tmp_path, one_device):
     """The step is left out and counted, and the run ends well."""
     config = tiny_config(tmp_path, token_loss=partial(undefined, first=3, last=3), max_skipped=2)
-    train.Run(config, __file__).train()
+    train.train(config, __file__)
     rows = [r for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
     assert [r["train/skipped"] for r in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
     assert [r["step"] for r in rows if r["train/loss"] is None] == [3]
@@ -952,17 +952,31 @@ GOLDEN = [5.985122, 4.487022, 3.712576]
 def plain(tmp_path_factory):
     """(directory, summary, steps taken at each compilation) of a tiny run, evaluated at every second step."""
     tmp_path = tmp_path_factory.mktemp("plain")
-    seen, run = [], None
+    seen, at = [], []
 
     def listener(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration" and run is not None:
-            seen.append(int(run.state.step) if hasattr(run, "state") else 0)
+        if event == "/jax/core/compile/backend_compile_duration" and at:
+            seen.append(at[-1] - 1)
 
     whole = make_mesh
     jax.monitoring.register_event_duration_secs_listener(listener)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
-        run = train.Run(
+        step = train.train_step
+
+        def stepped(run, state, batch, number):
+            at.append(number)
+            return step(run, state, batch, number)
+
+        finish = train.finish
+
+        def finished(run, log):
+            at.append(run.plan.total + 2)  # what the end compiles is no step's
+            return finish(run, log)
+
+        patch.setattr(train, "train_step", stepped)
+        patch.setattr(train, "finish", finished)
+        summary = train.train(
             tiny_config(
                 tmp_path,
                 phases=(Phase(steps=8, batch=8, seq=32), Phase(steps=8, batch=8, seq=32, edits=(stack,))),
@@ -971,7 +985,6 @@ def plain(tmp_path_factory):
             ),
             __file__,
         )
-        summary = run.train()
     jax.monitoring.unregister_event_duration_listener(listener)
     return tmp_path / "tiny", summary, seen
 
@@ -1011,7 +1024,7 @@ def test_rows_hold_what_the_design_names(plain):
     course = course_of(
         tiny_config(phases=(Phase(steps=8, batch=8, seq=32), Phase(steps=8, batch=8, seq=32, edits=(stack,))))
     )
-    np.testing.assert_allclose([r["train/lr"] for r in steps], course.rates["matrix"][1:], rtol=1e-6)
+    np.testing.assert_allclose([r["train/lr"] for r in steps], course.lr["matrix"][1:], rtol=1e-6)
     np.testing.assert_allclose([r["train/flops"] for r in steps], course.flops[1:], rtol=1e-12)
     assert [r["train/tokens"] for r in steps] == course.tokens[1:].tolist()
     assert any("perf/tokens_per_s" in r and "perf/step_ms" in r and "perf/host_stall" in r for r in steps)
@@ -1051,7 +1064,7 @@ def test_running_a_complete_run_again_changes_nothing(plain, one_device):
         eval_every=2,
         save_every=3,
     )
-    assert train.Run(config, __file__).train() == plain[1]
+    assert train.train(config, __file__) == plain[1]
     after = {p.name: p.read_bytes() for p in plain[0].iterdir() if p.is_file()}
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] == []
@@ -1061,12 +1074,12 @@ def test_run_that_lost_its_config_is_resumed_by_what_its_checkpoint_says(tmp_pat
     """A checkpoint has with it what it depends on: another schedule is refused, more steps are not."""
     config = tiny_config(tmp_path, phases=(Phase(steps=4, batch=8, seq=32),), save_every=2,
                          schedule=Schedule(shape="constant", peak=5e-3, warmup=2))
-    train.Run(config, __file__).train()
+    train.train(config, __file__)
     (tmp_path / "tiny/config.json").unlink()
     more = replace(config, phases=(Phase(steps=6, batch=8, seq=32),))
     with pytest.raises(InputError, match="taken 4 steps under another config: schedule"):
-        train.Run(replace(more, schedule=replace(config.schedule, peak=1e-3)), __file__).train()
-    train.Run(more, __file__).train()
+        train.train(replace(more, schedule=replace(config.schedule, peak=1e-3)), __file__)
+    train.train(more, __file__)
     steps = [r["train/loss"] for r in rows_of(tmp_path / "tiny") if "train/loss" in r]
     assert len(steps) == 6 and steps[4] < steps[0] and (tmp_path / "tiny/config.json").exists()
 
@@ -1074,12 +1087,13 @@ def test_run_that_lost_its_config_is_resumed_by_what_its_checkpoint_says(tmp_pat
 def test_a_spike_is_reported_with_the_command_that_shows_its_rows(tmp_path, capsys):
     """Above the last hundred by more than six of their deviations; a fall, a NaN and a slow rise are none."""
     course = course_of(one_phase(shape="constant"))
-    out = Reporter(tmp_path / "metrics.jsonl", 0, course._replace(ends=np.array([1_000])))
+    log = Log(tmp_path / "metrics.jsonl", 0, replace(course, ends=np.array([1_000])), 10)
     losses = 3 + 0.1 * np.sin(np.arange(150)) + 0.001 * np.arange(150)
     losses[[20, 110, 120]] = 9, math.nan, 2
     losses[130] = 4.5
     for i, loss in enumerate(losses):
-        out.step({"step": 1, "train/loss": float(loss), "train/lr": 0.1, "train/grad_norm": 1.0, "i": i})
+        log.step(1, {"train/loss": loss, "train/grad_norm": 1.0, "skipped": 0}, {"i": i}, 0.0)
+    log.sync()
     said = [line for line in capsys.readouterr().out.splitlines() if "deviations above" in line]
     assert len(said) == 1 and "loss 4.500" in said[0]
     assert said[0].endswith(f"python train.py corpus inspect {tmp_path / 'config.json'} --step 1")
@@ -1088,10 +1102,10 @@ def test_a_spike_is_reported_with_the_command_that_shows_its_rows(tmp_path, caps
 def test_sigterm_during_an_evaluation_loses_no_step(tmp_path, one_device, capsys):
     """What the message says is saved is saved: the run goes on from that step, and its rows are all there."""
     config = tiny_config(tmp_path, eval_every=2, evals=(stop_now,))
-    assert train.Run(config, __file__).train() is None
+    assert train.train(config, __file__) is None
     stopped = int(re.search(r"step (\d+) is saved", capsys.readouterr().out)[1])
     assert 2 <= stopped <= 3 and train.load(str(tmp_path / "tiny"), stopped)[0]["q"].shape[0] == 2
-    assert train.Run(replace(config, evals=()), __file__).train()["step"] == 8
+    assert train.train(replace(config, evals=()), __file__)["step"] == 8
     assert f"resuming from step {stopped}\n" in capsys.readouterr().out
     rows = rows_of(tmp_path / "tiny")
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 9))
@@ -1111,9 +1125,9 @@ def test_steps_since_the_last_reset_survive_a_stop(tmp_path, one_device):
         checkpoints = Checkpoints(tmp_path / name / "checkpoints")
         return {s: checkpoints.meta(s)["since_reset"] for s in checkpoints.steps()}
 
-    assert train.Run(replace(config, name="broken", evals=(stop_now,)), __file__).train() is None
-    train.Run(replace(config, name="broken"), __file__).train()
-    train.Run(replace(config, name="whole"), __file__).train()
+    assert train.train(replace(config, name="broken", evals=(stop_now,)), __file__) is None
+    train.train(replace(config, name="broken"), __file__)
+    train.train(replace(config, name="whole"), __file__)
     whole, broken = since("whole"), since("broken")
     assert whole == {2: None, 4: None, 6: 2, 8: 4, 10: 6, 12: 8}
     assert {s: broken[s] for s in whole} == whole
@@ -1134,12 +1148,12 @@ def test_extended_run_killed_at_its_very_end_is_concluded(tmp_path, one_device, 
         tmp_path, schedule=Schedule(shape="constant", warmup=2), phases=(Phase(steps=4, batch=8, seq=32),)
     )
     longer = replace(config, phases=(Phase(steps=6, batch=8, seq=32),))
-    assert train.Run(config, __file__).train()["step"] == 4
+    assert train.train(config, __file__)["step"] == 4
     with monkeypatch.context() as patch:
-        patch.setattr(train, "verb", lambda name, arguments: 1 / 0)
+        patch.setattr(train, "finish", lambda run, log: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train.Run(longer, __file__).train()
-    summary = train.Run(longer, __file__).train()
+            train.train(longer, __file__)
+    summary = train.train(longer, __file__)
     assert summary["step"] == 6
     last = rows_of(tmp_path / "tiny")[-1]
     assert last["step"] == 6 and "eval/verse.test/bpb" in last
@@ -1173,8 +1187,8 @@ def extended(tmp_path_factory):
     whole = make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
-        run = train.Run(config, __file__)
-        run.train()
+        run = train.prepare(config, __file__)
+        train.train(config, __file__)
     return run, tmp_path / "tiny"
 
 

@@ -30,7 +30,7 @@ from lib.errors import InputError
 from lib.packing import DOCUMENT, ROW, best_fit, concat_and_split, fill, first_fit
 from lib.sources import SURROGATE, Document
 from lib.tokenizers import Bytes, SentencePiece, make_tokenizer
-from train import Config, Run, assemble, check, parse
+from train import Config, assemble, check, parse, prepare
 
 
 def timed(work) -> tuple[float, object]:
@@ -153,7 +153,7 @@ def bench(config: Config, seconds: float) -> dict:
 
 def inspect(config: Config, step: int, rows: int):
     """Print rows of batch(step): its segments in turn in different colours, `|` between them."""
-    run = Run(config)
+    run = prepare(config)
     tokenizer, caches, loader = run.tokenizer, run.caches, run.loader
     if not 1 <= step <= loader.ends[-1]:
         raise InputError(f"--step is {step}; allowed are 1 to {loader.ends[-1]}")

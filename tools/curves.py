@@ -1,4 +1,4 @@
-"""Draw a run's curves.png, from its metrics.jsonl: at evaluations, at the end, and by this command again."""
+"""Draw a run's curves.png again, from its metrics.jsonl."""
 from pathlib import Path
 
 from lib.arguments import Arguments
@@ -9,7 +9,7 @@ def main(arguments: list[str]):
     """Command line."""
     parser = Arguments("curves", __doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    run = parser.parse_args(arguments).run
+    run = parser.parse_args(arguments).run.expanduser()
     if not (run / "metrics.jsonl").is_file():
         parser.error(f"{str(run)!r} has no metrics.jsonl")
     draw(run)

@@ -13,7 +13,7 @@ from lib.errors import InputError
 from lib.kernels import Mask
 from lib.sharding import put
 from model import groups
-from train import Run, apply_edits, make_step, parse
+from train import edit_model, first, make_step, parse, prepare
 
 
 def main(arguments: list[str]) -> list[float]:
@@ -22,20 +22,19 @@ def main(arguments: list[str]) -> list[float]:
     parser.add_argument("--steps", type=int, default=50)
     known, rest = parser.parse_known_args(arguments)
     config, file = parse(rest)
-    run = Run(config, file)
-    batch, phase = run.loader.batch(1), config.phases[0]
+    run = prepare(config, file)
+    batch, phase = run.loader.batch(1), run.config.phases[0]
     arrays, mask = put(batch.arrays, run.mesh), Mask(**batch.mask)
     losses = []
-    run.first()
+    state, model = first(run), run.plan.models[0]
     with jax.disable_jit(), jax.debug_nans(True):
-        context = run.context._replace(key=jax.random.fold_in(run.key("edits"), 0))
-        run.state, run.shape = apply_edits(list(phase.edits), run.state, run.shape, config.optimizer,
-                                                 run.mesh, context)
-        step = make_step(run.config, run.shape, phase.accumulate)
-        rates = {g: np.float32(run.course.rates[g][:phase.steps + 1].max()) for g in groups(run.shape)}
+        if 0 in run.plan.edits:
+            state = edit_model(run, state, 0)
+        step = make_step(run.config, model, phase.accumulate, run.plan.frozen(0))
+        lr = {g: np.float32(run.plan.lr[g][:phase.steps + 1].max()) for g in groups(model)}
         try:
             while len(losses) < known.steps and (not losses or losses[-1] > losses[0] / 2):
-                run.state, metrics = step(run.state, arrays, rates, mask)
+                state, metrics = step(state, arrays, lr, mask)
                 losses.append(float(metrics["train/loss"]))
                 print(f"step {len(losses)}: loss {losses[-1]:.4f}, "
                       f"grad norm {float(metrics['train/grad_norm']):.4f}", flush=True)

@@ -1,12 +1,11 @@
-"""One HTML page that compares runs and studies: curves, final figures, samples, configs. It needs no network.
+"""One HTML page that compares runs: curves, final figures, samples, configs. It needs no network.
 
-RUN is the directory of a run, ended or not, or of a study: its result, and the runs that it compares (all its
-runs where it has no result yet). The page is tools/report.html with the gaps filled in. Curves are thinned to
-some hundred points, with the least and the greatest value around each.
+RUN is the directory of a run, ended or not, or of a study: its result, and the runs that it
+compares (all its runs while it has no result). The page is tools/report.html with the gaps filled
+in. Curves are thinned to some hundred points, with the least and the greatest value around each.
 """
 import base64
 import collections
-import html
 import json
 import math
 import statistics
@@ -17,23 +16,38 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.arguments import Arguments
-from lib.config import flatten
+from lib.config import ROOT, flatten
 from lib.disk import write
 from lib.errors import InputError
-from train import ROOT
+from lib.html import Interval, count, figure, head, number, pictures, span, table, text
 
-COLORS, DASHES = 7, ("", "7 3", "2 2.5", "9 3 2 3")  # the page has the colours
+HALF_95 = 1.96  # standard errors in half a 95 % interval
+COLORS = 7  # the page has them
+DASHES = "", "7 3", "2 2.5", "9 3 2 3"
 NUMBERS = 250_000  # in all curves of a page, which makes about 2 MB
 SMOOTH = "train/loss", "train/grad_norm", "perf/tokens_per_s"  # means over a 50th of the run
-CHARTS = {"train/loss": "Training loss (nats per token)",
-          "eval/mean/bpb": "Dev, mean over sources (bits per byte)",
-          "train/lr": "Learning rate", "train/grad_norm": "Gradient norm",
-          "perf/tokens_per_s": "Throughput (tokens per second)"}
-UNITS = {"bpb": "bits per byte", "loss": "nats per token"}
+CHARTS = {
+    "eval/mean/bpb": "Dev, mean over sources (bits per byte)",
+    "train/loss": "Training loss (nats per token)",
+    "train/lr": "Learning rate",
+    "train/grad_norm": "Gradient norm",
+    "perf/tokens_per_s": "Throughput (tokens per second)",
+}
+UNITS = {"bpb": "bits per byte", "loss": "nats per token", "loglikelihood": "nats"}
 UNCHARTED = {"step", "phase", "train/tokens", "train/flops", "perf/step_ms"}
+ALONE = "bits per byte,\neach document\nalone"
+TOGETHER = "bits per byte,\nall documents\nat once"
+COMPRESSED = {  # key of a summary: the head of its column
+    "gzip_bpb": ("gzip -9", ALONE),
+    "xz_bpb": ("xz -9", ALONE),
+    "gzip_together_bpb": ("gzip -9", TOGETHER),
+    "xz_together_bpb": ("xz -9", TOGETHER),
+}
+VERDICTS = "confirmed", "reversed", "undecided"  # which the page's style knows
+NOT_JUDGED = "not judged"
 
 
-class Shown(NamedTuple):
+class Run(NamedTuple):
     """A run on the page."""
 
     path: Path
@@ -41,14 +55,14 @@ class Shown(NamedTuple):
     group: str  # runs of one arm of a study have its colour in common
     rows: list[dict]  # of metrics.jsonl
     damaged: int  # lines of it that are left out
-    config: dict  # empty where it cannot be read
+    config: dict  # empty if it cannot be read
     summary: dict  # empty until the run has ended
 
 
-# ---------------------------------------------------------------------------------------------- what is there
+# ---------------------------------------------------------------------------------- what is there
 
-def read(path: Path) -> dict:
-    """A JSON object from a file; empty where there is none, or part of one."""
+def read_object(path: Path) -> dict:
+    """A JSON object from a file; empty if there is none, or part of one."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
@@ -56,9 +70,11 @@ def read(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def rows_of(path: Path) -> tuple[list[dict], int]:
-    """(the rows of a metrics.jsonl, how many of its lines are none)."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+def read_rows(path: Path) -> tuple[list[dict], int]:
+    """(the rows of a metrics.jsonl, the number of its lines that are no rows)."""
+    if not path.exists():
+        return [], 0
+    lines = path.read_bytes().splitlines()
     rows = []
     for line in lines:
         try:
@@ -70,317 +86,692 @@ def rows_of(path: Path) -> tuple[list[dict], int]:
     return rows, len(lines) - len(rows)
 
 
-def collect(paths: list[Path]) -> tuple[list[Shown], list[tuple[Path, dict]]]:
+def runs_inside(path: Path, result: dict) -> dict[Path, str]:
+    """{directory: group} of the runs that an argument of the command line names."""
+    if (path / "config.json").is_file():
+        return {path: str(path)}
+    inside = {}
+    if result:
+        for arm, of_arm in result["arms"].items():
+            for run in of_arm["runs"].values():
+                if (path / run["run"]).is_dir():
+                    inside[path / run["run"]] = f"{path}:{arm}"
+        return inside
+    for file in sorted(path.glob("*/config.json")):
+        arm = file.parent.name.split("-")[0]
+        inside[file.parent] = f"{path}:{arm}"
+    if not inside:
+        raise InputError(
+            f"{str(path)!r} is neither a run (it has no config.json) nor a study (it has no "
+            "study.json, and no run in it)"
+        )
+    return inside
+
+
+def collect(paths: list[Path]) -> tuple[list[Run], list[tuple[Path, dict]]]:
     """(the runs, the studies with their results) that the arguments name."""
-    runs, studies = {}, []
+    groups, studies = {}, []
     for path in paths:
-        result, inside = read(path / "study.json"), {}  # directory: colour
-        if (path / "config.json").is_file():
-            inside = {path: str(path)}
-        elif result:
+        result = read_object(path / "study.json")
+        if result and not (path / "config.json").is_file():
             studies.append((path, result))
-            inside = {path / run["run"]: f"{path}:{arm}" for arm, f in result["arms"].items()
-                      for run in f["runs"].values() if (path / run["run"]).is_dir()}
-        elif not (inside := {p.parent: f"{path}:{p.parent.name.split('-')[0]}"
-                             for p in sorted(path.glob("*/config.json"))}):
-            raise InputError(f"{str(path)!r} is neither a run (it has no config.json) nor a study (it has no "
-                             "study.json, and no run in it)")
-        runs |= inside
-    names, shown = collections.Counter(path.resolve().name for path in runs), []
-    for path, group in runs.items():
+        groups |= runs_inside(path, result)
+    times = collections.Counter(path.resolve().name for path in groups)
+    runs = []
+    for path, group in groups.items():
         *_, above, name = path.resolve().parts
-        name = name if names[name] == 1 and (path in paths or len(paths) == 1) else f"{above}/{name}"
-        shown.append(Shown(path, name, group, *rows_of(path / "metrics.jsonl"), read(path / "config.json"),
-                           read(path / "summary.json")))
-    return shown, studies
+        told_apart = times[name] == 1 and (path in paths or len(paths) == 1)
+        if not told_apart:
+            name = f"{above}/{name}"
+        rows, damaged = read_rows(path / "metrics.jsonl")
+        config = read_object(path / "config.json")
+        summary = read_object(path / "summary.json")
+        runs.append(Run(path, name, group, rows, damaged, config, summary))
+    return runs, studies
 
 
-def of_sources(row: dict, end: str) -> dict[str, float]:
+def by_source(row: dict, end: str) -> dict[str, float]:
     """{source: value} of the figures eval/SOURCE<end> in a row or a summary."""
-    found = {k.removeprefix("eval/").removesuffix(end): v for k, v in row.items()
-             if k.startswith("eval/") and k.endswith(end) and v is not None}
-    return {name: v for name, v in found.items() if not name.endswith(".test")}
+    found = {}
+    for key, value in row.items():
+        if key.startswith("eval/") and key.endswith(end) and number(value) is not None:
+            name = key.removeprefix("eval/").removesuffix(end)
+            if not name.endswith(".test"):
+                found[name] = value
+    return found
 
 
-# ----------------------------------------------------------------------------------------------------- curves
+def training_rows(run: Run) -> list[dict]:
+    """The rows of a run's steps."""
+    return [row for row in run.rows if "train/loss" in row]
+
+
+def evaluation_rows(run: Run) -> list[dict]:
+    """The rows of a run's evaluations on dev."""
+    found = []
+    for row in run.rows:
+        tested = any(".test/" in key for key in row)
+        if "train/loss" not in row and not tested:
+            found.append(row)
+    return found
+
+
+# ---------------------------------------------------------------------------------- the documents
+
+class Group(NamedTuple):
+    """Runs whose test figures can be compared."""
+
+    members: list[int]  # places in the list of runs
+    note: str  # what to know of them, as HTML; empty where all runs are in one group
+
+
+def documents(run: Run) -> tuple | None:
+    """The paths of a run's test documents; None if it was not tested or does not say."""
+    paths = run.summary.get("held_out_paths")
+    if not isinstance(paths, list):
+        return None
+    return tuple(sorted(map(str, paths)))
+
+
+def group_by_documents(runs: list[Run], names: list[str]) -> list[Group]:
+    """The runs in groups that were tested on the same documents, in their order.
+
+    If all that were tested had the same documents, there is one group of all runs.
+    """
+    places = collections.defaultdict(list)
+    for place, run in enumerate(runs):
+        places[documents(run)].append(place)
+    unknown = places.pop(None, [])
+    if len(places) <= 1:
+        return [Group(list(range(len(runs))), "")]
+    groups = []
+    for paths, members in places.items():
+        said = some([names[place] for place in members])
+        note = f"<p>{said}: tested on {len(paths):,} documents.</p>"
+        if groups:
+            shared = {*paths} & {*documents(runs[groups[0].members[0]])}
+            first = some([names[place] for place in groups[0].members])
+            note = (
+                f"<p class=note>{said}: tested on other documents than {first}; not comparable "
+                f"with them. ({len(paths):,} documents, {len(shared):,} of them in common.)</p>"
+            )
+        groups.append(Group(members, note))
+    if unknown:
+        said = some([names[place] for place in unknown])
+        note = f"<p class=note>{said}: no list of test documents (yet).</p>"
+        groups.append(Group(unknown, note))
+    return groups
+
+
+def some(cells: list[str], most: int = 4) -> str:
+    """The first few of a list of cells, and how many more there are."""
+    said = ", ".join(cells[:most])
+    if len(cells) > most:
+        said += f" and {len(cells) - most} more"
+    return said
+
+
+# ----------------------------------------------------------------------------------------- curves
 
 def thin(rows: list[dict], keys: list[str], points: int) -> dict:
-    """Rows in so many pieces: step, tokens and flops at the end of each, and `y`, {metric: (its last value or
-    mean, see SMOOTH, its least in the piece, its greatest)}; None where it has none there.
+    """Rows in so many pieces: step, tokens and flops at the end of each, and each metric's values.
+
+    Gives y = {metric: three columns}: its last value or mean in the piece (see SMOOTH), its least
+    and its greatest; None where it has none there.
     """
     edges = np.linspace(0, len(rows), min(len(rows), points) + 1).astype(int).tolist()
-    ends = [rows[e - 1] for e in edges[1:]]
-    out = dict(step=[r["step"] for r in ends], tokens=[r["train/tokens"] for r in ends],
-               flops=[float(f"{r['train/flops']:.5g}") for r in ends], y={})
-    for key in keys:
-        values = np.array([r.get(key) for r in rows], float)  # None becomes NaN
-        width, found = max(1, len(rows) // 50) if key in SMOOTH else 1, []
-        for a, b in zip(edges, edges[1:], strict=False):
-            near, piece = (v[np.isfinite(v)] for v in (values[max(0, min(a, b - width)):b], values[a:b]))
-            three = (near[-width:].mean() if len(near) else None,
-                     *((piece.min(), piece.max()) if len(piece) else (None, None)))
-            found.append([None if v is None else float(f"{v:.5g}") for v in three])
-        out["y"][key] = [list(column) for column in zip(*found, strict=True)] or [[], [], []]
-    return out
+    ends = [rows[edge - 1] for edge in edges[1:]]
+    return {
+        "step": [row["step"] for row in ends],
+        "tokens": [row["train/tokens"] for row in ends],
+        "flops": [float(f"{row['train/flops']:.5g}") for row in ends],
+        "y": {key: thin_metric(rows, key, edges) for key in keys},
+    }
 
 
-def chart(runs: list[Shown]) -> tuple[dict[str, list[str]], dict[str, bool]]:
-    """({section: metrics to chart}, {metric: is it one of training steps?}); adds the mean over sources."""
-    of_steps, values = {}, collections.defaultdict(set)
-    for row in (row for run in runs for row in run.rows):
-        own = of_sources(row, "/bpb")
-        row |= {"eval/mean/bpb": statistics.fmean(own.values())} if len(own) > 1 else {}
-        for k, v in row.items():
-            if isinstance(v, (int, float)) and not k.endswith("_se") and ".test/" not in k:
-                of_steps.setdefault(k, "train/loss" in row)
-                if len(values[k]) < 2:
-                    values[k].add(v)
-    dev = sorted(k for k in of_steps if k.startswith("eval/") and k.endswith("/bpb") and k not in CHARTS)
-    losses = sorted(k for k in of_steps if k.startswith("eval/") and k.endswith("/loss"))
-    first, several = [k for k in CHARTS if k in of_steps], "eval/mean/bpb" in of_steps
-    first[1:1] = [] if several else dev
-    by_source = dev + losses if several else []
-    more = [k for k in sorted(of_steps) if len(values[k]) > 1 and k not in {*UNCHARTED, *first, *by_source}]
-    sections = {"Curves": first, "Dev, by source": by_source, "More figures": more}
-    return {title: keys for title, keys in sections.items() if keys}, of_steps
+def thin_metric(rows: list[dict], key: str, edges: list[int]) -> list[list[float | None]]:
+    """The three columns of a metric, see `thin`; edges: where its pieces begin and end."""
+    values = np.array([row.get(key) for row in rows], float)  # None becomes NaN
+    width = 1
+    if key in SMOOTH:
+        width = max(1, len(rows) // 50)
+    columns = [], [], []
+    for begin, end in zip(edges, edges[1:], strict=False):
+        near = finite(values[max(0, min(begin, end - width)):end])
+        piece = finite(values[begin:end])
+        columns[0].append(rounded(near[-width:], np.mean))
+        columns[1].append(rounded(piece, np.min))
+        columns[2].append(rounded(piece, np.max))
+    return [*columns]
 
 
-def curves(runs: list[Shown]) -> dict:
-    """What the page's script draws: charts by section, and each run's curves, colour, dashes and phases."""
-    sections, of_steps = chart(runs)
-    drawn = [k for keys in sections.values() for k in keys]
-    titles = CHARTS | {k: f"Dev, {k[5:].rpartition('/')[0]} ({UNITS[k.rpartition('/')[2]]})" for k in drawn
-                       if k.startswith("eval/") and k.rpartition("/")[2] in UNITS and k not in CHARTS}
-    points = int(np.clip(NUMBERS / 3 / max(1, len(runs) * (len(drawn) + 1)), 60, 500))
-    groups, members, out = list(dict.fromkeys(run.group for run in runs)), collections.Counter(), []
+def finite(values: np.ndarray) -> np.ndarray:
+    """The finite ones of values [n]."""
+    return values[np.isfinite(values)]
+
+
+def rounded(values: np.ndarray, reduce) -> float | None:
+    """A reduction of values [n] to five digits; None if there are none."""
+    if not len(values):
+        return None
+    return float(f"{reduce(values):.5g}")
+
+
+def add_means(runs: list[Run]):
+    """Add to each evaluation the mean of its sources' bits per byte, if any run has several."""
+    evaluations = [(row, by_source(row, "/bpb")) for run in runs for row in run.rows]
+    if all(len(bits) <= 1 for _, bits in evaluations):
+        return
+    for row, bits in evaluations:
+        if bits:
+            row["eval/mean/bpb"] = statistics.fmean(bits.values())
+
+
+def chartable(runs: list[Run]) -> tuple[dict[str, bool], set[str]]:
+    """({metric: is it one of training steps?}, the metrics that change)."""
+    of_steps, first, changing = {}, {}, set()
     for run in runs:
-        steps = [r for r in run.rows if "train/loss" in r]
-        evals = [r for r in run.rows if "train/loss" not in r and not any(".test/" in k for k in r)]
-        begins = [r for last, r in zip(steps, steps[1:], strict=False) if r.get("phase") != last.get("phase")]
-        number, place = groups.index(run.group), members[run.group]
+        for row in run.rows:
+            for key, value in row.items():
+                if number(value) is None or key.endswith("_se") or ".test/" in key:
+                    continue
+                of_steps.setdefault(key, "train/loss" in row)
+                if value != first.setdefault(key, value):
+                    changing.add(key)
+    return of_steps, changing
+
+
+def sections_of(of_steps: dict[str, bool], changing: set[str]) -> dict[str, list[str]]:
+    """{section of the page: metrics to chart}."""
+    held_out = sorted(key for key in of_steps if key.startswith("eval/") and key not in CHARTS)
+    bits = [key for key in held_out if key.endswith("/bpb")]
+    losses = [key for key in held_out if key.endswith("/loss")]
+    first = [key for key in CHARTS if key in of_steps]
+    sources = []
+    if "eval/mean/bpb" in of_steps:
+        sources = bits + losses
+    else:
+        first = bits + first
+    shown = {*UNCHARTED, *first, *sources}
+    more = sorted(key for key in changing if key not in shown)
+    sections = {"Curves": first, "Dev, by source": sources, "More figures": more}
+    return {title: keys for title, keys in sections.items() if keys}
+
+
+def chart_title(key: str) -> str:
+    """What a chart is called."""
+    if key in CHARTS:
+        return CHARTS[key]
+    name, _, unit = key.removeprefix("eval/").rpartition("/")
+    if key.startswith("eval/") and unit in UNITS:
+        return f"Dev, {name} ({UNITS[unit]})"
+    return key
+
+
+def curves(runs: list[Run]) -> dict:
+    """What the page's script draws: charts by section, and each run's curves."""
+    add_means(runs)
+    of_steps, changing = chartable(runs)
+    sections = sections_of(of_steps, changing)
+    drawn = [key for keys in sections.values() for key in keys]
+    points = NUMBERS / 3 / max(1, len(runs) * (len(drawn) + 1))
+    points = int(np.clip(points, 60, 500))
+    of_steps = {key: of_steps[key] for key in drawn}
+    charts = []
+    for title, keys in sections.items():
+        own = [chart_of(key, title) for key in keys]
+        charts.append({"title": title, "charts": own})
+    groups = list(dict.fromkeys(run.group for run in runs))
+    members = collections.Counter()
+    out = []
+    for run in runs:
+        color, place = groups.index(run.group), members[run.group]
         members[run.group] += 1
-        out.append(dict(
-            name=run.name, color=number % COLORS, dash=DASHES[(number // COLORS + place) % len(DASHES)],
-            steps=thin(steps, [k for k in drawn if of_steps[k]], points),
-            evals=thin(evals, [k for k in drawn if not of_steps[k]], points),
-            phases=[dict(step=r["step"] - 1, tokens=r["train/tokens"], flops=r["train/flops"],
-                         text=f"phase {r['phase']}", size=r.get("model/params")) for r in begins]))
-    charts = {title: [dict(key=k, title=titles.get(k, k)) for k in keys] for title, keys in sections.items()}
-    return dict(runs=out, sections=[dict(title=title, charts=own) for title, own in charts.items()])
+        dash = DASHES[(color // COLORS + place) % len(DASHES)]
+        look = {"name": run.name, "color": color % COLORS, "dash": dash}
+        out.append(look | curves_of(run, of_steps, points))
+    return {"runs": out, "sections": charts}
 
 
-# ----------------------------------------------------------------------------------------------------- tables
-
-def text(value) -> str:
-    """Anything as HTML text."""
-    return html.escape(str(value))
-
-
-def span(kind: str, value) -> str:
-    """Text of some kind, which the page's style knows."""
-    return f"<span class={kind}>{text(value)}</span>"
+def chart_of(key: str, section: str) -> dict:
+    """A chart for the page's script; gzip and xz are of all sources, not of one of several."""
+    compressed = section == "Curves" and key.endswith("/bpb")
+    return {"key": key, "title": chart_title(key), "compressed": compressed}
 
 
-def figure(value: float | None, form: str = ".3f", half: float | None = None) -> str:
-    """A figure, with half the width of its interval where that is known; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return span("half", "–")
-    known = half is not None and math.isfinite(half)
-    return format(value, form) + (" " + span("half", f"± {format(half, form.strip('+'))}") if known else "")
+def curves_of(run: Run, of_steps: dict[str, bool], points: int) -> dict:
+    """A run's curves, the places where its phases begin, and its marks of gzip and xz."""
+    steps = training_rows(run)
+    phases = []
+    for before, row in zip(steps, steps[1:], strict=False):
+        if row["phase"] != before["phase"]:
+            begin = {
+                "step": row["step"] - 1,
+                "tokens": row["train/tokens"],
+                "flops": row["train/flops"],
+                "text": f"phase {row['phase']}",
+                "size": row.get("model/params"),
+            }
+            phases.append(begin)
+    return {
+        "steps": thin(steps, [key for key in of_steps if of_steps[key]], points),
+        "evals": thin(evaluation_rows(run), [key for key in of_steps if not of_steps[key]], points),
+        "phases": phases,
+        "marks": marks_of(run),
+    }
 
 
-def count(value: float | None) -> str:
-    """A number of things, to three digits: 1.71M."""
-    power = min(4, int(math.log10(value) // 3)) if value and value >= 1_000 else 0
-    return figure(value, ".0f") if power == 0 else f"{value / 1e3 ** power:.3g}{' kMBT'[power]}"
+def marks_of(run: Run) -> dict[str, float]:
+    """Bits per byte of gzip and xz on a run's own test documents, each compressed alone."""
+    found = {name: number(run.summary.get(f"{name}_bpb")) for name in ("gzip", "xz")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def table(rows: list[list[str]], kind: str) -> str:
-    """A table of cells that are HTML already; the first row and column stay in sight."""
-    head = "".join(f"<th scope=col>{cell}</th>" for cell in rows[0])
-    body = "".join(f"<tr><th scope=row>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
-                   for row in rows[1:])
-    return (f'<div class="scroll {kind}" tabindex=0><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+# ----------------------------------------------------------------------------------------- tables
 
-
-def intervals(values: list[tuple[float | None, float | None]], marks: dict[str, float]) -> list[str]:
-    """Pictures of intervals (middle, half) on one scale, with lines at the marks."""
-    values = [(m, h or 0.0) for m, h in values]
-    known = [*marks.values(), *(end for m, h in values if m is not None for end in (m - h, m + h))]
-    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0) or 1.0
-    x = {v: round(6 + 148 * (v - low) / span, 1) for v in known}
-    lines = "".join(f"<line class=mark x1={x[v]} x2={x[v]} y1=2 y2=20><title>{text(name)} {v:.3f}</title>"
-                    "</line>" for name, v in marks.items())
-    return ["" if m is None else
-            f'<svg class=interval width=160 height=22 role=img aria-label="{m:.3f} ± {h:.3f}">{lines}'
-            f'<line x1={x[m - h]} x2={x[m + h]} y1=11 y2=11 />'
-            f'<circle cx={(x[m - h] + x[m + h]) / 2:.1f} cy=11 r=3.5 /></svg>' for m, h in values]
-
-
-def state(run: Shown) -> str:
-    """Where a run is, and what is wrong with its files."""
+def state(run: Run) -> str:
+    """How far a run is, and what is wrong with its files."""
     total = sum(phase["steps"] for phase in run.config.get("phases", []))
     at = max((row["step"] for row in run.rows), default=0)
-    said = span("wait", f"at step {at:,} of {total:,}" if at else "no metrics yet")
-    said = span("good", "complete") if run.summary else said
+    if run.summary:
+        said = span("good", "complete")
+    elif at:
+        said = span("wait", f"at step {at:,} of {total:,}")
+    else:
+        said = span("wait", "no metrics yet")
     if run.damaged:
-        said += " " + span("bad", f"{run.damaged} damaged line{'s' * (run.damaged > 1)} left out")
-    return said if run.config else said + " " + span("bad", "config.json cannot be read")
+        lines = "line" if run.damaged == 1 else "lines"
+        said += " " + span("bad", f"{run.damaged} damaged {lines} left out")
+    if not run.config:
+        said += " " + span("bad", "config.json cannot be read")
+    return said
 
 
-def overview(runs: list[Shown], names: list[str]) -> str:
-    """The runs at a glance, with their test figures beside those of gzip and xz."""
-    rows, tests, marks = [], [], {}
-    for run, name in zip(runs, names, strict=True):
-        steps = [row for row in run.rows if "train/loss" in row] or [{}]
-        end, summary = steps[-1], run.summary
-        tail = steps[-max(1, len(steps) // 50):]
-        losses = [row["train/loss"] for row in tail if row.get("train/loss") is not None]
-        dev = [statistics.fmean(own.values()) for row in run.rows if (own := of_sources(row, "/bpb"))]
-        test, errors = (list(of_sources(summary, f".test/{k}").values()) for k in ("bpb", "bpb_se"))
-        mean = statistics.fmean(test) if test else None
-        error = math.hypot(*errors) / len(errors) if errors else math.nan  # of a mean of independent figures
-        tests.append((mean, 1.96 * error if math.isfinite(error) else None))
-        marks |= {k: summary[f"{k}_bpb"] for k in ("gzip", "xz") if f"{k}_bpb" in summary}
-        speed = [row["perf/tokens_per_s"] for row in steps if row.get("perf/tokens_per_s")]
-        rows.append([name, state(run), count(end.get("model/params")), count(end.get("train/tokens")),
-                     figure(end.get("train/flops"), ".2e"),
-                     figure(statistics.fmean(losses) if losses else None),
-                     figure(dev[-1] if dev else None), figure(mean, half=error), "",
-                     *(figure(summary.get(f"{k}_bpb")) for k in ("gzip", "xz")),
-                     count(statistics.median(speed) if speed else None)])
-    for row, picture in zip(rows, intervals(tests, marks), strict=True):
-        row[8] = picture
-    return table([["run", "state", "parameters", "tokens", "FLOPs", "train loss", "dev", "test ± s.e.",
-                   f"95 %{', '.join(['', *marks])}", "gzip -9", "xz -9", "tokens/s"], *rows], "numbers")
+def half_of(error) -> float | None:
+    """Half of the 95 % interval of a figure with this standard error."""
+    if number(error) is None:
+        return None
+    return HALF_95 * error
 
 
-def at_the_end(runs: list[Shown], names: list[str]) -> str:
-    """Test bits per byte by source, where there are several, and what else was evaluated at the end."""
-    several = list(dict.fromkeys(n for run in runs for n in of_sources(run.summary, ".test/bpb")))
-    keys = {f"{n} (bits per byte)": f"eval/{n}.test/bpb" for n in several} if len(several) > 1 else {}
-    of_steps = {k for run in runs for row in run.rows for k in row}
-    keys |= {k: k for run in runs for k, v in run.summary.items() if isinstance(v, float) and not
-             (k in of_steps or k.endswith(("_se", "_bpb")) or k.startswith("eval/"))}
-    rows = [[name, *(figure(run.summary.get(k), half=run.summary.get(f"{k}_se")) for k in keys.values())]
-            for run, name in zip(runs, names, strict=True) if run.summary]
-    return f"<h2>Test figures</h2>{table([['run', *map(text, keys)], *rows], 'numbers')}" if keys else ""
+def test_of(run: Run) -> tuple[float | None, float | None]:
+    """(test bits per byte, half of its 95 % interval), of the mean over a run's sources."""
+    bits = by_source(run.summary, ".test/bpb")
+    errors = by_source(run.summary, ".test/bpb_se")
+    if not bits:
+        return None, None
+    mean = statistics.fmean(bits.values())
+    if errors.keys() != bits.keys():
+        return mean, None
+    return mean, half_of(math.hypot(*errors.values()) / len(errors))  # sources are independent
+
+
+def mean_of(values: list) -> float | None:
+    """The mean of those values that are numbers, if any are."""
+    known = [value for value in values if number(value) is not None]
+    if not known:
+        return None
+    return statistics.fmean(known)
+
+
+def overview(runs: list[Run], names: list[str]) -> str:
+    """The runs at a glance: a table for each group of them that can be compared."""
+    pieces = []
+    for group in group_by_documents(runs, names):
+        members = [runs[i] for i in group.members]
+        own_names = [names[i] for i in group.members]
+        pieces += [group.note, overview_table(members, own_names)]
+    return "".join(pieces)
+
+
+def overview_table(runs: list[Run], names: list[str]) -> str:
+    """The final figures of runs that can be compared."""
+    compressed = [key for key in COMPRESSED if any(key in run.summary for run in runs)]
+    heads = [
+        head("run"),
+        head("state"),
+        head("test", "bits per byte"),
+        head("95 % interval", "dashed: gzip -9\nline: xz -9"),
+        *(head(*COMPRESSED[key]) for key in compressed),
+        head("dev", "bits per byte"),
+        head("training loss", "nats per token"),
+        head("parameters"),
+        head("training", "tokens"),
+        head("training", "FLOPs"),
+        head("speed", "tokens per second"),
+    ]
+    tests = [test_of(run) for run in runs]
+    marks = [marks_of(run) for run in runs]
+    intervals = [Interval(*test, own) for test, own in zip(tests, marks, strict=True)]
+    images = pictures(intervals)
+    rows = [heads]
+    for run, name, test, image in zip(runs, names, tests, images, strict=True):
+        bits = [figure(run.summary.get(key)) for key in compressed]
+        row = [name, state(run), figure(test[0], half=test[1]), image, *bits, *training_cells(run)]
+        rows.append(row)
+    return table(rows, "numbers")
+
+
+def training_cells(run: Run) -> list[str]:
+    """The cells of a run's training: last dev figure, last loss, size, tokens, FLOPs, speed."""
+    steps = training_rows(run)
+    end = steps[-1] if steps else {}
+    last = steps[-max(1, len(steps) // 50):]
+    dev = [by_source(row, "/bpb") for row in evaluation_rows(run)]
+    dev = [statistics.fmean(bits.values()) for bits in dev if bits]
+    speeds = [row["perf/tokens_per_s"] for row in steps if number(row.get("perf/tokens_per_s"))]
+    return [
+        figure(dev[-1] if dev else None),
+        figure(mean_of([row["train/loss"] for row in last])),
+        count(end.get("model/params")),
+        count(end.get("train/tokens")),
+        figure(end.get("train/flops"), ".2e"),
+        count(statistics.median(speeds) if speeds else None),
+    ]
+
+
+def at_the_end(runs: list[Run], names: list[str]) -> str:
+    """Test bits per byte by source, if there are several, and other figures of the end."""
+    keys = final_keys(runs)
+    if not keys:
+        return ""
+    pieces = ["<h2>Test figures</h2>"]
+    for group in group_by_documents(runs, names):
+        rows = [[head("run"), *(head(name, unit) for name, unit in keys.values())]]
+        for place in group.members:
+            summary = runs[place].summary
+            if summary:
+                rows.append([names[place], *(final_figure(summary, key) for key in keys)])
+        if len(rows) > 1:
+            pieces += [group.note, table(rows, "numbers")]
+    return "".join(pieces)
+
+
+def final_keys(runs: list[Run]) -> dict[str, tuple[str, str]]:
+    """{key of summaries: (name, unit)} of what `at_the_end` shows."""
+    keys = {}
+    for run in runs:
+        for name in by_source(run.summary, ".test/bpb"):
+            keys[f"eval/{name}.test/bpb"] = name, UNITS["bpb"]
+    if len(keys) == 1:  # the overview has it
+        keys = {}
+    in_rows = {key for run in runs for row in run.rows for key in row}
+    for run in runs:
+        for key, value in run.summary.items():
+            if isinstance(value, float) and key not in in_rows and is_own_figure(key):
+                keys[key] = key, UNITS.get(key.rpartition("/")[2], "")
+    return keys
+
+
+def is_own_figure(key: str) -> bool:
+    """Is a key of a summary a figure of the config's own, not an interval's part or one of ours?"""
+    if key in COMPRESSED or key.startswith("eval/"):
+        return False
+    return not key.endswith(("_se", "_low", "_high"))
+
+
+def final_figure(summary: dict, key: str) -> str:
+    """A figure of a summary with its 95 % interval: both ends if these are known, else half."""
+    low, high = number(summary.get(f"{key}_low")), number(summary.get(f"{key}_high"))
+    if low is None or high is None:
+        return figure(summary.get(key), half=half_of(summary.get(f"{key}_se")))
+    return f"{figure(summary.get(key))} {span('half', f'({low:.3f} to {high:.3f})')}"
 
 
 def differences(found: list[tuple[str, dict]], same: str) -> str:
-    """Flat dictionaries by name: a table of what differs between them, and folded away what does not."""
+    """Flat dictionaries by name: a table of what differs, and folded away what does not."""
     if not found:
         return "<p>Nothing is known of this yet.</p>"
-    keys = list(dict.fromkeys(k for _, own in found for k in own))
-    differ = [k for k in keys if len({json.dumps(own.get(k)) for _, own in found}) > 1]
-    rows = [["", *map(text, differ)]]
-    rows += [[name, *(text("–" if own.get(k) is None else own[k]) for k in differ)] for name, own in found]
-    if len(differ) > len(found):  # the longer side goes down the page
-        rows = [list(column) for column in zip(*rows, strict=True)]
-    alike = [[text(k), text(found[0][1].get(k))] for k in keys if k not in differ]
-    return (table(rows, "fields") if differ else "") + (
-        f"<details><summary>{same}: {len(alike)}</summary>{table([['', 'value'], *alike], 'fields')}"
-        "</details>" if alike else "")
+    keys = list(dict.fromkeys(key for _, own in found for key in own))
+    differ = [key for key in keys if len({json.dumps(own.get(key)) for _, own in found}) > 1]
+    alike = [key for key in keys if key not in differ]
+    out = ""
+    if differ:
+        rows = [["", *map(text, differ)]]
+        for name, own in found:
+            rows.append([name, *(field(own.get(key)) for key in differ)])
+        if len(differ) > len(found):  # the longer side goes down the page
+            rows = [list(column) for column in zip(*rows, strict=True)]
+        out += table(rows, "fields")
+    if alike:
+        rows = [["", "value"], *([text(key), text(found[0][1].get(key))] for key in alike)]
+        out += f"<details><summary>{same}: {len(alike)}</summary>{table(rows, 'fields')}</details>"
+    return out
 
 
-def samples(runs: list[Shown], names: list[str]) -> str:
-    """What each run continued its prompts with."""
-    found = [(name, file.read_text("utf-8", "replace")) for run, name in zip(runs, names, strict=True)
-             if (file := run.path / "samples.txt").is_file()]
-    return "<h2>Samples</h2><div class=samples>" + "".join(
-        f"<details{' open' * (i < 4)}><summary>{name}</summary><pre>\n{text(sample)}</pre></details>"
-        for i, (name, sample) in enumerate(found)) + "</div>" if found else ""
+def field(value) -> str:
+    """The value of a config's field; a dash if it has none."""
+    if value is None:
+        return "–"
+    return text(value)
 
 
-def made_by(run: Shown) -> dict:
+def samples(runs: list[Run], names: list[str]) -> str:
+    """What each run continued its prompts with; the first four are open."""
+    pieces = []
+    for run, name in zip(runs, names, strict=True):
+        file = run.path / "samples.txt"
+        if file.is_file():
+            sample = text(file.read_text("utf-8", "replace"))
+            is_open = " open" if len(pieces) < 4 else ""
+            summary = f"<summary>{name}</summary>"
+            pieces.append(f"<details{is_open}>{summary}<pre>\n{sample}</pre></details>")
+    if not pieces:
+        return ""
+    return f"<h2>Samples</h2><div class=samples>{''.join(pieces)}</div>"
+
+
+def made_by(run: Run) -> dict:
     """Where a run was made, and by which versions; known once it has ended."""
     keys = "host", "device", "devices", "processes", "commit"
-    return {k: run.summary[k] for k in keys if k in run.summary} | run.summary.get("versions", {})
+    place = {key: run.summary[key] for key in keys if key in run.summary}
+    return place | run.summary.get("versions", {})
 
 
-# -------------------------------------------------------------------------------------------------- the study
+# -------------------------------------------------------------------------------------- the study
 
 def arms_of(result: dict) -> str:
     """A study's arms, and their differences to the control with 95 % intervals."""
     control, arms = result["control"], result["arms"]
-    rows = [["arm", "rate", "tokens", "FLOPs"]]
-    tested = any(f["bpb"][0] is not None for f in arms.values())
-    rows[0] += ["test (bits per byte)", f"less {text(control)}'s", "95 %", "speed-up, FLOPs",
-                "speed-up, tokens"] if tested else []
-    ends = {arm: f["less_control"]["bpb"] for arm, f in arms.items() if arm != control}
-    pictures = dict(zip(ends, intervals([(d["mean"], d["half"]) for d in ends.values()], {control: 0.0}),
-                        strict=True))
-    for arm, f in arms.items():
-        warned = " " + span("wait", "not bracketed") if f["bracketed"] is False else ""
-        rows.append([text(arm), figure(f["rate"], "g") + warned, count(f["tokens"]),
-                     figure(f["flops"], ".2e")])
-        less, *faster = [figure(d["mean"], form, d["half"]) for d, form in zip(
-            f["less_control"].values(), ("+.4f", "+.1%", "+.1%"), strict=True)]
-        own = [less, pictures[arm], *faster] if arm in pictures else ["control", "", "", ""]
-        rows[-1] += [figure(f["bpb"][0], ".4f", f["bpb"][1]), *own] if tested else []
+    tested = any(arm["bpb"][0] is not None for arm in arms.values())
+    heads = [head("arm"), head("learning rate")]
+    heads += [head("training", "tokens"), head("training", "FLOPs")]
+    if tested:
+        heads += [
+            head("test", "bits per byte"),
+            head(f"less {control}'s", "bits per byte"),
+            head("95 % interval", f"line: {control}"),
+            head("speed-up", "share of FLOPs"),
+            head("speed-up", "share of tokens"),
+        ]
+    less = {name: arm["less_control"] for name, arm in arms.items() if name != control}
+    bits = [own["bpb"] for own in less.values()]
+    intervals = [Interval(own["mean"], own["half"], {"zero": 0.0}) for own in bits]
+    images = dict(zip(less, pictures(intervals), strict=True))
+    rows = [heads]
+    for name, arm in arms.items():
+        row = [text(name), rate_of(arm), count(arm["tokens"]), figure(arm["flops"], ".2e")]
+        if tested:
+            row.append(figure(arm["bpb"][0], ".4f", arm["bpb"][1]))
+            if name == control:
+                row += ["control", "", "", ""]
+            else:
+                row += compared(less[name], images[name])
+        rows.append(row)
     return table(rows, "numbers")
+
+
+def rate_of(arm: dict) -> str:
+    """An arm's learning rate, and whether those around it were tried."""
+    said = figure(arm["rate"], "g")
+    if arm["bracketed"] is False:
+        said += " " + span("wait", "not bracketed")
+    return said
+
+
+def compared(less: dict, image: str) -> list[str]:
+    """The cells of an arm that is compared to the control."""
+    cells = []
+    for found, form in zip(less.values(), ("+.4f", "+.1%", "+.1%"), strict=True):
+        cells.append(figure(found["mean"], form, found["half"]))
+    return [cells[0], image, *cells[1:]]
+
+
+def claim_of(claim: dict, quick: bool) -> str:
+    """A claim with its verdict, the figure behind it, and the bound that was claimed."""
+    verdict = claim["verdict"]
+    if quick:
+        verdict = NOT_JUDGED
+    side = "above" if "above" in claim else "below"
+    kind = verdict if verdict in VERDICTS else "unjudged"
+    return (
+        f"<li>{span(kind, verdict)} {text(claim['says'])} <small>({text(claim['measure'])}, "
+        f"{text(claim['arm'])} less {text(claim['control'])}: "
+        f"{figure(claim['mean'], '+.4f', claim['half'])}; "
+        f"claimed {side} {text(claim.get(side))})</small></li>"
+    )
+
+
+def measures_of(result: dict) -> str:
+    """A study's own measures: each arm's mean, and below it the difference to the control."""
+    if not result["measures"]:
+        return ""
+    rows = [[text(f"(less {result['control']}'s)"), *map(text, result["arms"])]]
+    for name, by_arm in result["measures"].items():
+        row = [text(name)]
+        for arm in result["arms"]:
+            own = by_arm[arm]
+            cell = figure(own["own"][0], ".4f", own["own"][1])
+            if arm != result["control"]:
+                cell += f"<br>{figure(own['mean'], '+.4f', own['half'])}"
+            row.append(cell)
+        rows.append(row)
+    return table(rows, "numbers")
+
+
+def notes_of(result: dict) -> list[str]:
+    """What one must know of a study before one reads its figures."""
+    notes = []
+    if result["quick"]:
+        notes.append("--quick: too short to say anything of the question, so no claim is judged")
+    notes += [f"{run} failed, {why}" for run, why in result["failed"].items()]
+    if len(result["made_by"]) > 1:
+        notes.append("not all runs were made by the same versions, commit and device")
+    return notes
 
 
 def study(path: Path, result: dict) -> str:
     """A study's result: claims with their verdicts, tables with intervals, and its picture."""
-    control, cost, n = result["control"], result["cost"], result["seeds"]
-    notes = ["--quick: too short to say anything of the question"] * result["quick"]
-    notes += [f"{run} failed, {why}" for run, why in result["failed"].items()]
-    notes += ["not all runs were made by the same versions, commit and device"] * (len(result["made_by"]) > 1)
-    claims = [f"<li>{span(c['verdict'], c['verdict'])} {text(c['says'])} <small>({text(c['measure'])}, "
-              f"{text(c['arm'])} less {text(c['control'])}: {figure(c['mean'], '+.4f', c['half'])}; claimed "
-              f"{'above' if 'above' in c else 'below'} {c.get('above', c.get('below'))})</small></li>"
-              for c in result["claims"]]
-    measures = [[text(name), *(figure(by[arm]["own"][0], ".4f", by[arm]["own"][1]) + (
-        "" if arm == control else f"<br>{figure(by[arm]['mean'], '+.4f', by[arm]['half'])}")
-        for arm in result["arms"])] for name, by in result["measures"].items()]
-    picture = path / "study.png"
-    image = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
-    return "".join([
+    seeds, cost = result["seeds"], result["cost"]
+    said = f"{text(seeds)} paired seeds."
+    if seeds == 1:
+        said = "One seed: no intervals."
+    pieces = [
         f"<section><h2>Study: {text(result['study'])}</h2>",
-        f"<p>{f'{n} paired seeds; ± is half a 95 % interval.' if n > 1 else 'One seed: no intervals.'} "
-        f"The runs compared took {cost['flops']:.3g} FLOPs and {cost['tokens']:,} tokens, tuning took "
-        f"{cost['tuning_flops']:.3g} and {cost['tuning_tokens']:,}.</p>",
-        *(f"<p class=wait>{text(note)}</p>" for note in notes),
-        f"<ul class=claims>{''.join(claims)}</ul>" if claims else "", arms_of(result),
-        table([[f"(less {text(control)}'s)", *map(text, result["arms"])], *measures], "numbers")
-        if measures else "",
-        f'<img alt="Dev curves, and differences to {text(control)}" src="data:image/png;base64,{image}">'
-        if image else "", "</section>"])
+        f"<p>{said} The runs compared took {figure(cost['flops'], '.3g')} FLOPs and "
+        f"{figure(cost['tokens'], ',')} tokens, tuning took {figure(cost['tuning_flops'], '.3g')} "
+        f"and {figure(cost['tuning_tokens'], ',')}.</p>",
+    ]
+    pieces += [f"<p class=wait>{text(note)}</p>" for note in notes_of(result)]
+    claims = [claim_of(claim, bool(result["quick"])) for claim in result["claims"]]
+    if claims:
+        pieces.append(f"<ul class=claims>{''.join(claims)}</ul>")
+    pieces += [arms_of(result), measures_of(result)]
+    picture = path / "study.png"
+    if picture.is_file():
+        image = base64.b64encode(picture.read_bytes()).decode()
+        says = text(f"Dev curves, and differences to {result['control']}")
+        pieces.append(f'<img alt="{says}" src="data:image/png;base64,{image}">')
+    return "".join([*pieces, "</section>"])
 
 
-def page(titles: list[str], runs: list[Shown], studies: list[tuple[Path, dict]]) -> str:
+# --------------------------------------------------------------------------------------- the page
+
+def key_of(look: dict) -> str:
+    """A run's name with a piece of its line, as HTML."""
+    line = f'stroke="var(--c{look["color"]})" stroke-dasharray="{look["dash"]}"'
+    return (
+        f"<span class=key><svg width=26 height=10><line x1=1 x2=25 y1=5 y2=5 {line}></line></svg>"
+        f"{text(look['name'])}</span>"
+    )
+
+
+def page(titles: list[str], runs: list[Run], studies: list[tuple[Path, dict]]) -> str:
     """The page; whatever somebody else wrote is escaped in it."""
     drawn = curves(runs)
-    names = ['<span class=key><svg width=26 height=10><line x1=1 x2=25 y1=5 y2=5 '
-             f'stroke="var(--c{run["color"]})" stroke-dasharray="{run["dash"]}" /></svg>'
-             f'{text(run["name"])}</span>' for run in drawn["runs"]]
-    configs = [(name, flatten({k: v for k, v in run.config.items() if k not in ("name", "runs")}))
-               for run, name in zip(runs, names, strict=True) if run.config]
-    gaps = dict(
-        title=text(", ".join(titles[:4]) + (f" and {len(titles) - 4} more" if len(titles) > 4 else "")),
-        made=time.strftime("%Y-%m-%d %H:%M"), runs=str(len(runs)), overview=overview(runs, names),
-        studies="".join(study(*s) for s in studies), at_the_end=at_the_end(runs, names),
-        samples=samples(runs, names),
-        legend="".join(f"<button type=button aria-pressed=true data-run={i}>{name}</button>"
-                       for i, name in enumerate(names)),
-        configs=differences(configs, "fields that are the same" if len(runs) > 1 else "every field"),
-        made_by=differences([(n, made_by(run)) for run, n in zip(runs, names, strict=True) if run.summary],
-                            "the same for all" if len(runs) > 1 else "versions and place"),
-        data=json.dumps(drawn, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
-    first, *rest = (ROOT / "tools/report.html").read_text("utf-8").split("{{")
-    return first + "".join(gaps[name] + after for name, _, after in (piece.partition("}}") for piece in rest))
+    names = [key_of(look) for look in drawn["runs"]]
+    same_config, same_place = "every field", "versions and place"
+    if len(runs) > 1:
+        same_config, same_place = "fields that are the same", "the same for all"
+    places = [(name, made_by(run)) for run, name in zip(runs, names, strict=True) if run.summary]
+    content = json.dumps(drawn, separators=(",", ":"), allow_nan=False)
+    return fill({
+        "title": some([text(title) for title in titles]),
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "runs": str(len(runs)),
+        "studies": "".join(study(path, result) for path, result in studies),
+        "overview": overview(runs, names),
+        "documents": documents_note(runs),
+        "at_the_end": at_the_end(runs, names),
+        "samples": samples(runs, names),
+        "legend": legend(names),
+        "configs": differences(configs_of(runs, names), same_config),
+        "made_by": differences(places, same_place),
+        "data": content.replace("<", "\\u003c"),
+    })
+
+
+def documents_note(runs: list[Run]) -> str:
+    """What to know of the dev curves where not all runs were tested on the same documents."""
+    if len({documents(run) for run in runs} - {None}) <= 1:
+        return ""
+    return (
+        "<p class=note>Not all runs were tested on the same documents, so their dev documents may "
+        "differ too: compare curves of bits per byte only within one table above.</p>"
+    )
+
+
+def legend(names: list[str]) -> str:
+    """A button for each run."""
+    start = "<button type=button aria-pressed=true"
+    return "".join(f"{start} data-run={i}>{name}</button>" for i, name in enumerate(names))
+
+
+def configs_of(runs: list[Run], names: list[str]) -> list[tuple[str, dict]]:
+    """Each run's name and flat config, without what says only where it is."""
+    found = []
+    for run, name in zip(runs, names, strict=True):
+        config = {key: value for key, value in run.config.items() if key not in ("name", "runs")}
+        if config:
+            found.append((name, flatten(config)))
+    return found
+
+
+def fill(gaps: dict[str, str]) -> str:
+    """tools/report.html with its gaps filled in."""
+    first, *pieces = (ROOT / "tools/report.html").read_text("utf-8").split("{{")
+    out = [first]
+    for piece in pieces:
+        name, _, after = piece.partition("}}")
+        out += [gaps[name], after]
+    return "".join(out)
 
 
 def main(arguments: list[str]):
     """Command line."""
     parser = Arguments("report", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run or a study")
-    parser.add_argument("--out", type=Path, help="of the page; RUN/report.html for one RUN, else report.html")
-    a = parser.parse_args(arguments)
-    paths = [path.expanduser() for path in a.runs]
+    runs_help = "directory of a run or a study"
+    out_help = "of the page; RUN/report.html for one RUN, else report.html"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs_help)
+    parser.add_argument("--out", type=Path, help=out_help)
+    given = parser.parse_args(arguments)
+    paths = [path.expanduser() for path in given.runs]
     runs, studies = collect(paths)
-    out = (a.out or (paths[0] if len(paths) == 1 else Path()) / "report.html").expanduser()
+    out = Path("report.html")
+    if len(paths) == 1:
+        out = paths[0] / "report.html"
+    if given.out:
+        out = given.out.expanduser()
     write(out, page([path.resolve().name for path in paths], runs, studies))
-    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 1e6:.1f} MB")
+    many = "run" if len(runs) == 1 else "runs"
+    print(f"{out}: {len(runs)} {many}, {out.stat().st_size / 1e6:.1f} MB")
