@@ -6,6 +6,7 @@
 
 A batch is a function of (config, seed, step): nothing here keeps a position, so nothing has to be saved.
 """
+import functools
 import inspect
 import io
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from lib.cache import Cache, Shard
 from lib.disk import digest, write
 from lib.errors import InputError
+from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
 from lib.packing import (
     DOCUMENT,
@@ -36,19 +38,29 @@ from lib.sources import Document, Skipped, Source, stdlib, text  # noqa: F401  (
 from lib.tokenizers import Tokenizer
 
 
+@strict
 @dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})  # by name
     tokenizer: str = "bpe"  # "bpe": trained to model.vocab pieces; "bytes"; a SentencePiece file; "hf:DIR"
-    sample_mib: float = 8.0  # the tokenizer is trained on at most this much text
-    dev: float = 0.05  # share of documents for steering, tuning and selection
-    test: float = 0.05  # share of documents for what is reported
-    shard_tokens: int = 4_194_304  # a shard is sealed once it has at least this many
-    window: int = 8  # shards within which documents are permuted and packed
+    sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
+    dev: Share = 0.05  # share of documents for steering, tuning and selection
+    test: Share = 0.05  # share of documents for what is reported
+    shard_tokens: Count = 4_194_304  # a shard is sealed once it has at least this many
+    window: Count = 8  # shards within which documents are permuted and packed
     stream: bool = False  # train while the rest is tokenized; held-out documents: those of the first window
-    max_skipped: float = 0.1  # building stops when more than this share of a source is damaged
+    max_skipped: Share = 0.1  # building stops when more than this share of a source is damaged
+
+    def rules(self, path: str) -> Rules:
+        """What fields must be to one another."""
+        at = functools.partial(join, path)
+        yield (not self.sources,
+               f"{at('sources')} is empty; allowed is one source and more")
+        yield (self.dev + self.test >= 1,
+               f"{at('dev')} and {at('test')} are {self.dev} and {self.test}; allowed are shares "
+               "that leave something to train on")
 
 
 class Documents(NamedTuple):

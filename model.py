@@ -6,6 +6,7 @@ optimiser groups, growth and forgetting. A model is a flat dictionary `{name: ar
 
     b batch  t, s position  l layer  d embed  k kv head  g query head of a kv head  h head_dim  f mlp  v vocab
 """
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -18,32 +19,51 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import get_abstract_mesh
 
+from lib.fields import Count, NotNegative, Positive, Rules, Whole, join, strict
 from lib.kernels import Mask, attention, matmul, nll
 from lib.sharding import ROWS, RULES, constrain
 
 
+@strict
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a Llama-like transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
 
-    layers: int = 4  # blocks
-    embed: int = 128  # width of the residual stream
-    heads: int = 4  # query heads
-    kv_heads: int = 4  # key and value heads; each serves heads / kv_heads query heads
-    head_dim: int = 32  # width of one head; even, since RoPE rotates pairs
-    mlp: int = 344  # hidden width of the SwiGLU
-    vocab: int = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as a given one has
+    layers: Count = 4  # blocks
+    embed: Count = 128  # width of the residual stream
+    heads: Count = 4  # query heads
+    kv_heads: Count = 4  # key and value heads; each serves heads / kv_heads query heads
+    head_dim: Count = 32  # width of one head; even, since RoPE rotates pairs
+    mlp: Count = 344  # hidden width of the SwiGLU
+    vocab: Whole = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as a given one has
     tied: bool = True  # the head is the transposed embedding table
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple[float, ...] = ()  # (factor,), or Llama 3's (factor, low, high, old context)
-    norm_eps: float = 1e-6  # epsilon of RMSNorm
+    rope_theta: Positive = 10_000.0  # base of the rotary frequencies
+    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or Llama 3's (factor, low, high, old context)
+    norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
     attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # implementation, see `choose`
-    unroll: int = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
+    unroll: Whole = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what of a block the backward pass computes again
-    logits_mib: int = 256  # the loss is computed in chunks of the sequence whose float32 logits fit in this
+    logits_mib: Count = 256  # the loss is computed in chunks of the sequence whose float32 logits fit in this
+
+    def rules(self, path: str) -> Rules:
+        """What fields must be to one another."""
+        at = functools.partial(join, path)
+        yield (self.heads % self.kv_heads,
+               f"{at('heads')} is {self.heads}, which {at('kv_heads')} ({self.kv_heads}) does not "
+               "divide; allowed is a multiple of it: each key-value head serves as many query heads")
+        yield (self.head_dim % 2,
+               f"{at('head_dim')} is {self.head_dim}; allowed is an even number: RoPE rotates pairs")
+        scaling = self.rope_scaling
+        fits = len(scaling) in (0, 1) or (len(scaling) == 4 and scaling[1] < scaling[2])
+        yield (not fits,
+               f"{at('rope_scaling')} is {scaling}; allowed are (), (factor,) and "
+               "(factor, low, high, old context) with low below high")
+        yield (self.unroll and self.layers % self.unroll,
+               f"{at('unroll')} is {self.unroll}, which does not divide {at('layers')} "
+               f"({self.layers}); allowed is a divisor, or 0 for all")
 
 
 class Param(NamedTuple):

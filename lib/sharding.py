@@ -11,7 +11,10 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
+from lib.fields import strict
 
+
+@strict
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices by axis; -1 takes what is left."""
