@@ -461,8 +461,8 @@ def test_every_arm_of_stacking_is_a_config_that_is_accepted():
 
 def narrowed(arm: str) -> tuple[model.ModelConfig, dict, dict]:
     """(shape after the growth, parameters before and after it) of an arm of g_stack.py, narrower."""
-    config = replace(g_stack.study.arms[arm].model, embed=32, mlp=48, heads=2, kv_heads=2, head_dim=8, vocab=50,
-                     unroll=1)
+    config = replace(g_stack.study.arms[arm].model, embed=32, mlp=48, heads=2, kv_heads=2,
+                     head_dim=8, vocab=50, unroll=1)
     shapes = []
 
     @jax.jit
