@@ -297,6 +297,7 @@ def softmax_mix(q, k, v, mask):
 
 
 def softmax_mix_forward(q, k, v, mask):
+    """(out, residuals) of `softmax_mix`."""
     wide = float32_or_wider(q.dtype)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
     group = q.shape[2] // mask.shape[2]
@@ -309,6 +310,7 @@ def softmax_mix_forward(q, k, v, mask):
 
 
 def softmax_mix_backward(residuals, d_out):
+    """Gradients of the arguments of `softmax_mix`."""
     q, k, v, probs, out = residuals
     wide = float32_or_wider(q.dtype)
     d_probs = jnp.einsum("bkth,bksh->bkts", d_out, v, preferred_element_type=wide)
@@ -377,12 +379,14 @@ def matmul(x, w, axes: tuple[str, ...], out) -> jax.Array:
 
 
 def matmul_forward(x, w, axes, out):
+    """(y, residuals) of `matmul`."""
     whole = gathered(x, w, axes)
     y = jnp.matmul(x, whole, preferred_element_type=out)
     return y, (x, w)
 
 
 def matmul_backward(axes, out, residuals, dy):
+    """Gradients of x and w in `matmul`."""
     x, w = residuals
     dy = dy.astype(x.dtype)
     whole = gathered(x, w, axes)
@@ -439,12 +443,14 @@ def nll(logits, targets) -> jax.Array:
 
 
 def nll_forward(logits, targets):
+    """(out, residuals) of `nll`."""
     normaliser = jax.nn.logsumexp(logits, -1)
     out = normaliser - at_targets(logits, targets)
     return out, (logits, targets, normaliser)
 
 
 def nll_backward(residuals, d_out):
+    """Gradient of the logits in `nll`; the targets have none."""
     logits, targets, normaliser = residuals
     vocab = jnp.arange(logits.shape[-1])
     one_hot = vocab == targets[..., None]

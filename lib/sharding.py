@@ -45,11 +45,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if devices is None:
         devices = jax.devices()
     sizes = [config.data, config.fsdp, config.tensor]
-    grid = mesh_utils.create_device_mesh(
-        filled(sizes, len(devices)),
-        devices,
-        allow_split_physical_axes=True,
-    )
+    shape = filled(sizes, len(devices))
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, ("data", "fsdp", "tensor"))
 
 
@@ -151,5 +148,5 @@ def largest(value: int, mesh: Mesh) -> jax.Array | int:
         return value
     one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     own = np.full(jax.local_device_count(), value, np.int32)
-    shape = (jax.device_count(),)
-    return jnp.max(jax.make_array_from_process_local_data(one_each, own, shape))
+    values = jax.make_array_from_process_local_data(one_each, own, (jax.device_count(),))
+    return jnp.max(values)
