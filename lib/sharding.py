@@ -110,7 +110,7 @@ def parts(mesh, place: str | tuple[str, ...]) -> int:
 
 
 def by_row(mesh: Mesh, rows: int) -> NamedSharding:
-    """Rows of a batch over the mesh axes data and fsdp; all rows everywhere if that leaves a rest."""
+    """A batch, its rows over the axes data and fsdp; whole everywhere if that leaves a rest."""
     if rows % parts(mesh, ROWS):
         return NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, PartitionSpec(ROWS))

@@ -81,11 +81,6 @@ def used(config, params):
     return {n: params[n] for n in model.table(config)}
 
 
-def context(seed=0, **fields):
-    """An edit's context with no more than a key."""
-    return model.Context(jax.random.key(seed), 10, None, None, None)._replace(**fields)
-
-
 def rows(seed=0, batch=2, seq=24, vocab=258):
     """A batch of random tokens with three segments and some padding in each row."""
     rng = np.random.default_rng(seed)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import context, used
+from conftest import used
+from edit_cases import context
 
 import model
 import train

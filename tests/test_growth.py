@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import context, course_of
-from edited import IDS, apart, loss, scores, some, wider
+from conftest import course_of
+from edit_cases import IDS, apart, context, loss, scores, some, wider
 
 import model
 import train
@@ -16,7 +16,7 @@ from lib.edits import stack
 from lib.freezing import BLOCK, asleep, freeze
 from lib.kernels import Mask
 from lib.optim import first_state
-from lib.schedule import shapes
+from lib.schedule import models_of
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tokenizers import load_tokenizer, train_bpe
 from lib.widen import widen
@@ -196,7 +196,7 @@ def test_pruning_arms_are_runs():
     given = context(batches=lambda n: [dict(tokens=IDS, segments=one, positions=one)])
     for config in pruning.arms.values():
         train.check(config)
-        last = shapes(config, given)[-1]
+        last = models_of(config, given)[-1]
         assert (last.embed, last.kv_heads, last.heads, last.mlp, last.layers) == (96, 3, 3, 256, 4)
 
 

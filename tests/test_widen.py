@@ -4,14 +4,13 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from conftest import context
-from edited import apart, gradient, wider
+from edit_cases import apart, context, gradient, wider
 
 import model
 import train
 from lib.edits import stack
 from lib.optim import adamw, first_state, init_opt_state
-from lib.schedule import shapes
+from lib.schedule import models_of
 from lib.sharding import MeshConfig, make_mesh
 from lib.widen import widen
 
@@ -147,4 +146,4 @@ def test_widen_is_the_same_on_eight_devices(tiny):
     for name in one.params:
         np.testing.assert_allclose(one.params[name], eight.params[name], rtol=1e-6, atol=0)
     phase = train.Phase(edits=tuple(edits))
-    assert shapes(train.Config(model=tiny, phases=(phase,)), context()) == [config]
+    assert models_of(train.Config(model=tiny, phases=(phase,)), context()) == [config]

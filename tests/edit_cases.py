@@ -1,4 +1,4 @@
-"""What tests of edits share: parameters, the function that a model computes, its gradient."""
+"""What the tests of edits share: a context, parameters in which everything matters, what they compute."""
 from dataclasses import replace
 from functools import partial
 
@@ -8,9 +8,14 @@ import numpy as np
 
 import model
 from lib.kernels import Mask
-from model import Model
+from model import Context, Model
 
 IDS = np.random.default_rng(0).integers(0, 258, (2, 12), np.int32)
+
+
+def context(seed=0, **fields):
+    """An edit's context with no more than a key."""
+    return Context(jax.random.key(seed), 10, None, None, None)._replace(**fields)
 
 
 def some(config, seed=1):
