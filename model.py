@@ -33,7 +33,7 @@ Params = dict[str, jax.Array]
 @strict
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-like transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
+    """The shape of a transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
 
     layers: Count = 4  # blocks
     embed: Count = 128  # width of the residual stream
@@ -41,18 +41,18 @@ class ModelConfig:
     kv_heads: Count = 4  # key and value heads; each serves heads / kv_heads query heads
     head_dim: Count = 32  # width of one head; even, since RoPE rotates pairs
     mlp: Count = 344  # hidden width of the SwiGLU
-    vocab: Whole = 0  # pieces of the tokenizer: trained to this many, or 0 for as many as a given one has
+    vocab: Whole = 0  # pieces of the tokenizer that is trained; 0: as many as a given one has
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     rope_scaling: tuple[Positive, ...] = ()  # (factor,), or Llama 3's (factor, low, high, old context)
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # implementation, see `choose`
-    unroll: Whole = 0  # blocks unrolled in the scan over layers; 0 is all: slower to compile, faster to run
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # see lib/kernels.py
+    unroll: Whole = 0  # layers compiled one by one; 0 is all: slow to compile, fast to run
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
-    remat: Literal["none", "elementwise", "all"] = "none"  # what of a block the backward pass computes again
-    logits_mib: Count = 256  # the loss is computed in chunks of the sequence whose float32 logits fit in this
+    remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
+    logits_mib: Count = 256  # the loss is computed in chunks whose float32 logits fit in this
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
