@@ -10,11 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import conftest
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from conftest import course_of
 
 import model
 import train
