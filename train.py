@@ -35,7 +35,14 @@ from lib.config import ROOT, from_json, load_file, to_json
 from lib.corpus import assemble
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
-from lib.evaluate import evaluate_during, evaluators
+from lib.evaluate import (
+    evaluation,
+    evaluators,
+    own_evals,
+    sharded_apply,
+    test_figures,
+    write_figures,
+)
 from lib.fields import (
     Count,
     NotNegative,
@@ -401,6 +408,7 @@ class Run:
     checkpoints: Checkpoints | None = None
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset of embeddings
     summary: dict[str, Any] | None = None  # of a run that has ended
+    own_figures: tuple[int, dict] = (-1, {})  # of its own evals, and the step that they are of
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed; the order of data draws from the seed by
@@ -568,16 +576,33 @@ def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
     """Held-out figures of a state, as lib/evaluate.py has them; a steered mixture is decided by
     them.
     """
+    losses, scores = held_out_programs(run, step)
+    config = replace(run.config, model=run.plan.model_after(step))
+    phase = config.phases[run.plan.phase_of(step)]
+    dev, own = evaluation(
+        losses,
+        scores,
+        state.params,
+        state.step,
+        config,
+        phase,
+        run.caches,
+        run.tokenizer,
+        run.mesh,
+    )
+    if step in run.plan.steers:
+        found = {name: dev[f"eval/{name}/loss"] for name in run.caches}
+        run.loader.decide(run.plan.steers[step], found)
+    run.own_figures = step, own
+    return dev | own
+
+
+def held_out_programs(run: Run, step: int) -> tuple[Callable, Callable]:
+    """`evaluators` of the model after a step, compiled once for each shape."""
     model = run.plan.model_after(step)
     if model not in run.programs:
-        run.programs[model] = evaluators(run.config, model, run.mesh)
-    losses, scores = run.programs[model]
-    config = replace(run.config, model=model)
-    row = evaluate_during(config, run.plan.phase_of(step), run.caches, run.tokenizer, run.mesh, state, losses,
-                          scores)
-    if step in run.plan.steers:
-        run.loader.decide(run.plan.steers[step], {name: row[f"eval/{name}/loss"] for name in run.caches})
-    return row
+        run.programs[model] = evaluators(run.config.reparam, model, run.mesh)
+    return run.programs[model]
 
 
 def save(run: Run, state: State, step: int, log: Log):
@@ -695,10 +720,31 @@ def finish(run: Run, log: Log) -> dict[str, Any]:
     if run.summary:
         return run.summary
     total = run.plan.total
-    found = {k: v for k, v in verb("eval", [str(run.directory)]).items() if ".test/" in k}
-    log.row({"step": total, **found, **run.plan.spent(total)})
+    found = reported_figures(run)
+    tests = {name: value for name, value in found.items() if ".test/" in name}
+    log.row({"step": total, **tests, **run.plan.spent(total)})
     log.sync()
     return verb("summary", [str(run.directory)])
+
+
+def reported_figures(run: Run) -> dict:
+    """What a run is reported by, written to eval.json: as `python train.py eval RUN` has it.
+
+    The checkpoint is the newest, or where embeddings are forgotten the one longest after that. The
+    config's own evals do not run again where the last evaluation was of that step.
+    """
+    step = find_checkpoint(str(run.directory))[1]
+    params, config, tokenizer, _ = load(str(run.directory), step)
+    params = jax.device_put(params, shardings(table(config.model), run.mesh))
+    losses, scores = held_out_programs(run, step)
+    losses = functools.partial(losses, params, step)
+    found = test_figures(losses, run.caches, config, tokenizer, run.mesh)
+    evaluated, own = run.own_figures
+    if step != evaluated:
+        own = own_evals(config, tokenizer, params, sharded_apply(scores, step, run.mesh))
+    found |= own
+    write_figures(run.directory, found)
+    return found
 
 
 def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
@@ -717,7 +763,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
         make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.params(step, state_like(config.model, config.optimizer, mesh))
     tokenizer = load_tokenizer(directory / "tokenizer.model")
-    _, scores = evaluators(config, config.model, mesh)
+    _, scores = evaluators(config.reparam, config.model, mesh)
     return params, config, tokenizer, lambda params, ids: scores(params, step, jnp.asarray(ids))
 
 

@@ -116,7 +116,8 @@ class Checkpoints:
         sentence = (
             f"checkpoint {self.root / str(step)} is damaged ({{reason}}); there are {self.steps()}"
         )
-        with user_errors(Exception, Damaged, sentence):
+        eagerly = jax.ensure_compile_time_eval()  # an edit may load a run while shapes are traced
+        with eagerly, user_errors(Exception, Damaged, sentence):
             return self.manager.restore(step, args=ocp.args.Composite(**items))
 
     def meta(self, step: int) -> dict:

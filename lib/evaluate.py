@@ -1,189 +1,352 @@
-"""Held-out bits per byte."""
+"""How well a model predicts held-out text: bits per byte, beside what gzip and xz need."""
 import gzip
 import inspect
+import json
 import lzma
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import model
 from lib.cache import Cache
-from lib.corpus import open_caches
-from lib.disk import digest
+from lib.disk import digest, write
 from lib.kernels import Mask
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
+from lib.processes import is_main_process
 from lib.sharding import MeshConfig, make_mesh, put, shardings
 from lib.sources import SPLITS
 from lib.tokenizers import Tokenizer
-from model import ModelConfig, apply, losses, reparametrised, table
+from model import ModelConfig, reparametrised, table
+
+HALF_95 = 1.96  # standard errors that make half of a 95 % interval
 
 
-def evaluators(run, config: ModelConfig, mesh: Mesh) -> tuple[Callable, Callable]:
-    """Jitted, causal: losses(params, step, arrays) -> [b t]; scores(params, step, ids) -> logits [b t v].
+def evaluators(
+    reparam: Callable | None, config: ModelConfig, mesh: Mesh
+) -> tuple[Callable, Callable]:
+    """Two compiled functions of a causal model, `losses` and `scores`.
 
-    The rows of `arrays` are spread over the mesh; each process gets all of the results.
+    losses(params, step, arrays) returns the nats [b t] of a batch's targets, float32 or wider. Its
+    rows are spread over the mesh. scores(params, step, ids [b t]) returns logits [b t v]. Each
+    process gets all of both results. reparam: a config's own `reparam(params, step, batch)`, or
+    None.
     """
-    def held(params, step, arrays):
-        used = reparametrised(run.reparam, params, step, arrays)
-        return losses(used, arrays, Mask("causal", 0), config)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def jitted_losses(params, step, arrays):
+        used = reparametrised(reparam, params, step, arrays)
+        return model.losses(used, arrays, Mask("causal", 0), config)
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def jitted_scores(params, step, ids):
+        used = reparametrised(reparam, params, step, {"tokens": ids})
+        return model.apply(used, ids, config)
+
+    def losses(params, step, arrays):
+        with jax.set_mesh(mesh):
+            return jitted_losses(params, step, put(arrays, mesh))
 
     def scores(params, step, ids):
-        return apply(reparametrised(run.reparam, params, step, dict(tokens=ids)), ids, config)
+        with jax.set_mesh(mesh):
+            return jitted_scores(params, step, ids)
 
-    def on_mesh(function, place=lambda rows: rows):
-        jitted = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-        def called(params, step, rows):
-            with jax.set_mesh(mesh):
-                return jitted(params, step, place(rows))
-        return called
-
-    return on_mesh(held, partial(put, mesh=mesh)), on_mesh(scores)
+    return losses, scores
 
 
 def windows(lengths: np.ndarray, seq: int, overlap: int) -> np.ndarray:
-    """The plan of evaluation: each position is predicted once, in a document too long for a row with at least
-    `overlap` positions before it (the first row aside). Pieces fill rows in order, one segment each.
+    """The plan by which held-out documents of `lengths` [n] positions are read, in rows of `seq`.
+
+    Each position is predicted once. A document that is too long for a row is read in several
+    windows; each but the first repeats the last `overlap` positions of the one before, without
+    loss, as context. Windows fill the rows in order, and each is a segment of its own.
     """
-    plan, row, used, segment = [], 0, 0, 0
-    for document, n in enumerate(lengths):
-        for start in [0, *range(seq - overlap, n - overlap, seq - overlap)]:
-            length = min(seq, n - start)
-            if used + length > seq:
-                row, used, segment = row + 1, 0, 0
-            segment, used = segment + 1, used + length
-            plan.append((row, segment, document, start, length, overlap if start else 0))
+    plan = []
+    row = used = segment = 0
+    stride = seq - overlap
+    for document, length in enumerate(lengths):
+        later = range(stride, length - overlap, stride)
+        for start in [0, *later]:
+            size = min(seq, length - start)
+            if used + size > seq:
+                row += 1
+                used = segment = 0
+            segment += 1
+            used += size
+            quiet = overlap if start else 0
+            plan.append((row, segment, document, start, size, quiet))
     return np.array(plan, np.int64).reshape(-1, 6)
 
 
-class HeldOut(NamedTuple):
-    """Documents of a split as batches: (arrays, document of each position, -1 where none counts)."""
+class Place(NamedTuple):
+    """Where a held-out document lies in a cache."""
 
-    paths: list[str]
-    bytes: np.ndarray  # int64 [documents]
-    texts: Callable[[], Iterator[bytes]]  # UTF-8 of each document
-    batches: Callable[[], Iterator[tuple[dict, np.ndarray]]]
+    order: str  # hash of its path: documents are taken in this order
+    path: str
+    shard: int
+    number: int  # within the shard
+    positions: int  # its tokens, and its end
+    bytes: int  # of its text in UTF-8
 
 
-def held_out(cache: Cache, split: str, tokenizer: Tokenizer, seq: int, batch: int, overlap: int,
-             most: int | None = None, shards: int | None = None) -> HeldOut:
-    """The documents of a split, all or the first (by path hash) that have at most `most` tokens together.
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents of one split of a source, read in batches of `batch` rows of `seq` positions."""
 
-    shards: of the first so many alone, where the cache may still be growing.
+    cache: Cache
+    places: list[Place]
+    tokenizer: Tokenizer
+    seq: int
+    batch: int
+    overlap: int  # see `windows`
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of each document."""
+        return [place.path for place in self.places]
+
+    @property
+    def bytes(self) -> np.ndarray:
+        """The size of each document's text in bytes, int64 [documents]."""
+        return np.array([place.bytes for place in self.places], np.int64)
+
+    def ids(self, document: int) -> np.ndarray:
+        """The token ids of a document."""
+        place = self.places[document]
+        shard = self.cache.shard(place.shard)
+        begin, end = shard.offsets[place.number:place.number + 2]
+        return shard.tokens[begin:end]
+
+    def texts(self) -> Iterator[bytes]:
+        """The text of each document, in UTF-8."""
+        for document in range(len(self.places)):
+            yield self.tokenizer.decode(self.ids(document)).encode("utf-8")
+
+    def plan(self) -> np.ndarray:
+        """The plan of `windows` for these documents, with no loss on the tokens of a prefix."""
+        lengths = np.array([place.positions for place in self.places], np.int64)
+        prefixes = [self.cache.shard(p.shard).quiet[p.number] for p in self.places]
+        plan = windows(lengths, self.seq, self.overlap)
+        prefix = np.array(prefixes, np.int64)[plan[:, DOCUMENT]] - plan[:, START]
+        plan[:, QUIET] = np.clip(prefix, plan[:, QUIET], plan[:, LENGTH])
+        return plan
+
+    def batches(self) -> Iterator[tuple[dict, np.ndarray]]:
+        """Pairs of a batch's arrays and the document of each position [b t].
+
+        The document is -1 where a position is not counted.
+        """
+        plan = self.plan()
+        if not len(plan):
+            return
+        source = np.zeros((self.batch, self.seq), np.int32)
+        for start in range(0, int(plan[-1, ROW]) + 1, self.batch):
+            rows = np.arange(start, start + self.batch)
+            arrays = fill(plan, rows, self.seq, self.ids, self.tokenizer)
+            document = arrays.pop("document")
+            counted = arrays["weights"] > 0
+            yield arrays | {"source": source}, np.where(counted, document, -1)
+
+
+def places_in(cache: Cache, number: int, split: str) -> list[Place]:
+    """The documents of a split in one shard."""
+    shard = cache.shard(number)
+    which = np.flatnonzero(shard.split == SPLITS.index(split)).tolist()
+    if not which:
+        return []
+    documents = shard.documents()
+    positions = np.diff(shard.offsets) + 1
+    found = []
+    for i in which:
+        path = documents[i]["path"]
+        found.append(Place(digest(path), path, number, i, positions[i], shard.bytes[i]))
+    return found
+
+
+def held_out(
+    cache: Cache,
+    split: str,
+    tokenizer: Tokenizer,
+    seq: int,
+    batch: int,
+    overlap: int,
+    most: int | None = None,
+    shards: int | None = None,
+) -> HeldOut:
+    """The documents of a split of a source.
+
+    most: only the first documents, by the hash of their path, that have at most so many tokens
+    together; at least one. shards: only those of the first so many shards, for a cache that may
+    still grow.
     """
-    found = []  # (hash, shard, number, positions, bytes)
-    for i in range(cache.wait() if shards is None else min(shards, cache.wait(shards))):
-        shard = cache.shard(i)
-        which = np.flatnonzero(shard.split == SPLITS.index(split))
-        paths = [d["path"] for d in shard.documents()] if len(which) else []
-        found += [(digest(paths[n]), paths[n], i, n, shard.offsets[n + 1] - shard.offsets[n] + 1,
-                   shard.bytes[n]) for n in which.tolist()]
-    found.sort()
+    if shards is None:
+        shards = cache.wait()
+    else:
+        shards = min(shards, cache.wait(shards))
+    places = []
+    for number in range(shards):
+        places += places_in(cache, number, split)
+    places.sort()
     if most is not None:
-        found = found[:max(1, int(np.searchsorted(np.cumsum([f[4] for f in found]), most, side="right")))]
-
-    def ids(document: int) -> np.ndarray:
-        shard, n = cache.shard(found[document][2]), found[document][3]
-        return shard.tokens[shard.offsets[n]:shard.offsets[n + 1]]
-
-    def batches():
-        plan = windows(np.array([f[4] for f in found], np.int64), seq, overlap)
-        quiet = np.array([cache.shard(f[2]).quiet[f[3]] for f in found], np.int64)[plan[:, DOCUMENT]]
-        plan[:, QUIET] = np.clip(quiet - plan[:, START], plan[:, QUIET], plan[:, LENGTH])
-        for start in range(0, int(plan[-1, ROW]) + 1 if len(plan) else 0, batch):
-            arrays = fill(plan, np.arange(start, start + batch), seq, ids, tokenizer)
-            whose = np.where(arrays["weights"] > 0, arrays.pop("document"), -1)
-            yield arrays | dict(source=np.zeros((batch, seq), np.int32)), whose
-
-    return HeldOut([f[1] for f in found], np.array([f[5] for f in found], np.int64),
-                   lambda: (tokenizer.decode(ids(d)).encode("utf-8") for d in range(len(found))), batches)
+        total = np.cumsum([place.positions for place in places])
+        fit = int(np.searchsorted(total, most, side="right"))
+        places = places[:max(1, fit)]
+    return HeldOut(cache, places, tokenizer, seq, batch, overlap)
 
 
 def per_byte(nats: np.ndarray, size: np.ndarray) -> dict[str, float]:
-    """`bpb`, bits per byte of texts that need `nats` [n] and have `size` [n] bytes, and its standard error
-    `bpb_se`, that of a ratio of sums.
+    """`bpb` and `bpb_se`: bits per byte of texts, and its standard error, that of a ratio of sums.
+
+    nats: what each text needs [n]. size: its bytes [n]. The error of one text is NaN.
     """
-    n, bits, whole = len(nats), nats / math.log(2), float(size.sum())
-    bpb = float(bits.sum()) / whole
-    spread = float(np.sum((bits - bpb * size) ** 2))
-    return dict(bpb=bpb, bpb_se=math.sqrt(spread * n / (n - 1)) / whole if n > 1 else math.nan)
+    n = len(nats)
+    bits = nats / math.log(2)
+    total = float(size.sum())
+    bpb = float(bits.sum()) / total
+    squares = float(np.sum((bits - bpb * size) ** 2))
+    error = math.sqrt(squares * n / (n - 1)) / total if n > 1 else math.nan
+    return {"bpb": bpb, "bpb_se": error}
 
 
 def bits_per_byte(losses: Callable, held: HeldOut) -> dict[str, float]:
-    """`loss` (nats per token) of held-out documents, and what `per_byte` says; losses: arrays -> [b, t]."""
-    nats, tokens = np.zeros(len(held.paths)), 0
+    """`loss` in nats per token of held-out documents, and the figures of `per_byte`.
+
+    losses: a batch's arrays -> nats [b t].
+    """
+    nats = np.zeros(len(held.places))
+    tokens = 0
     for arrays, document in held.batches():
         counted = document >= 0
-        np.add.at(nats, document[counted], np.asarray(losses(arrays), np.float64)[counted])
+        each = np.asarray(losses(arrays), np.float64)
+        np.add.at(nats, document[counted], each[counted])
         tokens += int(counted.sum())
-    return dict(loss=float(nats.sum()) / tokens) | per_byte(nats, held.bytes)
+    return {"loss": float(nats.sum()) / tokens} | per_byte(nats, held.bytes)
 
 
-def measure(losses: Callable, caches: dict, split: str, config, phase,
-            tokenizer: Tokenizer, most: int | None = None) -> tuple[dict, dict[str, HeldOut]]:
-    """({source: figures of `bits_per_byte`}, {source: documents}) on a split, by rows like a phase's.
+def open_split(
+    split: str,
+    caches: dict[str, Cache],
+    config,
+    phase,
+    tokenizer: Tokenizer,
+    most: int | None = None,
+) -> dict[str, HeldOut]:
+    """The documents of a split by source, in rows and batches like those of a phase.
 
-    losses: arrays -> nats [b, t]. A streamed source is measured on the first window's documents.
+    config: a `train.Config`. Of a streamed source the documents of the first window alone.
     """
     shards = config.data.window if config.data.stream else None
-    held = {name: held_out(cache, split, tokenizer, phase.seq, phase.batch, config.overlap, most, shards)
-            for name, cache in caches.items()}
-    return {name: bits_per_byte(losses, h) for name, h in held.items() if h.paths}, held
+    rows = (tokenizer, phase.seq, phase.batch, config.overlap)
+    return {name: held_out(cache, split, *rows, most, shards) for name, cache in caches.items()}
 
 
-def sharded_apply(scores: Callable, step: int, mesh) -> Callable:
-    """`apply` as an `evals` gets it: (params, ids [b t]) -> logits [b t v], rows spread over a mesh."""
+def measure(losses: Callable, held: dict[str, HeldOut], name: str) -> dict[str, float]:
+    """`eval/SOURCE/FIGURE` for each source with documents, by a `name` such as "eval/{}.test"."""
+    found = {}
+    for source, documents in held.items():
+        if not documents.places:
+            continue
+        for figure, value in bits_per_byte(losses, documents).items():
+            found[f"{name.format(source)}/{figure}"] = value
+    return found
+
+
+def sharded_apply(scores: Callable, step: int, mesh: Mesh) -> Callable:
+    """`apply` as an `evals` gets it: (params, ids [b t]) -> logits [b t v].
+
+    The rows are spread over the mesh, filled up with rows of zeros where it does not divide them.
+    """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def apply(params, ids):
         ids = np.asarray(ids, np.int32)
-        rows = np.pad(ids, ((0, -len(ids) % parts), (0, 0)))
-        return scores(params, step, put(dict(tokens=rows), mesh)["tokens"])[:len(ids)]
+        missing = -len(ids) % parts
+        rows = np.pad(ids, ((0, missing), (0, 0)))
+        placed = put({"tokens": rows}, mesh)["tokens"]
+        return scores(params, step, placed)[:len(ids)]
 
     return apply
 
 
 def own_evals(config, tokenizer: Tokenizer, params, apply: Callable) -> dict[str, float]:
-    """What a config's own `evals` measure; they get `tokenizer` and `config` too, where they take these."""
-    row, given = {}, dict(tokenizer=tokenizer, config=config)
-    for function in config.evals:
-        takes = inspect.signature(function).parameters
-        row |= function(params, apply, **{name: given[name] for name in given if name in takes})
-    return row
+    """What a config's own `evals` measure.
 
-
-def evaluate_during(config, phase: int, caches: dict, tokenizer: Tokenizer, mesh, state, losses: Callable,
-                    scores: Callable) -> dict[str, float]:
-    """{metric: value} of a run as it stands, on the fixed subset of dev and by its config's own `evals`.
-
-    losses, scores: of `model.evaluators`.
+    Each is called with params and apply, and with `tokenizer` and `config` where it has parameters
+    of these names.
     """
-    row, params = {}, state.params
+    offered = {"tokenizer": tokenizer, "config": config}
+    found = {}
+    for function in config.evals:
+        wanted = inspect.signature(function).parameters
+        given = {name: value for name, value in offered.items() if name in wanted}
+        found |= function(params, apply, **given)
+    return found
+
+
+def evaluation(
+    losses: Callable,
+    scores: Callable,
+    params,
+    step: int,
+    config,
+    phase,
+    caches: dict[str, Cache],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """An evaluation during a run: (figures of a part of dev, those of the config's own `evals`).
+
+    losses, scores: of `evaluators`. config: the run's, with the present shape as its `model`. phase:
+    the phase whose step was taken last.
+    """
+    found = {}
     if config.data.dev:
-        found, _ = measure(partial(losses, params, state.step), caches, "dev", config,
-                           config.phases[phase], tokenizer, config.eval_tokens)
-        row = {f"eval/{name}/{k}": v for name, of in found.items() for k, v in of.items()}
-    return row | own_evals(config, tokenizer, params, sharded_apply(scores, state.step, mesh))
+        held = open_split("dev", caches, config, phase, tokenizer, config.eval_tokens)
+        found = measure(partial(losses, params, step), held, "eval/{}")
+    apply = sharded_apply(scores, step, mesh)
+    return found, own_evals(config, tokenizer, params, apply)
+
+
+def xz_size(text: bytes) -> int:
+    """The bytes that `xz -9` makes of a text.
+
+    The window is no longer than the text, which gives the same bytes in a tenth of the time.
+    """
+    window = max(2**12, min(len(text), 2**26))
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": window}]
+    return len(lzma.compress(text, filters=filters))
+
+
+def gzip_size(text: bytes) -> int:
+    """The bytes that `gzip -9` makes of a text."""
+    return len(gzip.compress(text, 9))
 
 
 def compressed(texts: list[bytes]) -> dict[str, float]:
-    """Bits per byte that gzip -9 and xz -9 need for texts, each compressed alone."""
-    def xz(text: bytes) -> bytes:
-        """With no more of a window than there is text: the same bytes in a tenth of the time."""
-        window = max(2**12, min(len(text), 2**26))
-        return lzma.compress(text, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=window)])
+    """Bits per byte that gzip -9 and xz -9 need for texts.
 
-    bits = {"gzip_bpb": lambda t: 8 * len(gzip.compress(t, 9)), "xz_bpb": lambda t: 8 * len(xz(t))}
-    return {name: sum(map(size, texts)) / sum(map(len, texts)) for name, size in bits.items()}
+    `gzip_bpb` and `xz_bpb`: each text is compressed alone, so that a compressor starts empty on
+    each. `gzip_together_bpb` and `xz_together_bpb`: all of them as one, end to end.
+    """
+    total = sum(map(len, texts))
+    together = b"".join(texts)
+    return {
+        "gzip_bpb": 8 * sum(map(gzip_size, texts)) / total,
+        "xz_bpb": 8 * sum(map(xz_size, texts)) / total,
+        "gzip_together_bpb": 8 * gzip_size(together) / total,
+        "xz_together_bpb": 8 * xz_size(together) / total,
+    }
 
 
-def mesh_here(config):
-    """The run's mesh where that fits the devices here, else all of them for rows."""
+def fitting_mesh(config) -> Mesh:
+    """The mesh of a run where it fits the devices here; otherwise all of these devices for rows."""
     try:
         mesh = make_mesh(config.mesh)
         shardings(table(config.model), mesh)
@@ -192,19 +355,55 @@ def mesh_here(config):
     return mesh
 
 
-def test_split(config, tokenizer: Tokenizer, losses: Callable, mesh) -> dict:
-    """What is known of the test split, printed too; losses: arrays -> [b t]."""
-    parts, phase = mesh.shape["data"] * mesh.shape["fsdp"], config.phases[-1]
-    phase = replace(phase, batch=-(-phase.batch // parts) * parts)
-    caches = open_caches(config, tokenizer)
-    found, held = measure(losses, caches, "test", config, phase, tokenizer)
-    result = {f"eval/{name}.test/{k}": v for name, of in found.items() for k, v in of.items()}
-    texts = [t for h in held.values() for t in h.texts()]
-    result |= compressed(texts) | {"held_out_paths": [p for h in held.values() for p in h.paths]}
-    for name, h in held.items():
-        bpb, error = (result[f"eval/{name}.test/{k}"] for k in ("bpb", "bpb_se"))
-        print(f"held-out {name}: {bpb:.3f} +- {error:.3f} bits per byte "
-              f"({len(h.paths)} documents, {h.bytes.sum():,} bytes)")
-    print("the same documents, each compressed alone: "
-          f"gzip -9 {result['gzip_bpb']:.3f}, xz -9 {result['xz_bpb']:.3f}")
-    return result
+def test_figures(
+    losses: Callable, caches: dict[str, Cache], config, tokenizer: Tokenizer, mesh: Mesh
+) -> dict:
+    """What a run is reported by: figures of the whole test split, printed too; empty without one.
+
+    `eval/SOURCE.test/FIGURE`, the figures of `compressed`, and `held_out_paths`, the documents. The
+    config's own `evals` are not run. losses: a batch's arrays -> nats [b t].
+    """
+    if not config.data.test:
+        return {}
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    phase = config.phases[-1]
+    batches = math.ceil(phase.batch / parts)
+    phase = replace(phase, batch=batches * parts)
+    held = open_split("test", caches, config, phase, tokenizer)
+    found = measure(losses, held, "eval/{}.test")
+    texts = []
+    paths = []
+    for documents in held.values():
+        texts += documents.texts()
+        paths += documents.paths
+    found |= compressed(texts)
+    show_test(found, held)
+    return found | {"held_out_paths": paths}
+
+
+def show_test(found: dict[str, float], held: dict[str, HeldOut]):
+    """Print the figures of the test split, a line for each source and two for the compressors."""
+    for source, documents in held.items():
+        if not documents.places:
+            continue
+        bpb = found[f"eval/{source}.test/bpb"]
+        half = HALF_95 * found[f"eval/{source}.test/bpb_se"]
+        count, size = len(documents.places), documents.bytes.sum()
+        print(
+            f"held-out {source}: {bpb:.3f} ± {half:.3f} bits per byte "
+            f"({count} documents, {size:,} bytes; ± is half a 95 % interval)"
+        )
+    for how, key in (("each compressed alone", "bpb"), ("compressed together", "together_bpb")):
+        gzip_bpb, xz_bpb = found[f"gzip_{key}"], found[f"xz_{key}"]
+        print(f"the same documents, {how}: gzip -9 {gzip_bpb:.3f}, xz -9 {xz_bpb:.3f}")
+
+
+def write_figures(directory: Path, figures: dict):
+    """Write a run's eval.json; what is not finite becomes null. Only the main process writes."""
+    if not is_main_process():
+        return
+    finite = {}
+    for name, value in figures.items():
+        known = not isinstance(value, float) or math.isfinite(value)
+        finite[name] = value if known else None
+    write(directory / "eval.json", json.dumps(finite, indent=1))

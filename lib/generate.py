@@ -1,7 +1,10 @@
-"""Generation: continuations of prompts, with a cache of keys and values."""
+"""Generation: continuations of prompts, by a model with a cache of keys and values.
+
+Axis letters as in model.py, and: p position of a prompt, s place in the cache, n = b k.
+"""
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,222 +16,509 @@ from jax.sharding import get_abstract_mesh
 
 from lib.kernels import Mask, attention
 from lib.sharding import ROWS, RULES, constrain
-from model import ModelConfig, block, blocks, dense, rms_norm, rope, table
+from model import ModelConfig, block, blocks, dense, reparametrised, rms_norm, rope, table
 
 CHUNK = 16  # tokens that the devices make between two looks of the host at them
 ROOM = 256  # places of a cache that begins to grow
+SHORTEST = 32  # places that the shortest prompts get
+MOST_PARTS = 8  # of a matrix on a CPU
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn; infinity (of top_k, top_p) leaves out none."""
+    """How a token is drawn; each may be an array, so that another value needs no compilation."""
 
-    temperature: float = 1.0  # 0 takes the likeliest
-    top_k: float = math.inf  # of so many likeliest tokens
-    top_p: float = math.inf  # of the fewest that have this share of what is left (Holtzman et al. 2020)
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: float = math.inf  # only of so many likeliest tokens; infinity: of all
+    top_p: float = math.inf  # only of the fewest with this part of the rest (Holtzman et al. 2020)
 
 
-def prepare(params, config: ModelConfig):
-    """Parameters as generation reads them, placed by the table's rules: (others, [of each block]).
+def sampling(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampling:
+    """How a token is drawn, as float32; a top_k of 0 and a top_p of 1 leave out no token."""
+    few = top_k if top_k else math.inf
+    part = top_p if top_p < 1 else math.inf
+    return Sampling(*map(np.float32, (temperature, few, part)))
 
-    In the dtype of the computation, once; each block's apart, as XLA on CPU would copy a slice of the stack
-    for each token; and a matrix in parts of its outputs, as there one core alone multiplies a row with a
-    matrix, but several cores several of them. The head is [v d], as a tied one is: no need to transpose.
-    """
+
+# ------------------------------------------------------------------------------------ the weights
+
+
+def cpu_parts() -> int:
+    """How many parts a matrix is cut into at most: on one CPU device its cores, otherwise 1."""
     mesh = get_abstract_mesh()
-    cores = min(8, os.cpu_count()) if jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1) else 1
+    one_device = mesh.empty or mesh.size == 1
+    if jax.default_backend() == "cpu" and one_device:
+        return min(MOST_PARTS, os.cpu_count())
+    return 1
+
+
+def split_even(x, axis: int, most: int) -> list:
+    """x cut along an axis into equal parts, at most so many."""
+    size = x.shape[axis]
+    parts = most
+    while size % parts:
+        parts -= 1
+    return jnp.split(x, parts, axis)
+
+
+def prepare(params, config: ModelConfig) -> tuple[dict, list[dict]]:
+    """Parameters as generation reads them: (embedding, norm and head; a dictionary for each block).
+
+    They are in the dtype of the computation and placed by the table's rules. Each block has arrays
+    of its own, since XLA on CPU would copy a slice of the stack for each token. There a matrix is a
+    list of parts of its outputs: one core alone multiplies a row with a matrix, but several cores
+    several matrices. The head is [v d], as a tied one is, so that none has to be transposed.
+    """
+    rows = table(config)
+    most = cpu_parts()
 
     def placed(x, axes):
-        return constrain(x.astype(config.dtype), *(RULES[a] for a in axes))
+        on = [RULES[axis] for axis in axes]
+        return constrain(x.astype(config.dtype), *on)
 
-    def parts(x, axis):
-        return jnp.split(x, max(n for n in range(1, cores + 1) if x.shape[axis] % n == 0), axis)
+    def parts(x, axes):
+        x = placed(x, axes)
+        if len(axes) == 1:
+            return x
+        outputs = 1 if axes[0] == "embed" else -1
+        return split_even(x, outputs, most)
 
-    def parted(x, axes):
-        return parts(placed(x, axes), 1 if axes[0] == "embed" else -1) if len(axes) > 1 else placed(x, axes)
+    others = {}
+    for name in ("embed", "norm"):
+        others[name] = placed(params[name], rows[name].axes)
+    if not config.tied:
+        head = params["head"].T
+        head = placed(head, ("vocab", "embed"))
+        others["head"] = split_even(head, 0, most)
+    elif most > 1:  # otherwise the embedding itself is the head
+        others["head"] = split_even(others["embed"], 0, most)
+    stacked = blocks(params, config)
+    layers = []
+    for layer in range(config.layers):
+        own = {}
+        for name, x in stacked.items():
+            axes = rows[name].axes[1:]  # without "layers"
+            own[name] = parts(x[layer], axes)
+        layers.append(own)
+    return others, layers
 
-    rows = table(config)
-    others = {n: placed(params[n], rows[n].axes) for n in ("embed", "norm")}
-    if not config.tied or cores > 1:  # else the table itself is the head
-        head = others["embed"] if config.tied else placed(params["head"].T, ("vocab", "embed"))
-        others["head"] = parts(head, 0)
-    return others, [{n: parted(x[i], rows[n].axes[1:]) for n, x in blocks(params, config).items()}
-                    for i in range(config.layers)]
+
+# ------------------------------------------------------------------------------- the forward pass
 
 
-def split_dense(x, w: list, axes: tuple[str, ...]):
+def split_dense(x, parts: list, axes: tuple[str, ...]):
     """`model.dense` by a matrix in parts."""
-    return jnp.concatenate([dense(x, part, axes) for part in w], 2)
+    outputs = [dense(x, part, axes) for part in parts]
+    return jnp.concatenate(outputs, 2)
 
 
-def forward_blocks(weights, tokens, positions, attends, config: ModelConfig):
-    """(final states [b t d] of tokens [b t], [what each block's `attend(q, k, v)` gives besides])."""
+def forward_blocks(
+    weights,
+    tokens,
+    positions,
+    attends: list[Callable],
+    config: ModelConfig,
+):
+    """The final states [b t d] of tokens [b t], and what each block's attention gives besides.
+
+    attends: for each block, attend(q, k, v) -> (output, what it gives besides).
+    """
     others, layers = weights
-    angles, kept = rope(positions, config), []
-    x = constrain(constrain(others["embed"], RULES["vocab"], None)[tokens], ROWS)
+    angles = rope(positions, config)
+    embed = constrain(others["embed"], RULES["vocab"], None)
+    x = constrain(embed[tokens], ROWS)
+    besides = []
     for w, attend in zip(layers, attends, strict=True):
         x, aux = block(x, w, angles, attend, config, split_dense)
-        kept.append(aux)
-    return rms_norm(x, others["norm"], config.norm_eps), kept
+        besides.append(aux)
+    return rms_norm(x, others["norm"], config.norm_eps), besides
 
 
 def next_logits(others, states, config: ModelConfig):
     """Logits [b v] in float32 or wider, from final states [b d]."""
     wide = jnp.promote_types(config.dtype, jnp.float32)
-    heads = [constrain(part, RULES["vocab"]) for part in others.get("head", [others["embed"]])]
-    return jnp.concatenate([jnp.einsum("bd,vd->bv", states, part, preferred_element_type=wide)
-                            for part in heads], -1)
+    logits = []
+    parts = others.get("head", [others["embed"]])
+    for part in parts:
+        part = constrain(part, RULES["vocab"])
+        own = jnp.einsum("bd,vd->bv", states, part, preferred_element_type=wide)
+        logits.append(own)
+    return jnp.concatenate(logits, -1)
+
+
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def place_cache(x):
-    """Keys or values [n s h] where rows and heads live; n = b k, if all devices divide that, or heads alone.
+    """Keys or values [n s h], placed where rows and heads live.
 
-    One axis, as XLA on CPU makes one of b and k for its products, and a cache of two shapes would be copied.
+    Where the devices do not divide n, only heads are spread.
+    Rows and heads share one axis, as XLA on CPU makes one of them for its products: with two shapes
+    the cache would be copied.
     """
-    mesh, heads = get_abstract_mesh(), RULES["kv_heads"]
-    return constrain(x, heads if mesh.empty or x.shape[0] % mesh.size else (*ROWS, heads))
+    mesh = get_abstract_mesh()
+    heads = RULES["kv_heads"]
+    if mesh.empty or x.shape[0] % mesh.size:
+        return constrain(x, heads)
+    return constrain(x, (*ROWS, heads))
+
+
+def pad_cache(x, size: int):
+    """Keys or values [n s h] with room for `size` places."""
+    missing = size - x.shape[1]
+    whole = (0, 0)
+    x = jnp.pad(x, (whole, (0, missing), whole))
+    return place_cache(x)
 
 
 @partial(jax.jit, static_argnames=("size", "config"))
 def prefill(weights, tokens, pad, size: int, config: ModelConfig):
-    """Keys and values [n size h] of each block for tokens [b p], the first `pad` [b] of them padding."""
-    (b, p), kv = tokens.shape, config.kv_heads
+    """The cache of tokens [b p]: keys and values [n size h] of each block.
+
+    pad [b]: how many of a row's first tokens are padding.
+    """
+    b, p = tokens.shape
+    n = b * config.kv_heads
     index = jnp.arange(p) - pad[:, None]
+    segments = (index >= 0).astype(jnp.int32)
+
+    def cached(x):  # [b p k h] -> [n size h]
+        x = x.transpose(0, 2, 1, 3)
+        return pad_cache(x.reshape(n, p, -1), size)
 
     def attend(q, k, v):
-        out = attention(q, k, v, Mask("causal", 0), (index >= 0).astype(jnp.int32))
-        flat = [x.transpose(0, 2, 1, 3).reshape(b * kv, p, -1) for x in (k, v)]
-        return out, [place_cache(jnp.pad(x, ((0, 0), (0, size - p), (0, 0)))) for x in flat]
+        mask = Mask("causal", 0)
+        out = attention(q, k, v, mask, segments)
+        return out, [cached(k), cached(v)]
 
-    return forward_blocks(weights, tokens, jnp.maximum(index, 0), [attend] * config.layers, config)[1]
+    positions = jnp.maximum(index, 0)
+    attends = [attend] * config.layers
+    _, cache = forward_blocks(weights, tokens, positions, attends, config)
+    return cache
 
 
 def decode(weights, cache, last, slot, pad, config: ModelConfig):
-    """(logits [b v] after the ids `last` [b], the cache with these in its place `slot`, one for all rows)."""
-    index, wide = jnp.arange(cache[0][0].shape[1]), jnp.promote_types(config.dtype, jnp.float32)
-    see = jnp.repeat((index >= pad[:, None]) & (index <= slot), config.kv_heads, 0)[:, None]  # [n 1 s]
+    """Logits [b v] after the ids `last` [b], and the cache with these in its place `slot`."""
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    keys, _ = cache[0]
+    index = jnp.arange(keys.shape[1])
+    seen = (index >= pad[:, None]) & (index <= slot)  # [b s]
+    mask = jnp.repeat(seen, config.kv_heads, 0)
+    mask = mask[:, None]  # [n 1 s]
+
+    def written(old, new):
+        new = new.reshape(len(old), 1, -1)
+        held = lax.dynamic_update_slice_in_dim(old, new, slot, 1)
+        return place_cache(held)
 
     def attend(held, q, k, v):
-        keys, values = held = [place_cache(lax.dynamic_update_slice_in_dim(x, new.reshape(len(x), 1, -1), slot, 1))
-                               for x, new in zip(held, (k, v), strict=True)]
-        own = q.reshape(len(keys), -1, q.shape[-1]) * q.shape[-1]**-0.5  # [n g h]
-        scores = jnp.einsum("ngh,nsh->ngs", own, keys, preferred_element_type=wide)
-        share = jax.nn.softmax(jnp.where(see, scores, jnp.finfo(wide).min)).astype(values.dtype)
-        return jnp.einsum("ngs,nsh->ngh", share, values).reshape(q.shape), held
+        keys = written(held[0], k)
+        values = written(held[1], v)
+        head_dim = q.shape[-1]
+        queries = q.reshape(len(keys), -1, head_dim)  # [n g h]
+        queries = queries * head_dim**-0.5
+        scores = jnp.einsum("ngh,nsh->ngs", queries, keys, preferred_element_type=wide)
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+        probs = jax.nn.softmax(scores)
+        probs = probs.astype(values.dtype)
+        out = jnp.einsum("ngs,nsh->ngh", probs, values)
+        return out.reshape(q.shape), [keys, values]
 
-    states, cache = forward_blocks(weights, last[:, None], (slot - pad)[:, None],
-                            [partial(attend, held) for held in cache], config)
-    return next_logits(weights[0], states[:, 0], config), cache
-
-
-def narrow(scores, top_k, top_p):
-    """Scores [b v], -inf for all but the `top_k` largest, and of these for all but the fewest that have
-    `top_p` of their probability; what is as likely as the last of them stays too.
-    """
-    def least(share, weight, enough):
-        """[b 1], the largest x for which the weights where share >= x come to `enough`; 0 if they never do.
-
-        By bisection over the bits of float32, ordered as the numbers are: XLA on CPU is slow to sort.
-        """
-        bits = lax.bitcast_convert_type(share, jnp.int32)
-
-        def halve(_, ends):
-            low, high = ends
-            middle = (low + high + 1) // 2
-            fits = jnp.sum(jnp.where(bits >= middle, weight, 0), -1, keepdims=True) >= enough
-            return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
-
-        ends = jnp.zeros_like(bits[:, :1]), jnp.full_like(bits[:, :1], 0x3F800000)  # the bits of 0 and 1
-        return lax.bitcast_convert_type(lax.fori_loop(0, 30, halve, ends)[0], jnp.float32)
-
-    share = jax.nn.softmax(scores).astype(jnp.float32)
-    share = jnp.where(share >= least(share, jnp.ones_like(share), top_k), share, 0)
-    share /= jnp.sum(share, -1, keepdims=True)
-    return jnp.where((share > 0) & (share >= least(share, share, top_p)), scores, -jnp.inf)
-
-
-def pick(scores, keys, number, how: Sampling):
-    """Ids [b] by logits [b v]; a row's draw is a function of its key (data [b 2]) and the token's number."""
-    def draw(scores):
-        scores = scores / jnp.maximum(how.temperature, 1e-6)
-        few = (how.top_k < scores.shape[1]) | (how.top_p < 1)
-        scores = lax.cond(few, partial(narrow, top_k=how.top_k, top_p=how.top_p), lambda x: x, scores)
-        own = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys), number)
-        return jax.vmap(jax.random.categorical)(own, scores)
-
-    scores = constrain(scores, ROWS, None)
-    return lax.cond(how.temperature > 0, draw, lambda x: jnp.argmax(x, -1), scores).astype(jnp.int32)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def extend(weights, cache, last, done, pad, keys, width, made, n, how: Sampling, eos, config: ModelConfig):
-    """Up to n <= CHUNK more tokens after the ids `last` [b]: (ids [b CHUNK], cache), eos for rows [b] `done`.
-
-    width: places of the cache that prompts take but for `last`; made: how many tokens there were before. The
-    cache is carried by a while loop, where XLA writes one place of it; as a scan's output it would be copied.
-    """
-    def more(carry):
-        i, done = carry[0], carry[-1]
-        return (i < n) & ~jnp.all(done)
-
-    def step(carry):
-        i, out, cache, last, done = carry
-        scores, cache = decode(weights, cache, last, width + made + i, pad, config)
-        last = jnp.where(done, eos, pick(scores, keys, made + i, how))
-        return i + 1, out.at[:, i].set(last), cache, last, done | (last == eos)
-
-    out = jnp.full((len(last), CHUNK), eos, jnp.int32)
-    _, out, cache, _, _ = lax.while_loop(more, step, (0, out, cache, last, done))
-    return constrain(out), cache
+    attends = [partial(attend, held) for held in cache]
+    tokens = last[:, None]
+    positions = (slot - pad)[:, None]
+    states, cache = forward_blocks(weights, tokens, positions, attends, config)
+    others, _ = weights
+    logits = next_logits(others, states[:, 0], config)
+    return logits, cache
 
 
 @partial(jax.jit, static_argnames="size")
 def grow(cache, size: int):
-    """The cache with room for `size` positions."""
-    return jax.tree.map(lambda x: place_cache(jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0)))), cache)
+    """The cache with room for `size` places."""
+    pad = partial(pad_cache, size=size)
+    return jax.tree.map(pad, cache)
 
 
-def padded(prompts: list, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [b width + 1] of prompts, as many `fill`s in front as it takes, of how many [b]); width: 2^n."""
-    long = max(map(len, prompts))
-    width = max(32, 1 << (long - 2).bit_length())
-    pad = np.array([width + 1 - len(ids) for ids in prompts], np.int32)
-    return np.stack([np.pad(ids, (n, 0), constant_values=fill) for ids, n in zip(prompts, pad, strict=True)]
-                    ).astype(np.int32), pad
+# --------------------------------------------------------------------------------- drawing a token
 
 
-def generate(weights, prompts: list, tokens: int, seeds: list[int], how: Sampling, eos: int,
-             config: ModelConfig, heed: Callable | None = None, pace: int = CHUNK) -> np.ndarray:
-    """At most `tokens` ids [b, n] after each of `prompts`, lists of one id and more; eos after a row's end.
+def threshold(probs, weight, enough):
+    """The largest x [b 1] for which the weights [b v] where probs >= x sum to `enough`; or else 0.
 
-    seeds: of each row's draws. heed: gets the ids [b, n] so far, each `pace` of them, and gives the rows [b]
-    that shall end there. The cache grows by powers of two, since all of it is read for each token.
+    By bisection over the bits of float32, which are ordered as the numbers are: XLA on CPU sorts
+    slowly.
+    """
+    bits = lax.bitcast_convert_type(probs, jnp.int32)
+    zero = jnp.zeros_like(bits[:, :1])
+    one = jnp.full_like(zero, 0x3F800000)  # the bits of 1.0
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high + 1) // 2
+        above = jnp.where(bits >= middle, weight, 0)
+        total = jnp.sum(above, -1, keepdims=True)
+        fits = total >= enough
+        low = jnp.where(fits, middle, low)
+        high = jnp.where(fits, high, middle - 1)
+        return low, high
+
+    low, _ = lax.fori_loop(0, 30, halve, (zero, one))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+def narrow(scores, top_k, top_p):
+    """Scores [b v], -inf for tokens that are left out.
+
+    The `top_k` largest stay, and of these the fewest that have `top_p` of their probability. A
+    token that is as likely as the last of them stays too.
+    """
+    probs = jax.nn.softmax(scores).astype(jnp.float32)
+    least = threshold(probs, jnp.ones_like(probs), top_k)
+    probs = jnp.where(probs >= least, probs, 0)
+    probs /= jnp.sum(probs, -1, keepdims=True)
+    least = threshold(probs, probs, top_p)
+    stays = (probs > 0) & (probs >= least)
+    return jnp.where(stays, scores, -jnp.inf)
+
+
+def pick(scores, keys, number, how: Sampling):
+    """Ids [b] by logits [b v]; a draw depends on its row's key ([b 2]) and the token's number."""
+
+    def narrowed(scores):
+        return narrow(scores, how.top_k, how.top_p)
+
+    def unchanged(scores):
+        return scores
+
+    def draw(scores):
+        scores = scores / jnp.maximum(how.temperature, 1e-6)
+        vocab = scores.shape[1]
+        few = (how.top_k < vocab) | (how.top_p < 1)
+        scores = lax.cond(few, narrowed, unchanged, scores)
+        row_keys = jax.random.wrap_key_data(keys)
+        fold_in = jax.vmap(jax.random.fold_in, (0, None))
+        categorical = jax.vmap(jax.random.categorical)
+        return categorical(fold_in(row_keys, number), scores)
+
+    def likeliest(scores):
+        return jnp.argmax(scores, -1)
+
+    scores = constrain(scores, ROWS, None)
+    ids = lax.cond(how.temperature > 0, draw, likeliest, scores)
+    return ids.astype(jnp.int32)
+
+
+# -------------------------------------------------------------------------------- generating ids
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def extend(
+    weights, cache, last, done, pad, keys, width, made, n, how: Sampling, eos, config: ModelConfig
+):
+    """Up to n <= CHUNK more tokens after the ids `last` [b]: (ids [b CHUNK], cache).
+
+    done [b]: rows that have ended, which get eos. width: places of the cache that prompts take,
+    without `last`. made: how many tokens there were before. The cache is carried by a while loop,
+    where XLA writes one place of it. As the output of a scan it would be copied.
+    """
+
+    def more(carry):
+        i, *_, done = carry
+        return (i < n) & ~jnp.all(done)
+
+    def step(carry):
+        i, out, cache, last, done = carry
+        slot = width + made + i
+        scores, cache = decode(weights, cache, last, slot, pad, config)
+        drawn = pick(scores, keys, made + i, how)
+        last = jnp.where(done, eos, drawn)
+        out = out.at[:, i].set(last)
+        done = done | (last == eos)
+        return i + 1, out, cache, last, done
+
+    out = jnp.full((len(last), CHUNK), eos, jnp.int32)
+    begin = (0, out, cache, last, done)
+    _, out, cache, *_ = lax.while_loop(more, step, begin)
+    return constrain(out), cache
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not less than n."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded(
+    prompts: list[list[int]],
+    fill: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as ids [b width + 1] with `fill` in front, and how many of them there are [b].
+
+    The width is a power of two, so that few shapes are compiled.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    width = max(SHORTEST, power_of_two(longest - 1))
+    pad = (width + 1 - lengths).astype(np.int32)
+    shape = (len(prompts), width + 1)
+    ids = np.full(shape, fill, np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, pad[row]:] = prompt
+    return ids, pad
+
+
+def key_data(seed: int) -> np.ndarray:
+    """The numbers that make up a seed's key."""
+    key = jax.random.key(seed)
+    return np.asarray(jax.random.key_data(key))
+
+
+def generate(
+    weights,
+    prompts: list[list[int]],
+    tokens: int,
+    seeds: list[int],
+    how: Sampling,
+    eos: int,
+    config: ModelConfig,
+    heed: Callable | None = None,
+    pace: int = CHUNK,
+) -> np.ndarray:
+    """At most `tokens` ids [b n] after each of `prompts`, of one id or more; eos after an end.
+
+    weights: of `prepare`. seeds: one for each row's draws. heed: called with the ids [b n] so far,
+    each `pace` of them; returns which rows [b] end there. The cache grows by powers of two, since
+    all of it is read for each token.
     """
     ids, pad = padded(prompts, eos)
-    width, made, done = ids.shape[1] - 1, 0, np.zeros(len(ids), bool)
-    keys = np.stack([jax.random.key_data(jax.random.key(seed)) for seed in seeds])
-    size = 1 << (width + min(tokens, max(ROOM - width, CHUNK)) - 1).bit_length()
+    width = ids.shape[1] - 1
+    keys = np.stack([key_data(seed) for seed in seeds])
+    room = min(tokens, max(ROOM - width, CHUNK))
+    size = power_of_two(width + room)
     cache = prefill(weights, ids[:, :-1], pad, size, config)
+    made = 0
+    done = np.zeros(len(ids), bool)
     while made < tokens and not done.all():
         n = min(pace, tokens - made)
         if width + made + n > size:
-            cache = grow(cache, size := 2 * size)
-        out, cache = extend(weights, cache, ids[:, -1], done, pad, keys, np.int32(width), np.int32(made),
-                            np.int32(n), how, np.int32(eos), config)
-        ids, made = np.concatenate([ids, np.asarray(out)[:, :n]], 1), made + n
-        done = (ids[:, -1] == eos) | (heed(ids[:, width + 1:]) if heed else False)
+            size *= 2
+            cache = grow(cache, size)
+        counts = map(np.int32, (width, made, n))
+        rows = (ids[:, -1], done, pad, keys)
+        out, cache = extend(weights, cache, *rows, *counts, how, np.int32(eos), config)
+        ids = np.concatenate([ids, np.asarray(out)[:, :n]], 1)
+        made += n
+        done = ids[:, -1] == eos
+        if heed:
+            done = done | heed(ids[:, width + 1:])
     return ids[:, width + 1:]
 
 
-def read_text(ids, tokenizer, stops: list[str]) -> tuple[str, str]:
-    """The text of ids up to the first eos or stop string, and what ended it: "eos", "stop" or "length"."""
+# ------------------------------------------------------------------------------- generating text
+
+
+class Continuation(NamedTuple):
+    """A prompt, and what the model made of it."""
+
+    prompt: str
+    text: str  # after the prompt
+    ended: str  # by "eos", "stop" or "length"
+
+
+def read_text(ids, tokenizer, stops: Sequence[str]) -> tuple[str, str]:
+    """The text of ids up to the first eos or stop, and what ended it: "eos", "stop" or "length"."""
     ends = np.flatnonzero(ids == tokenizer.eos)
-    text = tokenizer.decode(ids[:ends[0]] if len(ends) else ids)
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (text[:min(found)], "stop") if found else (text, "eos" if len(ends) else "length")
+    ended = "length"
+    if len(ends):
+        ids = ids[:ends[0]]
+        ended = "eos"
+    text = tokenizer.decode(ids)
+    places = [text.find(stop) for stop in stops]
+    found = [place for place in places if place >= 0]
+    if found:
+        return text[:min(found)], "stop"
+    return text, ended
 
 
-def settled(text: str, stops: list[str]) -> str:
-    """What of a text stays, whatever follows: not a cut character or escape, nor what may begin a stop."""
-    text = text.rstrip("\ufffd\x10")
-    held = [n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])]
-    return text[:len(text) - max(held, default=0)]
+def settled(text: str, stops: Sequence[str]) -> str:
+    """The part of a text that stays, whatever follows; a cut character or stop may change."""
+    text = text.rstrip("\ufffd\x10")  # a cut character, a cut escape
+    held = 0
+    for stop in stops:
+        for n in range(len(stop)):
+            if text.endswith(stop[:n]):
+                held = max(held, n)
+    return text[:len(text) - held]
+
+
+def prepare_for(params, config, step: int, tokens):
+    """`prepare` of what a config's own `reparam` make of parameters, for tokens [b t]."""
+
+    @jax.jit
+    def prepared(params, tokens):
+        batch = {"tokens": tokens}
+        used = reparametrised(config.reparam, params, step, batch)
+        return prepare(used, config.model)
+
+    return prepared(params, tokens)
+
+
+def continue_prompts(
+    params,
+    config,
+    tokenizer,
+    step: int,
+    prompts: Sequence[str],
+    how: Sampling,
+    tokens: int,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+    watch: Callable[[str], None] | None = None,
+) -> list[Continuation]:
+    """What the model makes of prompts, all of them as one batch.
+
+    config: a `train.Config`. step: steps that made the parameters. tokens: of a continuation at
+    most. seed: of the first row's draws; each further row has one more. stops: texts before which a
+    continuation ends. watch: called after each token with what is certain of the first row's text.
+    A caller that hands over its only reference to `params` has them freed early.
+    """
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    seeds = range(seed, seed + len(ids))
+    eos = tokenizer.eos
+
+    def read(row):
+        return read_text(row, tokenizer, stops)
+
+    def heed(made):
+        if watch:
+            text, _ = read(made[0])
+            watch(prompts[0] + settled(text, stops))
+        return np.array([read(row)[1] == "stop" for row in made])
+
+    with jax.set_mesh(params["embed"].sharding.mesh):
+        weights = prepare_for(params, config, step, padded(ids, eos)[0])
+        del params
+        looks = heed if watch or stops else None
+        pace = 1 if watch else CHUNK
+        made = generate(weights, ids, tokens, seeds, how, eos, config.model, looks, pace)
+    pairs = zip(prompts, made, strict=True)
+    return [Continuation(prompt, *read(row)) for prompt, row in pairs]
+
+
+def as_text(found: list[Continuation]) -> str:
+    """Continuations for people to read, as samples.txt holds them; empty for none."""
+    if not found:
+        return ""
+    return "\n\n----\n\n".join(one.prompt + one.text for one in found) + "\n"
+
+
+def continuations(params, config, tokenizer, step: int, prompts: Sequence[str]) -> str:
+    """Prompts, each with what the model makes of it: what `python train.py sample RUN` prints.
+
+    By the config's sample_tokens and sample_temperature; see `continue_prompts`.
+    """
+    if not prompts:
+        return ""
+    how = sampling(config.sample_temperature)
+    tokens = config.sample_tokens
+    found = continue_prompts(params, config, tokenizer, step, prompts, how, tokens)
+    return as_text(found)

@@ -1,113 +1,245 @@
-"""Hugging Face directories in Llama's layout: shapes, names and parameters."""
+"""Hugging Face directories in Llama's layout: how they name parameters, and how they are read."""
 import functools
 import math
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
 
-import model
 from lib.errors import InputError, user_errors
 from lib.tokenizers import read_hf_json
 from model import ModelConfig, Param, table
 
-# Parameters of `model.table` by their names in a Llama checkpoint.
-NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-NAMES |= {name: f"model.layers.{{}}.{theirs}.weight" for name, theirs in {
-    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}.items()}
-# What `model.ModelConfig.rope_scaling` holds, by the kind of rope that a config.json names.
-ROPE = {"default": [], "linear": ["factor"], "llama3": [
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-         "quantization_config": None, "sliding_window": None}  # where a config.json says nothing else
+# Parameters of `model.table` by their names in a Llama checkpoint; {} is the layer.
+NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "attn_norm": "model.layers.{}.input_layernorm.weight",
+    "q": "model.layers.{}.self_attn.q_proj.weight",
+    "k": "model.layers.{}.self_attn.k_proj.weight",
+    "v": "model.layers.{}.self_attn.v_proj.weight",
+    "o": "model.layers.{}.self_attn.o_proj.weight",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "gate": "model.layers.{}.mlp.gate_proj.weight",
+    "up": "model.layers.{}.mlp.up_proj.weight",
+    "down": "model.layers.{}.mlp.down_proj.weight",
+}
+# The fields that `ModelConfig.rope_scaling` holds, by the kind of RoPE that a config.json names.
+ROPE = {
+    "default": [],
+    "linear": ["factor"],
+    "llama3": [
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ],
+}
+# Fields of a config.json that allow one value only, which is also what their absence means.
+PLAIN = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+    "sliding_window": None,
+}
 
 
-def safetensors_package():
-    """The package safetensors."""
+def safetensors_package() -> ModuleType:
+    """The package safetensors, which is optional."""
     try:
         import safetensors.numpy
     except ImportError:
-        raise InputError("export and init_from hf: need the package safetensors: pip install safetensors") \
-            from None
+        raise InputError(
+            "export and init_from hf: need the package safetensors: pip install safetensors"
+        ) from None
     return safetensors
 
 
-def tensors(shape: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """{name of a tensor: (parameter, layer)} of a checkpoint."""
-    return {NAMES[name].format(layer): (name, layer) for name, p in table(shape).items()
-            for layer in (range(shape.layers) if p.axes[0] == "layers" else [None])}
+def tensors(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """{name of a tensor: (parameter, layer)} of a checkpoint; outside of blocks the layer is None."""
+    found = {}
+    for name, p in table(config).items():
+        for layer in layers_of(p):
+            found[NAMES[name].format(layer)] = (name, layer)
+    return found
+
+
+def layers_of(p: Param) -> list[int | None]:
+    """The layers that a parameter has a tensor for, or [None]."""
+    if p.axes[0] == "layers":
+        return list(range(p.shape[0]))
+    return [None]
 
 
 def sides(p: Param) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a layer's inputs and outputs, see `model.dense`; no outputs where it is no factor, but a
-    lookup table or gains. A checkpoint has factors as matrices [outputs, inputs].
+    """The shapes of a layer's inputs and outputs, see `model.dense`.
+
+    A lookup table and gains have no outputs: they are no factor of a product. A checkpoint holds
+    factors as matrices [outputs, inputs].
     """
-    shape, axes = ((x[1:] if p.axes[0] == "layers" else x) for x in (p.shape, p.axes))
-    inputs = len(axes) if p.group in ("embed", "vector") else 1 if axes[0] == "embed" else len(axes) - 1
+    shape, axes = p.shape, p.axes
+    if axes[0] == "layers":
+        shape, axes = shape[1:], axes[1:]
+    if p.group in ("embed", "vector"):
+        inputs = len(axes)
+    elif axes[0] == "embed":
+        inputs = 1
+    else:
+        inputs = len(axes) - 1
     return shape[:inputs], shape[inputs:]
 
 
 def read_shape(name: str) -> ModelConfig:
-    """The shape of hf:DIR. Raises InputError for what is not Llama's, with the field and what is allowed."""
-    c = read_hf_json(name, "config.json")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # of transformers 5 and 4
+    """The model of hf:DIR. Raises InputError for what Llama does not have, by its field."""
+    found = read_hf_json(name, "config.json")
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}  # transformers 5 and 4
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    rules = [(f, c.get(f, plain if f != "model_type" else None), [plain]) for f, plain in PLAIN.items()]
-    rules += [("rope_type", kind, list(ROPE)),
-              ("partial_rotary_factor", (c | rope).get("partial_rotary_factor"), [None, 1.0])]
-    for field, found, allowed in rules:
-        if found not in allowed:
-            raise InputError(f"{name}: {field} in config.json is {found!r}; allowed is "
-                             f"{' or '.join(map(repr, allowed))}")
-    context = {"original_max_position_embeddings": c.get("max_position_embeddings")} | rope
-    with user_errors((KeyError, TypeError, ValueError), InputError, f"{name}: config.json does not have all "
-                     "that a Llama model needs ({reason})"):
-        heads, embed = c["num_attention_heads"], c["hidden_size"]
+    check_plain(name, found, rope, kind)
+    context = {"original_max_position_embeddings": found.get("max_position_embeddings")}
+    context |= rope
+    sentence = f"{name}: config.json does not have all that a Llama model needs ({{reason}})"
+    with user_errors((KeyError, TypeError, ValueError), InputError, sentence):
+        heads = found["num_attention_heads"]
+        embed = found["hidden_size"]
+        theta = rope.get("rope_theta") or found.get("rope_theta") or 1e4
+        scaling = [float(context[field]) for field in ROPE[kind]]
         return ModelConfig(
-            layers=c["num_hidden_layers"], embed=embed, heads=heads, mlp=c["intermediate_size"],
-            kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or embed // heads,
-            vocab=c["vocab_size"], tied=c.get("tie_word_embeddings", False),
-            norm_eps=float(c.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 1e4),
-            rope_scaling=tuple(float(context[field]) for field in ROPE[kind]))
+            layers=found["num_hidden_layers"],
+            embed=embed,
+            heads=heads,
+            kv_heads=found.get("num_key_value_heads") or heads,
+            head_dim=found.get("head_dim") or embed // heads,
+            mlp=found["intermediate_size"],
+            vocab=found["vocab_size"],
+            tied=found.get("tie_word_embeddings", False),
+            norm_eps=float(found.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(theta),
+            rope_scaling=tuple(scaling),
+        )
 
 
-def read_params(name: str, shape: ModelConfig, like: dict[str, jax.ShapeDtypeStruct]) -> dict:
-    """The parameters of hf:DIR in the dtypes and places of `like`, of which each device reads its own part.
+def check_plain(name: str, found: dict, rope: dict, kind: str):
+    """Raise InputError for a field of config.json that a plain Llama does not have so."""
+    rules: list[tuple[str, Any, list]] = []
+    for field, plain in PLAIN.items():
+        default = None if field == "model_type" else plain  # which must be there
+        rules.append((field, found.get(field, default), [plain]))
+    partial_rotary = (found | rope).get("partial_rotary_factor")
+    rules.append(("rope_type", kind, list(ROPE)))
+    rules.append(("partial_rotary_factor", partial_rotary, [None, 1.0]))
+    for field, value, allowed in rules:
+        if value not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise InputError(
+                f"{name}: {field} in config.json is {value!r}; allowed is {choices}"
+            )
 
-    Raises InputError for tensors that are missing, not known, or not of the shape that config.json says.
+
+def read_params(
+    name: str,
+    config: ModelConfig,
+    like: dict[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """The parameters of hf:DIR in the dtypes and places of `like`; each device reads its own part.
+
+    Raises InputError for tensors that are missing, unknown, or not of the shape that config.json
+    says.
     """
-    directory, table = Path(name.removeprefix("hf:")).expanduser(), model.table(shape)
-    files = read_hf_json(name, "model.safetensors.index.json").get("weight_map")
-    open_file = functools.cache(lambda file: safetensors_package().safe_open(directory / file, framework="np"))
-    with user_errors((OSError, safetensors_package().SafetensorError), InputError, f"{name} cannot be read ({{reason}})"):
-        files = files or dict.fromkeys(open_file("model.safetensors").keys(), "model.safetensors")
-        wanted = tensors(shape)
-        extra = {n for n in files.keys() - wanted if not n.endswith("inv_freq") and n != NAMES["head"]}
-        if odd := sorted(extra | wanted.keys() - files):
-            raise InputError(f"{name}: tensors are missing, or are none of the Llama model that config.json "
-                             f"describes: {', '.join(odd[:6])}{', ...' * (len(odd) > 6)}")
-        views = {n: open_file(files[n]).get_slice(n) for n in wanted}
-    for n, (parameter, _) in wanted.items():
-        inputs, outputs = sides(table[parameter])
-        size = [math.prod(outputs), math.prod(inputs)] if outputs else list(inputs)
-        if views[n].get_shape() != size:
-            raise InputError(f"{name}: tensor {n} is {views[n].get_shape()}; config.json asks for {size}")
+    views = open_tensors(name, config)
+    rows = table(config)
+    check_shapes(name, config, views)
+    params = {}
+    for parameter, x in like.items():
+        read = functools.partial(read_part, views, parameter, rows[parameter], x.dtype)
+        params[parameter] = jax.make_array_from_callback(x.shape, x.sharding, read)
+    return params
 
-    def part(parameter: str, index: tuple[slice, ...]) -> np.ndarray:
-        p = table[parameter]
-        index = [slice(*one.indices(n)[:2]) for one, n in zip(index, p.shape, strict=True)]
-        layers = range(index[0].start, index[0].stop) if p.axes[0] == "layers" else [None]
-        inner, (inputs, outputs) = index[len(index) - sum(map(len, sides(p))):], sides(p)
-        if outputs:  # of each side only the first axis is ever split over devices (model.RULES)
-            firsts = (outputs, inner[len(inputs)]), (inputs, inner[0])
-            rest = [math.prod(side[1:]) for side, _ in firsts]
-            inner = [slice(one.start * n, one.stop * n) for n, (_, one) in zip(rest, firsts, strict=True)]
-        made = [views[NAMES[parameter].format(layer)][tuple(inner)] for layer in layers]
-        made = np.stack([x.T if outputs else x for x in made]).astype(like[parameter].dtype)
-        return made.reshape([one.stop - one.start for one in index])
 
-    return {n: jax.make_array_from_callback(x.shape, x.sharding, functools.partial(part, n))
-            for n, x in like.items()}
+def open_tensors(name: str, config: ModelConfig) -> dict[str, Any]:
+    """Views of a directory's tensors by name; nothing of them is read yet."""
+    directory = Path(name.removeprefix("hf:")).expanduser()
+    safetensors = safetensors_package()
+    index = read_hf_json(name, "model.safetensors.index.json")
+    sentence = f"{name} cannot be read ({{reason}})"
+
+    @functools.cache
+    def open_file(file: str):
+        return safetensors.safe_open(directory / file, framework="np")
+
+    with user_errors((OSError, safetensors.SafetensorError), InputError, sentence):
+        files = index.get("weight_map")
+        if not files:
+            only = "model.safetensors"
+            files = dict.fromkeys(open_file(only).keys(), only)
+        wanted = tensors(config)
+        check_names(name, set(wanted), set(files))
+        return {tensor: open_file(files[tensor]).get_slice(tensor) for tensor in wanted}
+
+
+def check_names(name: str, wanted: set[str], found: set[str]):
+    """Raise InputError where a directory has not the tensors that its config.json asks for."""
+    harmless = {NAMES["head"]}  # a tied model may have its head written out
+    harmless |= {tensor for tensor in found if tensor.endswith("inv_freq")}
+    odd = sorted((found - wanted - harmless) | (wanted - found))
+    if odd:
+        listed = ", ".join(odd[:6])
+        if len(odd) > 6:
+            listed += ", ..."
+        raise InputError(
+            f"{name}: tensors are missing, or do not belong to the Llama model that config.json "
+            f"describes: {listed}"
+        )
+
+
+def check_shapes(name: str, config: ModelConfig, views: dict[str, Any]):
+    """Raise InputError for a tensor that is not of the shape that config.json says."""
+    rows = table(config)
+    for tensor, (parameter, _) in tensors(config).items():
+        inputs, outputs = sides(rows[parameter])
+        size = list(inputs)
+        if outputs:
+            size = [math.prod(outputs), math.prod(inputs)]
+        found = views[tensor].get_shape()
+        if found != size:
+            raise InputError(f"{name}: tensor {tensor} is {found}; config.json asks for {size}")
+
+
+def read_part(
+    views: dict[str, Any],
+    parameter: str,
+    p: Param,
+    dtype,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part of a parameter at an index, which has a slice for each axis."""
+    index = [slice(*one.indices(n)[:2]) for one, n in zip(index, p.shape, strict=True)]
+    layers = layers_of(p)
+    inner = index
+    if p.axes[0] == "layers":
+        layers = layers[index[0]]
+        inner = index[1:]
+    inputs, outputs = sides(p)
+    if outputs:
+        rows = flat(outputs, inner[len(inputs)])
+        columns = flat(inputs, inner[0])
+        inner = [rows, columns]
+    made = []
+    for layer in layers:
+        x = views[NAMES[parameter].format(layer)][tuple(inner)]
+        made.append(x.T if outputs else x)
+    shape = [one.stop - one.start for one in index]
+    return np.stack(made).astype(dtype).reshape(shape)
+
+
+def flat(side: tuple[int, ...], first: slice) -> slice:
+    """A slice of a side's first axis as one of the whole side, flattened.
+
+    Of each side only the first axis is ever split over devices, see lib/sharding.py.
+    """
+    rest = math.prod(side[1:])
+    return slice(first.start * rest, first.stop * rest)

@@ -210,6 +210,17 @@ def test_launch_s_mistakes_are_one_sentence():
             train.verb("launch", arguments)
 
 
+def test_launch_auto_without_a_cluster_says_what_to_do_instead(tmp_path):
+    """On a laptop: one sentence with the command that is meant."""
+    cluster = ("SLURM", "OMPI", "PMI", "KUBERNETES", "TPU", "MEGASCALE", "CLOUD", "JAX_COORDINATOR")
+    plain = {name: value for name, value in conftest.environment().items() if not name.startswith(cluster)}
+    command = [sys.executable, ROOT / "train.py", "launch", "auto", "configs/quickstart.py", "--seed", "3"]
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "no cluster" in done.stderr and "python train.py configs/quickstart.py --seed 3;" in done.stderr
+    assert "launch HOST:PORT --processes N --process I configs/quickstart.py --seed 3" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def test_a_disk_that_is_full_is_one_sentence_and_the_run_resumes_with_checkpoints_by_time(place, whole):

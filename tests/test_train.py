@@ -1007,6 +1007,6 @@ def test_weights_are_used_in_training_and_in_evaluation():
         losses["gone"] == pytest.approx(math.log(258), rel=1e-5)
         and abs(losses["none"] - losses["gone"]) > 1e-3
     )
-    held, apply = evaluators(config, TINY, make_mesh(MeshConfig(), jax.devices()[:1]))
+    held, apply = evaluators(config.reparam, TINY, make_mesh(MeshConfig(), jax.devices()[:1]))
     np.testing.assert_allclose(held(state.params, 0, batch), math.log(258), rtol=1e-5)
     assert not np.any(apply(state.params, 0, batch["tokens"]))

@@ -1,26 +1,28 @@
-"""A run's model as a Hugging Face directory in Llama's layout; and what `init_from` names, as a run's start.
+"""A run's model as a Hugging Face directory in Llama's layout.
 
     python train.py export RUN DIR [--step N] [--dtype bfloat16] [--shard-mb M]
     python train.py CONFIG --init_from hf:DIR ...
 
-DIR: config.json (for transformers 4 and 5), generation_config.json, sharded safetensors, the tokenizer as
-tokenizer.model and tokenizer.json, README.md. The step is the newest, or where embeddings are forgotten the
-one longest after that. The tokenizer puts bos in front; for any text it gives our ids, since it is told to
-read what spells a special token as text.
+DIR gets config.json (for transformers 4 and 5), generation_config.json, safetensors, the tokenizer
+as tokenizer.model and tokenizer.json, and README.md. The step is the newest one, or where
+embeddings are forgotten the one longest after that. The tokenizer puts bos in front of a text. It
+gives the same ids as the run's own for every text, since it is told to read what spells a special
+token as text.
 
-hf:DIR, of models of type "llama" (RoPE plain, linear or Llama 3's), gives shape, parameters and tokenizer:
-any other `data.tokenizer` than "bpe" comes first, and may be hf:DIR too. Without a bos its place is taken by
-eos; the embedding may have more rows than the tokenizer has tokens.
+A run may start from hf:DIR, for models of type "llama" (RoPE plain, linear or Llama 3's). It takes
+shape, parameters and tokenizer from there. A `data.tokenizer` other than "bpe" comes first, and may
+be hf:DIR too. Where there is no bos, eos takes its place. The embedding may have more rows than the
+tokenizer has tokens.
 """
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-import model
 from data import batch_lengths
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
@@ -31,119 +33,242 @@ from lib.tokenizers import ESCAPES, Bytes, HuggingFace, SentencePiece, Tokenizer
 from model import ModelConfig, count, reparametrised, table
 from train import Config, load
 
+SPACE = "\u2581"  # what SentencePiece writes for a space
+SCORES = ("eval/", "blimp", "gzip", "xz", "train/tokens", "train/flops")  # that the card shows
+
+
+# ------------------------------------------------------------------------------------ the tokenizer
+
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs of pieces in the order in which SentencePiece joins them: by falling score of what they make.
+    """Pairs of pieces in the order in which SentencePiece joins them, by falling score.
 
-    Of equal scores it takes the leftmost, which ranks cannot say. It would matter for pieces a b c in a row
-    with a b = b c alone, to which joining by scores does not lead: the order of a piece's own cuts is free.
+    Of equal scores it takes the leftmost, which ranks cannot say. That would matter only for pieces
+    a b c in a row where a b and b c alone have the same score, to which joining by scores does not
+    lead. The order of a piece's own cuts is free.
     """
-    return [(piece[:i], piece[i:]) for piece in sorted(scores, key=scores.get, reverse=True)
-            for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
-
-
-def of_pieces(tokenizer: SentencePiece) -> dict:
-    """The parts of tokenizer.json that are a SentencePiece model behind `data.escape`."""
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    spec, kinds = proto.ModelProto.FromString(tokenizer.model), proto.ModelProto.SentencePiece
-    trainer, norm = spec.trainer_spec, spec.normalizer_spec
-    special = [i for i, p in enumerate(spec.pieces) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    known = {kinds.NORMAL, kinds.BYTE, kinds.CONTROL, kinds.UNKNOWN}
-    if (trainer.model_type != trainer.BPE or not trainer.byte_fallback or norm.precompiled_charsmap
-            or norm.remove_extra_whitespaces or not norm.escape_whitespaces
-            or {p.type for p in spec.pieces} - known):
-        raise InputError("the run's tokenizer.model cannot be a tokenizer.json with the same ids for every "
-                         "text; allowed is SentencePiece BPE with byte fallback, without normalisation, "
-                         'removal of spaces or pieces defined by a user, as data.tokenizer "bpe" trains it')
-    scores = {p.piece: p.score for p in spec.pieces if p.type == kinds.NORMAL}
-    spaces = [(" ", "\u2581")]
-    normalizers = [replaced(a, b) for a, b in [*ESCAPES.items(), *spaces]]
-    undo = [replaced(pair, char) for char, pair in reversed(ESCAPES.items())]  # U+0010 itself last
-    decoders = [replaced("\u2581", " "), dict(type="ByteFallback"), dict(type="Fuse")]
-    if norm.add_dummy_prefix:
-        normalizers.append(dict(type="Prepend", prepend="\u2581"))
-        decoders.append(dict(type="Strip", content=" ", start=1, stop=0))
-    return dict(
-        added_tokens=[(i, spec.pieces[i].piece) for i in special],
-        normalizer=dict(type="Sequence", normalizers=normalizers), pre_tokenizer=None,
-        decoder=dict(type="Sequence", decoders=decoders + undo),
-        model=dict(vocab={p.piece: i for i, p in enumerate(spec.pieces)}, merges=merges(scores),
-                   byte_fallback=True, fuse_unk=True, unk_token=tokenizer.processor.id_to_piece(0)))
+    pairs = []
+    for piece in sorted(scores, key=scores.get, reverse=True):
+        for i in range(1, len(piece)):
+            left, right = piece[:i], piece[i:]
+            if left in scores and right in scores:
+                pairs.append((left, right))
+    return pairs
 
 
 def replaced(old: str, new: str) -> dict:
     """A step of a normalizer or decoder that replaces a string."""
-    return dict(type="Replace", pattern=dict(String=old), content=new)
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def of_bytes() -> dict:
-    """The parts of tokenizer.json that are `data.Bytes`. A byte goes by a letter there: its Latin-1 character
-    where one can see it, and for the others, in turn, those from U+0100 on.
+def check_pieces(spec, known: set[int]):
+    """Raise InputError for a SentencePiece model that no tokenizer.json follows for every text."""
+    trainer, norm = spec.trainer_spec, spec.normalizer_spec
+    follows = (
+        trainer.model_type == trainer.BPE
+        and trainer.byte_fallback
+        and norm.escape_whitespaces
+        and not norm.precompiled_charsmap
+        and not norm.remove_extra_whitespaces
+    )
+    if not follows or {p.type for p in spec.pieces} - known:
+        raise InputError(
+            "the run's tokenizer.model cannot be a tokenizer.json with the same ids for every "
+            "text; allowed is SentencePiece BPE with byte fallback, without normalisation, removal "
+            'of spaces or pieces defined by a user, as data.tokenizer "bpe" trains it'
+        )
+
+
+def sentencepiece_parts(tokenizer: SentencePiece) -> dict:
+    """The parts of a tokenizer.json that are a SentencePiece model behind ESCAPES."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    spec = proto.ModelProto.FromString(tokenizer.model)
+    kinds = proto.ModelProto.SentencePiece
+    special = (kinds.CONTROL, kinds.UNKNOWN)
+    check_pieces(spec, {kinds.NORMAL, kinds.BYTE, *special})
+    scores = {p.piece: p.score for p in spec.pieces if p.type == kinds.NORMAL}
+    changes = [*ESCAPES.items(), (" ", SPACE)]
+    normalizers = [replaced(old, new) for old, new in changes]
+    undo = [replaced(new, old) for old, new in reversed(ESCAPES.items())]  # U+0010 itself last
+    decoders = [replaced(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if spec.normalizer_spec.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "added_tokens": [(i, p.piece) for i, p in enumerate(spec.pieces) if p.type in special],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders + undo},
+        "model": {
+            "vocab": {p.piece: i for i, p in enumerate(spec.pieces)},
+            "merges": merges(scores),
+            "byte_fallback": True,
+            "fuse_unk": True,
+            "unk_token": tokenizer.processor.id_to_piece(0),
+        },
+    }
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that stands for a byte in a tokenizer.json.
+
+    Its Latin-1 character where that is visible; for the others, in turn, the characters from U+0100
+    on.
     """
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in seen}
-    letters |= {byte: chr(0x100 + i) for i, byte in enumerate(sorted({*range(256)} - {*seen}))}
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in visible}
+    hidden = sorted({*range(256)} - {*visible})
+    for i, byte in enumerate(hidden):
+        letters[byte] = chr(0x100 + i)
+    return letters
+
+
+def bytes_parts() -> dict:
+    """The parts of a tokenizer.json that are `lib.tokenizers.Bytes`."""
     ends = {Bytes.bos: "<s>", Bytes.eos: "</s>"}
-    bpe = dict(vocab={token: i for i, token in (letters | ends).items()}, merges=[], byte_fallback=False,
-               fuse_unk=False, unk_token=None)
-    return dict(added_tokens=list(ends.items()), normalizer=None, pre_tokenizer=level, decoder=level,
-                model=bpe)
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    tokens = byte_letters() | ends
+    return {
+        "added_tokens": list(ends.items()),
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": {
+            "vocab": {token: i for i, token in tokens.items()},
+            "merges": [],
+            "byte_fallback": False,
+            "fuse_unk": False,
+            "unk_token": None,
+        },
+    }
+
+
+def added_token(i: int, content: str) -> dict:
+    """A special token of a tokenizer.json."""
+    return {
+        "id": i,
+        "content": content,
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
+
+
+def bos_first(bos: str, i: int) -> dict:
+    """The post-processor that puts bos in front of a text, or of two."""
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in range(2))
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, second],
+        "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}},
+    }
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> tuple[dict, dict]:
-    """(tokenizer.json, the names of bos and eos) that give `tokenizer`'s ids."""
+    """(tokenizer.json, the names of bos and eos) that give a tokenizer's ids."""
     if isinstance(tokenizer, HuggingFace):
         name = tokenizer.processor.id_to_token
-        return json.loads(tokenizer.model)["tokenizer"], {
-            f"{end}_token": name(getattr(tokenizer, end)) for end in ("bos", "eos")}
-    made = of_bytes() if isinstance(tokenizer, Bytes) else of_pieces(tokenizer)
+        ends = {"bos_token": name(tokenizer.bos), "eos_token": name(tokenizer.eos)}
+        return json.loads(tokenizer.model)["tokenizer"], ends
+    if isinstance(tokenizer, Bytes):
+        made = bytes_parts()
+    else:
+        made = sentencepiece_parts(tokenizer)
     names = dict(made["added_tokens"])
-    ends = dict(bos_token=names[tokenizer.bos], eos_token=names[tokenizer.eos])
-    bos = dict(SpecialToken=dict(id=ends["bos_token"], type_id=0))
-    first, second = (dict(Sequence=dict(id=which, type_id=i)) for i, which in enumerate("AB"))
-    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-    return made | dict(
-        version="1.0", truncation=None, padding=None,
-        added_tokens=[dict(id=i, content=content, **flags) for i, content in made["added_tokens"]],
-        model=dict(type="BPE", dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                   ignore_merges=False) | made["model"],
-        post_processor=dict(
-            type="TemplateProcessing", single=[bos, first], pair=[bos, first, second],
-            special_tokens={ends["bos_token"]: dict(id=ends["bos_token"], ids=[tokenizer.bos],
-                                                    tokens=[ends["bos_token"]])})), ends
+    ends = {"bos_token": names[tokenizer.bos], "eos_token": names[tokenizer.eos]}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "ignore_merges": False,
+    }
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added_token(i, content) for i, content in made["added_tokens"]],
+        "model": model | made["model"],
+        "post_processor": bos_first(ends["bos_token"], tokenizer.bos),
+    }
+    return made | whole, ends
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def rope_kind(config: ModelConfig) -> str:
+    """The kind of RoPE that a config.json names for a model."""
+    fields = len(config.rope_scaling)
+    return next(kind for kind, names in ROPE.items() if len(names) == fields)
 
 
 def describe(config: Config, tokenizer: Tokenizer, dtype: str) -> dict:
     """config.json of a model, as transformers 4 and 5 read it."""
     m = config.model
-    kind = next(kind for kind, fields in ROPE.items() if len(fields) == len(m.rope_scaling))
-    scaling = {f: int(x) if f.startswith("original") else x
-               for f, x in zip(ROPE[kind], m.rope_scaling, strict=True)} | dict(rope_type=kind)
-    rows = max(n for phase in config.phases for n in batch_lengths(phase)[0])
-    context = max(rows, int(m.rope_scaling[0] * m.rope_scaling[3]) if kind == "llama3" else 0)
-    return {field: plain for field, plain in PLAIN.items() if plain is not None} | dict(
-        architectures=["LlamaForCausalLM"], vocab_size=m.vocab, hidden_size=m.embed, head_dim=m.head_dim,
-        intermediate_size=m.mlp, num_hidden_layers=m.layers, num_attention_heads=m.heads,
-        num_key_value_heads=m.kv_heads, rms_norm_eps=m.norm_eps, tie_word_embeddings=m.tied,
-        max_position_embeddings=context, rope_theta=m.rope_theta,
-        rope_scaling=scaling if m.rope_scaling else None,
-        rope_parameters=scaling | dict(rope_theta=m.rope_theta),
-        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, attention_dropout=0.0, use_cache=True,
-        dtype=dtype, torch_dtype=dtype)
+    kind = rope_kind(m)
+    scaling: dict[str, Any] = dict(zip(ROPE[kind], m.rope_scaling, strict=True))
+    scaling["rope_type"] = kind
+    rows = [max(batch_lengths(phase)[0]) for phase in config.phases]
+    context = max(rows)
+    if kind == "llama3":
+        factor, _, _, old = m.rope_scaling
+        scaling["original_max_position_embeddings"] = int(old)
+        context = max(context, int(factor * old))
+    plain = {field: value for field, value in PLAIN.items() if value is not None}
+    return plain | {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": m.vocab,
+        "hidden_size": m.embed,
+        "head_dim": m.head_dim,
+        "intermediate_size": m.mlp,
+        "num_hidden_layers": m.layers,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.kv_heads,
+        "rms_norm_eps": m.norm_eps,
+        "tie_word_embeddings": m.tied,
+        "max_position_embeddings": context,
+        "rope_theta": m.rope_theta,
+        "rope_scaling": scaling if m.rope_scaling else None,
+        "rope_parameters": scaling | {"rope_theta": m.rope_theta},
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def known_scores(run: Path) -> dict[str, float]:
+    """The figures of a run that its card shows."""
+    found = {}
+    for file in (run / "summary.json", run / "eval.json"):
+        if file.exists():
+            found |= json.loads(file.read_text())
+    numbers = {name: x for name, x in found.items() if isinstance(x, int | float)}
+    return {name: x for name, x in numbers.items() if name.startswith(SCORES)}
 
 
 def card(run: Path, config: Config, meta: dict, ends: dict[str, str]) -> str:
     """README.md: what the model is, what it was trained on, its scores, its config."""
-    found = [json.loads((run / f).read_text()) for f in ("summary.json", "eval.json") if (run / f).exists()]
-    scores = {k: v for figures in found for k, v in figures.items() if isinstance(v, int | float) and (
-        k.startswith(("eval/", "blimp", "gzip", "xz", "train/tokens", "train/flops")))}
     facts = {"parameters": f"{count(config.model):,}", "checkpoint": f"step {meta['step']}"}
-    facts |= {f"text of {name}": f"fingerprint {print_} of the first {meta['sealed'][name]} shards"
-              for name, print_ in meta["fingerprints"].items()}
-    facts |= {f"`{k}`": f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in scores.items()}
-    rows = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+    for name, fingerprint in meta["fingerprints"].items():
+        shards = meta["sealed"][name]
+        facts[f"text of {name}"] = f"fingerprint {fingerprint} of the first {shards} shards"
+    for name, x in known_scores(run).items():
+        facts[f"`{name}`"] = f"{x:,}" if isinstance(x, int) else f"{x:.4g}"
+    rows = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -151,12 +276,14 @@ tags: [coppice, jax, llama]
 ---
 # {run.name}
 
-A language model in Llama's layout, trained with Coppice. Each document of its text began with the token
-`{ends["bos_token"]}` and ended with `{ends["eos_token"]}`. What spells a special token is read as text.
+A language model in Llama's layout, trained with Coppice. Each document of its text began with the
+token `{ends["bos_token"]}` and ended with `{ends["eos_token"]}`. What spells a special token is
+read as text.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = (c.from_pretrained("{run.name}") for c in (AutoTokenizer, AutoModelForCausalLM))
+tokenizer = AutoTokenizer.from_pretrained("{run.name}")
+model = AutoModelForCausalLM.from_pretrained("{run.name}")
 ```
 
 | | |
@@ -171,81 +298,143 @@ Scores are those that the run ended with.
 """
 
 
+def text_files(config: Config, tokenizer: Tokenizer, dtype: str) -> tuple[dict[str, dict], dict]:
+    """(the JSON files of a directory by name, the names of bos and eos)."""
+    fast, ends = fast_tokenizer(tokenizer)
+    described = describe(config, tokenizer, dtype)
+    named = ends | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    unknown = fast["model"].get("unk_token")
+    if unknown:
+        named["unk_token"] = unknown
+    named["model_max_length"] = described["max_position_embeddings"]
+    sampling = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    if config.sample_temperature:
+        sampling |= {"do_sample": True, "temperature": config.sample_temperature}
+    files = {
+        "config.json": described,
+        "tokenizer.json": fast,
+        "generation_config.json": sampling,
+        "tokenizer_config.json": named,
+    }
+    return files, ends
+
+
+# ----------------------------------------------------------------------------------- the parameters
+
+
 def llama_params(config: Config, params: dict, step: int) -> dict:
-    """The parameters of a Llama that computes what the run's model does. Raises InputError if none does."""
+    """The parameters of a Llama that computes what the run's model does.
+
+    Raises InputError if none does.
+    """
     m = config.model
     if m.qk_norm:
-        raise InputError("model.qk_norm is true, for which Llama's layout has no place; allowed is false")
+        raise InputError(
+            "model.qk_norm is true, for which Llama's layout has no place; allowed is false"
+        )
     if m.embed % m.heads:
-        raise InputError(f"model.embed is {m.embed}, which transformers refuses for {m.heads} heads; allowed "
-                         "is a multiple of model.heads")
+        raise InputError(
+            f"model.embed is {m.embed}, which transformers refuses for {m.heads} heads; allowed is "
+            "a multiple of model.heads"
+        )
     if not config.reparam:
         return params
-    with user_errors((KeyError, TypeError, IndexError), InputError, "reparam is a function of the batch, "
-                     "which no Llama is ({reason}); allowed is one of the parameters and the step"):
+    sentence = (
+        "reparam is a function of the batch, which no Llama is ({reason}); allowed is one of the "
+        "parameters and the step"
+    )
+    with user_errors((KeyError, TypeError, IndexError), InputError, sentence):
         params = reparametrised(config.reparam, params, jnp.int32(step), {})
-    if {n: x.shape for n, x in params.items()} != {n: p.shape for n, p in table(m).items()}:
-        raise InputError("reparam gives other parameters than model.table names; allowed are all of these")
+    given = {name: x.shape for name, x in params.items()}
+    if given != {name: p.shape for name, p in table(m).items()}:
+        raise InputError(
+            "reparam gives other parameters than model.table names; allowed are all of these"
+        )
     return params
 
 
-def write_params(directory: Path, params: dict, shape: ModelConfig, dtype: str, most: float):
-    """Safetensors of at most so many bytes each (one tensor may be larger), and an index where there are
-    several.
-    """
-    table, files, held = model.table(shape), [[]], 0
+def shards_of(config: ModelConfig, dtype: str, most: float) -> tuple[list[list[str]], int]:
+    """(the tensors of each file, of at most so many bytes or one tensor; bytes of all of them)."""
+    rows = table(config)
     width = jnp.dtype(dtype).itemsize
-    size = {n: math.prod(map(math.prod, sides(table[name]))) * width
-            for n, (name, _) in tensors(shape).items()}
-    for n in size:
-        if files[-1] and held + size[n] > most:
-            files, held = [*files, []], 0
-        files[-1].append(n)
-        held += size[n]
+    shards: list[list[str]] = [[]]
+    held = total = 0
+    for tensor, (name, _) in tensors(config).items():
+        size = math.prod(map(math.prod, sides(rows[name]))) * width
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+        total += size
+    return shards, total
 
-    def tensor(name: str, layer: int | None) -> np.ndarray:
-        x = np.asarray(params[name] if layer is None else params[name][layer]).astype(jnp.dtype(dtype))
-        inputs, outputs = sides(table[name])
-        return np.ascontiguousarray(x.reshape(math.prod(inputs), -1).T) if outputs else x
 
+def as_tensor(x, outputs: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A layer's parameter as a checkpoint has it, a factor as a matrix [outputs, inputs]."""
+    x = np.asarray(x).astype(jnp.dtype(dtype))
+    if not outputs:
+        return x
+    matrix = x.reshape(-1, math.prod(outputs))
+    return np.ascontiguousarray(matrix.T)
+
+
+def write_params(directory: Path, params: dict, config: ModelConfig, dtype: str, most: float):
+    """Safetensors of at most so many bytes each, or one tensor; an index for several."""
+    rows = table(config)
+    wanted = tensors(config)
+    shards, total = shards_of(config, dtype, most)
     where = {}
-    for i, chosen in enumerate(files, 1):
-        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        made = {n: tensor(*tensors(shape)[n]) for n in chosen}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        made = {}
+        for tensor in shard:
+            name, layer = wanted[tensor]
+            x = params[name] if layer is None else params[name][layer]
+            _, outputs = sides(rows[name])
+            made[tensor] = as_tensor(x, outputs, dtype)
+            where[tensor] = file
         safetensors_package().numpy.save_file(made, directory / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(chosen, file)
-    if len(files) > 1:
-        index = dict(metadata=dict(total_size=sum(size.values())), weight_map=where)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def parse_arguments(arguments: list[str]):
+    """The command line, checked as far as is possible without the run."""
+    parser = Arguments("export", __doc__)
+    add = parser.add_argument
+    add("run", type=Path, help="run directory")
+    add("directory", type=Path, metavar="dir", help="to write; must be new, or empty")
+    add("--step", type=int, help="checkpoint; see above")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    add("--shard-mb", type=float, default=5e3, help="megabytes of a safetensors file at most")
+    a = parser.parse_args(arguments)
+    if not a.shard_mb > 0:
+        parser.error(f"--shard-mb is {a.shard_mb}; allowed is more than 0")
+    there = a.directory.exists()
+    if there and (not a.directory.is_dir() or any(a.directory.iterdir())):
+        parser.error(f"{a.directory} is there already and not empty; allowed is a new directory")
+    return a
 
 
 def main(arguments: list[str]):
     """Command line."""
-    parser = Arguments("export", __doc__)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("directory", type=Path, metavar="dir", help="to write; must be new, or empty")
-    parser.add_argument("--step", type=int, help="checkpoint; see above")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    parser.add_argument("--shard-mb", type=float, default=5e3, help="megabytes of a safetensors file at most")
-    a = parser.parse_args(arguments)
-    if not a.shard_mb > 0:
-        parser.error(f"--shard-mb is {a.shard_mb}; allowed is more than 0")
-    if a.directory.exists() and (not a.directory.is_dir() or any(a.directory.iterdir())):
-        parser.error(f"{a.directory} is there already and not empty; allowed is a new directory")
+    a = parse_arguments(arguments)
     safetensors_package()
     _, step, meta = find_checkpoint(a.run, a.step)
     params, config, tokenizer, _ = load(a.run, step)
     params = llama_params(config, params, step)
-    fast, ends = fast_tokenizer(tokenizer)
-    unk = fast["model"].get("unk_token")
-    named = ends | dict(tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True,
-                        clean_up_tokenization_spaces=False) | ({"unk_token": unk} if unk else {})
-    described = describe(config, tokenizer, a.dtype)
-    warm = config.sample_temperature
-    sampling = dict(do_sample=True, temperature=warm) if warm else {}
-    files = {"config.json": described, "tokenizer.json": fast, "generation_config.json": dict(
-        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, **sampling),
-        "tokenizer_config.json": named | dict(model_max_length=described["max_position_embeddings"])}
+    files, ends = text_files(config, tokenizer, a.dtype)
     partly = a.directory.with_name(f"{a.directory.name}.partial")
     shutil.rmtree(partly, ignore_errors=True)
     partly.mkdir(parents=True)
@@ -256,4 +445,5 @@ def main(arguments: list[str]):
         (partly / "tokenizer.model").write_bytes(tokenizer.model)
     (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
     partly.rename(a.directory)
-    print(f"{a.directory}: step {step} of {a.run}, {count(config.model):,} parameters in {a.dtype}")
+    parameters = count(config.model)
+    print(f"{a.directory}: step {step} of {a.run}, {parameters:,} parameters in {a.dtype}")

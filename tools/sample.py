@@ -1,11 +1,12 @@
 """Text from a run's checkpoint: continuations of prompts, all of them as one batch.
 
     python train.py sample RUN --prompt "def main(" --temperature 0.7 --top-p 0.9 --n 3
-    python train.py sample RUN --prompts FILE --stop "\\n\\n" --json      a prompt a line, or JSON Lines
+    python train.py sample RUN --prompts FILE --stop "\\n\\n" --json  a prompt a line, or JSON Lines
 
-Row i of the batch, counted over prompts and --n, draws by the seed --seed + i and each token's number: alone,
-with that seed, it gives the same text. On a terminal one continuation appears as it is made. For a model that
-does not fit a device: --mesh.data, --mesh.fsdp and --mesh.tensor, of which those not given are the run's own.
+Rows are counted over prompts and --n, from 0. Row i draws by the seed --seed + i and the number of
+each token, so alone, with that seed, it gives the same text. On a terminal a single continuation
+appears as it is made. For a model that does not fit one device there are --mesh.data, --mesh.fsdp
+and --mesh.tensor; those that are not given are the run's own.
 """
 import json
 import math
@@ -13,121 +14,162 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.errors import InputError, user_errors
-from lib.generate import CHUNK, Sampling, generate, padded, prepare, read_text, settled
-from model import reparametrised
+from lib.generate import as_text, continue_prompts, sampling
 from train import load
+
+AXES = ("data", "fsdp", "tensor")
 
 
 def read_prompts(path: str) -> list[str]:
-    """A prompt a line, blank ones aside; of a .jsonl file strings, or objects whose `prompt` it is."""
+    """The lines of a file that are not blank; of .jsonl strings, or the `prompt` of objects."""
     try:
-        lines = [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+        text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"sample: --prompts is {path!r}, which cannot be read ({error})") from None
-    if Path(path).suffix != ".jsonl":
-        return lines
-    prompts = []
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            value = None
-        prompts.append(value.get("prompt") if isinstance(value, dict) else value)
-        if not isinstance(prompts[-1], str):
-            raise InputError(f"sample: --prompts has the line {line[:60]!r}; allowed in a .jsonl file "
-                                   'are strings, and objects with a string "prompt"')
-    return prompts
+        raise InputError(
+            f"sample: --prompts is {path!r}, which cannot be read ({error})"
+        ) from None
+    lines = [line for line in text.split("\n") if line.strip()]
+    if Path(path).suffix == ".jsonl":
+        return [json_prompt(line) for line in lines]
+    return lines
 
 
-def arguments_of(arguments: list[str]):
-    """The command line, judged as far as it can be without the run."""
+def json_prompt(line: str) -> str:
+    """The prompt of a line of JSON."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        value = None
+    if isinstance(value, dict):
+        value = value.get("prompt")
+    if not isinstance(value, str):
+        raise InputError(
+            f"sample: --prompts has the line {line[:60]!r}; allowed in a .jsonl file are strings, "
+            'and objects with a string "prompt"'
+        )
+    return value
+
+
+def make_parser() -> Arguments:
+    """The arguments of this command."""
     parser = Arguments("sample", __doc__)
     add = parser.add_argument
     add("run", help="run directory")
     add("--prompt", action="append", default=[], help="text to continue; may be repeated")
-    add("--prompts", metavar="FILE", help="a prompt a line; .jsonl: strings, or objects with a `prompt`;\n"
-        "without --prompt and --prompts the config's")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line; .jsonl: strings, or objects with a `prompt`;\n"
+        "without --prompt and --prompts the config's",
+    )
     add("--n", type=int, default=1, help="continuations of each prompt")
     add("--tokens", type=int, help="how many at most; the config's by default")
     add("--temperature", type=float, help="0: the likeliest token; the config's by default")
     add("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="from the fewest that have this share of the probability")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation; may be repeated")
+    add("--top-p", type=float, default=1.0, help="from the fewest with so much probability")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
     add("--seed", type=int, default=0, help="of the first row's draws; of the next, one more")
     add("--step", type=int, help="checkpoint; the newest by default")
-    add("--stream", action="store_true", help="show one continuation as it comes; on a terminal it does")
-    add("--json", action="store_true", help="print a JSON object a continuation: prompt, text, seed, ended")
-    for axis in ("data", "fsdp", "tensor"):
-        add(f"--mesh.{axis}", dest=axis, type=int, help="devices on that axis; without these, one device")
-    a = parser.parse_args(arguments)
-    a.prompt += read_prompts(a.prompts) if a.prompts is not None else []
-    heat = a.temperature
-    limits = [("--n", a.n, a.n >= 1, "1 and more"), ("--top-k", a.top_k, a.top_k >= 0, "0 and more"),
-              ("--tokens", a.tokens, a.tokens is None or a.tokens >= 1, "1 and more"),
-              ("--temperature", heat, heat is None or 0 <= heat < math.inf, "0 and more"),
-              ("--top-p", a.top_p, 0 < a.top_p <= 1, "above 0 and at most 1"),
-              ("--stop", "empty", all(a.stop), "text"),
-              ("--prompts", "without a prompt", a.prompts is None or a.prompt, "one and more")]
-    for flag, given, fine, allowed in limits:
-        if not fine:
+    add("--stream", action="store_true", help="show a single continuation as it comes")
+    add("--json", action="store_true", help="a JSON object a row: prompt, text, seed, ended")
+    for axis in AXES:
+        add(f"--mesh.{axis}", dest=axis, type=int, help="devices on that axis; default: one device")
+    return parser
+
+
+def check_arguments(a, parser: Arguments):
+    """End with one sentence for what is wrong without looking at the run."""
+    limits = [
+        ("--n", a.n, a.n >= 1, "1 and more"),
+        ("--top-k", a.top_k, a.top_k >= 0, "0 and more"),
+        ("--top-p", a.top_p, 0 < a.top_p <= 1, "above 0 and at most 1"),
+        ("--stop", "empty", all(a.stop), "text"),
+    ]
+    if a.tokens is not None:
+        limits.append(("--tokens", a.tokens, a.tokens >= 1, "1 and more"))
+    if a.temperature is not None:
+        finite = 0 <= a.temperature < math.inf
+        limits.append(("--temperature", a.temperature, finite, "0 and more"))
+    if a.prompts is not None:
+        limits.append(("--prompts", "without a prompt", a.prompt, "one and more"))
+    for flag, given, valid, allowed in limits:
+        if not valid:
             parser.error(f"{flag} is {given}; allowed is {allowed}")
+
+
+def parse_arguments(arguments: list[str]):
+    """(arguments, parser) of a command line, checked as far as is possible without the run."""
+    parser = make_parser()
+    a = parser.parse_args(arguments)
+    if a.prompts is not None:
+        a.prompt += read_prompts(a.prompts)
+    check_arguments(a, parser)
     return a, parser
 
 
+def streams(a, texts: list[str], parser: Arguments) -> bool:
+    """Whether text is shown as it is made: on a terminal, or with --stream, for a single text."""
+    processes = jax.process_count()
+    alone = len(texts) == 1 and not a.json and processes == 1  # processes must go at one pace
+    if a.stream and not alone:
+        form = " and --json" if a.json else ""
+        parser.error(
+            f"--stream is given for {len(texts)} continuations{form} in {processes} processes; "
+            "allowed is one, as text, in one"
+        )
+    return a.stream or (alone and sys.stdout.isatty())
+
+
+class Screen:
+    """Text that grows on a terminal."""
+
+    def __init__(self):
+        self.shown = ""
+
+    def show(self, text: str):
+        """Print what `text` has beyond what is shown already."""
+        print(text[len(self.shown):], end="", flush=True)
+        self.shown = text
+
+
 def main(arguments: list[str]) -> str:
-    """Command line; gives the text that it prints (with --json, would print without)."""
-    a, parser = arguments_of(arguments)
+    """Command line; returns the text that it prints, or would print without --json."""
+    a, parser = parse_arguments(arguments)
     step = find_checkpoint(a.run, a.step)[1]
-    mesh = {axis: n for axis in ("data", "fsdp", "tensor") if (n := getattr(a, axis)) is not None}
+    given = {axis: getattr(a, axis) for axis in AXES}
+    mesh = {axis: n for axis, n in given.items() if n is not None}
     with user_errors():
         params, config, tokenizer, _ = load(a.run, step, mesh or None)
     tokens = config.sample_tokens if a.tokens is None else a.tokens
     temperature = config.sample_temperature if a.temperature is None else a.temperature
-    how = Sampling(*map(np.float32, (temperature, a.top_k or math.inf, a.top_p if a.top_p < 1 else math.inf)))
+    how = sampling(temperature, a.top_k, a.top_p)
     texts = [prompt for prompt in (a.prompt or config.prompts) for _ in range(a.n)]
     if not texts:
         print(f"the config of {a.run} has no prompts")
         return ""
-    alone = len(texts) == 1 and not a.json and jax.process_count() == 1  # processes must go at one pace
-    stream = a.stream or (alone and sys.stdout.isatty())
-    if stream and not alone:
-        parser.error(f"--stream is given for {len(texts)} continuations{' and --json' * a.json} in "
-                     f"{jax.process_count()} processes; allowed is one, as text, in one")
+    stream = streams(a, texts, parser)
     if not a.json:
         print(f"sample of {a.run}, temperature {temperature}:", flush=True)
-    prompts, shown = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts], ""
-
-    def show(text):
-        nonlocal shown
-        print(text[len(shown):], end="", flush=True)
-        shown = text
-
-    def heed(made):
-        found = [read_text(row, tokenizer, a.stop) for row in made]
-        if stream:
-            show(texts[0] + settled(found[0][0], a.stop))
-        return np.array([why == "stop" for _, why in found])
-
+    screen = Screen()
+    watch = None
     if stream:
-        show(texts[0])
-    with jax.set_mesh(params["embed"].sharding.mesh):
-        used = jax.jit(lambda params, ids: prepare(
-            reparametrised(config.reparam, params, step, dict(tokens=ids)), config.model))
-        weights = used(params, padded(prompts, tokenizer.eos)[0])
-        del params
-        made = generate(weights, prompts, tokens, [a.seed + i for i in range(len(texts))], how, tokenizer.eos,
-                        config.model, heed if stream or a.stop else None, 1 if stream else CHUNK)
-    found = [read_text(row, tokenizer, a.stop) for row in made]
-    text = "\n\n----\n\n".join(prompt + own for prompt, (own, _) in zip(texts, found, strict=True)) + "\n"
+        watch = screen.show
+        watch(texts[0])
+    loaded = [params]
+    del params  # so that its memory is free once generation has its own copy
+    found = continue_prompts(
+        loaded.pop(), config, tokenizer, step, texts, how, tokens, a.seed, a.stop, watch
+    )
+    text = as_text(found)
     if a.json:
-        for i, (prompt, (own, why)) in enumerate(zip(texts, found, strict=True)):
-            print(json.dumps(dict(prompt=prompt, text=own, seed=a.seed + i, ended=why)), flush=True)
+        for i, one in enumerate(found):
+            row = {"prompt": one.prompt, "text": one.text, "seed": a.seed + i, "ended": one.ended}
+            print(json.dumps(row), flush=True)
     else:
-        show(text)
+        screen.show(text)
         print(flush=True)
     return text

@@ -1,4 +1,4 @@
-"""tools/sample.py: batches against rows alone, the cache against recomputing, draws against closed forms."""
+"""Generation: a batch against its rows, a cache against recomputing, draws against closed form."""
 import io
 import json
 import sys
@@ -222,6 +222,16 @@ def test_rows_are_numbered_and_each_can_be_made_again(run, said, tmp_path):
     lines = objects(said("--prompts", tmp_path / "p.txt", "--tokens", 1, "--json"))
     assert [r["prompt"] for r in lines] == ["the roots", "in spring, a shoot"]
     assert (run / "samples.txt").read_text() == said("--prompt", "").split("\n", 1)[1].removesuffix("\n")
+
+
+def test_the_end_of_a_run_continues_its_prompts_without_the_command(run):
+    """`continuations` gives what samples.txt holds; several prompts are told apart; none give nothing."""
+    params, config, tokenizer, _ = train.load(str(run))
+    given = params, config, tokenizer, 2
+    assert generation.continuations(*given, config.prompts) == (run / "samples.txt").read_text()
+    both = generation.continuations(*given, ["the tree", "a"])
+    assert both.startswith("the tree") and "\n\n----\n\na" in both and both.endswith("\n")
+    assert generation.continuations(*given, ()) == ""
 
 
 def test_eight_devices_say_what_one_does(said):

@@ -1,15 +1,13 @@
-"""tools/eval.py beyond bits per byte: minimal pairs, multiple choice, completions, and where they come up."""
-import gzip
+"""Minimal pairs, multiple choice, completions, and where a run has them."""
 import json
-import lzma
 import math
 import shutil
 from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,14 +15,11 @@ import data
 import model
 import train
 from lib import disk
-from lib.config import ROOT, from_json, load_file, to_json
-from lib.evaluate import compressed
+from lib.config import from_json, to_json
 from lib.schedule import Schedule
 from lib.tasks import blimp, encode_pair, judged, minimal_pairs, proportion, tasks
 from lib.tokenizers import Bytes
-from train import parse
 
-evaluate = load_file(ROOT / "tools/eval.py")
 BYTES = Bytes()
 CONFIG = train.Config(phases=(train.Phase(seq=64),))
 
@@ -176,8 +171,8 @@ def test_wilson_s_interval_holds_the_share_as_often_as_it_says():
 
 BROKEN = {
     '{"context": "a", ': "line 2: broken JSON",
-    '["context"]': "line 2: .* is no JSON object",
-    '{"context": "a", "choices": ["b"], "answer": 0}': "line 2: choices is .* two texts",
+    '["context"]': "line 2: .* is not a JSON object",
+    '{"context": "a", "choices": ["b"], "answer": 0}': "line 2: choices is .* two or more texts",
     '{"context": "a", "choices": ["b", ""], "answer": 0}': "line 2, choice 1: .* not empty",
     '{"context": "a", "choices": ["b", 3], "answer": 0}': "line 2, choice 1: .* is 3",
     '{"context": "a", "choices": ["b", "c"], "answer": 2}': "line 2: answer .* is 2; .* 0 to 1",
@@ -207,7 +202,7 @@ def test_a_line_that_is_no_pair_is_named(line, said, tmp_path):
     write(tmp_path / "pairs.jsonl", [dict(sentence_good="a", sentence_bad="b"), line])
     with pytest.raises(data.InputError, match=f"pairs.jsonl, {said}"):
         minimal_pairs(table(), bigram, BYTES, tmp_path)
-    with pytest.raises(data.InputError, match="no directory of .jsonl"):
+    with pytest.raises(data.InputError, match="not a directory with .jsonl"):
         minimal_pairs(table(), bigram, BYTES, tmp_path / "nowhere")
 
 
@@ -219,6 +214,13 @@ def noted(params, apply, config, word: str = "x"):
     out = apply(params, ids)
     alone = model.apply(params, jnp.asarray(ids), config.model)
     return {f"own/{word}": float(config.phases[0].steps), "own/apart": float(jnp.abs(out - alone).max())}
+
+
+def counted(params, apply, path: str):
+    """An `evals` that gives how often it was called, by the size of a file."""
+    with open(path, "a") as file:
+        file.write("x")
+    return {"own/calls": float(Path(path).stat().st_size)}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +236,8 @@ def run(tmp_path_factory, tiny, data_config):
         data=train.replace(data_config, dev=0, test=0), phases=(train.Phase(steps=6, batch=8, seq=32),),
         overlap=8, eval_every=3, save_every=3, keep=2,
         evals=(partial(tasks, path=str(here / "quiz.jsonl")), partial(noted, word="steps"),
-               partial(blimp, path=str(here / "pairs"))), sample_tokens=4)
+               partial(blimp, path=str(here / "pairs")), partial(counted, path=str(here / "calls"))),
+        sample_tokens=4)
     train.check(config)
     assert from_json(train.Config, to_json(config)).evals[0].func is tasks
     summary = train.train(config, __file__)
@@ -256,6 +259,13 @@ def test_tasks_come_up_while_a_run_trains_and_at_its_end(run):
     assert [r["step"] for r in rows if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_config_s_own_evals_run_once_an_evaluation(run):
+    """The end of a run takes their figures from its last evaluation."""
+    _, summary, rows = run
+    assert [r["own/calls"] for r in rows if "own/calls" in r] == [1, 2]
+    assert summary["own/calls"] == 2
+
+
 def test_the_command_line_adds_tasks_and_pairs_to_eval_json(run, capsys):
     here, _, _ = run
     directory = str(here / "runs/tasked")
@@ -264,7 +274,8 @@ def test_the_command_line_adds_tasks_and_pairs_to_eval_json(run, capsys):
     found, said = json.loads((here / "runs/tasked/eval.json").read_text()), capsys.readouterr().out
     assert 0 <= found["task/next/exact"] <= 1 and found["task/next/bpb"] > 0 and found["blimp/some"] in (0, 1)
     assert found["own/steps"] == 6 and "task/quiz/acc_bytes_se" in found
-    assert f"task/next/bpb: {found['task/next/bpb']:.4g} +- " in said
+    error = 1.96 * found["task/next/bpb_se"]
+    assert f"task/next/bpb: {found['task/next/bpb']:.4g} ± {error:.2g} (± is half a 95 % interval)" in said
     assert f"blimp/some: {found['blimp/some']:.3f} [{found['blimp/some_low']:.3f}, " in said
     rows = [json.loads(r) for r in (here / "runs/tasked/metrics.jsonl").read_text().splitlines()]
     at = next(r for r in rows if r["step"] == 3 and "blimp" in r)
@@ -285,47 +296,6 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path, capsys):
         assert train.main(["eval", str(here / "runs/tasked"), *map(str, more)]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
-
-
-def test_texts_are_compressed_as_gzip_9_and_xz_9_compress_them():
-    texts = [prose(i, size).encode() for i, size in enumerate((1, 40, 4_000, 100_000))]
-    for name, compress in (("gzip_bpb", partial(gzip.compress, compresslevel=9)),
-                           ("xz_bpb", partial(lzma.compress, preset=9))):
-        bits = 8 * sum(len(compress(text)) for text in texts)
-        assert compressed(texts)[name] == bits / sum(map(len, texts))
-
-
-# ------------------------------------------------------------------------------------------- tiny Shakespeare
-
-def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
-    """At its size, on the rest of the text; a run without dev and test ends with its figures and a sample."""
-    shakespeare = load_file(ROOT / "configs/baselines/shakespeare_char.py")
-    size = 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 64 * 128 + 128  # of a GPT-2 without biases, head tied
-    assert model.count(shakespeare.config.model) == pytest.approx(size, rel=0.02)
-    text = "".join(np.random.default_rng(0).choice(list("abc d\n"), 3_000))
-    (tmp_path / "input.txt").write_text(text)
-    line = (f"{shakespeare.__file__}:adamw --runs {tmp_path} --phases.0.steps 4 --phases.0.seq 16 "
-            "--phases.0.batch 8 --model.layers 1 --model.embed 16 --model.mlp 16 --model.heads 2 "
-            "--model.kv_heads 2 --model.head_dim 8 --evals.0.windows 300 --sample_tokens 4 --eval_every 2 "
-            f"--data.sources.shakespeare.documents.path {tmp_path}/input.txt")
-    config, file = parse(line.split())
-    assert "".join(d.text for d in config.data.sources["shakespeare"].documents()) == text[:2_700]
-    params = table(5)
-    found = shakespeare.validation(params, bigram, config)
-    ids, wide = list(text[2_700:].encode()), params.astype(np.float64)
-    each = np.array([np.log(np.exp(wide[a]).sum()) - wide[a, b] for a, b in zip(ids, ids[1:], strict=False)])
-    rows = np.array([each[i:i + 16].mean() for i in range(len(ids) - 16)])
-    assert found["eval/whole/loss"] == pytest.approx(rows[::16].mean(), rel=1e-5)
-    assert abs(found["eval/validation/loss"] - rows.mean()) < 4 * found["eval/validation/loss_se"] < 0.2
-    assert found["eval/validation/loss_se"] == pytest.approx(rows.std() / 2_000**0.5, rel=0.1)
-    summary = train.train(config, file)
-    here = tmp_path / "shakespeare_char-adamw"
-    metrics = [json.loads(r) for r in (here / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in metrics if "eval/validation/loss" in r] == [2, 4]
-    assert summary["eval/validation/loss"] == pytest.approx(shakespeare.last(metrics), rel=1e-5)
-    assert (here / "samples.txt").read_text().startswith("ROMEO")
-    (tmp_path / "input.txt").write_text("é" * 99)
-    assert train.main(line.split()) == 2 and "ASCII" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- the real harness, by hand
