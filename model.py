@@ -44,7 +44,7 @@ class ModelConfig:
     vocab: Whole = 0  # pieces of the tokenizer that is trained; 0: as many as a given one has
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or Llama 3's (factor, low, high, old context)
+    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or Llama 3's (factor, low, high, context)
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
@@ -59,9 +59,11 @@ class ModelConfig:
         at = functools.partial(join, path)
         yield (self.heads % self.kv_heads,
                f"{at('heads')} is {self.heads}, which {at('kv_heads')} ({self.kv_heads}) does not "
-               "divide; allowed is a multiple of it: each key-value head serves as many query heads")
+               "divide; allowed is a multiple of it: each key-value head serves as many "
+               "query heads")
         yield (self.head_dim % 2,
-               f"{at('head_dim')} is {self.head_dim}; allowed is an even number: RoPE rotates pairs")
+               f"{at('head_dim')} is {self.head_dim}; "
+               "allowed is an even number: RoPE rotates pairs")
         scaling = self.rope_scaling
         fits = len(scaling) in (0, 1) or (len(scaling) == 4 and scaling[1] < scaling[2])
         yield (not fits,
