@@ -117,3 +117,14 @@ def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edite
             params[name] = draw(name, param, context.key, dtype)
             policy[param.group] = "reset"
     return Edited(Model(model.config, params), policy, preserves=False)
+
+
+def silence(model: Model, context: Context, layers: tuple[int, ...]) -> Edited:
+    """Set the output projections of these layers to zero, so that they add nothing yet.
+
+    The optimiser's state is kept.
+    """
+    params = dict(model.params)
+    for name in ("o", "down"):
+        params[name] = params[name].at[jnp.array(layers)].set(0)
+    return Edited(model._replace(params=params), {}, preserves=False)

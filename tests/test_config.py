@@ -675,7 +675,7 @@ def test_a_directory_and_a_word_that_is_no_verb_are_one_helpful_sentence(tmp_pat
     said = {str(run): "is the directory of a run; resume it by .*run/config.json"}
     said |= {
         "track": "neither a config file, .* nor a verb .*bench, corpus, .*eval",
-        "configs/stacking.py/x": "neither",
+        "configs/growth/g_stack.py/x": "neither",
         "configs/quikstart.py": r"did you mean configs/quickstart.py\?",
     }
     for path, sentence in said.items():

@@ -16,7 +16,7 @@ from train import load_config, parse
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (ROOT / "docs/extending.md").read_text("utf-8")
 EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", PAGES))
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 BASE = load_file(ROOT / "configs/quickstart.py").config
 
 
@@ -98,6 +98,20 @@ def test_the_readme_s_own_config_is_accepted(tmp_path):
     for block in blocks:
         (tmp_path / "mine.py").write_text(block)
         train.check(load_config(str(tmp_path / "mine.py")))
+
+
+def test_the_configs_of_the_page_on_data_are_accepted_and_name_each_reader(tmp_path):
+    page = (ROOT / "docs/data.md").read_text("utf-8")
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", page)
+    read = set()
+    for i, block in enumerate(blocks):
+        (tmp_path / f"mine{i}.py").write_text(block)
+        config = load_config(str(tmp_path / f"mine{i}.py"))
+        train.check(config)
+        read.add(config.data.sources["mine"].documents.func.__name__)
+    assert read == {"parquet", "hugging_face", "tfds", "text"}
+    for line in re.findall(r"(?m)^python train\.py (.*)$", page):
+        train.check(parse([str(ROOT / w) if w.startswith("configs/") else w for w in shlex.split(line)])[0])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

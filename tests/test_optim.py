@@ -12,7 +12,7 @@ from conftest import rows, used
 
 import model
 import train
-from configs.muon import muon
+from configs.baselines.muon import muon
 from lib.kernels import Mask
 from lib.optim import State, adamw, init_opt_state
 
