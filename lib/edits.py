@@ -55,3 +55,14 @@ def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edite
              for n, p in table(model.config).items() if p.group in gone}
     policy = dict.fromkeys(gone & set(groups(model.config)), "reset")
     return Edited(Model(model.config, model.params | fresh), policy, preserves=False)
+
+
+def silence(model: Model, context: Context, layers: tuple[int, ...]) -> Edited:
+    """Set the output projections of these layers to zero, so that they add nothing yet.
+
+    The optimiser's state is kept.
+    """
+    params = dict(model.params)
+    for name in ("o", "down"):
+        params[name] = params[name].at[jnp.array(layers)].set(0)
+    return Edited(model._replace(params=params), {}, preserves=False)

@@ -79,10 +79,10 @@ def pytest_collection_modifyitems(config, items):
     """Tests that are marked long run only where `-m` names their mark; files that take minutes come first,
     or of the two processes one would end by waiting for the other.
     """
-    long = [f"test_{name}.py" for name in ("runs", "scale", "train", "growth", "study")]
+    long = [f"test_{name}.py" for name in ("runs", "scale", "train", "configs_growth", "study")]
     items.sort(key=lambda item: item.path.name not in long)
     for item in items:
-        for mark in ("soak", "study", "readme"):
+        for mark in ("soak", "study", "library", "readme"):
             if item.get_closest_marker(mark) and mark not in config.getoption("-m"):
                 item.add_marker(pytest.mark.skip(reason=f"long: run by hand, pytest -m {mark}"))
 

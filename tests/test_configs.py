@@ -1,281 +1,169 @@
-"""configs/: the packings, the truncation toy process, and what every study has to have."""
-import itertools
+"""configs/: what every file of the library has to have, and what studies share."""
+import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import conftest
 import jax
-import numpy as np
 import pytest
 from conftest import course_of
-from hypothesis import given
-from hypothesis import strategies as st
 
-import data
 import model
 import train
-from lib.config import ROOT, load_file
-from lib.objectives import one_segment
-from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, best_fit, first_fit, one_per_row
+from configs import base
+from lib.config import ROOT, from_json, load_file, to_json
+from lib.packing import best_fit
+from lib.study import Study
 from train import parse
 
-packing = load_file(ROOT / "configs/packing.py")
-truncation = load_file(ROOT / "configs/truncation.py")
 study = load_file(ROOT / "tools/study.py")
-PACKINGS = [best_fit, first_fit, one_per_row]
+LIBRARY = sorted((ROOT / "configs").glob("*/*.py"))
+STUDIES = [path for path in LIBRARY if hasattr(load_file(path), "study")]
+HEADER = "Paper", "Method", "Here", "Cost", "Run"
+LINES, EXPERIMENT = 120, 40  # the most of a file, and of its experiment
+
+# Files that are longer, as (lines, lines of their experiment) at most, and why. It only shrinks.
+LONGER = {
+    "context/in_context_pretraining": (162, 32),  # nearest neighbours, until D4 needs them too
+    "forgetting/dual_process": (197, 45),  # a process of its own, and its probe
+    "forgetting/vocabulary": (173, 40),  # five ways to begin a row, and a run to plain bytes
+    "growth/minitron": (218, 25),  # scores by a copy of the forward pass, until blocks can be visited
+    "selection/climb": (154, 29),  # scores of documents, until a second file needs them
+}
+# Which config takes a function of another one, besides configs/base.py, and which function.
+BORROWS = {
+    "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
+}
+# Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
+# last part of it.
+BUDGET = {
+    "growth/bert2bert": "flops",
+    "growth/incremental": "flops",
+    "growth/learngene": "flops",
+    "context/best_fit": "tokens",
+    "context/dataset_decomposition": "tokens",
+    "context/in_context_pretraining": "tokens",
+    "context/meco": "tokens",
+    "selection/climb": "tokens",
+    "selection/qurating": "tokens",
+    "selection/skill_it": "tokens",
+}
 
 
-@st.composite
-def documents(draw) -> tuple[np.ndarray, int]:
-    """(lengths, seq), lengths about the multiples, halves and thirds of seq more often than elsewhere."""
-    seq = draw(st.integers(1, 40))
-    near = st.builds(lambda part, off: max(1, seq * part // 6 + off), st.integers(0, 15), st.integers(-1, 1))
-    lengths = draw(st.lists(st.one_of(near, st.integers(1, 4 * seq)), max_size=60))
-    return np.array(lengths, np.int64), seq
+def name_of(path) -> str:
+    """A file of the library as "growth/g_stack"."""
+    return path.relative_to(ROOT / "configs").with_suffix("").as_posix()
 
 
-def rows_of(plan: np.ndarray) -> list[list[int]]:
-    """The lengths of the pieces in each row, in falling order, rows in order."""
-    return [sorted((int(p[LENGTH]) for p in group), reverse=True)
-            for _, group in itertools.groupby(plan, lambda p: p[ROW])]
+every_file = pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+every_study = pytest.mark.parametrize("path", STUDIES, ids=name_of)
 
 
-def slow_best_fit(lengths: list[int], seq: int) -> list[list[int]]:
-    """Best-fit decreasing by looking at every row; of rows with as much left, the last one to get a piece."""
-    pieces = [min(seq, n - start) for n in lengths for start in range(0, n, seq)]
-    rows, last = [], []
-    for now, w in enumerate(sorted(pieces, reverse=True)):
-        room = [(seq - sum(r), -last[i], i) for i, r in enumerate(rows) if sum(r) + w <= seq]
-        if room:
-            i = min(room)[2]
-        else:
-            i = len(rows)
-            rows.append([])
-            last.append(0)
-        rows[i].append(w)
-        last[i] = now
-    return rows
+# ---------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("pack", PACKINGS)
-@given(case=documents())
-def test_a_packing_keeps_every_position_and_cuts_no_document_that_fits(pack, case):
-    lengths, seq = case
-    plan = pack(lengths, seq)
-    assert plan.dtype == np.int64 and plan.shape[1] == 6 and np.all(np.diff(plan[:, ROW]) >= 0)
-    assert np.array_equal(plan, pack(lengths, seq))
-    assert np.all(plan[:, LENGTH] > 0) and not plan[:, QUIET].any()
-    rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
-    filled = np.bincount(plan[:, ROW], plan[:, LENGTH], rows)
-    assert np.all((filled > 0) & (filled <= seq))
-    for row in range(rows):
-        here = plan[plan[:, ROW] == row, SEGMENT]
-        assert np.array_equal(here, 1 + np.arange(len(here)))
-    for number, length in enumerate(lengths.tolist()):
-        pieces = sorted((int(p[START]), int(p[LENGTH])) for p in plan[plan[:, DOCUMENT] == number])
-        assert pieces == [(start, min(seq, length - start)) for start in range(0, length, seq)]
+@every_file
+def test_a_file_of_the_library_is_a_header_its_functions_and_one_study(path):
+    text = path.read_text("utf-8")
+    tree = ast.parse(text)
+    said = ast.get_docstring(tree)
+    fields = re.findall(r"(?m)^([A-Z]\w+):", said)
+    assert [field for field in fields if field in HEADER] == [*HEADER]
+    assert re.search(r"(?m)^Run:.*\n    python train\.py", said)
+    own = load_file(path)
+    assert isinstance(getattr(own, "study", None), Study) or isinstance(own.config, train.Config)
+    if path in STUDIES:
+        assert text.count("\nstudy = Study(") == 1
+        for paper in own.study.papers:
+            assert paper.authors in said and str(paper.year) in said
+            assert all(number in said for number in paper.seeds)
+    plain = [node for node in tree.body[1:] if not isinstance(
+        node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))]
+    experiment = sum(node.end_lineno - node.lineno + 1 for node in plain)
+    lines, most = LONGER.get(name_of(path), (LINES, EXPERIMENT))
+    assert len(text.splitlines()) <= lines and experiment <= most
+    if name_of(path) in LONGER:
+        assert len(text.splitlines()) > LINES or experiment > EXPERIMENT, "take it off LONGER"
+    wide = [line for line in text.splitlines() if len(line) > 100]
+    assert all(line.startswith(("    python train.py", "    ... --")) for line in wide)
 
 
-@given(case=documents())
-def test_best_fit_makes_the_rows_that_a_search_through_all_rows_makes(case):
-    lengths, seq = case
-    assert rows_of(best_fit(lengths, seq)) == slow_best_fit(lengths.tolist(), seq)
+@every_file
+def test_a_config_takes_from_another_one_no_more_than_a_paper_s_own_function(path):
+    taken = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "configs":
+            taken |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert taken - {"configs.base"} == BORROWS.get(name_of(path), set())
 
 
-@given(case=documents())
-def test_first_fit_makes_the_rows_that_a_search_from_the_first_makes(case):
-    lengths, seq = case
-    rows = []
-    for w in (min(seq, n - start) for n in lengths.tolist() for start in range(0, n, seq)):
-        fits = next((r for r in rows if sum(r) + w <= seq), None)
-        rows.append([w]) if fits is None else fits.append(w)
-    assert rows_of(first_fit(lengths, seq)) == [sorted(r, reverse=True) for r in rows]
-
-
-def test_best_fit_of_the_paper_s_documents():
-    assert rows_of(best_fit(np.array([14, 7, 5, 2, 3]), 8)) == [[8], [7], [6, 2], [5, 3]]
-    # rows that hold 8, 6, 6 and 4 of 8 after the longer documents: 3 goes where 4 are left
-    assert rows_of(best_fit(np.array([8, 6, 6, 4, 3]), 8)) == [[8], [6], [6], [4, 3]]
-
-
-@pytest.mark.parametrize("pack", PACKINGS)
-def test_documents_longer_than_half_a_row_take_one_each(pack):
-    lengths = np.random.default_rng(0).integers(33, 65, 500)
-    assert sorted(pack(lengths, 64)[:, LENGTH]) == sorted(lengths) and pack(lengths, 64)[-1, ROW] == 499
-
-
-@pytest.mark.parametrize("pack", PACKINGS)
-def test_no_documents_give_an_empty_plan(pack):
-    assert pack(np.array([], np.int64), 16).shape == (0, 6)
-
-
-def test_best_fit_of_100_000_documents_wastes_next_to_nothing():
-    lengths = np.random.default_rng(0).lognormal(6.2, 1.1, 100_000).astype(np.int64) + 1
-    plan = best_fit(lengths, 2048)
-    assert plan[:, LENGTH].sum() == lengths.sum()
-    assert plan[-1, ROW] + 1 <= 1.0002 * math.ceil(lengths.sum() / 2048)
-    assert np.all(np.bincount(plan[:, DOCUMENT])[lengths <= 2048] == 1)
-
-
-def test_without_a_mask_a_row_is_one_segment_whose_positions_run_on():
-    row = dict(tokens=np.arange(8), segments=np.array([1, 1, 1, 2, 2, 3, 0, 0], np.int32),
-               positions=np.array([0, 1, 2, 0, 1, 0, 0, 0], np.int32))
-    made, mask = one_segment(row, np.random.default_rng(0))
-    assert made["segments"].tolist() == [1] * 6 + [0] * 2 and made["positions"].tolist() == [*range(6), 0, 0]
-    assert made["tokens"] is row["tokens"] and mask == data.causal(row, None)[1]
-    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
-
-
-def test_an_arm_of_a_config_file_is_named_after_a_colon(capsys):
-    file = str(ROOT / "configs/packing.py")
-    config, _ = parse([f"{file}:best_fit", "--seed", "3"])
-    assert config.phases[0].packing is best_fit
-    assert (config.seed, config.name) == (3, "packing-best_fit")
-    assert parse([file])[0].name == "packing"
-    for arm in packing.arms:
-        train.check(parse([f"{file}:{arm}"])[0])
-    assert train.main([f"{file}:worst_fit"]) == 2
-    assert "concat_no_mask, concat, best_fit" in capsys.readouterr().err
-
-
-CORPUS = """from functools import partial
-
-from data import DataConfig, Source, text
-from model import ModelConfig
-from train import Config, Phase
-
-config = Config(model=ModelConfig(vocab=320), overlap=0, phases=(Phase(steps=9, batch=2, seq=64),),
-                data=DataConfig(sources={"text": Source(partial(text, path="PLACE"))}, dev=0.1, test=0.1))
-"""
-
-
-def test_corpus_bench_compares_the_packings_and_times_batches_and_tokenizing(tmp_path, corpus, capsys):
-    (tmp_path / "some.py").write_text(CORPUS.replace("PLACE", str(corpus)))
-    train.verb("corpus", ["bench", str(tmp_path / "some.py"), "--seconds", "0.2"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    plain, best = (found["packings"][name] for name in ("concat_and_split", "best_fit"))
-    assert plain["rows"] == plain["ideal"] == best["ideal"] <= best["rows"]
-    assert plain["cut"] > best["cut"] and plain["cut_fitting"] > 0 == best["cut_fitting"]
-    assert found["packings"]["first_fit"]["rows"] >= plain["rows"] and best["rows_s"] >= best["plan_s"] > 0
-    assert found["batch"]["tokens_per_s"] > 0 and found["tokenizing"]["share"] > 0
-
-
-@pytest.mark.parametrize("p", [0.6, 0.75, 0.9])
-def test_the_closed_form_of_truncation_is_what_enumeration_gives(p):
-    for m in range(9):
-        joint = np.zeros((2**m, 2))  # of the bits seen and the next one
-        for first, *bits in itertools.product((0, 1), repeat=m + 2):
-            chance = 0.5 * math.prod(p if bit == first else 1 - p for bit in bits)
-            joint[int("0" + "".join(map(str, bits[:-1])), 2), bits[-1]] += chance
-        nats = -np.sum(joint * np.log(joint / joint.sum(1, keepdims=True)))
-        assert truncation.closed_form(m, p) == pytest.approx(nats, abs=1e-12)
-
-
-def test_the_closed_form_of_truncation_is_the_paper_s():
-    table = {0.6: [.6931, .6923, .6916, .6903, .6880, .6846, .6803, .6762],
-             0.75: [.6931, .6616, .6417, .6148, .5871, .5686, .5628, .5623],
-             0.9: [.6931, .4714, .4085, .3493, .3275, .3251, .3251, .3251]}
-    for p, losses in table.items():
-        found = [truncation.closed_form(m, p) for m in (0, 1, 2, 4, 8, 16, 32, 64)]
-        assert found == pytest.approx(losses, abs=6e-5)
-    assert truncation.entropy(0.75) == pytest.approx(0.5623, abs=5e-5)
-
-
-def test_the_process_keeps_its_first_bit_with_probability_p():
-    for truncated, agree in ((False, 0.8), (True, 0.8**2 + 0.2**2)):
-        documents = list(truncation.process(20_000, 0.8, truncated))
-        bits = np.array([[int(c) for c in d.text] for d in documents])
-        assert bits.shape == (20_000, 15) and len({d.path for d in documents}) == 20_000
-        assert bits[:, 0].mean() == pytest.approx(0.5, abs=0.015)
-        assert np.mean(bits[:, 1:] == bits[:, :1], 0) == pytest.approx(np.full(14, agree), abs=0.015)
-        assert np.mean(bits[:, 3] == bits[:, 9]) == pytest.approx(0.8**2 + 0.2**2, abs=0.015)
-
-
-@pytest.mark.parametrize("truncated", [False, True])
-def test_the_evaluation_gives_a_model_that_knows_the_process_what_is_expected(truncated):
-    def apply(params, ids, p=0.75):
-        """Logits of what is best: X0 counts for certain where it is there, all bits seen alike elsewhere."""
-        ones = np.cumsum(ids[:, 1:] == ord("1"), 1)
-        seen = np.arange(1, ids.shape[1])
-        if truncated:
-            lead = (2 * ones - seen) * np.log(p / (1 - p))
-            one = p / (1 + np.exp(-lead)) + (1 - p) / (1 + np.exp(lead))
-        else:
-            one = np.where(ids[:, 1:2] == ord("1"), p, 1 - p) * np.ones_like(seen)
-        one = np.concatenate([np.full((len(ids), 1), 0.5), one], 1)
-        logits = np.full((*ids.shape, 258), -100.0)
-        logits[..., ord("0")], logits[..., ord("1")] = np.log(1 - one), np.log(one)
-        return logits
-
-    found = truncation.by_position(None, apply, 0.75, truncated)
-    assert found["truncation/largest_error"] < 1e-9 and found["truncation/m0"] == pytest.approx(np.log(2))
-    assert found["truncation/m2"] == pytest.approx(0.6417 if truncated else 0.5623, abs=5e-5)
-
-
-@pytest.mark.study
-@pytest.mark.parametrize("arm", ["full", "truncated"])
-def test_truncation_trained_is_within_a_hundredth_of_the_closed_form(arm, tmp_path, request):
-    file = str(ROOT / "configs/truncation.py")
-    line = [sys.executable, str(ROOT / "train.py"), f"{file}:{arm}", "--runs", str(tmp_path)]
-    env = os.environ | conftest.USERS  # one device, as anyone would run it
-    subprocess.run(line, env=env, check=True, stdout=subprocess.DEVNULL)
-    rows = (tmp_path / f"truncation-{arm}/metrics.jsonl").read_text().splitlines()
-    last = [row for row in map(json.loads, rows) if "truncation/m2" in row][-1]
-    for m in (2, 8):
-        expected = truncation.closed_form(m, 0.75) if arm == "truncated" else truncation.entropy(0.75)
-        assert last[f"truncation/m{m}"] == pytest.approx(expected, abs=0.01)
-    assert last["step"] == 1_500 and last["truncation/largest_error"] < 0.01
-
-
-# ------------------------------------------------------------------------------------------------ the studies
-
-STUDIES = [p for p in sorted((ROOT / "configs").rglob("*.py")) if "\nstudy = Study(" in p.read_text("utf-8")]
+# -------------------------------------------------------------------------------------- the studies
 
 
 def asked(path, *words: str) -> study.Request:
-    """What a command line asks of a study's file."""
+    """The study that a command line asks for."""
     return study.read(study.arguments_of([str(path), *words]))
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-def test_every_arm_of_a_study_is_accepted_in_full_and_with_quick(path):
-    own, default = load_file(path).study, asked(path)
+@every_study
+@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
+def test_every_arm_of_a_study_is_accepted_in_full_and_with_quick(path, quick):
+    own = load_file(path).study
+    assert own.quick and own.claims
+    default = asked(path, *["--quick"] * quick)
     assert default.arms[0] == own.first
-    assert set(default.arms) == {own.first, *(own.default_arms or own.arms)}
-    for quick in {False, bool(own.quick)}:
-        every = asked(path, "--arms", ",".join(own.arms), *["--quick"] * quick)
-        assert every.claims == list(own.claims) and set(every.arms) == set(own.arms)
-        for arm in every.arms:
-            for rate in own.peak_lrs[:1] or [None]:
-                config, _ = parse(study.command(every, study.Job(arm, rate, 1)))
-                train.check(config)
-                assert rate is None or config.schedule.peak == pytest.approx(rate)
+    assert {*default.arms} == {own.first, *(own.default_arms or own.arms)}
+    every = asked(path, "--arms", ",".join(own.arms), *["--quick"] * quick)
+    assert {*every.arms} == {*own.arms} and len(every.claims) == len(own.claims)
+    for arm in every.arms:
+        rate = own.peak_lrs[0] if own.peak_lrs else None
+        config, _ = parse([str(w) for w in study.command(every, study.Job(arm, rate, 1))])
+        train.check(config)
+        assert rate is None or config.schedule.peak == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("path", [p for p in STUDIES if "one budget of" in load_file(p).__doc__],
-                         ids=lambda p: p.stem)
-def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(path):
-    file = load_file(path)
+@every_study
+def test_every_arm_can_be_written_down(path):
+    for config in load_file(path).study.arms.values():
+        written = json.loads(json.dumps(to_json(config)))
+        assert to_json(from_json(train.Config, written)) == to_json(config)
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(name):
+    arms, budget = load_file(ROOT / f"configs/{name}.py").study.arms, BUDGET[name]
     context = model.Context(jax.random.key(0), 0, None, None, None)
-    budget = "flops" if "budget of model FLOPs" in " ".join(file.__doc__.split()) else "tokens"
-    courses = [course_of(config, context) for config in file.study.arms.values()]
+    courses = [course_of(config, context) for config in arms.values()]
     spent = [getattr(course, budget)[-1] for course in courses]
     assert max(spent) / min(spent) < (1.003 if budget == "flops" else 1 + 1e-9)
     assert len({replace(course.models[-1], norm_eps=0.0) for course in courses}) == 1
-    for config, course in zip(file.study.arms.values(), courses, strict=True):
-        s, rate, share = config.schedule, course.rates["matrix"], getattr(course, budget) / max(spent)
+    for config, course in zip(arms.values(), courses, strict=True):
+        s, rate = config.schedule, course.lr["matrix"]
+        share = getattr(course, budget) / max(spent)
         assert s.shape == "wsd" and rate[-1] == pytest.approx(s.final * s.peak, rel=1e-3)
         falls = share[(share > 0.5) & (rate < 0.999 * s.peak)]
         assert falls[0] == pytest.approx(1 - s.decay, abs=0.01) and len(falls) > 5
 
 
-@pytest.mark.study
-@pytest.mark.parametrize("path", [p for p in STUDIES if load_file(p).study.quick],
-                         ids=lambda p: p.stem)
+def test_an_arm_of_a_config_file_is_named_after_a_colon(capsys):
+    file = str(ROOT / "configs/context/best_fit.py")
+    config, _ = parse([f"{file}:best_fit", "--seed", "3"])
+    assert config.phases[0].packing is best_fit
+    assert (config.seed, config.name) == (3, "best_fit-best_fit")
+    for arm in load_file(file).study.arms:
+        train.check(parse([f"{file}:{arm}"])[0])
+    assert train.main([f"{file}:worst_fit"]) == 2
+    assert "concat_no_mask, concat, best_fit" in capsys.readouterr().err
+
+
+@pytest.mark.library
+@every_study
 def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
     """In a directory of its own, beside the runs that it starts from, which are made in a hurry."""
     own, shared, here = load_file(path).study, ROOT.parent / "shared", tmp_path / "here"
@@ -297,13 +185,45 @@ def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
         go(*small, "--phases.1.steps", "4")
     for name in {arm.init_from for arm in own.arms.values()} - {"", "runs/quickstart"}:
         stem, arm = name.removeprefix("runs/").split("-")  # made by another arm
-        base, = (ROOT / "configs").rglob(f"{stem}.py")
-        go(f"{base}:{arm}", *small)
+        go(f"{path.with_name(stem)}.py:{arm}", *small)
     said = go("study", str(path), "--quick", "--jobs", str(min(2, os.cpu_count())))
     result = json.loads((here / f"runs/{path.stem}-quick/study.json").read_text())
-    assert [*result["arms"]] == asked(path).arms and not result["failed"]
+    assert [*result["arms"]] == asked(path, "--quick").arms and not result["failed"]
     for name, arm in result["arms"].items():
-        assert [*arm["runs"]] == ["1", "2"] and [*arm["less_control"]["bpb"]["values"]] == ["1", "2"], name
-        assert 0 < arm["bpb"][0] < 10 and arm["flops"] > 0
+        assert [*arm["runs"]] == ["1", "2"] and arm["flops"] > 0, name
         assert f"| {name} |" in said
-    assert len(result["claims"]) == len(asked(path).claims)
+        if own.arms[name].data.test:
+            assert 0 < arm["bpb"][0] < 10
+            assert name == own.first or [*arm["less_control"]["bpb"]["values"]] == ["1", "2"], name
+        for measure in own.measures:
+            assert math.isfinite(result["measures"][measure][name]["own"][0]), measure
+    assert len(result["claims"]) == len(asked(path, "--quick").claims)
+
+
+# ---------------------------------------------------------------------------------- what they share
+
+
+def test_quick_takes_changes_and_keeps_what_it_is_told_to():
+    assert base.quick() == base.QUICK and base.quick() is not base.QUICK
+    made = base.quick({"model.layers": 1, "overlap": 4}, keep=("phases.*.seq", "model.embed"))
+    assert made["model.layers"] == 1 and made["overlap"] == 4 and base.QUICK["overlap"] == 8
+    assert base.QUICK.keys() - made.keys() == {"phases.*.seq", "model.embed"}
+
+
+RUNGS = [(64, 2, 172), (96, 3, 256), (128, 4, 344), (192, 6, 512)]
+
+
+@pytest.mark.parametrize("embed, heads, mlp", RUNGS)
+def test_the_ladder_has_heads_of_32_and_an_mlp_of_8_3_of_the_width(embed, heads, mlp):
+    rung = base.shape(3, embed, 500)
+    assert (rung.layers, rung.embed, rung.vocab) == (3, embed, 500)
+    assert (rung.heads, rung.kv_heads, rung.head_dim, rung.mlp) == (heads, heads, 32, mlp)
+
+
+def test_steps_for_is_the_inverse_of_flops():
+    phase = base.small.phases[0]
+    for steps in (1, 17, 300):
+        spent = base.flops(base.small.model, replace(phase, steps=steps))
+        assert base.steps_for(spent, base.small.model, phase) == steps
+    course = course_of(base.small, model.Context(jax.random.key(0), 0, None, None, None))
+    assert course.flops[-1] == base.flops(base.small.model, phase)

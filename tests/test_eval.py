@@ -299,7 +299,7 @@ def test_texts_are_compressed_as_gzip_9_and_xz_9_compress_them():
 
 def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
     """At its size, on the rest of the text; a run without dev and test ends with its figures and a sample."""
-    shakespeare = load_file(ROOT / "configs/shakespeare_char.py")
+    shakespeare = load_file(ROOT / "configs/baselines/shakespeare_char.py")
     size = 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 64 * 128 + 128  # of a GPT-2 without biases, head tied
     assert model.count(shakespeare.config.model) == pytest.approx(size, rel=0.02)
     text = "".join(np.random.default_rng(0).choice(list("abc d\n"), 3_000))

@@ -13,7 +13,7 @@ from conftest import strong
 import data
 import model
 import train
-from configs.muon import muon
+from configs.baselines.muon import muon
 from lib import kernels
 from lib.cache import build
 from lib.edits import reset_embeddings, stack

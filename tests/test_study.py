@@ -28,7 +28,6 @@ from train import parse
 
 study = load_file(ROOT / "tools/study.py")
 papers = load_file(ROOT / "tools/papers.py")
-stacking = load_file(ROOT / "configs/stacking.py")
 
 FILE = '''"""Two arms on lines of text."""
 from dataclasses import replace
@@ -750,99 +749,3 @@ def test_sigterm_saves_the_run_in_flight_and_ends_the_study(file):
     log = file.parent / "tiny/deep-0.01-s0.log"
     assert "stopped by SIGTERM" in log.read_text()
     assert [p.name for p in (file.parent / "tiny").iterdir() if p.is_dir()] == ["deep-0.01-s0"]
-
-
-# ----------------------------------------------------------------------------------------------- stacking.py
-
-
-CONTEXT = model.Context(jax.random.key(0), 0, None, None, None)
-
-
-def flops_of(arm: train.Config) -> tuple[float, list[int]]:
-    """(training FLOPs of an arm, the depth of each of its phases)."""
-    course = course_of(arm, CONTEXT)
-    return course.flops[-1], [m.layers for m in course.models]
-
-
-def test_the_arms_of_stacking_cost_the_same():
-    total, depths = flops_of(stacking.arms["scratch"])
-    assert depths == [8]
-    for arm in "stack identity random_on_top stack_g2 stack_g8 stack_early stack_late annealed".split():
-        flops, depths = flops_of(stacking.arms[arm])
-        assert flops == pytest.approx(total, rel=0.01) and depths[1] == 8
-    assert flops_of(stacking.arms["stack_g8"])[1] == [1, 8]
-    for arm in "gradual", "middle":
-        assert flops_of(stacking.arms[arm])[1] == [2, 4, 6, 8]
-        assert flops_of(stacking.arms[arm])[0] == pytest.approx(total, rel=1e-3)
-        steps = np.array([p.steps for p in stacking.arms[arm].phases])
-        np.testing.assert_allclose(steps, steps.sum() * np.array([.1, .2, .3, .4]), atol=1.5)
-    assert stacking.middle(4, 1) == (0, 1, 1, 2, 3) and stacking.middle(6, 2) == (0, 1, 2, 3, 2, 3, 4, 5)
-    assert stacking.middle(2, 2) == (0, 1, 0, 1) and stacking.top(4, 2) == (0, 1, 2, 3, 2, 3)
-    for arm in "scratch_4x", "stack_4x":
-        assert flops_of(stacking.arms[arm])[0] == pytest.approx(4 * total, rel=0.01)
-    base, deep = stacking.arms["stack"].phases
-    short, tokens = (stacking.arms[arm].phases[0] for arm in ("short", "scratch_tokens"))
-    assert short.steps == deep.steps and tokens.steps == base.steps + deep.steps
-    assert flops_of(stacking.arms["short"])[0] == pytest.approx(7 / 8 * total, rel=0.01)
-
-
-def test_the_arms_of_stacking_decay_over_the_same_last_flops_and_end_at_the_same_rate():
-    for arm in "scratch", "stack", "stack_late":
-        course = course_of(stacking.arms[arm], CONTEXT)
-        rate, share = course.rates["matrix"], course.flops / course.flops[-1]
-        assert rate[-1] == pytest.approx(0.05 * 8e-3)
-        assert share[(share > 0.5) & (rate < 0.999 * 8e-3)][0] == pytest.approx(0.6, abs=0.005)
-
-
-def test_every_arm_of_stacking_is_a_config_that_is_accepted():
-    for arm in stacking.arms.values():
-        train.check(replace(arm, name="x"))
-
-
-def small(arm: str) -> tuple[model.ModelConfig, dict, dict]:
-    """(shape after the growth, parameters before and after it) of an arm of stacking.py, narrower."""
-    config = replace(stacking.arms[arm].model, embed=32, mlp=48, heads=2, kv_heads=2, head_dim=8, vocab=50,
-                     unroll=1)
-    shapes = []
-
-    @jax.jit
-    def made():
-        before = after = model.Model(config, model.init(config, jax.random.key(0)))
-        for edit in stacking.arms[arm].phases[1].edits:
-            after = edit(after, model.Context(jax.random.key(1), 0, None, None, None)).model
-        shapes.append(after.config)
-        return before.params, after.params
-
-    before, after = made()
-    return shapes[0], before, after
-
-
-scores_of = jax.jit(model.apply, static_argnums=2)
-
-
-def test_copies_that_are_silenced_keep_the_function_and_learn_from_there():
-    """G_zero: logits as before within 1e-5; the copies' other weights are the layer's, and they learn."""
-    config, before, after = small("identity")
-    ids = jnp.arange(24).reshape(2, 12)
-    one = replace(config, layers=2)
-    np.testing.assert_allclose(scores_of(after, ids, config), scores_of(before, ids, one), atol=1e-5)
-    np.testing.assert_array_equal(after["q"], before["q"][np.array([0, 0, 0, 0, 1, 1, 1, 1])])
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, ids, config)))))(after)
-    assert (np.abs(grads["down"]).max((1, 2)) > 0).all() and (np.abs(grads["o"]).max((1, 2, 3, 4)) > 0).all()
-
-
-def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end():
-    config, before, after = small("annealed")
-    weights, ids = stacking.arms["annealed"].reparam, jnp.arange(24).reshape(2, 12)
-    start = stacking.arms["annealed"].phases[0].steps
-    assert set(weights.keywords) == {"layers", "start", "steps"} and weights.keywords["start"] == start
-
-    @jax.jit
-    def scores(step):
-        return model.apply(weights(after, step, None), ids, config)
-
-    np.testing.assert_allclose(scores(start), scores_of(before, ids, replace(config, layers=2)), atol=1e-5)
-    np.testing.assert_allclose(scores(start + 100), scores_of(after, ids, config), atol=1e-6)
-    for end in start, start + 100:
-        assert np.abs(scores(start + 50) - scores(end)).max() > 1e-4
-    np.testing.assert_array_equal(weights(before, 3, None)["o"], before["o"])  # nothing is new in the base

@@ -1,0 +1,121 @@
+"""What studies share: a ladder of models, runs of them, `--quick`, arithmetic of equal FLOPs.
+
+A study starts from one of these and changes what it is about. So two studies differ by their
+method, and a run that two of them need is the same run. `small` takes about a minute on two CPU
+cores:
+
+    python train.py configs/base.py
+"""
+import math
+from dataclasses import replace
+from functools import partial
+
+from data import DataConfig, Source, stdlib
+from lib.readers import jsonl
+from model import ModelConfig, flops_per_token
+from train import Config, Phase, Schedule
+
+RATES = 2e-3, 4e-3, 8e-3  # peak learning rates that most studies tune each arm over
+
+QUICK = {
+    "phases.*.steps": 4,
+    "phases.*.seq": 64,
+    "overlap": 8,
+    "model.embed": 32,
+    "model.mlp": 32,
+    "model.vocab": 258,
+    "model.unroll": 1,
+    "data.tokenizer": "bytes",
+    "data.dev": 0.01,
+    "data.test": 0.01,
+    "eval_every": 2,
+    "eval_tokens": 2_000,
+    "sample_tokens": 4,
+}
+
+
+def quick(changes: dict | None = None, keep: tuple[str, ...] = ()) -> dict:
+    """The fields that `study --quick` sets, {field: value}.
+
+    changes: fields to set otherwise, or besides. keep: fields that stay as the study has them.
+    """
+    fields = QUICK | (changes or {})
+    return {name: value for name, value in fields.items() if name not in keep}
+
+
+# --------------------------------------------------------------------------------- models and runs
+
+def shape(layers: int = 4, embed: int = 128, vocab: int = 1024) -> ModelConfig:
+    """A rung of the ladder: heads of 32, an MLP 8/3 as wide as the stream."""
+    heads = embed // 32
+    return ModelConfig(layers=layers, embed=embed, heads=heads, kv_heads=heads, head_dim=32,
+                       mlp=4 * math.ceil(2 * embed / 3), vocab=vocab)
+
+
+def scaled(config: Config, steps: int) -> Config:
+    """A config of one phase, for another number of steps."""
+    return replace(config, phases=(replace(config.phases[0], steps=steps),))
+
+
+small = Config(  # 0.9 million parameters, 0.3 million tokens
+    model=shape(),
+    data=DataConfig(sources={"stdlib": Source(stdlib)}, dev=0.03, test=0.03, shard_tokens=2**20),
+    phases=(Phase(steps=300, batch=8, seq=128),),
+    schedule=Schedule(shape="wsd", peak=8e-3, warmup=20, decay=0.4, final=0.05),
+    overlap=16,
+    eval_every=75,
+    eval_tokens=16_384,
+    keep=1,
+    prompts=("def ",),
+    sample_tokens=64,
+)
+deep = Config(  # 1.7 million parameters, 1.2 million tokens
+    model=shape(layers=8),
+    data=DataConfig(sources={"stdlib": Source(stdlib)}, shard_tokens=2**20),
+    phases=(Phase(steps=600, batch=8, seq=256),),
+    schedule=Schedule(shape="wsd", peak=8e-3, warmup=50, decay=0.4, final=0.05),
+    eval_every=100,
+    eval_tokens=32_768,
+    save_every=1_000,
+    keep=1,
+)
+llama = Config(  # 124 million parameters, 2.5 billion tokens, on JSON Lines of yours
+    model=ModelConfig(layers=12, embed=768, heads=12, kv_heads=12, head_dim=64, mlp=2048,
+                      vocab=32_000, dtype="bfloat16", unroll=1),
+    data=DataConfig(sources={"mine": Source(partial(jsonl, path="~/my_jsonl"))}, sample_mib=64.0,
+                    stream=True, dev=0.005, test=0.005, shard_tokens=2**25),
+    phases=(Phase(steps=4_800, batch=512, seq=1_024, accumulate=16),),
+    schedule=Schedule(peak=1e-3, warmup=200),
+    eval_every=500,
+    eval_tokens=2**20,
+    save_every=1_000,
+    keep_every=4_000,
+)
+config = small
+
+
+# ----------------------------------------------------------------------------------- equal budgets
+
+def flops(model: ModelConfig, phase: Phase) -> int:
+    """Training FLOPs of a phase of this model."""
+    return phase.steps * phase.batch * phase.seq * flops_per_token(model, phase.seq)
+
+
+def steps_for(budget: float, model: ModelConfig, phase: Phase) -> int:
+    """How many steps of this model, in batches as the phase's, cost so many FLOPs."""
+    return round(budget / flops(model, replace(phase, steps=1)))
+
+
+def grown(control: Config, first: ModelConfig, steps: int, edit) -> Config:
+    """A run of the control's FLOPs that begins with another model, which an edit then makes its own.
+
+    `first` is trained for so many steps at a constant rate. Growth warms up again, and the rate
+    falls over the same last FLOPs as the control's.
+    """
+    (plain,), rates = control.phases, control.schedule
+    spent = flops(first, replace(plain, steps=steps))
+    later = steps_for(flops(control.model, plain) - spent, control.model, plain)
+    before = replace(plain, steps=steps, schedule=replace(rates, shape="constant"))
+    after = replace(plain, steps=later, edits=(edit,),
+                    schedule=replace(rates, decay=rates.decay * plain.steps / later))
+    return replace(control, model=first, phases=(before, after))

@@ -1,0 +1,508 @@
+"""configs/growth/: stacking, width growth, freezing, pruning, learngenes."""
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import course_of
+from edit_cases import context, some
+
+import model
+import train
+from lib.config import ROOT, load_file
+from lib.edits import stack
+from lib.freezing import BLOCK, asleep, freeze
+from lib.kernels import Mask
+from lib.optim import adamw, first_state, init_opt_state
+from lib.schedule import shapes
+from lib.sharding import MeshConfig, make_mesh
+from lib.widen import widen
+from model import Model
+
+CHAPTER = ROOT / "configs/growth"
+bert2bert, g_stack, incremental, learngene, minitron = (
+    load_file(CHAPTER / f"{name}.py")
+    for name in ("bert2bert", "g_stack", "incremental", "learngene", "minitron"))
+equal = np.testing.assert_array_equal
+IDS = np.random.default_rng(0).integers(0, 258, (2, 12), np.int32)
+
+
+@pytest.fixture
+def double():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@partial(jax.jit, static_argnames="config")
+def scores(params, config):
+    """Logits at IDS."""
+    return model.apply(params, IDS, replace(config, unroll=1))
+
+
+def apart(edited, before) -> float:
+    """How far the logits moved; the edited parameters must have the shapes of the table."""
+    assert {n: x.shape for n, x in edited.model.params.items()} == {
+        n: p.shape for n, p in model.table(edited.model.config).items()}
+    assert {x.dtype for x in edited.model.params.values()} == {x.dtype for x in before.params.values()}
+    return float(jnp.max(jnp.abs(scores(edited.model.params, edited.model.config)
+                         - scores(before.params, before.config))))
+
+
+def wider(dtype: str, tiny, tied: bool):
+    config = replace(tiny, tied=tied, dtype=dtype, param_dtype=dtype)
+    return Model(config, some(config))
+
+
+TWICE = dict(embed=64, kv_heads=4, q_per_kv=4, mlp=96)
+THRICE = dict(embed=96, kv_heads=6, q_per_kv=6, mlp=144)
+ODD = dict(embed=40, kv_heads=3, q_per_kv=3, mlp=50)
+WIDENINGS = {
+    "twice": TWICE, "thrice": THRICE, "embed": dict(embed=64), "kv_heads": dict(kv_heads=4),
+    "q_per_kv": dict(q_per_kv=4), "mlp": dict(mlp=96), "odd": ODD, "nothing": {},
+    "random": ODD | dict(units="random"),
+    "uneven": THRICE | dict(split="uneven"), "random uneven": ODD | dict(units="random", split="uneven"),
+    "zero": TWICE | dict(new="zero"), "zero odd": ODD | dict(new="zero"),
+    "next": TWICE | dict(new="next"),
+}
+
+
+@pytest.mark.parametrize("case,tied", [(c, i % 2 == 0) for i, c in enumerate(WIDENINGS)] + [
+    ("twice", False), ("random uneven", False)])
+def test_widen_says_truly_whether_it_preserves_the_function(tiny, double, tied, case):
+    arguments = WIDENINGS[case]
+    before = wider("float64", tiny, tied)
+    edited = widen(before, context(), **arguments)
+    assert edited.preserves == (arguments.get("new") != "next")
+    moved = apart(edited, before)
+    assert moved <= 1e-10 if edited.preserves else moved > 1e-2
+
+
+@pytest.mark.parametrize("case", ["twice", "thrice", "zero"])
+def test_widen_preserves_the_function_in_float32(tiny, case):
+    before = wider("float32", tiny, case != "twice")
+    assert apart(widen(before, context(), **WIDENINGS[case]), before) <= 1e-5
+
+
+def test_widen_takes_advanced_knowledge_from_the_layer_above(tiny):
+    before = wider("float32", tiny, False)
+    same, above = (widen(before, context(), new=new, embed=64, mlp=96, kv_heads=4).model.params
+                   for new in ("copy", "next"))
+    for name, axis in dict(gate=2, down=2, q=2, o=4).items():
+        old = before.params[name].shape[axis]
+        one, two = (np.moveaxis(np.asarray(x[name]), axis, 1) for x in (same, above))
+        equal(two[:, :old], one[:, :old])
+        equal(two[0, old:], one[1, old:])
+        equal(two[1], one[1])
+    for name in ("embed", "attn_norm", "mlp_norm", "norm", "head"):
+        equal(same[name], above[name])
+
+
+def loss(params, config):
+    rows = dict(tokens=IDS[:, :-1], targets=IDS[:, 1:], segments=np.ones((2, 11), np.int32),
+                positions=np.arange(11)[None].repeat(2, 0), weights=np.ones((2, 11)))
+    return jnp.mean(model.losses(params, rows, Mask("causal", 0), replace(config, unroll=1)))
+
+
+gradient = jax.jit(jax.grad(loss), static_argnums=1)
+
+
+@pytest.mark.parametrize("tied,arguments", [
+    (True, TWICE), (False, ODD | dict(units="random")), (True, TWICE | dict(new="zero"))], ids=str)
+def test_moments_are_mapped_as_gradients_are(tiny, double, tied, arguments):
+    before = wider("float64", tiny, tied)
+    edited = widen(before, context(), moments="map", **arguments)
+    old, new = gradient(before.params, before.config), gradient(edited.model.params, edited.model.config)
+    for group, names in model.groups(before.config).items():
+        for power in (1, 2):
+            mapped = edited.policy[group]({n: old[n]**power for n in names}, ["mu", "nu"][power - 1])
+            for n in names:
+                there = np.asarray(mapped[n]) != 0  # in the corner, the moments of what is new begin at 0
+                there |= arguments.get("new") != "zero"
+                np.testing.assert_allclose(mapped[n][there], new[n][there]**power, rtol=1e-7, atol=1e-13)
+
+
+def trained(edited, steps=3):
+    """The edited parameters after some steps of AdamW on one batch."""
+    config, params = edited.model
+    transforms, opt = adamw(model.table(config)), init_opt_state(params, config, adamw)
+    for _ in range(steps):
+        grads = gradient(params, config)
+        for group, names in model.groups(config).items():
+            take = {n: params[n] for n in names}
+            way, opt[group] = transforms[group].update({n: grads[n] for n in names}, opt[group], take)
+            params = params | {n: params[n] - 1e-2 * way[n] for n in names}
+    return params
+
+
+def copies_apart(params) -> dict[str, float]:
+    """By how much the two copies along a widened axis differ, relative to the parameter."""
+    pairs = dict(embed=("embed", 1, 32), gate=("gate", 2, 48), o=("o", 4, 32), q=("q", 2, 2), k=("k", 2, 2))
+    out = {}
+    for key, (name, axis, old) in pairs.items():
+        x = np.moveaxis(np.asarray(params[name]), axis, 0)
+        out[key] = float(np.abs(x[:old] - x[old:]).max() / np.abs(x).max())
+    return out
+
+
+def test_even_copies_stay_equal_and_uneven_ones_separate(tiny, double):
+    before = wider("float64", tiny, True)
+    arguments = dict(embed=64, kv_heads=4, mlp=96)
+    even, uneven = (widen(before, context(), split=split, **arguments) for split in ("even", "uneven"))
+    assert max(copies_apart(even.model.params).values()) == 0
+    assert max(copies_apart(trained(even)).values()) < 1e-9
+    apart_now = copies_apart(uneven.model.params)
+    assert apart_now["embed"] == apart_now["o"] == 0
+    assert min(copies_apart(trained(uneven)).values()) > 1e-3
+
+
+def test_what_a_corner_adds_is_reached_by_gradients(tiny):
+    edited = widen(wider("float32", tiny, True), context(), new="zero", **TWICE)
+    grads = gradient(edited.model.params, edited.model.config)
+    assert all(np.abs(grads["embed"][:, i]).max() > 0 for i in range(32, 64))
+    assert np.all(np.abs(grads["down"][:, 48:, :32]).max((0, 2)) > 0)
+    assert np.all(np.abs(grads["o"][:, 2:, :, :, :32]).max((0, 2, 3, 4)) > 0)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (dict(mlp=47), "mlp is 47, but the model has 48"), (dict(new="old"), "new is 'old'"),
+    (dict(mlp=96, split="uneven", moments="map"), "moments is"),
+    (dict(mlp=96, new="next", moments="map"), "moments is")], ids=str)
+def test_widen_refuses(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        widen(wider("float32", tiny, True), context(), **arguments)
+
+
+def test_widen_is_the_same_on_eight_devices(tiny):
+    """And on shapes alone, as a run works them out, and in turn with growth in depth."""
+    edits = [partial(widen, embed=64, kv_heads=4, mlp=96, units="random", split="uneven"), stack]
+    meshes = [make_mesh(MeshConfig(), jax.devices()[:1]),
+              make_mesh(MeshConfig(fsdp=2, tensor=2))]
+    states = [train.apply_edits(edits, first_state(tiny, adamw, mesh, jax.random.key(0)), tiny,
+                                adamw, mesh, context()) for mesh in meshes]
+    (one, config), (eight, _) = states
+    assert (config.layers, config.embed, config.heads, config.kv_heads, config.mlp) == (4, 64, 8, 4, 96)
+    for name in one.params:
+        np.testing.assert_allclose(one.params[name], eight.params[name], rtol=1e-6, atol=0)
+    phase = train.Phase(edits=tuple(edits))
+    assert shapes(train.Config(model=tiny, phases=(phase,)), context()) == [config]
+
+
+def test_width_growth_arms_cost_the_same():
+    arms = bert2bert.study.arms
+    costs = {}
+    for name, config in arms.items():
+        train.check(config)
+        course = course_of(config, context())
+        assert replace(course.models[-1], norm_eps=1e-6) == bert2bert.wide
+        costs[name] = course.flops[-1]
+    assert max(costs.values()) / min(costs.values()) < 1.001
+
+
+@pytest.mark.parametrize("tied,top", [(True, 1), (False, 2)])
+def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
+    config = replace(tiny, layers=4, tied=tied)
+    params = some(config)
+
+    def used(p, step):
+        return bert2bert.sub_models(p, step, {}, embed=config.embed, begin=5, until=30, top=top)
+
+    @jax.jit
+    def both(p, step):
+        return used(p, step), jax.grad(lambda p: loss(used(p, step), config))(p)
+
+    depths = set()
+    for step in range(5, 30):
+        sub, grads = both(params, step)
+        moved = {n: np.asarray(g != 0).reshape(len(g), -1).any(1) for n, g in grads.items()}
+        depth = int(np.count_nonzero(np.asarray(sub["o"]).reshape(4, -1).any(1)))
+        for name in (n for n in params if BLOCK[n]):
+            assert moved[name].tolist() == [depth - top <= l < depth for l in range(4)], (name, step)
+        assert moved["norm"].all() and (tied or moved["head"].all())
+        assert moved["embed"].any() == tied
+        if depth not in depths:
+            lowest = {n: x[:depth] if BLOCK[n] else x for n, x in params.items()}
+            np.testing.assert_allclose(scores(sub, config), scores(lowest, replace(config, layers=depth)),
+                                       atol=1e-5)
+        depths.add(depth)
+    assert depths == set(range(top, 5, top))
+    for step in (4, 30):
+        whole, grads = both(params, step)
+        for name, x in params.items():
+            equal(whole[name], x)
+        assert all(np.asarray(grads["q"] != 0).reshape(4, -1).any(1))
+    narrow = {n: x[:, :16] if n == "embed" else x for n, x in params.items()}
+    assert used(narrow, 5) is narrow
+
+
+def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_model():
+    config = bert2bert.study.arms["two_stage"]
+    stage, (narrow, _) = config.reparam.keywords, config.phases
+    assert stage["begin"] == narrow.steps and stage["embed"] == bert2bert.wide.embed
+    assert stage["begin"] + 20 < stage["until"]
+    assert not any(s % config.eval_every == 0 for s in range(stage["begin"] + 1, stage["until"]))
+
+
+# ---------------------------------------------------------------------------------- freezing layers
+
+
+def test_frozen_layers_stay_bit_for_bit_and_move_again(tiny):
+    """Weight decay, old moments and the clipped norm included, through a step that is compiled once."""
+    config = replace(tiny, unroll=1)
+    run = train.Config(model=config, optimizer=asleep, clip=1e-2, reparam=partial(
+        freeze, begin=1, until=3, layers=1))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = first_state(config, run.optimizer, mesh, jax.random.key(0))
+    one = np.ones((2, 11), np.int32)
+    batch = dict(tokens=IDS[:, :-1], targets=IDS[:, 1:], segments=one, positions=np.cumsum(one, 1) - 1,
+                 weights=one.astype(np.float32), source=0 * one)
+    step = jax.jit(train.make_step(run, config), static_argnames="mask")
+    rates = dict.fromkeys(model.groups(config), np.float32(1e-2))
+    blocks = [n for n, p in model.table(config).items() if p.axes[0] == "layers"]
+    moved = []
+    for _ in range(4):
+        after, metrics = step(state, batch, rates, mask=Mask("causal", 0))
+        pairs = [(state.params[n], after.params[n]) for n in blocks]
+        pairs += [tuple(s.opt["matrix"][0].mu["q"] for s in (state, after))]
+        moved.append([[bool(np.any(old[l] != new[l])) for l in (0, 1)] for old, new in pairs])
+        state = after
+    for i, rows in enumerate(moved):
+        assert rows == [[i in (0, 3), True]] * len(rows)
+
+
+def test_freeze_takes_the_gradient_of_what_it_names(tiny):
+    params = model.init(replace(tiny, tied=False), jax.random.key(0))
+
+    def moved(step, **arguments):
+        def total(p):
+            return sum(jnp.sum(x) for x in freeze(p, step, {}, begin=5, until=8, **arguments).values())
+        return {n: np.asarray(x) for n, x in jax.jit(jax.grad(total))(params).items()}
+
+    assert all(x.all() for step in (4, 8) for x in moved(step).values())
+    assert not any(x.any() for x in moved(5).values())
+    assert {n for n, x in moved(7, names="*norm").items() if not x.any()} == {"attn_norm", "mlp_norm", "norm"}
+    for name, x in moved(6, layers=1).items():
+        blocks = model.table(tiny)[name].axes[0] == "layers" if name != "head" else False
+        assert x[1:].all() and bool(x[0].any()) != blocks
+
+
+def test_incremental_arms_cost_the_same():
+    costs = []
+    for config in incremental.study.arms.values():
+        train.check(config)
+        course = course_of(config, context())
+        assert course.models[-1] == incremental.scratch.model
+        costs.append(course.flops[-1])
+    assert max(costs) / min(costs) < 1.002
+
+
+# ------------------------------------------------------------------------------------------ pruning
+
+
+def calibration(n):
+    """Batches of the sort that a run's context gives."""
+    one = np.ones((2, 12), np.int32)
+    batch = dict(tokens=IDS, segments=one, positions=np.cumsum(one, 1) - 1)
+    return [batch | dict(tokens=IDS[:, ::-1] if i else IDS) for i in range(n)]
+
+
+def with_silent_layers(before):
+    """Layers after the first and the last that add nothing."""
+    (config, params), _, _ = stack(before, context(), layers=(0, 0, 1, 1))
+    silent = {n: params[n].at[jnp.array([1, 3])].set(0) for n in ("o", "down")}
+    return Model(config, params | silent)
+
+
+@pytest.mark.parametrize("by,tied", [("magnitude", True), ("activations", False), ("first", True)])
+def test_pruning_what_growth_added_gives_the_old_model_back(tiny, by, tied):
+    before = wider("float32", tiny, tied)
+    grown = widen(with_silent_layers(before), context(), embed=48, kv_heads=3, mlp=60, new="zero").model
+    if by == "first":
+        grown = widen(before, context(), embed=48, kv_heads=3, mlp=60, new="zero").model
+    given = context(batches=calibration)
+    small = minitron.prune(grown, given, layers=2, kv_heads=2, mlp=48, embed=32, by=by, batches=2)
+    assert replace(small.model.config, norm_eps=1e-6) == before.config
+    assert apart(small, before) <= 1e-5
+    for name, p in model.table(before.config).items():
+        if p.group != "vector":
+            equal(small.model.params[name], before.params[name])
+
+
+def test_pruning_keeps_what_matters_and_cuts_moments_along(tiny):
+    """Units made larger are those that stay, in their order, each layer its own."""
+    before, keep = wider("float32", tiny, True), np.array([[1, 5, 40], [0, 2, 47]])
+    loud = before.params["down"].at[np.arange(2)[:, None], keep].mul(100.0)
+    before = Model(before.config, before.params | {"down": loud})
+    for by in ("magnitude", "activations"):
+        edited = minitron.prune(before, context(batches=calibration), mlp=3, by=by, batches=1, moments="map")
+        equal(edited.model.params["down"], np.take_along_axis(np.asarray(loud), keep[:, :, None], 1))
+        names = model.groups(tiny)["matrix"]
+        moments = edited.policy["matrix"]({n: before.params[n] for n in names}, "mu")
+        equal(moments["gate"], np.take_along_axis(np.asarray(before.params["gate"]), keep[:, None], 2))
+
+
+def test_pruning_refuses(tiny):
+    with pytest.raises(ValueError, match="mlp is 49, but the model has 48"):
+        minitron.prune(wider("float32", tiny, True), context(), mlp=49)
+    with pytest.raises(ValueError, match="by is 'luck'"):
+        minitron.prune(wider("float32", tiny, True), context(), mlp=4, by="luck")
+
+
+def test_pruning_arms_are_runs():
+    """Their shapes come from shapes alone, calibration batches or not."""
+    one = np.ones((2, 12), np.int32)
+    given = context(batches=lambda n: [dict(tokens=IDS, segments=one, positions=one)])
+    for config in minitron.study.arms.values():
+        train.check(config)
+        last = shapes(config, given)[-1]
+        assert (last.embed, last.kv_heads, last.heads, last.mlp, last.layers) == (96, 3, 3, 256, 4)
+    spent = {name: course_of(arm, given).flops[-1] for name, arm in minitron.study.arms.items()}
+    assert max(spent.values()) / min(spent.values()) < 1.003
+
+
+# ---------------------------------------------------------------------------------------- learngene
+
+
+def test_expanded_layers_are_a_linear_function_of_depth(tiny):
+    before = Model(replace(tiny, layers=4), some(replace(tiny, layers=4)))
+    for depth in (2, 6):
+        edited = learngene.expand(before, context(), layers=depth)
+        assert edited.model.config == replace(tiny, layers=depth)
+        for name, p in model.table(tiny).items():
+            x, y = np.asarray(before.params[name]), edited.model.params[name]
+            t = np.arange(depth).reshape(-1, *(1,) * (x.ndim - 1)) / depth
+            linear = (1 - t) * x[0] + t * x[1] if p.axes[0] == "layers" else x
+            np.testing.assert_allclose(y, linear, atol=1e-6)
+
+
+def test_stage_wise_layers_are_their_list(tiny):
+    before = Model(replace(tiny, layers=4), some(replace(tiny, layers=4)))
+    edited = learngene.expand(before, context(), stages=(0, 0, 1, 1, 2, 2))
+    for name, p in model.table(tiny).items():
+        x = np.asarray(before.params[name])
+        equal(edited.model.params[name], x[[0, 0, 1, 1, 2, 2]] if p.axes[0] == "layers" else x)
+
+
+@pytest.mark.parametrize("shared,arguments", [
+    (partial(learngene.linear, layers=4), dict(layers=4)),
+    (partial(learngene.stagewise, stages=(0, 0, 1, 1)), dict(stages=(0, 0, 1, 1)))], ids=["linear", "stages"])
+def test_expansion_to_the_depth_trained_computes_what_was_trained(tiny, shared, arguments):
+    config = replace(tiny, layers=4)
+    before = Model(config, some(config))
+    used = shared(before.params, 0, {})
+    for name, x in learngene.expand(before, context(), **arguments).model.params.items():
+        np.testing.assert_allclose(x, used[name], atol=1e-6)
+    grads = jax.jit(jax.grad(lambda p: loss(shared(p, 0, {}), config)))(before.params)
+    genes = [bool(np.any(np.asarray(grads["q"][l]) != 0)) for l in range(4)]
+    assert genes == [True, True, False, False]
+    other = model.init(replace(tiny, layers=6), jax.random.key(0))
+    assert shared(other, 0, {}) is other  # after the expansion layers are free
+
+
+def test_learngene_arms_cost_the_same():
+    costs = []
+    for config in learngene.study.arms.values():
+        train.check(config)
+        costs.append(course_of(config, context()).flops[-1])
+    assert max(costs) / min(costs) < 1.002
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(layers=3, stages=(0,)), dict(stages=(0, 2)), dict(layers=-1)])
+def test_expand_refuses(tiny, arguments):
+    with pytest.raises(ValueError, match="expand: layers is"):
+        learngene.expand(Model(tiny, some(tiny)), context(), **arguments)
+
+
+# ------------------------------------------------------------------------------------------ g_stack
+
+
+def flops_of(arm: train.Config) -> tuple[float, list[int]]:
+    """(training FLOPs of an arm, the depth of each of its phases)."""
+    course = course_of(arm, context())
+    return course.flops[-1], [m.layers for m in course.models]
+
+
+def test_the_arms_of_stacking_cost_the_same():
+    total, depths = flops_of(g_stack.study.arms["scratch"])
+    assert depths == [8]
+    for arm in "stack identity random_on_top stack_g2 stack_g8 stack_early stack_late annealed".split():
+        flops, depths = flops_of(g_stack.study.arms[arm])
+        assert flops == pytest.approx(total, rel=0.01) and depths[1] == 8
+    assert flops_of(g_stack.study.arms["stack_g8"])[1] == [1, 8]
+    for arm in "gradual", "middle":
+        assert flops_of(g_stack.study.arms[arm])[1] == [2, 4, 6, 8]
+        assert flops_of(g_stack.study.arms[arm])[0] == pytest.approx(total, rel=1e-3)
+        steps = np.array([p.steps for p in g_stack.study.arms[arm].phases])
+        np.testing.assert_allclose(steps, steps.sum() * np.array([.1, .2, .3, .4]), atol=1.5)
+    assert g_stack.middle(4, 1) == (0, 1, 1, 2, 3) and g_stack.middle(6, 2) == (0, 1, 2, 3, 2, 3, 4, 5)
+    assert g_stack.middle(2, 2) == (0, 1, 0, 1) and g_stack.top(4, 2) == (0, 1, 2, 3, 2, 3)
+    for arm in "scratch_4x", "stack_4x":
+        assert flops_of(g_stack.study.arms[arm])[0] == pytest.approx(4 * total, rel=0.01)
+    base, deep = g_stack.study.arms["stack"].phases
+    short, tokens = (g_stack.study.arms[arm].phases[0] for arm in ("short", "scratch_tokens"))
+    assert short.steps == deep.steps and tokens.steps == base.steps + deep.steps
+    assert flops_of(g_stack.study.arms["short"])[0] == pytest.approx(7 / 8 * total, rel=0.01)
+
+
+def test_the_arms_of_stacking_decay_over_the_same_last_flops_and_end_at_the_same_rate():
+    for arm in "scratch", "stack", "stack_late":
+        course = course_of(g_stack.study.arms[arm], context())
+        rate, share = course.lr["matrix"], course.flops / course.flops[-1]
+        assert rate[-1] == pytest.approx(0.05 * 8e-3)
+        assert share[(share > 0.5) & (rate < 0.999 * 8e-3)][0] == pytest.approx(0.6, abs=0.005)
+
+
+def test_every_arm_of_stacking_is_a_config_that_is_accepted():
+    for arm in g_stack.study.arms.values():
+        train.check(replace(arm, name="x"))
+
+
+def narrowed(arm: str) -> tuple[model.ModelConfig, dict, dict]:
+    """(shape after the growth, parameters before and after it) of an arm of g_stack.py, narrower."""
+    config = replace(g_stack.study.arms[arm].model, embed=32, mlp=48, heads=2, kv_heads=2, head_dim=8, vocab=50,
+                     unroll=1)
+    shapes = []
+
+    @jax.jit
+    def made():
+        before = after = model.Model(config, model.init(config, jax.random.key(0)))
+        for edit in g_stack.study.arms[arm].phases[1].edits:
+            after = edit(after, model.Context(jax.random.key(1), 0, None, None, None)).model
+        shapes.append(after.config)
+        return before.params, after.params
+
+    before, after = made()
+    return shapes[0], before, after
+
+
+logits_of = jax.jit(model.apply, static_argnums=2)
+
+
+def test_copies_that_are_silenced_keep_the_function_and_learn_from_there():
+    """G_zero: logits as before within 1e-5; the copies' other weights are the layer's, and they learn."""
+    config, before, after = narrowed("identity")
+    ids = jnp.arange(24).reshape(2, 12)
+    one = replace(config, layers=2)
+    np.testing.assert_allclose(logits_of(after, ids, config), logits_of(before, ids, one), atol=1e-5)
+    np.testing.assert_array_equal(after["q"], before["q"][np.array([0, 0, 0, 0, 1, 1, 1, 1])])
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, ids, config)))))(after)
+    assert (np.abs(grads["down"]).max((1, 2)) > 0).all() and (np.abs(grads["o"]).max((1, 2, 3, 4)) > 0).all()
+
+
+def test_what_is_annealed_is_the_shallow_function_at_first_and_the_deep_one_in_the_end():
+    config, before, after = narrowed("annealed")
+    weights, ids = g_stack.study.arms["annealed"].reparam, jnp.arange(24).reshape(2, 12)
+    start = g_stack.study.arms["annealed"].phases[0].steps
+    assert set(weights.keywords) == {"layers", "start", "steps"} and weights.keywords["start"] == start
+
+    @jax.jit
+    def scores(step):
+        return model.apply(weights(after, step, None), ids, config)
+
+    np.testing.assert_allclose(scores(start), logits_of(before, ids, replace(config, layers=2)), atol=1e-5)
+    np.testing.assert_allclose(scores(start + 100), logits_of(after, ids, config), atol=1e-6)
+    for end in start, start + 100:
+        assert np.abs(scores(start + 50) - scores(end)).max() > 1e-4
+    np.testing.assert_array_equal(weights(before, 3, None)["o"], before["o"])  # nothing is new in the base
