@@ -169,7 +169,7 @@ def test_every_config_on_a_page_is_accepted(tmp_path):
 
 # --------------------------------------------------------------------------------------- commands
 
-PLACES = {"CONFIG": "configs/quickstart.py", "METHOD": "g_stack"}  # words that stand for a file
+PLACES = dict.fromkeys(("CONFIG", "configs/idea.py"), "configs/quickstart.py")  # in a file's place
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -260,7 +260,7 @@ def test_every_command_on_a_page_is_accepted(page, stops):
 
 def test_a_command_that_is_mistyped_is_not_accepted(stops):
     """The test above can fail."""
-    for line in ("sample runs/a --promt b", "--schedule.peek 1", "fit configs/quickstart.py",
+    for line in ("sample runs/a --promt b", "--schedule.peek 1", "fit --devices two",
                  "bench --layer 2", "launch auto configs/quickstart.py --phases.0.steps 0"):
         with pytest.raises((train.InputError, AssertionError)):
             accept(line.split())
