@@ -327,7 +327,7 @@ def test_every_command_of_the_readme_runs_from_a_fresh_clone(tmp_path, monkeypat
     clone = tmp_path / "coppice"
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     lines = [json.dumps({"text": path.read_text("utf-8")}) for path in ROOT.glob("lib/*.py")]
-    (clone / "FILE").write_text("\n".join(lines * 3))
+    (clone / "FILE.jsonl").write_text("\n".join(lines * 3))
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, start in (("python", ""), ("pip", "-m pip")):
