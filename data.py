@@ -1,26 +1,31 @@
-"""Text to batches: sources, tokenizers, the token cache, packing, mixtures, order, and `batch(step)`.
+"""From documents to batches: `batch(step)` is a function of (config, seed, step).
 
-    source -> documents -> (prepare, score) -> tokenizer -> shards on disk, each sealed once      build()
-    shards -> plan: which document pieces make up which row -> permuted rows                      Rows
-    rows of several sources, by the counts of a mixture -> objective -> batch(step)               Loader
+    documents -> shards of tokens on disk               lib/sources.py, lib/cache.py
+    shards -> rows: permuted, packed, cut to length     Rows, with lib/packing.py
+    how many rows of which source a step takes          Draws
+    rows -> batches, by an objective                    Loader, with lib/objectives.py
 
-A batch is a function of (config, seed, step): nothing here keeps a position, so nothing has to be saved.
+Nothing here keeps a position, so nothing has to be saved.
 """
+import functools
 import inspect
 import io
 import math
 import threading
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
-from lib.cache import Cache, Shard
+from lib.cache import Cache
 from lib.disk import digest, write
 from lib.errors import InputError
+from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
+from lib.objectives import causal, declared_masks, stack  # noqa: F401  (causal: for config files)
 from lib.packing import (
     DOCUMENT,
     LENGTH,
@@ -32,97 +37,184 @@ from lib.packing import (
     fill,
     permute,
 )
-from lib.sources import Document, Skipped, Source, stdlib, text  # noqa: F401  (for config files)
+from lib.sources import SPLITS, Document, Skipped, Source, stdlib, text  # noqa: F401
 from lib.tokenizers import Tokenizer
 
+TRAIN = SPLITS.index("train")
+Losses = dict[str, float]  # by source, in nats, on dev: a decision of a steered mixture
 
+
+@strict
 @dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
-    sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})  # by name
-    tokenizer: str = "bpe"  # "bpe": trained to model.vocab pieces; "bytes"; a SentencePiece file; "hf:DIR"
-    sample_mib: float = 8.0  # the tokenizer is trained on at most this much text
-    dev: float = 0.05  # share of documents for steering, tuning and selection
-    test: float = 0.05  # share of documents for what is reported
-    shard_tokens: int = 4_194_304  # a shard is sealed once it has at least this many
-    window: int = 8  # shards within which documents are permuted and packed
-    stream: bool = False  # train while the rest is tokenized; held-out documents: those of the first window
-    max_skipped: float = 0.1  # building stops when more than this share of a source is damaged
+    sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})
+    tokenizer: str = "bpe"  # trained to model.vocab pieces; or "bytes", "hf:DIR", a file
+    sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
+    dev: Share = 0.05  # share of documents for steering, tuning and selection
+    test: Share = 0.05  # share of documents for what is reported
+    shard_tokens: Count = 4_194_304  # a shard is sealed once it has at least this many
+    window: Count = 8  # shards within which documents are permuted and packed
+    stream: bool = False  # train while the rest is tokenized; the first window gives held-out ones
+    max_skipped: Share = 0.1  # building stops when more than this share of a source is damaged
+
+    def rules(self, path: str) -> Rules:
+        """What fields must be to one another."""
+        at = functools.partial(join, path)
+        yield (not self.sources,
+               f"{at('sources')} is empty; allowed is one source and more")
+        yield (self.dev + self.test >= 1,
+               f"{at('dev')} and {at('test')} are {self.dev} and {self.test}; allowed are shares "
+               "that leave something to train on")
 
 
 class Documents(NamedTuple):
-    """The training documents of a window of shards, in their permuted order: what a packing may ask about."""
+    """The training documents of a window of shards, permuted: what a packing may ask about."""
 
     cache: Cache
     shard: np.ndarray  # [documents]
     number: np.ndarray  # [documents], within the shard
 
-    def of(self, fact: Callable[[Shard], Any]) -> np.ndarray:
-        """A fact of each document, such as `of(lambda shard: shard.score)`, or `of(Shard.documents)`."""
-        shards = np.unique(self.shard)
-        each = [np.asarray(fact(self.cache.shard(int(i)))) for i in shards]
-        starts = np.cumsum([0] + [len(x) for x in each])[np.searchsorted(shards, self.shard)]
-        return np.concatenate(each)[starts + self.number] if each else np.zeros(0, np.int64)
+    def of(self, fact: Callable) -> np.ndarray:
+        """A fact of each document [documents ...], where `fact` gives those of a whole shard.
+
+        Examples: `of(Shard.documents)`, `of(lambda shard: shard.score)`.
+        """
+        shards, which = np.unique(self.shard, return_inverse=True)
+        if not len(shards):
+            return np.zeros(0, np.int64)
+        facts = []
+        for shard in shards.tolist():
+            facts.append(np.asarray(fact(self.cache.shard(shard))))
+        sizes = [len(each) for each in facts]
+        starts = np.cumsum(sizes) - sizes
+        index = starts[which] + self.number
+        return np.concatenate(facts)[index]
 
     def ids(self, document: int) -> np.ndarray:
         """Token ids of a document, prefix included."""
-        shard, number = self.cache.shard(int(self.shard[document])), int(self.number[document])
-        return shard.tokens[shard.offsets[number]:shard.offsets[number + 1]]
+        shard = self.cache.shard(int(self.shard[document]))
+        number = self.number[document]
+        start, end = shard.offsets[number:number + 2]
+        return shard.tokens[start:end]
+
+
+class Window(NamedTuple):
+    """Some shards of a source, whose documents are permuted and packed together."""
+
+    documents: Documents
+    lengths: np.ndarray  # positions of each document [documents]
+    plan: np.ndarray  # [pieces, 6], see lib/packing.py
+
+
+class Row(NamedTuple):
+    """One training sequence."""
+
+    arrays: dict[str, np.ndarray]  # [seq] each, see `lib.packing.fill`
+    pieces: int  # of documents
+    cut: int  # pieces that end before their document does
 
 
 def shuffled(draw: int, rows: int, progress: float, key: tuple[int, ...]) -> int:
-    """The plain order: a permutation of a window's rows, anew each epoch. An order gives the place in the
-    plan of the `draw`-th row (from 0, over all epochs) of a window of `rows`; progress is 0 to 1."""
-    return int(permute(draw % rows, rows, *key, 1 + draw // rows)[0])
+    """The plain order: a permutation of a window's rows, another one in each epoch.
+
+    An order gives the place in the window's plan of the row that is drawn after `draw` others.
+    rows: of the window. progress: of the phase, 0 to 1. key: of the window, for random numbers.
+    """
+    epoch, place = divmod(draw, rows)
+    permuted = permute(place, rows, *key, 1 + epoch)
+    return int(permuted[0])
 
 
 class Rows:
-    """The training rows of one source under one packing, length and order, drawn 0, 1, 2, ... for ever.
+    """The training rows of one source under one packing, length and order: 0, 1, 2, ... for ever.
 
-    Documents are permuted and packed in a window of shards, planned when it is reached: later shards may
-    still be on their way. Plans are kept beside the shards.
+    A window of shards is planned when its first row is asked for, since later shards may still be
+    on their way. Plans are kept on disk, beside the shards.
     """
 
-    def __init__(self, cache: Cache, seq: int, packing: Callable, order: Callable, window: int,
-                 tokenizer: Tokenizer, key: tuple[int, ...]):
-        self.cache, self.seq, self.packing, self.order = cache, seq, packing, order
-        self.size, self.tokenizer, self.key, self.ends = window, tokenizer, key, [0]
-        self.plans = cache.directory / "plans" / digest([function_key(packing), seq, window, key])
-        self.window, self.lock = lru_cache(4)(self.plan), threading.RLock()
+    def __init__(
+        self,
+        cache: Cache,
+        seq: int,
+        packing: Callable,
+        order: Callable,
+        window: int,
+        tokenizer: Tokenizer,
+        key: tuple[int, ...],
+    ):
+        self.cache = cache
+        self.seq = seq
+        self.packing = packing
+        self.order = order
+        self.shards = window  # in a window
+        self.tokenizer = tokenizer
+        self.key = key  # of all permutations
+        plans = digest([function_key(packing), seq, window, key])
+        self.plans = cache.directory / "plans" / plans
+        self.window = lru_cache(4)(self.open_window)
+        self.lock = threading.RLock()
+        self.ends = [0]  # window i has the rows ends[i] to ends[i + 1] of an epoch
         while not self.ends[-1]:
             if not self.grow():
-                raise InputError(f"source {cache.name!r} has no document in its train split that is packed")
+                raise InputError(
+                    f"source {cache.name!r} has no document in its train split that is packed"
+                )
 
-    def plan(self, number: int) -> tuple[Documents, np.ndarray, np.ndarray]:
-        """(documents, positions of each, plan) of a window; `window` remembers the last ones."""
-        shards = range(number * self.size, min((number + 1) * self.size, self.cache.sealed))
-        where = [(i, np.flatnonzero(self.cache.shard(i).split == 0)) for i in shards]
-        shard = np.concatenate([np.full(len(which), i) for i, which in where])
-        order = permute(np.arange(len(shard)), len(shard), *self.key, number)
-        documents = Documents(self.cache, shard[order], np.concatenate([which for _, which in where])[order])
+    def open_window(self, number: int) -> Window:
+        """A window with its plan. `window` does the same and remembers the last ones."""
+        documents = self.permuted_documents(number)
         lengths = documents.of(lambda shard: np.diff(shard.offsets) + 1)
         file = self.plans / f"{number:06d}.npy"
         if not file.exists():
-            takes = inspect.signature(self.packing).parameters
-            more = {"documents": documents} if "documents" in takes else {}
-            plan = self.packing(lengths, self.seq, **more) if len(lengths) else []
-            plan = np.array(plan, np.int64).reshape(-1, len(PLAN))
-            quiet = documents.of(lambda shard: shard.quiet)[plan[:, DOCUMENT]] - plan[:, START]
-            plan[:, QUIET] = np.clip(quiet, plan[:, QUIET], plan[:, LENGTH])
+            plan = self.pack(documents, lengths)
             content = io.BytesIO()
             np.save(content, plan.astype(np.int32))
             write(file, content.getvalue())
-        return documents, lengths, np.load(file).astype(np.int64)
+        plan = np.load(file)
+        return Window(documents, lengths, plan.astype(np.int64))
+
+    def permuted_documents(self, number: int) -> Documents:
+        """The training documents of a window, in the order in which they are packed."""
+        first = number * self.shards
+        end = min(first + self.shards, self.cache.sealed)
+        training = []
+        for shard in range(first, end):
+            split = self.cache.shard(shard).split
+            training.append(np.flatnonzero(split == TRAIN))
+        sizes = [len(numbers) for numbers in training]
+        shard = np.repeat(np.arange(first, end), sizes)
+        total = len(shard)
+        order = permute(np.arange(total), total, *self.key, number)
+        numbers = np.concatenate(training)
+        return Documents(self.cache, shard[order], numbers[order])
+
+    def pack(self, documents: Documents, lengths: np.ndarray) -> np.ndarray:
+        """The plan of a window. The prefix of a document carries no loss."""
+        if not len(lengths):
+            return np.zeros((0, len(PLAN)), np.int64)
+        more = {}
+        if "documents" in inspect.signature(self.packing).parameters:
+            more["documents"] = documents
+        plan = self.packing(lengths, self.seq, **more)
+        plan = np.array(plan, np.int64)
+        plan = plan.reshape(-1, len(PLAN))
+        prefix = documents.of(lambda shard: shard.quiet)
+        quiet = prefix[plan[:, DOCUMENT]] - plan[:, START]
+        plan[:, QUIET] = np.clip(quiet, plan[:, QUIET], plan[:, LENGTH])
+        return plan
 
     def grow(self) -> bool:
-        """Plan the next window, once its shards are sealed; False where there is none."""
-        with self.lock:  # batches are made by another thread than the one that counts epochs
+        """Plan the next window once its shards are sealed; False where there is none."""
+        with self.lock:  # one thread makes batches while another counts epochs
             number = len(self.ends) - 1
-            if self.cache.wait((number + 1) * self.size) <= number * self.size:
+            first = number * self.shards
+            if self.cache.wait(first + self.shards) <= first:
                 return False
-            plan = self.window(number)[2]
-            self.ends.append(self.ends[-1] + (int(plan[-1, ROW]) + 1 if len(plan) else 0))
+            plan = self.window(number).plan
+            rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
+            self.ends.append(self.ends[-1] + rows)
             return True
 
     @property
@@ -132,193 +224,347 @@ class Rows:
             pass
         return self.ends[-1]
 
-    def get(self, draws: np.ndarray, progress: float = 0.0) -> tuple[dict, int, int]:
-        """(arrays [n, seq] of `fill`, pieces, how many of these end before their document) of draws [n]."""
-        parts, pieces, cut = [], 0, 0
-        for draw in draws.tolist():
-            while draw >= self.ends[-1] and self.grow():
-                pass
-            epoch, within = divmod(draw, self.ends[-1])
-            number = int(np.searchsorted(self.ends, within, side="right")) - 1
-            documents, lengths, plan = self.window(number)
-            rows = self.ends[number + 1] - self.ends[number]
-            row = self.order(epoch * rows + within - self.ends[number], rows, progress, (*self.key, number))
-            parts.append(fill(plan, np.array([row]), self.seq, documents.ids, self.tokenizer))
-            here = plan[slice(*np.searchsorted(plan[:, ROW], (row, row + 1)))]
-            pieces += len(here)
-            cut += int(np.sum(here[:, START] + here[:, LENGTH] < lengths[here[:, DOCUMENT]]))
-        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != "document"}, pieces, cut
+    def get(self, draw: int, progress: float = 0.0) -> Row:
+        """The row that is drawn after `draw` others; `progress` is for the order."""
+        while draw >= self.ends[-1] and self.grow():
+            pass
+        epoch, place = divmod(draw, self.ends[-1])
+        number = bisect_right(self.ends, place) - 1
+        first, end = self.ends[number:number + 2]
+        rows = end - first
+        earlier = epoch * rows + place - first  # rows drawn from this window before
+        row = self.order(earlier, rows, progress, (*self.key, number))
+        documents, lengths, plan = self.window(number)
+        arrays = fill(plan, np.array([row]), self.seq, documents.ids, self.tokenizer)
+        del arrays["document"]
+        start, end = np.searchsorted(plan[:, ROW], (row, row + 1))
+        pieces = plan[start:end]
+        ends = pieces[:, START] + pieces[:, LENGTH]
+        cut = np.sum(ends < lengths[pieces[:, DOCUMENT]])
+        arrays = {key: value[0] for key, value in arrays.items()}
+        return Row(arrays, len(pieces), int(cut))
 
 
-def causal(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
-    """The plain objective: predict each next token. Takes and gives arrays [seq]; an objective may change any
-    and add others. The second result is the mask specification, as keyword arguments of `model.Mask`.
-    """
-    return row, dict(kind="causal", window=0)
-
-
-class Batch(NamedTuple):
-    """One update's rows: arrays [batch, seq], the mask to attend them with, and figures about them."""
-
-    arrays: dict[str, np.ndarray]
-    mask: dict
-    metrics: dict[str, float]
-    rows: int  # of the whole batch, which may be more than are made here
+def row_lengths(phase) -> list[int]:
+    """The lengths that the rows of a phase may have."""
+    if phase.lengths is None:
+        return [phase.seq]
+    return list(phase.lengths(0.0))
 
 
 def batch_lengths(phase) -> tuple[list[int], np.ndarray]:
-    """(row lengths of a phase, index of each batch's [steps]): `seq`, or by the weights that `lengths` gives.
+    """(row lengths of a phase, index of each batch's length [steps]).
 
-    A batch takes the length that is furthest behind its share.
+    `phase.lengths` gives each length a share of the batches. A batch takes the length that is
+    furthest behind its share.
     """
+    lengths = row_lengths(phase)
+    picks = np.zeros(phase.steps, np.int64)
     if phase.lengths is None:
-        return [phase.seq], np.zeros(phase.steps, np.int64)
-    lengths, picks = list(phase.lengths(0.0)), np.zeros(phase.steps, np.int64)
+        return lengths, picks
     behind = np.zeros(len(lengths))
     for step in range(phase.steps):
-        weights = phase.lengths(step / phase.steps)
-        behind += np.array([weights[n] for n in lengths], float) / sum(weights.values())
-        picks[step] = np.argmax(behind)
-        behind[picks[step]] -= 1
+        shares = phase.lengths(step / phase.steps)
+        each = np.array([shares[length] for length in lengths], float)
+        behind += each / sum(shares.values())
+        pick = np.argmax(behind)
+        behind[pick] -= 1
+        picks[step] = pick
     return lengths, picks
 
 
 def apportion(owed: np.ndarray, rows: int, left: np.ndarray) -> np.ndarray:
-    """Whole numbers near `owed` [n], none above `left`, that sum to `rows`: largest remainders go up."""
-    whole = np.minimum(np.floor(np.maximum(owed, 0) + 1e-9), left).astype(np.int64)
-    while short := rows - whole.sum():
-        free = whole < left if short > 0 else whole > 0
-        whole[np.argmax(np.where(free, (owed - whole) * np.sign(short), -np.inf))] += np.sign(short)
+    """Whole numbers near `owed` [n] that sum to `rows`, none above `left` [n].
+
+    The largest remainders go up. A sum of `left` below `rows` is not allowed.
+    """
+    whole = np.floor(np.maximum(owed, 0) + 1e-9)
+    whole = np.minimum(whole, left).astype(np.int64)
+    missing = rows - whole.sum()
+    sign = np.sign(missing)
+    for _ in range(abs(missing)):
+        free = whole < left if sign > 0 else whole > 0
+        remainders = (owed - whole) * sign
+        most = np.argmax(np.where(free, remainders, -np.inf))
+        whole[most] += sign
     return whole
 
 
-class Loader:
-    """`batch(step)` for all steps of a run, from its caches and phases (see `train.Phase`).
+class Draws:
+    """How many rows of each source a phase draws: a table by step, worked out in order and once.
 
-    mixture: {source: weight}, a function (progress within the phase, log) of these, or None for weights by
-    rows. Whoever runs it fills in `log`, for each phase the dev losses {source: nats} at every `steer` of its
-    steps so far, and `start`, the positions of each source that another run drew before.
+    A source's share of a batch is seldom a whole number of rows. What it is owed beyond them is
+    carried to the next batch of the same length, so that a rare source comes as often as it should.
     """
 
-    def __init__(self, caches: dict[str, Cache], phases, config: DataConfig, tokenizer: Tokenizer, seed: int):
-        self.names, self.phases, self.seed = list(caches), phases, seed
-        self.sources = [config.sources[name] for name in caches]
-        self.ends = np.cumsum([phase.steps for phase in phases])
-        self.lock = threading.RLock()
-        self.lengths, self.picks = zip(*map(batch_lengths, phases), strict=True)
-        self.rows = [[[Rows(cache, seq, phase.packing, phase.order, config.window, tokenizer, (seed, i))
-                       for i, cache in enumerate(caches.values())] for seq in lengths]
-                     for phase, lengths in zip(phases, self.lengths, strict=True)]
-        self.restore([0] * len(caches), [])
+    def __init__(self, number: int, phase, sources: dict[str, Source],
+                 rows: list[list[Rows]], before: Callable):
+        self.number = number  # of the phase
+        self.phase = phase
+        self.sources = sources
+        self.rows = rows  # [lengths][sources]
+        self.before = before  # () -> positions [sources] drawn before this phase
+        self.lengths, self.picks = batch_lengths(phase)
+        stops = [source.after == "stop" for source in sources.values()]
+        self.stops = np.array(stops)
+        self.lock = threading.Lock()
+        self.restart([])
 
-    def restore(self, start: list[int], log: list[list[dict[str, float]]]):
-        """Go on from a checkpoint: `start`, the positions of each source that another run drew before, and
-        the decisions `log` of each phase (a phase that it lacks has none yet). Forgets all that was drawn."""
-        later = len(self.phases) - len(log)
-        self.start = list(start)
-        self.log = [list(decisions) for decisions in log] + [[] for _ in range(later)]
-        shapes = [(len(lengths), len(self.names)) for lengths in self.lengths]
-        self.counts = [np.zeros((p.steps + 1, *s), np.int64) for p, s in zip(self.phases, shapes, strict=True)]
-        self.known, self.carry = [0] * len(self.phases), [np.zeros(s) for s in shapes]
+    def restart(self, log: list[Losses]):
+        """Forget what was drawn, and go on from these decisions."""
+        shape = len(self.lengths), len(self.sources)
+        self.log = list(log)
+        self.known = 0  # steps worked out
+        self.table = np.zeros((self.phase.steps + 1, *shape), np.int64)  # see `after`
+        self.carried = np.zeros(shape)
 
-    def decide(self, phase: int, losses: dict[str, float]):
-        """Log one decision of a phase: the dev losses {source: nats} that its mixture is steered by."""
-        self.log[phase].append(losses)
+    def after(self, steps: int) -> np.ndarray:
+        """Rows [lengths, sources] that the first `steps` steps draw."""
+        with self.lock:  # one thread makes batches while another counts epochs
+            while self.known < steps:
+                self.extend()
+        return self.table[steps]
+
+    def extend(self):
+        """Work out one more step."""
+        step = self.known
+        length = self.picks[step]
+        total = self.phase.batch * self.phase.seq // self.lengths[length]  # rows
+        shares = self.shares(step)
+        left = self.left(step, shares)
+        due = self.carried[length] + shares * total
+        self.check_left(step, due, total, left)
+
+        shares = shares * (self.stops | (left > 0))  # others take over from a source that ended
+        owed = self.carried[length] + shares / shares.sum() * total
+        drawn = apportion(owed, total, left)
+        self.carried[length] = owed - drawn
+        self.table[step + 1] = self.table[step]
+        self.table[step + 1, length] += drawn
+        self.known = step + 1
+
+    def shares(self, step: int) -> np.ndarray:
+        """The share [sources] of each source at a step of the phase (0 is its first). Sums to 1."""
+        mixture = self.mixture(step)
+        possible = mixture.keys() <= self.sources.keys()
+        possible &= all(0 <= share < math.inf for share in mixture.values())
+        if not possible or not sum(mixture.values()):
+            raise InputError(
+                f"phases.{self.number}.mixture gives {mixture}; allowed are shares of 0 and more, "
+                f"not all 0, for the sources {', '.join(self.sources)}"
+            )
+        shares = [mixture.get(name, 0) for name in self.sources]
+        shares = np.array(shares, float)
+        return shares / shares.sum()
+
+    def mixture(self, step: int) -> dict[str, float]:
+        """{source: share} as the phase says it, or {source: size} where it says nothing."""
+        mixture = self.phase.mixture
+        if callable(mixture):
+            return mixture(step / self.phase.steps, self.decisions(step))
+        if mixture is not None:
+            return mixture
+        if len(self.sources) == 1:  # whose size need not be known
+            return dict.fromkeys(self.sources, 1.0)
+        rows = self.rows[self.picks[step]]
+        sizes = [each.epoch for each in rows]
+        return dict(zip(self.sources, sizes, strict=True))
+
+    def decisions(self, step: int) -> list[Losses]:
+        """The decisions that the mixture of a step may know."""
+        if not self.phase.steer:
+            return []
+        number = step // self.phase.steer
+        if len(self.log) < number:
+            raise InputError(
+                f"step {step} of phase {self.number} is beyond the decisions taken so far"
+            )
+        return self.log[:number]
 
     def decided(self) -> int:
-        """The last step whose batch the log so far determines: the last of all where nothing is steered."""
-        for end, phase, log in zip(self.ends.tolist(), self.phases, self.log, strict=True):
-            known = phase.steer * (len(log) + 1)
-            if phase.steer and known < phase.steps:
-                return end - phase.steps + known
-        return int(self.ends[-1])
+        """The number of steps that the decisions so far determine."""
+        if not self.phase.steer:
+            return self.phase.steps
+        evaluations = len(self.log) + 1  # the next one included
+        return min(self.phase.steps, self.phase.steer * evaluations)
+
+    def left(self, step: int, shares: np.ndarray) -> np.ndarray:
+        """Rows [sources] that the sources' epochs still allow; infinity where none has a limit."""
+        length = self.picks[step]
+        limits = np.full(len(self.sources), math.inf)
+        for i, source in enumerate(self.sources.values()):
+            if source.epochs:
+                limits[i] = source.epochs * self.rows[length][i].epoch
+        if np.isinf(limits).all():
+            return limits
+        drawn = self.first()[length] + self.table[step, length]
+        left = np.floor(limits - drawn)
+        left = np.maximum(left, 0)  # rows of another phase may have gone beyond the limit
+        left[shares == 0] = 0  # a source without a share does not stand in for others
+        return left
+
+    def check_left(self, step: int, due: np.ndarray, total: int, left: np.ndarray):
+        """Raise InputError if a source has ended that may not, or all of them have too few rows."""
+        ended = self.stops & (left < np.floor(due + 1e-9))
+        if not ended.any() and left.sum() >= total:
+            return
+        names = list(self.sources)
+        if ended.any():
+            names = [names[i] for i in np.flatnonzero(ended)]
+        raise InputError(
+            f"source {', '.join(names)}: no rows left at step {step} of phase {self.number}; "
+            'give fewer steps, more epochs, or after="renormalise"'
+        )
+
+    def positions(self, steps: int) -> np.ndarray:
+        """Positions [sources] drawn before the phase, and by its first `steps` steps."""
+        return self.before() + np.array(self.lengths) @ self.after(steps)
+
+    def first(self) -> np.ndarray:
+        """The phase's first row [lengths, sources]: each source goes on where it was in its text.
+
+        Positions drawn before belong to all lengths alike.
+        """
+        positions = np.array(self.lengths) * len(self.lengths)
+        return self.before() // positions[:, None]
+
+    def batch(self, step: int) -> tuple[int, list[int], list[int]]:
+        """(index of the length, source of each row, number of each row within its source).
+
+        Rows come source by source.
+        """
+        length = self.picks[step]
+        before = self.after(step)[length]
+        counts = self.after(step + 1)[length] - before
+        starts = self.first()[length] + before
+        sources, draws = [], []
+        for source, count in enumerate(counts):
+            sources += [source] * count
+            draws += range(starts[source], starts[source] + count)
+        return length, sources, draws
+
+
+class Batch(NamedTuple):
+    """The rows of one update."""
+
+    arrays: dict[str, np.ndarray]  # [batch, seq] each
+    mask: dict  # the arguments of `lib.kernels.Mask`
+    metrics: dict[str, float]  # of the rows that are made here
+    rows: int  # of the whole batch, which may be more than are made here
+
+
+class Loader:
+    """`batch(step)` for all steps of a run, from its caches and phases (see `train.Phase`)."""
+
+    def __init__(self, caches: dict[str, Cache], phases: Sequence, config: DataConfig,
+                 tokenizer: Tokenizer, seed: int):
+        self.names = list(caches)
+        self.phases = phases
+        self.seed = seed
+        self.ends = np.cumsum([phase.steps for phase in phases])  # last step of each phase
+        self.start = [0] * len(caches)  # positions of each source that another run drew before
+        self.rows = []  # of each phase: Rows [lengths][sources]
+        self.draws = []  # of each phase
+        sources = {name: config.sources[name] for name in caches}
+        before = self.started
+        for number, phase in enumerate(phases):
+            shared = phase.packing, phase.order, config.window, tokenizer
+            rows = [
+                [Rows(cache, seq, *shared, (seed, i)) for i, cache in enumerate(caches.values())]
+                for seq in row_lengths(phase)
+            ]
+            draws = Draws(number, phase, sources, rows, before)
+            self.rows.append(rows)
+            self.draws.append(draws)
+            before = partial(draws.positions, phase.steps)
+
+    def started(self) -> np.ndarray:
+        """Positions [sources] drawn before the first phase."""
+        return np.array(self.start, np.int64)
+
+    def restore(self, start: list[int], log: list[list[Losses]]):
+        """Go on from a checkpoint, whose loader had this `start` and `log`.
+
+        Phases that have no log there have decided nothing yet.
+        """
+        self.start = list(start)
+        for number, draws in enumerate(self.draws):
+            draws.restart(log[number] if number < len(log) else [])
+
+    @property
+    def log(self) -> list[list[Losses]]:
+        """The decisions of each phase: the dev losses at every `steer` of its steps so far."""
+        return [draws.log for draws in self.draws]
+
+    def decide(self, phase: int, losses: Losses):
+        """Add a decision to the log of a phase."""
+        self.draws[phase].log.append(losses)
+
+    def decided(self) -> int:
+        """The last step whose batch the log determines; the last of all where none is steered."""
+        total = 0
+        for draws in self.draws:
+            total += draws.decided()
+            if draws.decided() < draws.phase.steps:
+                break
+        return total
 
     def phase_of(self, step: int) -> int:
         """The phase that takes `step` (1 and up)."""
         return int(np.searchsorted(self.ends, step))
 
-    def weights(self, phase: int, step: int) -> np.ndarray:
-        """The mixture at a step of a phase (0 is its first), normalised [sources]."""
-        p, names, mixture = self.phases[phase], self.names, self.phases[phase].mixture
-        if mixture is None:
-            rows = self.rows[phase][self.picks[phase][step]]
-            mixture = {name: r.epoch if len(names) > 1 else 1 for name, r in zip(names, rows, strict=True)}
-        elif callable(mixture):
-            decided = step // p.steer if p.steer else 0
-            if len(self.log[phase]) < decided:
-                raise InputError(f"step {step} of phase {phase} is beyond the decisions taken so far")
-            mixture = mixture(step / p.steps, self.log[phase][:decided])
-        finite = all(0 <= w < math.inf for w in mixture.values())
-        if mixture.keys() - names or not finite or not sum(mixture.values()):
-            raise InputError(f"phases.{phase}.mixture gives {mixture}; allowed are weights of 0 and more, "
-                             f"not all 0, for the sources {', '.join(names)}")
-        weights = np.array([mixture.get(name, 0) for name in names], float)
-        return weights / weights.sum()
-
-    def drawn(self, phase: int, steps: int) -> np.ndarray:
-        """Rows [lengths, sources] drawn in a phase's first `steps`: a recurrence, worked out once."""
-        with self.lock:
-            for step in range(self.known[phase], steps):
-                self.draw(phase, step)
-        return self.counts[phase][steps]
-
-    def draw(self, phase: int, step: int):
-        """Work out the rows of one more step of a phase."""
-        p, at, weights = self.phases[phase], self.picks[phase][step], self.weights(phase, step)
-        rows, left = p.batch * p.seq // self.lengths[phase][at], np.full(len(self.names), math.inf)
-        if any(source.epochs for source in self.sources):
-            limits = [source.epochs * r.epoch if source.epochs else math.inf
-                      for source, r in zip(self.sources, self.rows[phase][at], strict=True)]
-            left = np.floor(limits - self.begin(phase)[at] - self.counts[phase][step, at])
-            left[weights == 0] = 0  # who has no share takes over nothing
-        stops = np.array([source.after == "stop" for source in self.sources])
-        due = self.carry[phase][at] + weights * rows
-        ended = [n for n, out in zip(self.names, stops & (left < np.floor(due + 1e-9)), strict=True) if out]
-        if ended or left.sum() < rows:
-            raise InputError(f"source {', '.join(ended or self.names)}: no rows left at step {step} of phase "
-                             f"{phase}; give fewer steps, more epochs, or after=\"renormalise\"")
-        owed = self.carry[phase][at] + (share := weights * (stops | (left > 0))) / share.sum() * rows
-        self.counts[phase][step + 1], self.known[phase] = self.counts[phase][step], step + 1
-        self.counts[phase][step + 1, at] += (whole := apportion(owed, rows, left))
-        self.carry[phase][at] = owed - whole  # carried, so that a rare source gets its share
+    def within(self, step: int) -> tuple[int, int]:
+        """(the phase that takes `step`, its number there, from 1); step 0 is 0 of the first."""
+        number = self.phase_of(max(1, step))
+        begin = int(self.ends[number]) - self.phases[number].steps
+        return number, step - begin
 
     def positions(self, step: int) -> np.ndarray:
-        """Positions of each source [sources] drawn by the first `step` steps, and before by another run."""
-        out = np.array(self.start, np.int64)
-        for p, (n, end) in enumerate(zip([p.steps for p in self.phases], self.ends.tolist(), strict=True)):
-            out += np.array(self.lengths[p]) @ self.drawn(p, min(n, max(0, step - end + n)))
-        return out
-
-    def begin(self, phase: int) -> np.ndarray:
-        """The first row [lengths, sources] in a phase: positions that were drawn before, over length."""
-        before = self.positions(int(self.ends[phase]) - self.phases[phase].steps)
-        return before // (len(self.lengths[phase]) * np.array(self.lengths[phase]))[:, None]
+        """Positions [sources] drawn by the first `step` steps, and before by another run."""
+        number, steps = self.within(step)
+        return self.draws[number].positions(steps)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over each source that the first `step` steps make."""
-        p = self.phase_of(max(1, step))
-        epoch = np.array(self.lengths[p]) @ np.array([[r.epoch for r in row] for row in self.rows[p]])
-        return dict(zip(self.names, (self.positions(step) / epoch).tolist(), strict=True))
+        number, _ = self.within(step)
+        lengths = np.array(self.draws[number].lengths)
+        rows = [[each.epoch for each in sources] for sources in self.rows[number]]
+        epochs = self.positions(step) / (lengths @ np.array(rows))
+        return dict(zip(self.names, epochs.tolist(), strict=True))
 
-    def batch(self, step: int, own: Callable[[int], np.ndarray] = np.arange) -> Batch:
-        """The batch of a step (1 and up): a function of (config, seed, step), and of the log where the
-        mixture is steered. own: number of its rows -> those that are made here; metrics are of these."""
-        p = self.phase_of(step)
-        phase, within = self.phases[p], step - 1 - (int(self.ends[p]) - self.phases[p].steps)
-        at = self.picks[p][within]
-        before, after = (self.begin(p)[at] + self.drawn(p, within + i)[at] for i in (0, 1))
-        bounds = np.cumsum([0, *(after - before)])  # rows come source by source
-        wanted, made, pieces, cut = own(int(bounds[-1])), [], 0, 0
-        for i, rows in enumerate(self.rows[p][at]):
-            mine = wanted[(wanted >= bounds[i]) & (wanted < bounds[i + 1])]
-            if not len(mine):
-                continue
-            arrays, n, m = rows.get(mine - bounds[i] + before[i], within / phase.steps)
-            arrays["source"], pieces, cut = np.full_like(arrays["tokens"], i), pieces + n, cut + m
-            made += [phase.objective({k: v[j] for k, v in arrays.items()},
-                                     np.random.default_rng([self.seed, step, r])) for j, r in enumerate(mine)]
-        figures = {"data/waste": 1 - float(np.mean([row["segments"] > 0 for row, _ in made])),
-                   "data/truncated": cut / pieces, "data/segments": pieces / len(made)}
-        drawn = {f"data/{name}/rows": int(n) for name, n in zip(self.names, after - before, strict=True)}
-        return Batch({k: np.stack([row[k] for row, _ in made]) for k in made[0][0]}, made[0][1],
-                     figures | (drawn if len(self.names) > 1 else {}), int(bounds[-1]))
+    def batch(self, step: int, own: Callable = np.arange) -> Batch:
+        """The batch of a step (1 and up): a function of config, seed, step and, where steered, log.
+
+        own: takes the number of its rows and gives those that are made here, in ascending order.
+        """
+        number, steps = self.within(step)
+        phase = self.phases[number]
+        length, sources, draws = self.draws[number].batch(steps - 1)
+        mine = own(len(sources))
+        masks = declared_masks(phase.objective)
+        needed = mine if masks else range(len(sources))  # undeclared masks show in all rows alone
+        rows, made = {}, {}
+        for r in needed:
+            source = self.rows[number][length][sources[r]]
+            row = source.get(draws[r], (steps - 1) / phase.steps)
+            row.arrays["source"] = np.full_like(row.arrays["tokens"], sources[r])
+            rng = np.random.default_rng([self.seed, step, r])
+            made[r] = phase.objective(row.arrays, rng)
+            rows[r] = row
+        arrays, mask = stack(made, mine, masks, f"phases.{number}.objective")
+        metrics = packing_metrics([rows[r] for r in mine], arrays)
+        if len(self.names) > 1:
+            for source, name in enumerate(self.names):
+                metrics[f"data/{name}/rows"] = sources.count(source)
+        return Batch(arrays, mask, metrics, len(sources))
+
+
+def packing_metrics(rows: list[Row], arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """The share of padding, the share of pieces that are cut, and pieces a row, of some rows."""
+    pieces = sum(row.pieces for row in rows)
+    cut = sum(row.cut for row in rows)
+    return {
+        "data/waste": 1 - float(np.mean(arrays["segments"] > 0)),
+        "data/truncated": cut / pieces,
+        "data/segments": pieces / len(rows),
+    }

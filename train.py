@@ -1,16 +1,16 @@
-"""One run: a config becomes phases, a schedule, an optimiser and a loop that can be killed at any moment.
+"""One run: a config becomes phases, a schedule, an optimiser and a loop that can be killed at any
+moment.
 
     python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume; CONFIG: configs/quickstart.py
     python train.py VERB ...                               run tools/VERB.py: sample, eval, bench, corpus, ...
 
-Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits due at s;
-these are functions of (seed, step, index) and are applied again on resume.
+Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits
+due at s; these are functions of (seed, step, index) and are applied again on resume.
 """
 import contextlib
 import functools
 import importlib.util
 import json
-import math
 import shutil
 import sys
 import time
@@ -26,15 +26,28 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data import Batch, DataConfig, Loader, batch_lengths, causal, shuffled
+from lib import command
 from lib import config as config_files
 from lib.banner import banner
 from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, find_checkpoint
-from lib.config import ROOT, check_types, flatten, from_json, load_file, to_json
+from lib.config import ROOT, from_json, load_file, to_json
 from lib.corpus import assemble
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
 from lib.evaluate import evaluate_during, evaluators
+from lib.fields import (
+    Count,
+    NotNegative,
+    Positive,
+    Rules,
+    Whole,
+    check_rules,
+    check_value,
+    join,
+    require,
+    strict,
+)
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
 from lib.log import Log, say
@@ -52,7 +65,7 @@ from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
 from lib.resume import changed_fields, resume_key, start_config, start_from
-from lib.schedule import Plan, Schedule, make_plan, schedules
+from lib.schedule import Plan, Schedule, make_plan
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.stop import Stop
 from lib.tokenizers import Tokenizer, load_tokenizer
@@ -72,42 +85,55 @@ from model import (
 )
 
 
+@strict
 @dataclass(frozen=True)
 class Edit:
     """An edit every so many steps of a phase, for one that keeps the shapes; see `model.Edited`."""
 
     apply: Callable  # model, context -> Edited
-    every: int = 1_000  # due after each multiple of this many steps of the phase, but for its last step
-    until: int = 0  # steps of the phase after which it stops; 0 is never
+    every: Count = 1_000  # due after each multiple of this many steps of the phase, but for its last step
+    until: Whole = 0  # steps of the phase after which it stops; 0 is never
 
 
+@strict
 @dataclass(frozen=True)
 class Phase:
     """A stretch of a run with one model shape, batch shape, mixture and objective."""
 
-    steps: int = 100  # updates
-    batch: int = 16  # rows per update
-    seq: int = 256  # tokens per row
-    accumulate: int = 1  # parts that a batch is taken in, one after the other; it must divide the batch
+    steps: Count = 100  # updates
+    batch: Count = 16  # rows per update
+    seq: Count = 256  # tokens per row
+    accumulate: Count = 1  # parts that a batch is taken in, one after the other; it must divide the batch
     lengths: Callable | None = None  # progress -> {row length: weight}; a batch stays batch x seq tokens
     edits: tuple[Callable, ...] = ()  # applied to the model on entering: model, context -> Edited
     repeat: tuple[Edit, ...] = ()  # edits that recur within the phase
-    mixture: dict[str, float] | Callable | None = None  # of sources, or progress, log -> it; None: by size
-    steer: int = 0  # steps between evaluations whose dev losses go into that log; 0 is none
+    mixture: dict[str, NotNegative] | Callable | None = None  # or progress, log -> it; None: by size
+    steer: Whole = 0  # steps between evaluations whose dev losses go into that log; 0 is none
     packing: Callable = concat_and_split  # lengths, seq (, documents) -> plan
     order: Callable = shuffled  # draw, rows, progress, key -> place in the plan
     objective: Callable = causal  # row, rng -> row, mask
     schedule: Schedule | None = None  # over this phase's own budget, in place of the run's over the whole
-    lr: dict[str, Schedule | float] = field(default_factory=dict)  # a group's own, or a factor; 0 freezes
+    lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)  # a group's, or a factor; 0 freezes
+
+    def rules(self, path: str) -> Rules:
+        """What fields must be to one another."""
+        size = self.batch * self.seq
+        said = f"{join(path, 'lengths')} ends in {{reason}}; allowed is progress -> {{{{row length: weight}}}}"
+        with user_errors(Exception, InputError, said):  # a config's function may raise anything
+            lengths = list(self.lengths(0.0)) if self.lengths else [self.seq]
+            odd = any(size % length for length in lengths)
+        yield (odd,
+               f"{join(path, 'lengths')} gives {lengths}; allowed are divisors of batch x seq ({size})")
 
 
+@strict
 @dataclass(frozen=True)
 class Config:
     """One experiment."""
 
     name: str = ""  # of the run; empty: the config file's stem
     runs: str = "runs"  # directory that runs live in
-    seed: int = 0  # initialisation, data order and edits draw from seeds derived from it
+    seed: Whole = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
     init_from: str = ""  # RUN, RUN@STEP or hf:DIRECTORY to start from; a run's own checkpoints come first
     init_with: Literal["params", "all"] = "params"  # "all": its optimiser state and place in the data too
@@ -115,98 +141,94 @@ class Config:
     phases: tuple[Phase, ...] = (Phase(),)
     schedule: Schedule = Schedule()
     optimizer: Callable = adamw  # table -> {group: optax transformation of unscaled directions}
-    clip: float = 1.0  # global gradient norm; 0 is off
-    max_skipped: int = 10  # non-finite updates in a row after which the run stops
+    clip: NotNegative = 1.0  # global gradient norm; 0 is off
+    max_skipped: Count = 10  # non-finite updates in a row after which the run stops
     mesh: MeshConfig = MeshConfig()
     reparam: Callable | None = None  # in jit: params, step, batch -> params used
     token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch chunk, extras -> losses [b c]
     reduce: Callable = weighted_mean  # in jit: losses [b t], batch -> (numerator, denominator), metrics
     evals: tuple[Callable, ...] = ()  # params, apply -> {metric: value}, at every evaluation
-    eval_every: int = 200  # steps between evaluations on dev; there is one at the end of each phase too
-    eval_tokens: int = 65_536  # of dev documents, per source, in an evaluation during the run
-    overlap: int = 64  # positions that a window of a long held-out document shares with the last
-    save_every: int = 200  # steps between checkpoints; there is one at the end of each phase too
-    save_minutes: float = 15.0  # from one checkpoint to the next at most
-    keep: int = 3  # checkpoints kept, the newest
-    keep_every: int = 0  # and those of each multiple of so many steps; 0 is none
+    eval_every: Count = 200  # steps between evaluations on dev; there is one at the end of each phase too
+    eval_at: tuple[Whole, ...] = ()  # steps after which there is one besides; 0 is before the first
+    eval_tokens: Count = 65_536  # of dev documents, per source, in an evaluation during the run
+    overlap: Whole = 64  # positions that a window of a long held-out document shares with the last
+    save_every: Count = 200  # steps between checkpoints; there is one at the end of each phase too
+    save_minutes: Positive = 15.0  # from one checkpoint to the next at most
+    keep: Count = 3  # checkpoints kept, the newest
+    keep_every: Whole = 0  # and those of each multiple of so many steps; 0 is none
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
-    sample_tokens: int = 200  # of each continuation
-    sample_temperature: float = 0.8  # 0 takes the likeliest token
+    sample_tokens: Count = 200  # of each continuation
+    sample_temperature: NotNegative = 0.8  # 0 takes the likeliest token
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # gets the rows of metrics.jsonl too
-def load_config(path: str) -> Config:
-    """The `config` of a config file or, of FILE:ARM, one of its `arms`."""
-    return config_files.load_config(path, Config)
+
+
+def load_config(path: str, /, **given) -> Config:
+    """The config of a file, FILE.py, FILE.py:ARM or a run's config.json; see lib/config.py."""
+    return config_files.load_config(path, Config, **given)
 
 
 def parse(arguments: list[str]) -> tuple[Config, str]:
     """(config, its file) from the command line of a run."""
-    return config_files.parse(arguments, Config)
-
-
-POSITIVE = set("layers embed heads kv_heads head_dim mlp steps batch seq accumulate every peak keep "
-               "eval_every eval_tokens save_every max_skipped sample_tokens shard_tokens window sample_mib "
-               "logits_mib rope_theta save_minutes".split())
-NOT_NEGATIVE = set("seed vocab unroll clip warmup final overlap until dev test sample_temperature steer "
-                   "epochs cycle keep_every".split())
+    return command.parse(arguments, Config)
 
 
 def check(config: Config) -> None:
     """Raise InputError for a wrong type or an impossible combination, before anything is built."""
-    check_types(config, Config, "")
-    for path, value in flatten(to_json(config)).items():
-        name = path.rsplit(".", 1)[-1]
-        if ".arguments." in path or name not in POSITIVE | NOT_NEGATIVE:
-            continue
-        if not value >= 0 or (name in POSITIVE and value == 0):  # so that NaN is caught
-            least = "more than 0" if name in POSITIVE else "0 or more"
-            raise InputError(f"{path} is {value}; allowed is {least}")
-    m, d = config.model, config.data
-    rules = [
-        (m.heads % m.kv_heads, f"model.heads is {m.heads}, which model.kv_heads ({m.kv_heads}) does not "
-         "divide; allowed is a multiple of it, since every key-value head serves as many query heads"),
-        (m.head_dim % 2, f"model.head_dim is {m.head_dim}; allowed is an even number: RoPE rotates pairs"),
-        (len(m.rope_scaling) not in (0, 1, 4) or not all(0 < x < math.inf for x in m.rope_scaling)
-         or m.rope_scaling[1:2] >= m.rope_scaling[2:3] != (), f"model.rope_scaling is {m.rope_scaling}; "
-         "allowed are (), (factor,) and (factor, low, high, old context), above 0 with low below high"),
-        (config.init_with == "all" and config.init_from.startswith("hf:"), 'init_with is "all", but '
-         f"{config.init_from} has no optimiser state; allowed is \"params\""),
-        (m.unroll and m.layers % m.unroll, f"model.unroll is {m.unroll}, which does not divide model.layers "
-         f"({m.layers}); allowed is a divisor, or 0 for all"),
-        (not config.phases, "phases is empty; allowed is one phase and more"),
-        (not d.sources, "data.sources is empty; allowed is one source and more"),
-        (d.dev + d.test >= 1, f"data.dev and data.test are {d.dev} and {d.test}; allowed are shares that "
-         "leave something to train on"),
-        (config.tracker != "none" and not getattr(importlib.util.find_spec(config.tracker), "origin", None),
-         f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}"),
-    ]
+    check_value(config, Config, "")
+    check_rules(config)
+    for rules in start_rules, evaluation_rules, mixture_rules, tracker_rules:
+        require(rules(config))
+
+
+def start_rules(config: Config) -> Rules:
+    """What a run starts from."""
+    yield (not config.phases, "phases is empty; allowed is one phase and more")
+    yield (config.init_with == "all" and config.init_from.startswith("hf:"),
+           f'init_with is "all", but {config.init_from} has no optimiser state; allowed is "params"')
+
+
+def evaluation_rules(config: Config) -> Rules:
+    """When a run is evaluated, and on what windows."""
+    total = sum(phase.steps for phase in config.phases)
+    yield (max(config.eval_at, default=0) > total,
+           f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, the last")
     for i, phase in enumerate(config.phases):
-        mix = phase.mixture if isinstance(phase.mixture, dict) else dict.fromkeys(d.sources, 1.0)
-        lengths = list(phase.lengths(0.0)) if phase.lengths else [phase.seq]
-        odd = not any(mix.values()) or not all(0 <= w < math.inf for w in mix.values())
-        rules += [
-            (config.overlap >= phase.seq, f"overlap is {config.overlap}; allowed is less than phases.{i}.seq "
-             f"({phase.seq})"),
-            (odd or mix.keys() - d.sources,
-             f"phases.{i}.mixture is {mix}; allowed are weights of 0 and more, not all 0, for the sources "
-             f"{', '.join(d.sources)}"),
-            (phase.steer and not (callable(phase.mixture) and d.dev), f"phases.{i}.steer is {phase.steer}; "
-             "allowed is 0, unless the mixture is a function and there is a dev split to steer by"),
-            (d.stream and (phase.mixture is None and len(d.sources) > 1 or any(
-                s.epochs for s in d.sources.values())), f"data.stream is true, but phases.{i}.mixture or a "
-             "source's epochs ask how large a source is; allowed are weights, and epochs of 0"),
-            (any(phase.batch * phase.seq % n for n in lengths), f"phases.{i}.lengths gives {lengths}; "
-             f"allowed are divisors of batch x seq ({phase.batch * phase.seq})")]
-    rules += [(not 0 < s.decay <= 1, f"{path}.decay is {s.decay}; allowed is above 0 and at most 1")
-              for path, s in schedules(config).items()]
-    for broken, sentence in rules:
-        if broken:
-            raise InputError(sentence)
+        yield (config.overlap >= phase.seq,
+               f"overlap is {config.overlap}; allowed is less than phases.{i}.seq ({phase.seq})")
 
 
-# --------------------------------------------------------------------------------------------------- the step
+def mixture_rules(config: Config) -> Rules:
+    """What the mixtures of the phases ask of the sources."""
+    sources = config.data.sources
+    limited = any(source.epochs for source in sources.values())
+    for i, phase in enumerate(config.phases):
+        mixture = phase.mixture
+        named = isinstance(mixture, dict)
+        yield (named and (mixture.keys() - sources or not any(mixture.values())),
+               f"phases.{i}.mixture is {mixture}; allowed are weights of 0 and more, not all 0, for "
+               f"the sources {', '.join(sources)}")
+        yield (phase.steer and not (callable(mixture) and config.data.dev),
+               f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function "
+               "and there is a dev split to steer by")
+        by_size = mixture is None and len(sources) > 1
+        yield (config.data.stream and (by_size or limited),
+               f"data.stream is true, but phases.{i}.mixture or a source's epochs ask how large a "
+               "source is; allowed are weights, and epochs of 0")
+
+
+def tracker_rules(config: Config) -> Rules:
+    """Whether the tracker's package is here; a directory of its name does not count."""
+    found = config.tracker == "none" or importlib.util.find_spec(config.tracker)
+    yield (found is None or getattr(found, "origin", "") is None,
+           f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}")
+
+
+# ----------------------------------------------------------------------------------------- the step
 
 def loss_sums(trained: dict, frozen: dict, batch: dict, step, mask: Mask, config: Config, model: ModelConfig):
-    """(numerator, (denominator, metrics)) of a batch's loss under parameters of which the first are trained."""
+    """(numerator, (denominator, metrics)) of a batch's loss under parameters of which the first are
+    trained.
+    """
     params = reparametrised(config.reparam, trained | frozen, step, batch)
     each = losses(params, batch, mask, model, config.token_loss, {"step": step})
     (numerator, denominator), metrics = config.reduce(each, batch)
@@ -214,7 +236,9 @@ def loss_sums(trained: dict, frozen: dict, batch: dict, step, mask: Mask, config
 
 
 def accumulated(gradient: Callable, batch: dict, parts: int):
-    """gradient(batch), the batch taken in so many parts in turn: sums are added up, metrics are averaged."""
+    """gradient(batch), the batch taken in so many parts in turn: sums are added up, metrics are
+    averaged.
+    """
     if parts == 1:
         return gradient(batch)
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
@@ -238,7 +262,9 @@ def squared_norms(grads: dict, members: dict[str, list[str]], scale, dtype) -> d
 
 
 def clipped(grads: dict, scale, squares: dict[str, jax.Array], clip: float) -> tuple[dict, jax.Array]:
-    """(gradients times scale and clipped, their norm before that); squares: by group, scaled already."""
+    """(gradients times scale and clipped, their norm before that); squares: by group, scaled
+    already.
+    """
     norm = jnp.sqrt(sum(squares.values()))
     if clip:
         scale = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
@@ -252,12 +278,13 @@ def descend(old: dict, directions: dict, lr) -> dict:
 
 def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
               frozen: frozenset[str] = frozenset()) -> Callable:
-    """`step(state, batch, lr, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and mapped.
+    """`step(state, batch, lr, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and
+    mapped.
 
-    lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which have no part
-    in the clipped norm. An update whose loss or gradient is not finite leaves parameters and optimiser as they
-    were, and counts.
-    """
+    lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which
+    have no part in the clipped norm. An update whose loss or gradient is not finite leaves
+    parameters and optimiser as they were, and counts.
+"""
     optimizers = config.optimizer(table(model))
     members = {group: names for group, names in groups(model).items() if group not in frozen}
     trained = {name for names in members.values() for name in names}
@@ -293,7 +320,9 @@ def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
 
 def compile_step(config: Config, model: ModelConfig, mesh: Mesh, state: State, batch: dict, lr: dict,
                  mask: Mask, accumulate: int = 1, frozen: frozenset[str] = frozenset()):
-    """The step as an executable `(state, batch, lr) -> (state, metrics)` that reuses `state`'s memory."""
+    """The step as an executable `(state, batch, lr) -> (state, metrics)` that reuses `state`'s
+    memory.
+    """
     out = places(state_like(model, config.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(make_step(config, model, accumulate, frozen), static_argnames="mask", donate_argnums=0,
                    out_shardings=out)
@@ -301,13 +330,14 @@ def compile_step(config: Config, model: ModelConfig, mesh: Mesh, state: State, b
         return step.lower(state, batch, lr, mask=mask).compile()
 
 
-# ---------------------------------------------------------------------------------------------- edits applied
+# ------------------------------------------------------------------------------------ edits applied
 
 def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig) -> dict:
-    """The optimiser state {group: state} after an edit; `fresh` is a new one for the edited parameters.
+    """The optimiser state {group: state} after an edit; `fresh` is a new one for the edited
+    parameters.
 
     Raises ValueError where an edit's policy leaves a state that does not fit its parameters.
-    """
+"""
     before, after = groups(old), {}
     for group, new in fresh.items():
         policy = edited.policy.get(group, "keep")
@@ -325,7 +355,9 @@ def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig)
 
 def apply_edits(edits: list[Callable], state: State, model: ModelConfig, optimizer: Callable, mesh: Mesh,
                 context: Context) -> tuple[State, ModelConfig]:
-    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit says."""
+    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit
+    says.
+    """
     for i, edit in enumerate(edits):
         own = context._replace(key=jax.random.fold_in(context.key, i))
         edited = edit(Model(model, state.params), own)
@@ -350,7 +382,7 @@ def edit_model(run: "Run", state: State, step: int) -> State:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 @dataclass
 class Run:
@@ -371,7 +403,9 @@ class Run:
     summary: dict[str, Any] | None = None  # of a run that has ended
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
-        """A key of its own for each use of the seed; the order of data draws from the seed by numpy."""
+        """A key of its own for each use of the seed; the order of data draws from the seed by
+        numpy.
+        """
         return jax.random.fold_in(jax.random.key(self.config.seed), ("init", "edits").index(use))
 
     def abandon(self):
@@ -381,7 +415,9 @@ class Run:
 
 
 def next_batches(loader: Loader, step: int, number: int) -> list[dict]:
-    """The arrays of the `number` batches after `step`, for edits that look at data; the last again at the end."""
+    """The arrays of the `number` batches after `step`, for edits that look at data; the last again
+    at the end.
+    """
     last = loader.decided()
     return [loader.batch(min(step + i, last)).arrays for i in range(1, number + 1)]
 
@@ -424,7 +460,9 @@ def check_batches(config: Config, mesh: Mesh):
 
 
 def resume(run: Run) -> tuple[State, int]:
-    """The state to go on from, and its step: that of the newest checkpoint that is whole, or the first one."""
+    """The state to go on from, and its step: that of the newest checkpoint that is whole, or the
+    first one.
+    """
     found = [0, *run.checkpoints.steps()]
     same = all_gather(int(digest([to_json(run.config), found])[:7], 16))
     if len(np.unique(same)) > 1:
@@ -452,7 +490,9 @@ def newest(run: Run, found: list[int]) -> tuple[State, int]:
 
 
 def restore(run: Run, step: int) -> State:
-    """The state at a checkpoint, where the run's config and text lead there; sets the loader's past."""
+    """The state at a checkpoint, where the run's config and text lead there; sets the loader's
+    past.
+    """
     meta = run.checkpoints.meta(step)
     changed = changed_fields(meta["past"], resume_key(run.config, run.plan, step))
     if step > run.plan.total:
@@ -484,7 +524,9 @@ def first(run: Run) -> State:
 
 
 def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
-    """Of the first so many shards of each source: what their text, tokens and settings are known by."""
+    """Of the first so many shards of each source: what their text, tokens and settings are known
+    by.
+    """
     found = {}
     for name, cache in run.caches.items():
         last = min(sealed[name], cache.wait(sealed[name])) - 1
@@ -523,7 +565,9 @@ def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, 
 
 
 def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
-    """Held-out figures of a state, as lib/evaluate.py has them; a steered mixture is decided by them."""
+    """Held-out figures of a state, as lib/evaluate.py has them; a steered mixture is decided by
+    them.
+    """
     model = run.plan.model_after(step)
     if model not in run.programs:
         run.programs[model] = evaluators(run.config, model, run.mesh)
@@ -553,7 +597,9 @@ def save(run: Run, state: State, step: int, log: Log):
 
 
 def lay_out(run: Run):
-    """Write what identifies a run into its directory; what it ended with, if it has, is its summary."""
+    """Write what identifies a run into its directory; what it ended with, if it has, is its
+    summary.
+    """
     end = run.directory / "summary.json"
     if end.exists() and run.resumed[0] == run.plan.total:
         run.summary = json.loads(end.read_text())
@@ -573,7 +619,9 @@ def lay_out(run: Run):
 
 @contextlib.contextmanager
 def opened(run: Run):
-    """Hold a run's directory: no other process trains it; what is being saved is waited for at the end."""
+    """Hold a run's directory: no other process trains it; what is being saved is waited for at the
+    end.
+    """
     run.directory.mkdir(parents=True, exist_ok=True)
     lock = contextlib.nullcontext()
     if is_main_process():
@@ -584,7 +632,9 @@ def opened(run: Run):
 
 
 def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
-    """The batches of the steps after `step`, made ahead; no more of them where a signal ends the waiting."""
+    """The batches of the steps after `step`, made ahead; no more of them where a signal ends the
+    waiting.
+    """
     make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
     steps = range(step + 1, run.plan.total + 1)
     return Prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit)
@@ -652,10 +702,12 @@ def finish(run: Run, log: Log) -> dict[str, Any]:
 
 
 def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
-    """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits [b t v].
+    """(params, config, tokenizer, apply) of a run's checkpoint: apply(params, ids [b t]) -> logits
+    [b t v].
 
-    `config.model` is the shape of that checkpoint; for the step see `find`. mesh: fields unlike the run's.
-    """
+    `config.model` is the shape of that checkpoint; for the step see `find`. mesh: fields unlike the
+    run's.
+"""
     checkpoints, step, meta = find_checkpoint(run, step)
     directory = Path(run).expanduser()
     config = from_json(Config, json.loads((directory / "config.json").read_text()))
@@ -669,7 +721,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     return params, config, tokenizer, lambda params, ids: scores(params, step, jnp.asarray(ids))
 
 
-# ------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 def verb(name: str, arguments: list[str]):
     """Run tools/NAME.py."""
@@ -683,7 +735,7 @@ def main(arguments: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled"))
     try:
         with user_errors(OSError):  # a full disk, a directory that may not be written
-            if arguments and (ROOT / "tools" / f"{arguments[0]}.py").is_file():
+            if arguments and arguments[0] in config_files.verbs():
                 result = verb(arguments[0], arguments[1:])
             elif "--debug" in arguments:
                 result = verb("debug", [word for word in arguments if word != "--debug"])
@@ -701,6 +753,7 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":  # one module called `train`, for this process and for every config that imports it
     sys.path.insert(0, str(ROOT))
     import train
-    # A failed save of Orbax's closes an event loop that its threads still call: the save's sentence says it.
+    # A failed save of Orbax's closes an event loop that its threads still call: the save's sentence
+    # says it.
     sys.unraisablehook = lambda it: str(it.exc_value) == "Event loop is closed" or sys.__unraisablehook__(it)
     sys.exit(train.main(sys.argv[1:]))

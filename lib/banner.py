@@ -1,4 +1,5 @@
 """What a run says of itself before it begins."""
+
 import time
 from datetime import timedelta
 
@@ -25,7 +26,7 @@ def matmul_speed(dtype: str) -> float:
 
 
 def epochs_of(run) -> str:
-    """How often the run reads each source; not known where a source is still growing, or a mixture is steered."""
+    """How often the run reads each source, where that is known before it begins."""
     if run.config.data.stream or run.plan.steers:
         return "not known yet"
     found = run.loader.epochs(run.plan.total)
@@ -33,7 +34,10 @@ def epochs_of(run) -> str:
 
 
 def banner(run, step, attention: str):
-    """Print what is about to run, before it runs; step, attention: the first phase's, compiled and chosen."""
+    """Print what is about to run.
+
+    step: the first phase's, compiled. attention: the implementation chosen for it.
+    """
     config, plan = run.config, run.plan
     models, tokens, flops = plan.models, int(plan.tokens[-1]), float(plan.flops[-1])
     analysis = step.memory_analysis()
@@ -43,10 +47,11 @@ def banner(run, step, attention: str):
         devices += f", {jax.process_count()} processes"
     seconds = 2 * flops / (run.mesh.devices.size * matmul_speed(models[0].dtype))
     sizes = (f"{count(model):,} ({model.layers} layers)" for model in dict.fromkeys(models))
+    each = tokens / count(models[-1])
     lines = {
         "run": f"{config.runs}/{config.name}",
         "parameters": " -> ".join(sizes),
-        "tokens": f"{tokens:,}, {tokens / count(models[-1]):.1f} a parameter; epochs: {epochs_of(run)}",
+        "tokens": f"{tokens:,}, {each:.1f} a parameter; epochs: {epochs_of(run)}",
         "FLOPs": f"{flops:.3g}",
         "memory": f"{memory:,.0f} MiB a device in the first phase",
         "devices": devices,

@@ -1,5 +1,4 @@
-"""Configs: read from files and the command line, checked, and written as JSON."""
-import ast
+"""Configs: read from files, and written as JSON."""
 import contextlib
 import dataclasses
 import difflib
@@ -10,25 +9,37 @@ import json
 import sys
 import traceback
 import typing
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
-
-import typeguard
-import tyro
+from types import ModuleType
+from typing import Any
 
 from lib.disk import digest
 from lib.errors import InputError
+from lib.fields import (
+    RENAMED,
+    allowed_names,
+    changed_settings,
+    check_value,
+    field_types,
+    inside,
+    options,
+    plain,
+    setting_types,
+    settings,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = "lib", "tools", "configs"  # whose files import one another by dotted names
-RENAMED = {"weights": "reparam", "rates": "lr"}  # fields by the names that they once had
 
 
-def load_file(path: str | Path):
-    """Run a Python file as a module of its own, once per process."""
+# -------------------------------------------------------------------------------- files of Python
+
+def load_file(path: str | Path) -> ModuleType:
+    """Run a Python file as a module, once per process, by the name that an import gives it."""
     path = Path(path).resolve()
-    if path.parent == ROOT or any(path.is_relative_to(ROOT / part) for part in HOUSE):
+    in_house = path.parent == ROOT or any(path.is_relative_to(ROOT / part) for part in HOUSE)
+    if in_house and "." not in path.stem:
         return importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     name = f"{path.stem}_{digest(str(path))[:8]}"
     if name not in sys.modules:
@@ -42,180 +53,210 @@ def load_file(path: str | Path):
     return sys.modules[name]
 
 
-def find_config_file(path: str):
-    """Raise InputError unless a file is there, with the config or verb whose name is the nearest."""
-    if Path(path).is_file():
-        return
-    configs = sorted(place.relative_to(ROOT) for place in (ROOT / "configs").rglob("*.py"))
-    verbs = sorted(place.stem for place in (ROOT / "tools").glob("*.py"))
-    names = {place.stem: place.as_posix() for place in configs} | {verb: verb for verb in verbs}
-    near = difflib.get_close_matches(Path(path).stem, names, 1)
-    hint = f"did you mean {names[near[0]]}?" if near else "configs/README.md lists the configs"
-    raise InputError(f"{path!r} is neither a config file, such as configs/quickstart.py, nor a verb "
-                     f"({', '.join(verbs)}); {hint}")
+def load_module(path: str) -> ModuleType:
+    """The module of a config file. Raises InputError for whatever is wrong with it."""
+    refuse_no_file(path)
+    with config_errors(path):
+        return load_file(path)
 
 
 @contextlib.contextmanager
 def config_errors(path: str):
-    """Whatever a config file does wrong, said in one InputError that names the file and its line."""
+    """Whatever a config file does wrong, as one InputError that names the file and its line."""
     try:
         yield
     except Exception as error:  # a config file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [f.lineno for f in frames if f.filename == str(Path(path).resolve())]
+        lines = [frame.lineno for frame in frames if frame.filename == str(Path(path).resolve())]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
         line = f", line {lines[-1]}" if lines else ""
         said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         raise InputError(f"config file {path}{line}: {said}") from error
 
 
-def load_module(path: str):
-    """The module of a config file; raises InputError for whatever is wrong with it."""
-    find_config_file(path)
-    with config_errors(path):
-        return load_file(path)
+def verbs() -> list[str]:
+    """The names of tools/ that are verbs of the command line: the files that have a `main`."""
+    files = sorted((ROOT / "tools").glob("*.py"))
+    return [file.stem for file in files if "\ndef main(" in file.read_text("utf-8")]
 
 
-def load_config(path: str, kind: type):
-    """The `config` of a config file or, of FILE:ARM, an arm of its study or of its dictionary `arms`.
+def refuse_no_file(path: str):
+    """Raise InputError, with what was probably meant, for a path that is no config file."""
+    place = Path(path)
+    if (place / "config.json").is_file():
+        raise InputError(f"{path} is the directory of a run; resume it by the command that began "
+                         f"it, or by `python train.py {place / 'config.json'}`")
+    if (place / "study.json").is_file():
+        raise InputError(f"{path} is the directory of a study; allowed is the study's file, and "
+                         f"`python train.py report {path}` shows its result")
+    if place.is_dir():
+        raise InputError(f"{path} is a directory; allowed is a config file, such as "
+                         "configs/quickstart.py")
+    if not place.is_file():
+        raise InputError(f"{path!r} is neither a config file, such as configs/quickstart.py, nor a "
+                         f"verb ({', '.join(verbs())}); {nearest(place)}")
+    if place.suffix not in (".py", ".json"):
+        raise InputError(f"{path} is neither a config file, NAME.py, nor the config.json of a run")
 
-    kind: train.Config, which what is found has to be.
+
+def nearest(place: Path) -> str:
+    """Which config file or verb a path that does not exist may mean, by its name."""
+    files = sorted((ROOT / "configs").rglob("*.py"))
+    known = {file.stem: file.relative_to(ROOT).as_posix() for file in files}
+    known |= {verb: verb for verb in verbs()}
+    near = difflib.get_close_matches(place.stem, known, 1)
+    return f"did you mean {known[near[0]]}?" if near else "configs/README.md lists the configs"
+
+
+# ------------------------------------------------------------------------------- configs of a file
+
+def load_config(path: str, kind: type, /, **given):
+    """The config of a file, FILE.py, FILE.py:ARM or a run's config.json; see `find_config`.
+
+    given: arguments, where the file defines a function `config`. Raises InputError.
+    """
+    found, file = find_config(path, kind)
+    return found if isinstance(found, kind) else build(found, given, file, kind)
+
+
+def find_config(path: str, kind: type) -> tuple[Any, str]:
+    """(the config of a file or the function that builds it, FILE or FILE:ARM that names it).
+
+    FILE:ARM is an arm of the file's study, or of its dictionary `arms`. FILE is its `config`, or
+    the control of its study. kind: `train.Config`.
     """
     path, _, arm = path.partition(":")
-    if path.endswith(".json"):  # of a run
-        find_config_file(path)
-        with config_errors(path):
-            return from_json(kind, json.loads(Path(path).read_text()))
+    if path.endswith(".json") and Path(path).is_file():
+        return read_json(path, kind), path
     module = load_module(path)
-    arms = getattr(getattr(module, "study", module), "arms", {})
-    found = arms.get(arm) if arm else getattr(module, "config", None)
-    if isinstance(found, kind):
-        return found
+    study = getattr(module, "study", None)
+    arms = getattr(study or module, "arms", {})
+    config = getattr(module, "config", None)
+    if not arm and (isinstance(config, kind) or inspect.isfunction(config)):
+        return config, path
+    arm = arm or getattr(study, "first", "")
+    if isinstance(arms.get(arm), kind):
+        return arms[arm], f"{path}:{arm}"
     if arm:
-        raise InputError(f"config file {path} defines no arm {arm!r}; its arms: {', '.join(arms) or 'none'}")
-    hint = f"; it has arms, one of which {path}:{next(iter(arms))} names" if arms else ""
-    raise InputError(f"config file {path} defines no `config = Config(...)`{hint}")
+        raise InputError(f"config file {path} defines no arm {arm!r}; its arms: "
+                         f"{', '.join(arms) or 'none'}")
+    raise InputError(f"config file {path} defines no `config = Config(...)`"
+                     + (f"; its arms are {', '.join(arms)}: {path}:ARM" if arms else ""))
 
+
+def build(function: Callable, given: dict[str, Any], file: str, kind: type):
+    """The config that a file's function `config` makes of arguments by name. Raises InputError."""
+    hints = setting_types(function)
+    for name, value in given.items():
+        check_value(value, hints.get(name, Any), f"--{name} of {file}")
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise InputError(f"config file {file} needs --{name} VALUE")
+    with config_errors(file):
+        config = function(**given)
+    if not isinstance(config, kind):
+        raise InputError(f"`config` of {file} gives {config!r}; allowed is a {kind.__name__}")
+    return config
+
+
+# ------------------------------------------------------------------------------------------ parts
 
 def parts(value) -> dict[str, tuple[Any, Any]]:
-    """{name: (part, type)} of a config value: fields, dictionary entries, items, a partial's arguments."""
-    if dataclasses.is_dataclass(value):
-        return {n: (getattr(value, n), hint) for n, hint in typing.get_type_hints(type(value)).items()}
-    if isinstance(value, dict):
-        return {name: (part, Any) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return {str(i): (part, Any) for i, part in enumerate(value)}
-    if isinstance(value, functools.partial):
-        takes = inspect.signature(value.func).parameters.items()
-        return {name: (value.keywords.get(name, p.default), Any) for name, p in takes}
-    return {}
+    """{name: (part, its type)}: fields, entries of a dictionary, items, settings of a function."""
+    if callable(value):
+        hints = setting_types(value)
+        return {name: (part, hints.get(name, Any)) for name, part in settings(value).items()}
+    return {name: (part, of) for name, part, of in inside(value, Any)}
 
+
+# ------------------------------------------------------------------------------------------- JSON
 
 def to_json(value):
-    """A config as JSON; a function is its `file:name`, its arguments and a hash of its source."""
+    """A config as JSON. A function is its `file:name`, all settings and a hash of its source."""
     if callable(value):
-        function = getattr(value, "func", value)
+        function = plain(value)
         file = Path(inspect.getsourcefile(function)).resolve()
-        file = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+        if file.is_relative_to(ROOT):
+            file = file.relative_to(ROOT)
         return {"function": f"{file.as_posix()}:{function.__qualname__}",
-                "arguments": {k: to_json(v) for k, v in getattr(value, "keywords", {}).items()},
+                "arguments": {name: to_json(part) for name, part in settings(value).items()},
                 "source": digest(inspect.getsource(function))}
-    if isinstance(value, (tuple, list)):
-        return [to_json(v) for v in value]
+    if isinstance(value, tuple | list):
+        return [to_json(part) for part in value]
     if isinstance(value, dict) or dataclasses.is_dataclass(value):
-        return {name: to_json(part) for name, (part, _) in parts(value).items()}
+        return {name: to_json(part) for name, part, _ in inside(value, Any)}
     return value
 
 
+def read_json(path: str, kind: type):
+    """The config in a run's config.json. Raises InputError for what is none."""
+    with config_errors(path):
+        found = from_json(kind, json.loads(Path(path).read_text("utf-8")))
+    if not isinstance(found, kind):
+        raise InputError(f"config file {path} is not the config.json of a run: it is no object")
+    return found
+
+
 def from_json(hint, value):
-    """The inverse of `to_json` for a type; the files of the functions must be where they were."""
+    """The inverse of `to_json` for a type; the files of the functions must be where they were.
+
+    Raises InputError for a field or a function that is not there.
+    """
     if isinstance(value, dict) and {"function", "arguments"} <= value.keys():
-        file, name = value["function"].rsplit(":", 1)
-        function = getattr(load_file(ROOT / file), name)
-        return functools.partial(function, **value["arguments"]) if value["arguments"] else function
-    options = [h for h in typing.get_args(hint) if h is not type(None)]
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        value = {k if k in hints else RENAMED.get(k, k): v for k, v in value.items()}  # of an older run
-        return hint(**{k: from_json(hints[k], v) for k, v in value.items()})
+        return function_of(value)
     if isinstance(value, dict):
-        return from_json(options[0], value) if typing.get_origin(hint) is not dict else \
-            {k: from_json(options[1], v) for k, v in value.items()}
-    return tuple(from_json(options[0], v) for v in value) if isinstance(value, list) else value
+        made = option(hint, dataclasses.is_dataclass)
+        if made:
+            return make(made, value)
+        named = option(hint, lambda of: typing.get_origin(of) is dict) or dict[str, Any]
+        return {name: from_json(typing.get_args(named)[1], part) for name, part in value.items()}
+    if isinstance(value, list):
+        several = option(hint, lambda of: typing.get_origin(of) is tuple) or tuple[Any, ...]
+        return tuple(from_json(typing.get_args(several)[0], part) for part in value)
+    return value
+
+
+def option(hint, holds: Callable[[Any], bool]):
+    """The first type that an annotation allows and that `holds`; None where there is none."""
+    return next((of for of in options(hint) if holds(of)), None)
+
+
+def make(made: type, value: dict):
+    """A dataclass from JSON; fields that an older run has by another name are known by it."""
+    hints, given = field_types(made), {}
+    for name, part in value.items():
+        if name not in hints:
+            name = RENAMED.get(name, name)
+        if name not in hints:
+            raise InputError(f"{made.__name__} has no field {name!r}; {allowed_names(name, hints)}")
+        given[name] = from_json(hints[name], part)
+    return made(**given)
+
+
+def function_of(written: dict) -> Callable:
+    """The function that JSON names, a partial where settings are not its defaults."""
+    file, name = written["function"].rsplit(":", 1)
+    if not (ROOT / file).is_file():
+        raise InputError(f"the config has the function {name} of {file}, a file that is gone")
+    function = getattr(load_module(str(ROOT / file)), name, None)
+    if function is None:
+        raise InputError(f"the config has the function {name}, which {file} does not define")
+    partial = functools.partial(function, **written["arguments"])
+    changed = changed_settings(partial)
+    return functools.partial(function, **changed) if changed else function
 
 
 def flatten(value, path: str = "") -> dict[str, Any]:
     """Leaves of a JSON value by dotted path."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not items or not value:
+    items = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    if not items:
         return {path: value}
-    return {k: v for key, child in items for k, v in flatten(child, f"{path}.{key}".strip(".")).items()}
-
-
-def override(value, names: list[str], word: str, flag: str):
-    """`value` with the part at a path set from a word of the command line; `check` judges its type."""
-    if not names:
-        if isinstance(value, str):
-            return word
-        try:
-            parsed = ast.literal_eval(word.capitalize() if word in ("true", "false", "none") else word)
-        except (ValueError, SyntaxError):
-            return word
-        return float(parsed) if isinstance(value, float) and type(parsed) is int else parsed
-    inside = parts(value)
-    name = names[0] if names[0] in inside else names[0].replace("-", "_")
-    if name not in inside and RENAMED.get(name) in inside:
-        raise InputError(f"unknown field {flag}: {name!r} is now {RENAMED[name]!r}")
-    if name not in inside:
-        close = difflib.get_close_matches(name, inside, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed are: {', '.join(inside) or 'none'}"
-        raise InputError(f"unknown field {flag}: there is no {name!r} here; {hint}")
-    part = override(inside[name][0], names[1:], word, flag)
-    if isinstance(value, functools.partial):
-        return functools.partial(value.func, **value.keywords | {name: part})
-    if isinstance(value, tuple):
-        return tuple(part if str(i) == name else v for i, v in enumerate(value))
-    return value | {name: part} if isinstance(value, dict) else replace(value, **{name: part})
-
-
-def parse(arguments: list[str], kind: type) -> tuple[Any, str]:
-    """(config, its file) from the command line of a run."""
-    arguments = list(arguments)
-    named = arguments and not arguments[0].startswith("-")
-    file = arguments.pop(0) if named else str(ROOT / "configs/quickstart.py")
-    config = load_config(file, kind)
-    if {"-h", "--help"} & set(arguments):
-        tyro.cli(kind, default=config, args=["--help"], prog=f"python train.py {file}",
-                 use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
-    while arguments:
-        flag, equals, word = arguments.pop(0).partition("=")
-        if not flag.startswith("--"):
-            raise InputError(f"{flag!r} is not understood here; fields are set by --path.to.field VALUE")
-        if not equals and (not arguments or arguments[0].startswith("--")):
-            raise InputError(f"{flag} needs a value: {flag} VALUE")
-        config = override(config, flag[2:].split("."), word if equals else arguments.pop(0), flag)
-    return replace(config, name=config.name or Path(file.replace(".py:", "-")).name.removesuffix(".py")), file
-
-
-def check_types(value, hint, path: str):
-    """Raise InputError unless a config value has its declared type, and its functions can be written down."""
-    if callable(value):
-        inner = getattr(value, "func", value)
-        if not inspect.isfunction(inner) or "<" in inner.__qualname__ or getattr(value, "args", ()):
-            raise InputError(f"{path} is {getattr(inner, '__qualname__', inner)!r}; allowed is a top-level "
-                             "function of a file, or a functools.partial of one with keyword arguments")
-        for name, part in getattr(value, "keywords", {}).items():
-            try:
-                json.dumps(part)
-            except TypeError:
-                raise InputError(f"{path}.{name} is {part!r}; allowed is what JSON can hold") from None
-    try:
-        every = typeguard.CollectionCheckStrategy.ALL_ITEMS
-        typeguard.check_type(value, hint, collection_check_strategy=every)
-        if isinstance(value, bool) and hint is not bool:
-            raise typeguard.TypeCheckError(f"is not {hint}")
-    except typeguard.TypeCheckError:
-        options = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        allowed = " or ".join(map(repr, options)) or getattr(hint, "__name__", str(hint))
-        raise InputError(f"{path} is {value!r} ({type(value).__name__}); allowed is {allowed}") from None
-    for name, (part, part_hint) in parts(value).items() if not callable(value) else ():
-        check_types(part, part_hint, f"{path}.{name}".strip("."))
+    out = {}
+    for key, child in items:
+        out |= flatten(child, f"{path}.{key}".strip("."))
+    return out

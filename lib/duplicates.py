@@ -62,6 +62,10 @@ def distinct_stdlib(near: float = 0.0) -> Iterator[Document | Skipped]:
     return distinct(stdlib(), near)
 
 
-def distinct_text(path: str, separator: str = "", near: float = 0.0) -> Iterator[Document | Skipped]:
+def distinct_text(
+    path: str,
+    separator: str = "",
+    near: float = 0.0,
+) -> Iterator[Document | Skipped]:
     """Text files (see `lib.sources.text`) without duplicates."""
     return distinct(text(path, separator), near)

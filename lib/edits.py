@@ -5,56 +5,118 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from model import Context, Edited, Model, draw, groups, table
+from model import Context, Edited, Model, Param, Params, draw, groups, table
 
 
-def stack(model: Model, context: Context, times: int = 2, layers: tuple[int, ...] | None = None,
-          moments: Literal["reset", "map"] = "reset",
-          new: Literal["random", "identity"] = "random") -> Edited:
-    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024), or any `layers`, taken in order.
+def check_option(option: str, given: str, *allowed: str) -> None:
+    """Raise ValueError for an option of an edit, "stack: moments", that is not one allowed."""
+    if given not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"{option} is {given!r}; allowed are {names}")
 
-    A layer -1 is a new one, drawn as at initialisation: as it is ("random"), or with zero output projections,
-    so that it changes nothing yet ("identity"). The copies keep the shallow model's output scale. moments:
-    "reset" starts every optimiser group afresh, as the paper does; "map" copies the blocks' moments along,
-    new ones are 0. Raises ValueError for a layer that is not there.
+
+def stack(
+    model: Model,
+    context: Context,
+    times: int = 2,
+    layers: tuple[int, ...] | None = None,
+    moments: Literal["reset", "map"] = "reset",
+    new: Literal["random", "identity"] = "random",
+) -> Edited:
+    """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024).
+
+    layers: in place of that, old layers in any order; -1 is a new layer. new: it is drawn as at
+    initialisation ("random"), or so with zero output projections, and changes nothing yet
+    ("identity"). Copies keep the output scale of the shallow model.
+    moments: "reset" starts every optimiser group afresh, as the paper does. "map" copies the
+    blocks' moments along; those of new layers are 0.
+    Raises ValueError for a layer that is not there, and for an unknown option.
     """
     old = model.config
-    index = list(layers) if layers is not None else list(range(old.layers)) * times
-    if not index or not all(-1 <= i < old.layers for i in index):
-        raise ValueError(f"stack: layers is {index}, but the model has layers 0 to {old.layers - 1}; "
-                         "-1 is a new one")
-    for name, value, one, other in ("moments", moments, "reset", "map"), ("new", new, "random", "identity"):
-        if value not in (one, other):
-            raise ValueError(f'stack: {name} is {value!r}, allowed are "{one}" and "{other}"')
-    config, where = replace(old, layers=len(index)), jnp.array(index)
+    order = list(range(old.layers)) * times if layers is None else list(layers)
+    check_layers(order, old.layers)
+    check_option("stack: moments", moments, "reset", "map")
+    check_option("stack: new", new, "random", "identity")
+    config = replace(old, layers=len(order))
     rows = table(config)
 
-    def take(tree: dict, fresh: Callable = lambda name, x: jnp.zeros_like(x)) -> dict:
-        def layer(name, x):
-            taken = x[jnp.maximum(where, 0)]
-            there = (where >= 0).reshape(-1, *[1] * (x.ndim - 1))
-            return taken if min(index) >= 0 else jnp.where(there, taken, fresh(name, taken))
-        return {n: layer(n, x) if rows[n].axes[0] == "layers" else x for n, x in tree.items()}
+    def drawn(name, like):
+        if new == "identity" and writes_stream(rows[name]):
+            return jnp.zeros_like(like)
+        return draw(name, rows[name], context.key, like.dtype)
 
-    def drawn(name, x):
-        zero = new == "identity" and rows[name].axes[-1] == "embed" != rows[name].axes[1]
-        return jnp.zeros_like(x) if zero else draw(name, rows[name], context.key, x.dtype)
+    def mapped(tree, moment):
+        return in_order(tree, order, rows, lambda _, like: jnp.zeros_like(like))
 
-    policy = dict.fromkeys(groups(old), (lambda tree, _: take(tree)) if moments == "map" else "reset")
-    kept = [i for i in index if i >= 0] == list(range(old.layers)) and (new == "identity" or min(index) >= 0)
-    return Edited(Model(config, take(model.params, drawn)), policy, preserves=kept)
+    params = in_order(model.params, order, rows, drawn)
+    policy = dict.fromkeys(groups(old), mapped if moments == "map" else "reset")
+    silent = new == "identity" or -1 not in order
+    preserves = silent and all_kept(order, old.layers)
+    return Edited(Model(config, params), policy, preserves)
+
+
+def writes_stream(param: Param) -> bool:
+    """Whether a parameter of blocks is a matrix whose outputs are the residual stream."""
+    inner = param.axes[1:]  # without `layers`
+    return inner[-1] == "embed" and inner[0] != "embed"
+
+
+def check_layers(order: list[int], layers: int) -> None:
+    """Raise ValueError for a list of layers that the model does not have, but for -1."""
+    if order and -1 <= min(order) and max(order) < layers:
+        return
+    raise ValueError(
+        f"stack: layers is {order}, but the model has layers 0 to {layers - 1}; -1 is a new one"
+    )
+
+
+def all_kept(order: list[int], layers: int) -> bool:
+    """Whether an order has every old layer once, in turn; new ones may stand between."""
+    kept = [layer for layer in order if layer >= 0]
+    return kept == list(range(layers))
+
+
+def in_order(
+    tree: Params,
+    order: list[int],
+    rows: dict[str, Param],
+    fresh: Callable,
+) -> Params:
+    """Arrays {name: array} with their layers in a new order; a layer -1 is fresh(name, like)."""
+    index = jnp.array(order)
+    out = dict(tree)
+    for name, x in tree.items():
+        if rows[name].axes[0] != "layers":
+            continue
+        out[name] = x[jnp.maximum(index, 0)]
+        if -1 in order:
+            is_old = per_layer(index >= 0, x)
+            new = fresh(name, out[name])
+            out[name] = jnp.where(is_old, out[name], new)
+    return out
+
+
+def per_layer(values, x):
+    """Values [layers], shaped so that they broadcast against x [layers ...]."""
+    ones = [1] * (x.ndim - 1)
+    return values.reshape(-1, *ones)
 
 
 def reset_embeddings(model: Model, context: Context, head: bool = True) -> Edited:
-    """Active forgetting (Chen et al. 2023): draw embeddings again and reset their optimiser, count and all.
+    """Active forgetting (Chen et al. 2023): draw the embeddings again and reset their optimiser.
 
-    A tied head goes with them; an untied one where `head` says so. The body and its optimiser are untouched.
+    Moments and the count are reset. A tied head goes with the embeddings; an untied one does where
+    `head` says so. The body and its optimiser stay as they are.
     """
     gone = {"embed", "head"} if head else {"embed"}
-    fresh = {n: draw(n, p, context.key, model.params[n].dtype)
-             for n, p in table(model.config).items() if p.group in gone}
-    policy = dict.fromkeys(gone & set(groups(model.config)), "reset")
-    return Edited(Model(model.config, model.params | fresh), policy, preserves=False)
+    params = dict(model.params)
+    policy = {}
+    for name, param in table(model.config).items():
+        if param.group in gone:
+            dtype = params[name].dtype
+            params[name] = draw(name, param, context.key, dtype)
+            policy[param.group] = "reset"
+    return Edited(Model(model.config, params), policy, preserves=False)
 
 
 def silence(model: Model, context: Context, layers: tuple[int, ...]) -> Edited:

@@ -1,192 +1,467 @@
-"""Fast products, attention and losses, each beside its reference."""
+"""Fast paths: products, attention and losses, each beside its reference.
+
+Letters of axes: b batch, t and s position, k key-value head, g query head of a key-value head,
+h head_dim, v vocab; n any number of rows, i inputs and o outputs of a matrix.
+"""
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from lib.sharding import ROWS, RULES, constrain
 
 
+def float32_or_wider(dtype):
+    """The dtype in which sums and normalisers of `dtype` are computed."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# -------------------------------------------------------------------------------------- masks
+
+
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees, always within its own segment. It has no defaults: whoever attends must say.
+    """Which keys a query sees, always within its own segment.
 
-    causal: keys at or before the query. prefix: these, and every key that `prefix` marks. bidirectional: all.
-    window: a query sees the `window` nearest keys at or before it (bidirectional: and as many after); 0: all.
+    causal: keys at or before the query. prefix: these, and every key that `prefix` marks.
+    bidirectional: all keys. window: a query sees the `window` nearest keys at or before it
+    (bidirectional: and as many after it); 0: all.
+
+    There are no defaults: whoever attends must say. Raises ValueError for anything else.
     """
 
     kind: Literal["causal", "prefix", "bidirectional"]
     window: int
 
     def __post_init__(self):
-        if self.kind not in ("causal", "prefix", "bidirectional") or self.window < 0:
-            raise ValueError(f"mask {self}: kind is causal, prefix or bidirectional, and window is 0 or more")
+        known = self.kind in ("causal", "prefix", "bidirectional")
+        if not known or self.window < 0:
+            raise ValueError(
+                f"mask {self}: kind is causal, prefix or bidirectional, and window is 0 or more"
+            )
 
 
-def allowed(mask: Mask, q_index, k_index, q_segment, k_segment, k_prefix=None) -> jax.Array:
-    """[b, t, s]: may the query at `q_index` [t] see the key at `k_index` [s]? Segments [b, t] and [b, s]."""
-    ahead = k_index[None, :] - q_index[:, None]  # [t, s], positive in the future
-    see = (jnp.ones_like(ahead, bool) if mask.kind == "bidirectional" else ahead <= 0)[None]
+def allowed(
+    mask: Mask,
+    q_index,
+    k_index,
+    q_segment,
+    k_segment,
+    k_prefix=None,
+) -> jax.Array:
+    """bool [b t s]: may the query at `q_index` [t] see the key at `k_index` [s]?
+
+    Segments are [b t] and [b s]. k_prefix [b s] marks what all see under a prefix mask.
+    """
+    ahead = k_index[None, :] - q_index[:, None]  # [t s], positive in the future
+    if mask.kind == "bidirectional":
+        visible = jnp.ones_like(ahead, bool)[None]
+    else:
+        visible = (ahead <= 0)[None]
     if mask.kind == "prefix":
-        if k_prefix is None:
-            raise ValueError("a prefix mask needs the batch key `prefix` [b, t]")
-        see = see | (k_prefix[:, None, :] > 0)
+        visible = visible | (k_prefix[:, None, :] > 0)
     if mask.window:
-        see = see & (abs(ahead) < mask.window)[None]
-    return see & (q_segment[:, :, None] == k_segment[:, None, :])
+        visible = visible & (abs(ahead) < mask.window)[None]
+    q_segment = q_segment[:, :, None]
+    k_segment = k_segment[:, None, :]
+    return visible & (q_segment == k_segment)
 
 
-def attend(q, k, v, see) -> jax.Array:
-    """Softmax attention of q [b t k g h] to k, v [b s k h] where `see` [b t s]; scores: float32 or wider."""
-    b, t, kv, g, h = q.shape
-    q = (q * h**-0.5).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)  # the heads of a group share keys
-    out = softmax_mix(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), see[:, None])
-    return out.reshape(b, kv, g, t, h).transpose(0, 3, 1, 2, 4)
+# ---------------------------------------------------------------------------------- attention
 
 
-@jax.custom_vjp
-def softmax_mix(q, k, v, see):
-    """softmax(q kᵀ where see) v for q [b k gt h], k and v [b k s h], see [b 1 t s].
+def attention(
+    q,
+    k,
+    v,
+    mask: Mask,
+    segments,
+    prefix=None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Self-attention of q [b t k g h] to k and v [b t k h]: means of v [b t k g h].
 
-    Its own gradient, because the row sums of share · d(share) equal those of out · d(out) (FlashAttention,
-    Dao et al. 2022, B.2), which are h wide where the former are s wide.
+    segments [b t]: see `Mask`. prefix [b t]: the keys that a prefix mask shows to all.
+    implementation: a name in ATTENTION, or "auto". Raises ValueError for one that cannot honour
+    the mask here.
     """
-    return softmax_mix_forward(q, k, v, see)[0]
+    if mask.kind == "prefix" and prefix is None:
+        raise ValueError("a prefix mask needs the batch key `prefix` [b, t]")
+    name = choose(implementation, mask, q.shape[1], q.dtype)
+    compute = ATTENTION[name].function
+    return compute(q, k, v, mask, segments, prefix)
 
 
-def softmax_mix_forward(q, k, v, see):
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
-    see = jnp.tile(see, (1, 1, q.shape[2] // see.shape[2], 1))
-    share = jax.nn.softmax(jnp.where(see, scores, jnp.finfo(wide).min)).astype(v.dtype)  # a row may be empty
-    out = jnp.einsum("bkts,bksh->bkth", share, v)
-    return out, (q, k, v, share, out)
+def choose(
+    implementation: str,
+    mask: Mask,
+    length: int,
+    dtype,
+    platform: str | None = None,
+) -> str:
+    """The name in ATTENTION of an implementation; "auto" takes the first that is able.
 
-
-def softmax_mix_backward(kept, d_out):
-    q, k, v, share, out = kept
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    d_share = jnp.einsum("bkth,bksh->bkts", d_out, v, preferred_element_type=wide)
-    rows = jnp.sum((d_out * out).astype(wide), -1, keepdims=True)
-    d_scores = (share * (d_share - rows)).astype(q.dtype)
-    d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k)
-    d_k = jnp.einsum("bkts,bkth->bksh", d_scores, q)
-    return d_q, d_k, jnp.einsum("bkts,bkth->bksh", share, d_out), None
-softmax_mix.defvjp(softmax_mix_forward, softmax_mix_backward)
-
-
-def splash(q, k, v, mask: Mask, segments, interpret: bool = False) -> jax.Array:
-    """`attention` by the Pallas kernel for TPUs of that name, which skips blocks that nobody sees."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-    t, g, h = q.shape[1], *q.shape[3:]
-    n = next(n for n in (512, 256, 128) if t % n == 0)
-    see = masks.LocalMask((t, t), (mask.window - 1, 0), 0) if mask.window else masks.CausalMask((t, t))
-    heads = kernel.make_splash_mqa_single_device(
-        masks.MultiHeadMask([see] * g), block_sizes=kernel.BlockSizes(*[n] * 8), interpret=interpret)
-    each = jax.vmap(jax.vmap(heads, (0, 0, 0, None)))  # rows, key-value heads
-    out = each((q * h**-0.5).transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3),
-               kernel.SegmentIds(segments, segments))
-    return out.transpose(0, 3, 1, 2, 4)
-
-
-def choose(implementation: str, mask: Mask, length: int, dtype, platform: str | None = None) -> str:
-    """What "auto" stands for: not cuDNN, untried yet. Raises ValueError for what cannot do what is asked."""
-    platform = platform or getattr(get_abstract_mesh().abstract_device, "platform", jax.default_backend())
-    able = ["splash"] * (platform == "tpu" and mask.kind == "causal" and length % 128 == 0)
-    able += ["xla", "reference"] + ["cudnn"] * (platform == "gpu" and jnp.dtype(dtype).itemsize == 2)
-    if implementation not in ("auto", *able):
-        raise ValueError(f"model.attention is {implementation}; allowed for {mask.kind} rows of {length} in "
-                         f"{dtype} on {platform} are auto, {', '.join(able)}")
-    return able[0] if implementation == "auto" else implementation
-
-
-def attention(q, k, v, mask: Mask, segments, prefix=None, implementation: str = "auto") -> jax.Array:
-    """Self-attention of q [b t k g h] to k, v [b t k h] under a mask specification and segments [b, t].
-
-    reference: the whole [t, t] square. xla: in blocks of queries, each with only the keys that it can see,
-    so that a causal row costs about half the square. cudnn: NVIDIA's flash attention. splash: see there.
+    platform: cpu, gpu or tpu; None is that of the mesh, or without one the default. Raises
+    ValueError for an implementation that is not able.
     """
-    implementation = choose(implementation, mask, q.shape[1], q.dtype)
-    length = block = q.shape[1]
+    if platform is None:
+        device = get_abstract_mesh().abstract_device
+        platform = getattr(device, "platform", jax.default_backend())
+    case = Case(mask, length, jnp.dtype(dtype), platform)
+    able = [name for name, entry in ATTENTION.items() if entry.able(case)]
+    if implementation == "auto":
+        return able[0]
+    if implementation not in able:
+        raise ValueError(
+            f"model.attention is {implementation}; allowed for {mask.kind} rows of {length} "
+            f"in {dtype} on {platform} are auto, {', '.join(able)}"
+        )
+    return implementation
+
+
+class Case(NamedTuple):
+    """What an implementation is asked for."""
+
+    mask: Mask
+    length: int  # positions of a row
+    dtype: jnp.dtype
+    platform: str  # cpu, gpu or tpu
+
+
+def reference(q, k, v, mask, segments, prefix):
+    """`attention` by the whole [t t] square."""
+    index = jnp.arange(q.shape[1])
+    visible = allowed(mask, index, index, segments, segments, prefix)
+    return attend(q, k, v, visible)
+
+
+def blockwise(q, k, v, mask, segments, prefix):
+    """`attention` in blocks of queries, each with only the keys that it can see.
+
+    A causal row costs about half the square. Other masks take the whole of it.
+    """
+    length = q.shape[1]
+    sizes = [size for size in (128, 64) if length % size == 0 and length > size]
+    if mask.kind != "causal" or not sizes:
+        return reference(q, k, v, mask, segments, prefix)
     index = jnp.arange(length)
-    if implementation in ("splash", "cudnn"):
-        def kernel(q, k, v, segments, prefix):
-            if implementation == "splash":
-                return splash(q, k, v, mask, segments)
-            see = allowed(mask, index, index, segments, segments, prefix)[:, None]
-            flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
-            return jax.nn.dot_product_attention(flat, k, v, mask=see, is_causal=mask.kind == "causal",
-                                                implementation="cudnn").reshape(q.shape)
-
-        if not get_abstract_mesh().empty:  # of which kernels know nothing
-            heads, rows = PartitionSpec(ROWS, None, RULES["kv_heads"]), PartitionSpec(ROWS)
-            kernel = jax.shard_map(kernel, in_specs=(heads,) * 3 + (rows,) * 2, out_specs=heads,
-                                   check_vma=False)
-        return kernel(q, k, v, segments, segments * 0 if prefix is None else prefix)
-    if implementation == "xla" and mask.kind == "causal":
-        block = next((b for b in (128, 64) if length > b and length % b == 0), length)
     out = []
-    for start in range(0, length, block):
-        end = start + block
-        keys = slice(max(0, start - mask.window + 1) if mask.window else 0, end)
-        see = allowed(mask, index[start:end], index[keys], segments[:, start:end], segments[:, keys],
-                      None if prefix is None else prefix[:, keys])
-        out.append(attend(q[:, start:end], k[:, keys], v[:, keys], see))
+    for start in range(0, length, sizes[0]):
+        end = start + sizes[0]
+        first = max(0, start - mask.window + 1) if mask.window else 0
+        queries = slice(start, end)
+        keys = slice(first, end)
+        visible = allowed(
+            mask,
+            index[queries],
+            index[keys],
+            segments[:, queries],
+            segments[:, keys],
+        )
+        part = attend(q[:, queries], k[:, keys], v[:, keys], visible)
+        out.append(part)
     return jnp.concatenate(out, axis=1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x, w, axes: tuple[str, ...], out):
-    """x [n i] times w, which becomes [i o], in x's dtype: [n o] in dtype `out`. axes: names of those of w.
+def anywhere(case: Case) -> bool:
+    """Every platform, mask and dtype."""
+    return True
 
-    What fsdp splits of w is gathered for the product alone, in x's dtype, and again for the backward pass;
-    the gradient of w is summed over devices in w's own dtype, and split as w is.
+
+def splash(q, k, v, mask, segments, prefix=None, interpret=False):
+    """`attention` by the Pallas kernel for TPUs of that name, which skips blocks nobody sees."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    b, t, kv, g, h = q.shape
+    size = next(size for size in (512, 256, 128) if t % size == 0)
+    visible = masks.CausalMask((t, t))
+    if mask.window:
+        visible = masks.LocalMask((t, t), (mask.window - 1, 0), 0)
+    of_heads = kernel.make_splash_mqa_single_device(
+        masks.MultiHeadMask([visible] * g),
+        block_sizes=kernel.BlockSizes(*[size] * 8),
+        interpret=interpret,
+    )
+    of_groups = jax.vmap(of_heads, (0, 0, 0, None))
+    of_rows = jax.vmap(of_groups)
+    q = q * h**-0.5
+    out = of_rows(
+        jnp.moveaxis(q, 1, 3),
+        jnp.moveaxis(k, 1, 2),
+        jnp.moveaxis(v, 1, 2),
+        kernel.SegmentIds(segments, segments),
+    )
+    return jnp.moveaxis(out, 3, 1)
+
+
+def splash_able(case: Case) -> bool:
+    """On TPUs, causal rows of whole blocks."""
+    causal = case.mask.kind == "causal"
+    return case.platform == "tpu" and causal and case.length % 128 == 0
+
+
+def cudnn(q, k, v, mask, segments, prefix):
+    """`attention` by NVIDIA's flash attention."""
+    b, t, kv, g, h = q.shape
+    index = jnp.arange(t)
+    visible = allowed(mask, index, index, segments, segments, prefix)
+    out = jax.nn.dot_product_attention(
+        q.reshape(b, t, kv * g, h),
+        k,
+        v,
+        mask=visible[:, None],
+        is_causal=mask.kind == "causal",
+        implementation="cudnn",
+    )
+    return out.reshape(q.shape)
+
+
+def cudnn_able(case: Case) -> bool:
+    """On GPUs, in a dtype of 16 bits."""
+    return case.platform == "gpu" and case.dtype.itemsize == 2
+
+
+def on_each_device(kernel: Callable) -> Callable:
+    """An implementation that knows nothing of meshes, for the rows and heads of each device."""
+    heads = PartitionSpec(ROWS, None, RULES["kv_heads"])
+    rows = PartitionSpec(ROWS)
+
+    def spread(q, k, v, mask, segments, prefix):
+        if get_abstract_mesh().empty:
+            return kernel(q, k, v, mask, segments, prefix)
+        if prefix is None:
+            prefix = jnp.zeros_like(segments)
+        compute = jax.shard_map(
+            lambda q, k, v, *marks: kernel(q, k, v, mask, *marks),
+            in_specs=(heads, heads, heads, rows, rows),
+            out_specs=heads,
+            check_vma=False,
+        )
+        return compute(q, k, v, segments, prefix)
+
+    return spread
+
+
+class Implementation(NamedTuple):
+    """A way to compute attention."""
+
+    able: Callable[[Case], bool]
+    function: Callable[..., jax.Array]  # (q, k, v, mask, segments, prefix): as `attention`
+
+
+# "auto" takes the first that is able. cuDNN stands last: nobody has compared it yet.
+ATTENTION = {
+    "splash": Implementation(splash_able, on_each_device(splash)),
+    "xla": Implementation(anywhere, blockwise),
+    "reference": Implementation(anywhere, reference),
+    "cudnn": Implementation(cudnn_able, on_each_device(cudnn)),
+}
+
+
+def attend(q, k, v, mask):
+    """Softmax attention of q [b t k g h] to k and v [b s k h] where `mask` [b t s] is true."""
+    b, t, kv, g, h = q.shape
+    q = jnp.moveaxis(q * h**-0.5, 1, 3)
+    q = q.reshape(b, kv, g * t, h)  # the query heads of a group share keys
+    k = jnp.moveaxis(k, 1, 2)
+    v = jnp.moveaxis(v, 1, 2)
+    out = softmax_mix(q, k, v, mask[:, None])
+    out = out.reshape(b, kv, g, t, h)
+    return jnp.moveaxis(out, 3, 1)
+
+
+def softmax_mix_reference(q, k, v, mask):
+    """softmax(q kᵀ where mask) v for q [b k gt h], k and v [b k s h], mask [b 1 t s]."""
+    group = q.shape[2] // mask.shape[2]
+    mask = jnp.tile(mask, (1, 1, group, 1))
+    scores = jnp.einsum("bkth,bksh->bkts", q, k)
+    probs = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+    return jnp.einsum("bkts,bksh->bkth", probs, v)
+
+
+@jax.custom_vjp
+def softmax_mix(q, k, v, mask):
+    """`softmax_mix_reference` with scores in float32 or wider, and its own gradient.
+
+    Softmax's gradient needs the row sums of probs · d(probs), which is s wide. They equal those of
+    out · d(out), which is h wide (FlashAttention, Dao et al. 2022, B.2). A query that sees nothing
+    gets the mean of v.
+    """
+    return softmax_mix_forward(q, k, v, mask)[0]
+
+
+def softmax_mix_forward(q, k, v, mask):
+    """(out, residuals) of `softmax_mix`."""
+    wide = float32_or_wider(q.dtype)
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
+    group = q.shape[2] // mask.shape[2]
+    mask = jnp.tile(mask, (1, 1, group, 1))
+    least = jnp.finfo(wide).min  # not -inf: a query may see nothing
+    scores = jnp.where(mask, scores, least)
+    probs = jax.nn.softmax(scores).astype(v.dtype)
+    out = jnp.einsum("bkts,bksh->bkth", probs, v)
+    return out, (q, k, v, probs, out)
+
+
+def softmax_mix_backward(residuals, d_out):
+    """Gradients of the arguments of `softmax_mix`."""
+    q, k, v, probs, out = residuals
+    wide = float32_or_wider(q.dtype)
+    d_probs = jnp.einsum("bkth,bksh->bkts", d_out, v, preferred_element_type=wide)
+    products = (d_out * out).astype(wide)
+    row_sums = jnp.sum(products, -1, keepdims=True)
+    d_scores = probs * (d_probs - row_sums)
+    d_scores = d_scores.astype(q.dtype)
+    d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k)
+    d_k = jnp.einsum("bkts,bkth->bksh", d_scores, q)
+    d_v = jnp.einsum("bkts,bkth->bksh", probs, d_out)
+    return d_q, d_k, d_v, None
+
+
+softmax_mix.defvjp(softmax_mix_forward, softmax_mix_backward)
+
+
+# ----------------------------------------------------------------------------------- products
+
+
+def lookup(table, tokens, dtype) -> jax.Array:
+    """Rows [b t d] of a table [v d] for tokens [b t], in `dtype`."""
+    whole = constrain(table, RULES["vocab"], None)  # gathered once, not once for each token
+    x = whole[tokens].astype(dtype)
+    return constrain(x, ROWS)
+
+
+def residual(x, update) -> jax.Array:
+    """x + update, each device with its own rows."""
+    return constrain(x + update, ROWS)
+
+
+def dense(x, w, axes: tuple[str, ...], out=None) -> jax.Array:
+    """x [b t i...] times w [i... o...]: [b t o...], in the dtype `out` or else that of x.
+
+    axes: names of those of w. If the first is `embed`, it is the input; else all but the last are.
+    The result has the checkpoint name "product".
+    """
+    # One two-dimensional product. From one with two batch axes XLA on CPU would get the gradient
+    # of w by writing a transposed copy of the activations.
+    inputs = 1 if axes[0] == "embed" else len(axes) - 1
+    outputs = w.shape[inputs:]
+    b, t = x.shape[:2]
+    if out is None:
+        out = x.dtype
+    y = matmul(x.reshape(b * t, -1), w, axes, out)
+    y = y.reshape(b, t, *outputs)
+    return checkpoint_name(y, "product")
+
+
+def matmul_reference(x, w, axes: tuple[str, ...], out) -> jax.Array:
+    """x [n i] times w, as a matrix [i o] in the dtype of x: [n o] in the dtype `out`."""
+    w = w.astype(x.dtype)
+    w = w.reshape(x.shape[1], -1)
+    return jnp.matmul(x, w, preferred_element_type=out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x, w, axes: tuple[str, ...], out) -> jax.Array:
+    """`matmul_reference` with its own gradient. axes: names of those of w.
+
+    What the mesh axis fsdp splits of w is gathered for the product alone, in the dtype of x, and
+    again for the backward pass. The gradient of w is summed over devices in w's own dtype, and
+    split as w is.
     """
     return matmul_forward(x, w, axes, out)[0]
 
 
 def matmul_forward(x, w, axes, out):
-    return jnp.matmul(x, gathered(x, w, axes), preferred_element_type=out), (x, w)
+    """(y, residuals) of `matmul`."""
+    whole = gathered(x, w, axes)
+    y = jnp.matmul(x, whole, preferred_element_type=out)
+    return y, (x, w)
 
 
-def matmul_backward(axes, out, kept, dy):
-    x, w = kept
-    dy, mesh = dy.astype(x.dtype), get_abstract_mesh()
-    # Rows of 8 KiB, or some times that, share few sets of a CPU's cache: a fifth slower, or two fifths.
-    plain = mesh.size != 1 or mesh.abstract_device.platform != "cpu" or dy.shape[1] % 2048
-    padded = dy if plain else jnp.pad(dy, ((0, 0), (0, 16)))
+def matmul_backward(axes, out, residuals, dy):
+    """Gradients of x and w in `matmul`."""
+    x, w = residuals
+    dy = dy.astype(x.dtype)
+    whole = gathered(x, w, axes)
+    dx = jnp.einsum("no,io->ni", dy, whole)
+    padded = padded_for_cache(dy)
     dw = jnp.einsum("ni,no->io", x, padded, preferred_element_type=w.dtype)
-    dw = constrain(dw[:, :dy.shape[1]].reshape(w.shape), *(RULES[a] for a in axes))
-    return jnp.einsum("no,io->ni", dy, gathered(x, w, axes)), dw
+    dw = dw[:, : dy.shape[1]]
+    dw = dw.reshape(w.shape)
+    places = [RULES[axis] for axis in axes]
+    return dx, constrain(dw, *places)
+
+
 matmul.defvjp(matmul_forward, matmul_backward)
 
 
-def gathered(x, w, axes):
-    """w in x's dtype, whole but for the mesh axis tensor, as a matrix that x [n i] can be multiplied with."""
-    w = constrain(w.astype(x.dtype), *(on if (on := RULES[a]) != "fsdp" else None for a in axes))
+def gathered(x, w, axes) -> jax.Array:
+    """w as a matrix that x [n i] can be multiplied with: in its dtype, whole but for `tensor`."""
+    places = [RULES[axis] for axis in axes]
+    places = [None if place == "fsdp" else place for place in places]
+    w = w.astype(x.dtype)
+    w = constrain(w, *places)
     return w.reshape(x.shape[1], -1)
 
 
-@jax.custom_vjp
-def nll(logits, targets):
-    """Negative log-likelihood [b t] of targets [b t] under logits [b t v].
+def padded_for_cache(dy) -> jax.Array:
+    """dy [n o], on one CPU with 16 columns more where o is a multiple of 2048.
 
-    Its own gradient, (softmax - one hot) · cotangent, is one pass over the logits; autodiff makes several.
+    Rows of 8 KiB, or a multiple of that, share few sets of a CPU's cache. Then the product is a
+    fifth to two fifths slower.
+    """
+    mesh = get_abstract_mesh()
+    one_cpu = mesh.size == 1 and mesh.abstract_device.platform == "cpu"
+    if one_cpu and dy.shape[1] % 2048 == 0:
+        return jnp.pad(dy, ((0, 0), (0, 16)))
+    return dy
+
+
+# ------------------------------------------------------------------------------------- losses
+
+
+def nll_reference(logits, targets) -> jax.Array:
+    """Negative log-likelihood [b t], in nats, of targets [b t] under logits [b t v]."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -at_targets(log_probs, targets)
+
+
+@jax.custom_vjp
+def nll(logits, targets) -> jax.Array:
+    """`nll_reference` with its own gradient, (softmax - one hot) · d(out).
+
+    That is one pass over the logits where automatic differentiation makes several.
     """
     return nll_forward(logits, targets)[0]
 
 
 def nll_forward(logits, targets):
-    norm = jax.nn.logsumexp(logits, -1)
-    return norm - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], (logits, targets, norm)
+    """(out, residuals) of `nll`."""
+    normaliser = jax.nn.logsumexp(logits, -1)
+    out = normaliser - at_targets(logits, targets)
+    return out, (logits, targets, normaliser)
 
 
-def nll_backward(kept, d_out):
-    logits, targets, norm = kept
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return (jnp.exp(logits - norm[..., None]) - hit) * d_out[..., None], None
+def nll_backward(residuals, d_out):
+    """Gradient of the logits in `nll`; the targets have none."""
+    logits, targets, normaliser = residuals
+    vocab = jnp.arange(logits.shape[-1])
+    one_hot = vocab == targets[..., None]
+    probs = jnp.exp(logits - normaliser[..., None])
+    return (probs - one_hot) * d_out[..., None], None
+
+
 nll.defvjp(nll_forward, nll_backward)
+
+
+def at_targets(x, targets) -> jax.Array:
+    """The entries [b t] of x [b t v] at targets [b t]."""
+    entries = jnp.take_along_axis(x, targets[..., None], -1)
+    return entries[..., 0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from lib.disk import digest
 from lib.errors import InputError
+from lib.fields import changed_settings
 from lib.sources import files
 
 
@@ -17,7 +18,7 @@ def function_key(function: Callable | None) -> Any:
     names, sizes and times of the files that these name, runs aside; the interpreter."""
     if function is None:
         return None
-    inner, arguments, stamps = getattr(function, "func", function), getattr(function, "keywords", {}), []
+    inner, arguments, stamps = getattr(function, "func", function), changed_settings(function), []
     for name, value in arguments.items():
         if isinstance(value, str) and value and not Path(value, "checkpoints").expanduser().exists() and (
                 name == "path" or Path(value).expanduser().exists()):

@@ -1,4 +1,5 @@
 """What a run reports of its steps: rows of metrics.jsonl, and a line on the terminal."""
+
 import collections
 import json
 import math
@@ -43,7 +44,7 @@ def finite(value):
 def rows_kept(path: Path, step: int, complete: bool) -> bytes:
     """The lines of a metrics.jsonl that a run which goes on from `step` keeps.
 
-    Steps that its checkpoint has not seen will come again; so will the test figures, which end a run.
+    Steps that its checkpoint has not seen come again. So do the test figures, which end a run.
     """
     if step == 0 or not path.exists():
         return b""
@@ -59,7 +60,7 @@ def rows_kept(path: Path, step: int, complete: bool) -> bytes:
 
 
 class Log:
-    """Writes a row for each step, one step late, so that no device waits for the host to read its figures.
+    """Writes a row for each step, one step late, so that no device waits for the host.
 
     track: takes each row too. complete: the run has ended before; its rows stay as they are.
     """
@@ -75,9 +76,10 @@ class Log:
         self.pending = None  # (step, metrics on the device, figures of the batch) not written yet
         self.recent = collections.deque(maxlen=RECENT)  # losses
         self.last = None  # when the last row was written; None: what came since is no step's time
-        self.waited, self.waited_now = 0.0, 0.0  # seconds waited for batches, up to that row and up to now
+        self.waited = 0.0  # seconds that the loop waited for batches, up to the last row
+        self.waited_now = 0.0  # the same, up to now
         self.save_s = 0.0  # seconds that a checkpoint held up the loop since the last row
-        self.begun = None  # (time, FLOPs) of the first row: the first step's time is mostly compilation
+        self.begun = None  # (time, FLOPs) of the first row; the first step is mostly compilation
         self.shown, self.speed, self.peak = 0.0, {}, peak()
 
     def __enter__(self):
@@ -91,8 +93,8 @@ class Log:
     def step(self, step: int, metrics: dict, of_batch: dict, waited: float):
         """Take a step's metrics, still on the device, and write the row of the step before.
 
-        waited: seconds that the loop has waited for batches so far. Raises InputError after `max_skipped`
-        updates in a row that were not finite.
+        waited: seconds that the loop has waited for batches so far. Raises InputError after
+        `max_skipped` updates in a row that were not finite.
         """
         self.waited_now = waited
         self.flush()
@@ -106,25 +108,35 @@ class Log:
         self.pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(metrics.pop("skipped"))
-        row = {"step": step, **metrics, "train/lr": float(max(lr[step] for lr in self.plan.lr.values())),
-               **self.plan.spent(step), **of_batch,
-               "model/params": count(self.plan.models[self.plan.phase_of(step)]), "train/skipped": skipped}
+        row = {
+            "step": step,
+            **metrics,
+            "train/lr": float(max(lr[step] for lr in self.plan.lr.values())),
+            **self.plan.spent(step),
+            **of_batch,
+            "model/params": count(self.plan.models[self.plan.phase_of(step)]),
+            "train/skipped": skipped,
+        }
         self.report_spike(step, row["train/loss"])
         now = time.perf_counter()
         self.row(row | self.timing(step, now))
         self.show(row, now)
         if skipped >= self.max_skipped:
-            raise InputError(f"loss or gradient not finite at step {step} and {skipped - 1} before it; use a "
-                             "lower schedule.peak or clip under another --name, or look at that data")
+            raise InputError(
+                f"loss or gradient not finite at step {step} and {skipped - 1} before it; use a "
+                "lower schedule.peak or clip under another --name, or look at that data"
+            )
 
     def timing(self, step: int, now: float) -> dict[str, float]:
         """What a step took, where nothing else came between it and the one before."""
         found = {}
         if self.last is not None:
             seconds, plan = now - self.last, self.plan
-            found = {"perf/step_ms": 1e3 * seconds,
-                     "perf/tokens_per_s": (plan.tokens[step] - plan.tokens[step - 1]) / seconds,
-                     "perf/host_stall": (self.waited_now - self.waited) / seconds}
+            found = {
+                "perf/step_ms": 1e3 * seconds,
+                "perf/tokens_per_s": (plan.tokens[step] - plan.tokens[step - 1]) / seconds,
+                "perf/host_stall": (self.waited_now - self.waited) / seconds,
+            }
             if self.peak:
                 found["perf/mfu"] = (plan.flops[step] - plan.flops[step - 1]) / seconds / self.peak
         if self.save_s:
@@ -139,8 +151,10 @@ class Log:
             above = (loss - np.mean(self.recent)) / np.std(self.recent)
             if above > SPIKE:
                 config = self.path.with_name("config.json")
-                say(f"step {step}: loss {loss:.3f}, {above:.0f} deviations above the last; "
-                    f"python train.py corpus inspect {config} --step {step}")
+                say(
+                    f"step {step}: loss {loss:.3f}, {above:.0f} deviations above the last; "
+                    f"python train.py corpus inspect {config} --step {step}"
+                )
         if math.isfinite(loss):
             self.recent.append(loss)
 
@@ -152,7 +166,7 @@ class Log:
             self.track(row)
 
     def evaluation(self, step: int, found: dict[str, float]):
-        """Write a row of held-out figures after that of its step, print them, and draw them now and then."""
+        """Write a row of held-out figures, print them, and draw them now and then."""
         if not found:
             return
         self.row({"step": step, **found, **self.plan.spent(step)})
@@ -184,9 +198,13 @@ class Log:
     def status_line(self, row: dict, now: float) -> str:
         """Where a run is, from a step's row, at a time in seconds."""
         step, flops = row["step"], self.plan.flops
-        parts = [f"{flops[step] / flops[-1]:6.1%}", f"step {step}/{self.plan.total}",
-                 f"loss {row['train/loss']:.3f}", f"lr {row['train/lr']:.2e}",
-                 f"grad {row['train/grad_norm']:.2f}"]
+        parts = [
+            f"{flops[step] / flops[-1]:6.1%}",
+            f"step {step}/{self.plan.total}",
+            f"loss {row['train/loss']:.3f}",
+            f"lr {row['train/lr']:.2e}",
+            f"grad {row['train/grad_norm']:.2f}",
+        ]
         if "perf/tokens_per_s" in self.speed:
             parts.append(f"{self.speed['perf/tokens_per_s']:,.0f} tok/s")
         if "perf/mfu" in self.speed:

@@ -8,49 +8,106 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
 
 from lib.sharding import shardings
-from model import ModelConfig, Param, groups, init, table
+from model import ModelConfig, Param, Params, groups, init, table
 
 
-def adamw(table: dict[str, Param], b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
-          weight_decay: float = 0.1) -> dict[str, optax.GradientTransformation]:
-    """AdamW (Loshchilov & Hutter 2019) for each group of the table; matrices decay, embeddings and gains not.
+def adamw(
+    table: dict[str, Param],
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> dict[str, optax.GradientTransformation]:
+    """AdamW (Loshchilov & Hutter 2019) for each optimiser group of the table.
 
-    Returns unscaled descent directions; the step multiplies each group's by its rate.
+    Matrices and the head decay, embeddings and gains do not. Returns unscaled descent directions;
+    the step multiplies each group's by its learning rate.
     """
     decay = {"matrix": weight_decay, "head": weight_decay}
-    return {g: optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(decay.get(g, 0.0)))
-            for g in dict.fromkeys(p.group for p in table.values())}
-
-
-def init_opt_state(params, config: ModelConfig, optimizer: Callable) -> dict[str, Any]:
-    """The state {group: optax state} that an optimiser `table -> {group: transformation}` begins with."""
-    transforms = optimizer(table(config))
-    return {g: transforms[g].init({n: params[n] for n in names}) for g, names in groups(config).items()}
+    transforms = {}
+    for param in table.values():
+        group = param.group
+        transforms[group] = optax.chain(
+            optax.scale_by_adam(b1, b2, eps),
+            optax.add_decayed_weights(decay.get(group, 0.0)),
+        )
+    return transforms
 
 
 class State(flax.struct.PyTreeNode):
     """What a step changes."""
 
-    params: dict[str, jax.Array]
+    params: Params
     opt: dict[str, Any]  # {optimiser group: optax state}
     step: jax.Array  # int32, batches consumed
     skipped: jax.Array  # int32, updates in a row left out for a non-finite loss or gradient
 
 
-def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
-    """Shapes, dtypes and places of a state: the optimiser's mirrors of parameters live where these do."""
-    def place(x, where):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+def init_opt_state(params: Params, config: ModelConfig, optimizer: Callable):
+    """The state {group: optax state} that an optimiser begins with.
 
-    where, whole = shardings(table(config), mesh), NamedSharding(mesh, PartitionSpec())
-    params = {name: jax.ShapeDtypeStruct(p.shape, config.param_dtype, sharding=where[name])
-              for name, p in table(config).items()}
-    opt = jax.eval_shape(lambda p: init_opt_state(p, config, optimizer), params)
-    opt = {group: map_like_params(opt[group], names, lambda x, _: {n: place(x[n], where[n]) for n in x},
-                           lambda x: place(x, whole)) for group, names in groups(config).items()}
-    return State(params, opt, *2 * (jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),))
+    optimizer: table -> {group: optax transformation}.
+    """
+    transforms = optimizer(table(config))
+    opt = {}
+    for group, names in groups(config).items():
+        members = {name: params[name] for name in names}
+        opt[group] = transforms[group].init(members)
+    return opt
+
+
+def first_state(
+    config: ModelConfig,
+    optimizer: Callable,
+    mesh: Mesh,
+    key: jax.Array,
+) -> State:
+    """The state before any step, born sharded."""
+
+    def make() -> State:
+        params = init(config, key)
+        opt = init_opt_state(params, config, optimizer)
+        zero = jnp.int32(0)
+        return State(params, opt, step=zero, skipped=zero)
+
+    like = state_like(config, optimizer, mesh)
+    return jax.jit(make, out_shardings=places(like))()
+
+
+def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of a state.
+
+    What the optimiser holds for a parameter lives where that parameter does; the rest of its state
+    is whole on each device.
+    """
+    rows = table(config)
+    dtype = jnp.dtype(config.param_dtype)
+    home = shardings(rows, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def at_home(arrays, field=""):
+        return {name: placed(x, home[name]) for name, x in arrays.items()}
+
+    def everywhere(x):
+        return placed(x, whole)
+
+    params = {}
+    for name, param in rows.items():
+        params[name] = jax.ShapeDtypeStruct(param.shape, dtype)
+    begin = partial(init_opt_state, config=config, optimizer=optimizer)
+    opt = jax.eval_shape(begin, params)
+    for group, names in groups(config).items():
+        opt[group] = map_like_params(opt[group], names, at_home, everywhere)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return State(at_home(params), opt, step=count, skipped=count)
+
+
+def placed(x, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of x, on a mesh."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def places(like: State) -> State:
@@ -58,34 +115,37 @@ def places(like: State) -> State:
     return jax.tree.map(lambda x: x.sharding, like)
 
 
-def first_state(config: ModelConfig, optimizer: Callable, mesh: Mesh, key: jax.Array) -> State:
-    """The state before any step, born sharded."""
-    def make():
-        params = init(config, key)
-        return State(params, init_opt_state(params, config, optimizer), jnp.int32(0), jnp.int32(0))
-
-    return jax.jit(make, out_shardings=places(state_like(config, optimizer, mesh)))()
-
-
-@partial(jax.jit, static_argnames="config")
-def update_ratios(before, after, config: ModelConfig) -> dict[str, jax.Array]:
-    """How far an update moved each optimiser group's parameters, as a share of their norm."""
-    def norm(trees, names):
-        return jnp.sqrt(sum(jnp.sum(jnp.square(trees[n])) for n in names))
-    moved = {n: after[n] - before[n] for n in after}
-    return {f"{group}/update_ratio": norm(moved, names) / norm(before, names)
-            for group, names in groups(config).items()}
-
-
 def map_like_params(tree, names, change: Callable, other: Callable = lambda x: x):
-    """In an optimiser state, each dictionary x with keys `names` becomes change(x, its field's name), what is
-    not in one other(x).
+    """An optimiser state in which what is shaped like the parameters is changed.
+
+    Each dictionary x whose keys are `names` becomes change(x, field), where `field` is the name of
+    the field that holds it: for Adam "mu" or "nu". Each leaf outside of these becomes other(leaf).
     """
-    def mirror(x):
+
+    def mirrors(x) -> bool:
         return isinstance(x, dict) and set(x) == set(names)
 
     def one(path, x):
-        fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-        return change(x, fields[-1] if fields else "") if mirror(x) else other(x)
+        if not mirrors(x):
+            return other(x)
+        fields = [""]
+        fields += [key.name for key in path if isinstance(key, GetAttrKey)]
+        return change(x, fields[-1])
 
-    return jax.tree.map_with_path(one, tree, is_leaf=mirror)
+    return jax.tree.map_with_path(one, tree, is_leaf=mirrors)
+
+
+@partial(jax.jit, static_argnames="config")
+def update_ratios(before: Params, after: Params, config: ModelConfig) -> dict[str, jax.Array]:
+    """How far an update moved each group's parameters, as a share of their norm."""
+
+    def norm(arrays):
+        squares = [jnp.sum(jnp.square(x)) for x in arrays]
+        return jnp.sqrt(sum(squares))
+
+    ratios = {}
+    for group, names in groups(config).items():
+        moved = norm(after[name] - before[name] for name in names)
+        size = norm(before[name] for name in names)
+        ratios[f"{group}/update_ratio"] = moved / size
+    return ratios

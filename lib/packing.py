@@ -1,105 +1,86 @@
-"""Packing: which document pieces make up which row."""
+"""Packing: which document pieces make up which row.
+
+A document of n tokens has n + 1 positions: inputs bos t1 .. tn, targets t1 .. tn eos. So each token
+and the end are predicted once, no target belongs to another document, and a document may be cut
+anywhere.
+
+A packing takes the positions of each document [documents] and the length of a row. It returns a
+plan: an integer array [pieces, 6], ordered by row, with the columns ROW, SEGMENT, DOCUMENT, START,
+LENGTH and QUIET. Segments count from 1 in each row. The first QUIET positions of a piece carry no
+loss. A packing with a third parameter `documents` is told more about them, see `data.Documents`.
+"""
 from collections.abc import Callable
 
 import numpy as np
 
 from lib.tokenizers import Tokenizer
 
-#
-# A document of n tokens has n + 1 positions: inputs bos t1 .. tn, targets t1 .. tn eos. So each token and the
-# end are predicted once, no target belongs to another document, and a document may be cut anywhere. A plan is
-# an integer array [pieces, 6], ordered by row, with these columns; the first QUIET positions carry no loss.
-
 PLAN = ROW, SEGMENT, DOCUMENT, START, LENGTH, QUIET = range(6)
 
 
-def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
-    """The plain packing: all positions end to end, cut every `seq`; only the last row is padded.
+def plan_of(
+    row: np.ndarray,
+    document: np.ndarray,
+    start: np.ndarray,
+    length: np.ndarray,
+) -> np.ndarray:
+    """The plan that puts each piece into a row, as a segment of its own.
 
-    lengths: positions of each document [n], 0 to leave it out. Returns a plan; every piece is a segment of
-    its own. A packing with a third parameter `documents` is told more about them, see `Documents`.
+    All arguments are [pieces]. Rows count from 0 without a gap and keep the order of their pieces.
     """
+    order = np.argsort(row, kind="stable")
+    row = np.asarray(row, np.int64)[order]
+    first = np.searchsorted(row, row)  # the first piece of each piece's row
+    segment = np.arange(len(row)) - first + 1
+    columns = [
+        row,
+        segment,
+        document[order],
+        start[order],
+        length[order],
+        np.zeros_like(row),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
+    """The plain packing: all positions end to end, cut every `seq`. Only the last row is padded."""
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    cuts = np.unique(np.concatenate([starts[lengths > 0], np.arange(0, lengths.sum(), seq)]))
+    rows = np.arange(0, lengths.sum(), seq)
+    cuts = np.concatenate([starts[lengths > 0], rows])
+    cuts = np.unique(cuts)
     document = np.searchsorted(ends, cuts, side="right")
-    row = cuts // seq
-    first = np.searchsorted(row, row)  # the first piece of each piece's row
+    start = cuts - starts[document]
     length = np.diff(np.append(cuts, ends[-1:]))
-    return np.stack([row, np.arange(len(cuts)) - first + 1, document, cuts - starts[document], length,
-                     np.zeros_like(cuts)], axis=1)
-
-
-def fill(plan: np.ndarray, rows: np.ndarray, seq: int, tokens_of: Callable, tokenizer: Tokenizer) -> dict:
-    """Rows of a plan as arrays [len(rows), seq]: tokens targets segments positions weights document.
-
-    tokens_of(document) gives its ids. Padding, and a row that is not in the plan, is eos in segment 0.
-    """
-    shape, eos = (len(rows), seq), tokenizer.eos
-    out = dict(tokens=np.full(shape, eos, np.int32), targets=np.full(shape, eos, np.int32),
-               segments=np.zeros(shape, np.int32), positions=np.zeros(shape, np.int32),
-               weights=np.zeros(shape, np.float32), document=np.full(shape, -1, np.int32))
-    first, last = np.searchsorted(plan[:, ROW], rows), np.searchsorted(plan[:, ROW], rows, side="right")
-    for r in range(len(rows)):
-        at, segment_at, before = 0, 0, 0
-        for _, segment, document, start, length, quiet in plan[first[r]:last[r]].tolist():
-            ids, to = tokens_of(document), slice(at, at + length)
-            inputs = ids[max(0, start - 1):start + length - 1].astype(np.int32)
-            out["tokens"][r, to] = inputs if start else np.insert(inputs, 0, tokenizer.bos)
-            out["targets"][r, to] = np.append(ids[start:start + length].astype(np.int32), eos)[:length]
-            segment_at, before = (segment_at, before) if segment == before else (at, segment)
-            out["segments"][r, to], out["document"][r, to] = segment, document
-            out["positions"][r, to] = np.arange(at - segment_at, at - segment_at + length)
-            out["weights"][r, at + quiet:at + length] = 1
-            at += length
-    return out
-
-
-def permute(index, n: int, *key: int) -> np.ndarray:
-    """The image of `index` (in 0..n-1) under a pseudo-random permutation of n things that `key` chooses:
-    a four-round Feistel network on the next even number of bits, walked until below n."""
-    bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    low = np.uint64(2**bits - 1)
-    seeds = np.random.SeedSequence((len(key), *key)).generate_state(4, np.uint64)
-    out = np.atleast_1d(np.asarray(index, np.uint64)).copy()
-    todo = np.ones(len(out), bool)
-    while todo.any():
-        left, right = out[todo] >> np.uint64(bits), out[todo] & low
-        for seed in seeds:
-            mixed = (right ^ seed) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
-        out[todo] = (left << np.uint64(bits)) | right
-        todo = out >= n
-    return out.astype(np.int64)
-# A packing gets the documents of a window, permuted, and gives a plan (see data.py); each piece is a segment
-# here. A bin-packer opens its rows by falling length: harmless, as `data.Rows` permutes the rows of a
-# window after packing. Within a row, pieces stand in the order in which the documents came.
+    return plan_of(cuts // seq, document, start, length)
 
 
 def cut(lengths: np.ndarray, seq: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, start, length) of the pieces of documents: full ones of `seq`, and what remains [pieces]."""
+    """(document, start, length) of pieces [pieces]: a document's full ones, then what is left."""
     lengths = np.asarray(lengths, np.int64)
-    number = -(-lengths // seq)
+    number = -(-lengths // seq)  # rounded up
     document = np.repeat(np.arange(len(lengths)), number)
-    start = seq * (np.arange(len(document)) - np.repeat(np.cumsum(number) - number, number))
-    return document, start, np.minimum(seq, lengths[document] - start)
+    first = np.repeat(np.cumsum(number) - number, number)
+    start = seq * (np.arange(len(document)) - first)
+    length = np.minimum(seq, lengths[document] - start)
+    return document, start, length
 
 
-def plan_of(row: np.ndarray, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The plan that puts each piece into a row, in rows from 0 without a gap."""
-    order = np.argsort(row, kind="stable")
-    row = np.asarray(row, np.int64)[order]
-    segment = np.arange(len(row)) - np.searchsorted(row, row) + 1
-    return np.stack([row, segment, document[order], start[order], length[order], np.zeros_like(row)], axis=1)
-# A segment tree in a list: node i has the children 2i and 2i + 1 and holds the larger of their values; the
-# leaves are the second half.
+def one_per_row(lengths: np.ndarray, seq: int) -> np.ndarray:
+    """A row for each piece, the rest of it padding."""
+    document, start, length = cut(lengths, seq)
+    return plan_of(np.arange(len(length)), document, start, length)
+
+
+# The two packings below look for room in a segment tree. It is a list: node i has the children 2i
+# and 2i + 1 and holds the larger of their values, and the leaves are the second half.
 
 
 def leftmost(tree: list[int], least: int) -> int:
-    """The leftmost leaf that holds `least` or more; there must be one (tree[1] says)."""
-    node, leaves = 1, len(tree) // 2
-    while node < leaves:
+    """The leftmost leaf that holds `least` or more. There must be one: tree[1] is the largest."""
+    node = 1
+    while node < len(tree) // 2:
         node *= 2
         if tree[node] < least:
             node += 1
@@ -117,45 +98,12 @@ def set_leaf(tree: list[int], node: int, value: int):
         tree[node] = value
 
 
-def best_fit(lengths: np.ndarray, seq: int) -> np.ndarray:
-    """Best-fit decreasing: the longest piece first, each into the row where it leaves the least.
-
-    Only documents longer than `seq` are cut. Of rows with as much left, the last to come there is filled.
-    O(n log seq) by a tree over what rows have left: leaf c holds c where some row has exactly c left, and
-    leaf `seq` always, for a fresh row (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", 2.2).
-    """
-    document, start, length = cut(lengths, seq)
-    order = np.argsort(-length, kind="stable")
-    row, rows = np.empty(len(length), np.int64), int(np.sum(length == seq))
-    row[order[:rows]] = np.arange(rows)
-    leaves = 1 << seq.bit_length()
-    tree, having = [0] * (2 * leaves), [[] for _ in range(seq + 1)]  # rows that have exactly so much left
-    set_leaf(tree, leaves + seq, seq)
-    into = []
-    for size in length[order[rows:]].tolist():
-        leaf = leftmost(tree, size)
-        left = leaf - leaves
-        if left == seq:
-            found, rows = rows, rows + 1
-        else:
-            found = having[left].pop()
-            if not having[left]:
-                set_leaf(tree, leaf, 0)
-        left -= size
-        if left:
-            if not having[left]:
-                set_leaf(tree, leaves + left, left)
-            having[left].append(found)
-        into.append(found)
-    row[order[len(order) - len(into):]] = into
-    return plan_of(row, document, start, length)
-
-
 def first_fit(lengths: np.ndarray, seq: int) -> np.ndarray:
-    """First fit: pieces in the order given, each into the first row with room for it. O(n log n)."""
+    """First fit: pieces in the order given, each into the first row with room. O(n log n)."""
     document, start, length = cut(lengths, seq)
     leaves = 1 << len(length).bit_length()
-    tree, row = [seq] * (2 * leaves), []  # leaf i holds what row i has left
+    tree = [seq] * (2 * leaves)  # leaf i holds the room that row i has left
+    row = []
     for size in length.tolist():
         leaf = leftmost(tree, size)
         set_leaf(tree, leaf, tree[leaf] - size)
@@ -163,7 +111,146 @@ def first_fit(lengths: np.ndarray, seq: int) -> np.ndarray:
     return plan_of(np.array(row, np.int64), document, start, length)
 
 
-def one_per_row(lengths: np.ndarray, seq: int) -> np.ndarray:
-    """A row for each piece, the rest of it padding."""
+def best_fit(lengths: np.ndarray, seq: int) -> np.ndarray:
+    """Best-fit decreasing: the longest piece first, each into the row where it leaves least room.
+
+    Only documents longer than `seq` are cut. Of rows with as much room, the last to have come there
+    is taken. O(n log seq) by a tree over room (Ding et al. 2024, "Fewer Truncations Improve
+    Language Modeling", 2.2).
+    """
     document, start, length = cut(lengths, seq)
-    return plan_of(np.arange(len(length)), document, start, length)
+    order = np.argsort(-length, kind="stable")
+    full = int(np.sum(length == seq))
+    row = np.empty(len(length), np.int64)
+    row[order[:full]] = np.arange(full)
+    rest = order[full:]
+    row[rest] = fit_pieces(length[rest].tolist(), seq, full)
+    return plan_of(row, document, start, length)
+
+
+def fit_pieces(sizes: list[int], seq: int, rows: int) -> list[int]:
+    """The row of each piece by best fit, in the order given; `rows` rows before are full."""
+    leaves = 1 << seq.bit_length()
+    tree = [0] * (2 * leaves)  # leaf c holds c where some row has room for exactly c
+    set_leaf(tree, leaves + seq, seq)  # a fresh row, always
+    having = [[] for _ in range(seq + 1)]  # rows with room for exactly so much
+    placed = []
+    for size in sizes:
+        leaf = leftmost(tree, size)
+        room = leaf - leaves
+        if room == seq:
+            row = rows
+            rows += 1
+        else:
+            row = having[room].pop()
+            if not having[room]:
+                set_leaf(tree, leaf, 0)
+        room -= size
+        if room:
+            having[room].append(row)
+            set_leaf(tree, leaves + room, room)
+        placed.append(row)
+    return placed
+
+
+def fill(
+    plan: np.ndarray,
+    rows: np.ndarray,
+    seq: int,
+    tokens_of: Callable[[int], np.ndarray],
+    tokenizer: Tokenizer,
+) -> dict[str, np.ndarray]:
+    """Rows of a plan as arrays [len(rows), seq], float32 weights and otherwise int32.
+
+    They are: tokens targets segments positions weights document. tokens_of: gives a document's ids.
+    Padding, and a row that is not in the plan, is eos in segment 0 of document -1.
+    """
+    shape = len(rows), seq
+    arrays = {
+        "tokens": np.full(shape, tokenizer.eos, np.int32),
+        "targets": np.full(shape, tokenizer.eos, np.int32),
+        "segments": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "weights": np.zeros(shape, np.float32),
+        "document": np.full(shape, -1, np.int32),
+    }
+    first = np.searchsorted(plan[:, ROW], rows)
+    last = np.searchsorted(plan[:, ROW], rows, side="right")
+    for r in range(len(rows)):
+        row = {key: value[r] for key, value in arrays.items()}
+        pieces = plan[first[r]:last[r]]
+        fill_row(row, pieces, tokens_of, tokenizer)
+    return arrays
+
+
+def fill_row(
+    row: dict[str, np.ndarray],
+    pieces: np.ndarray,
+    tokens_of: Callable[[int], np.ndarray],
+    tokenizer: Tokenizer,
+):
+    """Write the pieces of one row into its arrays [seq]."""
+    at = 0  # where the next piece begins
+    current, begun = 0, 0  # the segment, and where it began
+    for _, segment, document, start, length, quiet in pieces.tolist():
+        if segment != current:
+            current, begun = segment, at
+        end = at + length
+        inputs, targets = predictions(tokens_of(document), start, length, tokenizer)
+        row["tokens"][at:end] = inputs
+        row["targets"][at:end] = targets
+        row["segments"][at:end] = segment
+        row["positions"][at:end] = np.arange(at - begun, end - begun)
+        row["weights"][at + quiet:end] = 1
+        row["document"][at:end] = document
+        at = end
+
+
+def predictions(
+    ids: np.ndarray,
+    start: int,
+    length: int,
+    tokenizer: Tokenizer,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, targets) [length] of a document's positions from `start` on."""
+    end = start + length
+    before = max(0, start - 1)
+    inputs = ids[before:end - 1].astype(np.int32)
+    if start == 0:
+        inputs = np.insert(inputs, 0, tokenizer.bos)
+    targets = ids[start:end].astype(np.int32)
+    if len(targets) < length:
+        targets = np.append(targets, tokenizer.eos)
+    return inputs, targets
+
+
+def permute(index: np.ndarray | int, n: int, *key: int) -> np.ndarray:
+    """The image [m] of `index` [m], in 0..n-1, under a permutation of 0..n-1 that `key` chooses.
+
+    A four-round Feistel network permutes the next even power of 2. What comes out above n - 1 goes
+    in again. So no table of n numbers is needed.
+    """
+    bits = (n - 1).bit_length()
+    bits = max(1, (bits + 1) // 2)  # of each half
+    half = np.uint64(bits)
+    low = np.uint64(2**bits - 1)
+    seeds = np.random.SeedSequence((len(key), *key))
+    seeds = seeds.generate_state(4, np.uint64)
+    image = np.atleast_1d(np.array(index, np.uint64))
+    todo = np.ones(len(image), bool)
+    while todo.any():
+        left = image[todo] >> half
+        right = image[todo] & low
+        for seed in seeds:
+            left, right = right, left ^ (mix(right ^ seed) & low)
+        image[todo] = (left << half) | right
+        todo = image >= n
+    return image.astype(np.int64)
+
+
+def mix(bits: np.ndarray) -> np.ndarray:
+    """The upper halves of scrambled 64-bit numbers, with the constants of SplitMix64."""
+    bits = bits * np.uint64(0x9E3779B97F4A7C15)
+    bits = bits ^ (bits >> np.uint64(29))
+    bits = bits * np.uint64(0xBF58476D1CE4E5B9)
+    return bits >> np.uint64(32)

@@ -1,4 +1,5 @@
 """Values made ahead by a thread, so that whoever uses them need not wait."""
+
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,15 +10,22 @@ from lib.errors import InputError
 
 
 class Prefetch:
-    """make(step) for each of `steps` in turn, by a thread up to `depth` ahead; its errors are raised here.
+    """make(step) for each of `steps` in turn, by a thread up to `depth` ahead.
+
+    Its errors are raised where the value is taken.
 
     decided: the last step that can be made yet; the thread goes no further until it grows.
-    stopped: after an InputError, whether it came of a stop that was asked for; then the steps just end.
+    stopped: after an InputError, whether it came of a stop that was asked for; then the steps end.
     """
 
-    def __init__(self, make: Callable[[int], Any], steps: Iterable[int], depth: int = 2,
-                 decided: Callable[[], float] = lambda: float("inf"),
-                 stopped: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        steps: Iterable[int],
+        depth: int = 2,
+        decided: Callable[[], float] = lambda: float("inf"),
+        stopped: Callable[[], bool] = lambda: False,
+    ):
         self.make, self.steps, self.depth = make, iter(steps), depth
         self.decided, self.stopped = decided, stopped
         self.ahead, self.pool = deque(), ThreadPoolExecutor(1)
@@ -32,7 +40,9 @@ class Prefetch:
 
     def ask(self):
         """Give the thread what it may make by now."""
-        while self.next is not None and len(self.ahead) <= self.depth and self.next <= self.decided():
+        while self.next is not None and len(self.ahead) <= self.depth:
+            if self.next > self.decided():
+                break
             self.ahead.append(self.pool.submit(self.make, self.next))
             self.next = next(self.steps, None)
 

@@ -1,4 +1,5 @@
 """The processes of a run: which one writes, and what they tell each other."""
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils

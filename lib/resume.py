@@ -1,5 +1,7 @@
 """What a run goes on from: what its past steps depend on, and what `init_from` names."""
+
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +17,11 @@ from lib.schedule import Plan
 from model import ModelConfig
 
 # Fields of a config that the steps taken so far depend on.
-PAST = ("seed", "model", "init_from", "init_with", "data", "phases", "optimizer", "clip", "max_skipped",
-        "reparam", "token_loss", "reduce")
-# Fields of a model's shape that say how it is computed: a run that starts from another sets its own.
+PAST = (
+    *("seed", "model", "init_from", "init_with", "data", "phases", "optimizer"),
+    *("clip", "max_skipped", "reparam", "token_loss", "reduce"),
+)
+# Fields of a model that say how it is computed; a run that starts from another run sets its own.
 HOW = ("dtype", "param_dtype", "attention", "unroll", "remat", "logits_mib")
 
 
@@ -27,11 +31,12 @@ def as_json(value) -> Any:
 
 
 def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
-    """What the first `step` steps depend on, flat: a run that goes on from there must have it in common."""
+    """What the first `step` steps depend on, flat; a run that goes on must have it in common."""
     fields = {name: value for name, value in as_json(config).items() if name in PAST}
     begins = [end - phase.steps for phase, end in zip(config.phases, plan.ends, strict=True)]
     phases = []
-    for written, phase, begin, end in zip(fields["phases"], config.phases, begins, plan.ends, strict=True):
+    spans = zip(fields["phases"], config.phases, begins, plan.ends, strict=True)
+    for written, phase, begin, end in spans:
         if begin >= step:
             continue
         del written["schedule"], written["lr"]  # their effect, the rates, is compared below
@@ -40,10 +45,12 @@ def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
             del written["steps"]  # the phase may become longer
         phases.append(written)
     fields["phases"] = phases
-    rates = {group: lr[1:step + 1].tolist() for group, lr in plan.lr.items() if lr[1:step + 1].any()}
+    taken = {group: lr[1 : step + 1] for group, lr in plan.lr.items()}
+    rates = {group: lr.tolist() for group, lr in taken.items() if lr.any()}
     return flatten(fields) | {
         "data.sources (their order)": list(config.data.sources),
-        "schedule (the rates of steps already taken)": digest(rates)}
+        "schedule (the rates of steps already taken)": digest(rates),
+    }
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -67,8 +74,8 @@ def run_step(name: str) -> tuple[str, int | None]:
 def start_config(config, directory: Path) -> tuple[Any, Path | None]:
     """(config with shape and tokenizer of what `init_from` names, file of the run's own tokenizer).
 
-    A tokenizer that the config names stays. Once the run in `directory` has a checkpoint, shape and tokenizer
-    are read there: what it started from need not be any more.
+    A tokenizer that the config names stays. Once the run in `directory` has a checkpoint, shape and
+    tokenizer are read there: what it started from need not be any more.
     """
     name = config.init_from
     begun = any(directory.glob("checkpoints/[0-9]*"))
@@ -106,7 +113,8 @@ def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
     if config.init_with == "params":
         return Start(state.replace(params=checkpoints.params(step, like)), meta["since_reset"])
     written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
-    if written != as_json(config.optimizer):
+    if to_json(from_json(Callable, written)) != to_json(config.optimizer):
         raise InputError(f'init_with is "all", but {name} has another optimizer')
     taken = checkpoints.state(step, like)
-    return Start(state.replace(params=taken.params, opt=taken.opt), meta["since_reset"], meta["positions"])
+    state = state.replace(params=taken.params, opt=taken.opt)
+    return Start(state, meta["since_reset"], meta["positions"])

@@ -1,4 +1,5 @@
-"""The plan of a run: budgets, shapes, edits and learning rates of every step, from the config alone."""
+"""The plan of a run: what every step is to be, from the config alone."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -7,25 +8,27 @@ import jax
 import numpy as np
 
 from data import batch_lengths
+from lib.fields import NotNegative, Positive, PositiveShare, Whole, strict
 from model import Context, Model, ModelConfig, flops_per_token, groups, init
 
 
+@strict
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate over the consumed budget: a linear warm-up to the peak, then a shape."""
 
     shape: Literal["constant", "cosine", "linear", "wsd"] = "wsd"  # wsd: stable, then a decay
-    peak: float = 3e-3  # rate after the warm-up
-    warmup: int = 20  # steps
-    decay: float = 0.2  # wsd: the share of the budget at the end over which the rate falls
+    peak: Positive = 3e-3  # rate after the warm-up
+    warmup: Whole = 20  # steps
+    decay: PositiveShare = 0.2  # wsd: the share of the budget at the end over which the rate falls
     fall: Literal["linear", "sqrt"] = "linear"  # wsd: how, linear or 1 - sqrt (Haegele et al. 2024)
-    final: float = 0.1  # the rate at the end, as a share of the peak (not of a constant one)
-    budget: Literal["flops", "tokens"] = "flops"  # what is consumed; tokens are batch x seq, padding included
-    cycle: int = 0  # steps after which it begins anew; 0 is never
+    final: NotNegative = 0.1  # the rate at the end, as a share of the peak (not of a constant one)
+    budget: Literal["flops", "tokens"] = "flops"  # consumed; tokens are batch x seq, with padding
+    cycle: Whole = 0  # steps after which it begins anew; 0 is never
 
 
 def schedules(config) -> dict[str, Schedule]:
-    """Every schedule of a `train.Config` by its path: the run's, its phases', their optimiser groups'."""
+    """Every schedule of a `train.Config` by its path: of the run, of phases, of their groups."""
     found = {"schedule": config.schedule}
     for i, phase in enumerate(config.phases):
         found |= {f"phases.{i}.lr.{group}": own for group, own in phase.lr.items()}
@@ -34,8 +37,12 @@ def schedules(config) -> dict[str, Schedule]:
 
 
 def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: float) -> np.ndarray:
-    """The rate as a share of the peak, warm-up aside, where `used` of the budget `total` is consumed."""
-    after = np.clip((used - warm) / max(total - warm, 1e-9), 0, 1)  # share of what follows the warm-up
+    """The rate as a share of the peak, warm-up aside.
+
+    used [steps]: budget consumed. warm: budget of the warm-up. total: the whole budget.
+    """
+    rest = max(total - warm, 1e-9)  # the budget after the warm-up
+    after = np.clip((used - warm) / rest, 0, 1)
     match schedule.shape:
         case "cosine":
             return schedule.final + (1 - schedule.final) * 0.5 * (1 + np.cos(np.pi * after))
@@ -50,17 +57,19 @@ def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: flo
 
 
 def lr_schedule(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.ndarray:
-    """The learning rate at steps start+1 .. start+steps, where `spent` [s] is consumed after s steps.
+    """The learning rate at steps start+1 .. start+steps.
 
-    A step's rate belongs to the budget consumed with that step, so a row's own figures give its rate.
+    spent [s]: the budget consumed after s steps. A step's rate belongs to the budget consumed with
+    that step, so a row's own figures give its rate.
     """
     if schedule.cycle:
         once = replace(schedule, cycle=0)
         end = start + steps
         starts = range(start, end, schedule.cycle)
         return np.concatenate(
-            [lr_schedule(once, spent, s, min(schedule.cycle, end - s)) for s in starts])
-    used = (spent[start + 1:start + steps + 1] - spent[start]).astype(float)
+            [lr_schedule(once, spent, s, min(schedule.cycle, end - s)) for s in starts]
+        )
+    used = (spent[start + 1 : start + steps + 1] - spent[start]).astype(float)
     total = float(spent[start + steps] - spent[start])
     warm = 0.0
     if schedule.warmup:
@@ -73,7 +82,7 @@ def lr_schedule(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -
 
 @dataclass(frozen=True)
 class Plan:
-    """What each step of a run is to be, from the config alone. Index s is after s steps; 0 is the start."""
+    """What each step of a run is to be. Index s of an array is after s steps; 0 is the start."""
 
     ends: np.ndarray  # last step of each phase
     start: ModelConfig  # the model before the first edit
@@ -120,19 +129,22 @@ class Plan:
     def frozen(self, phase: int) -> frozenset[str]:
         """Optimiser groups whose rate is 0 through a whole phase."""
         begin, end = int(np.append(0, self.ends)[phase]), int(self.ends[phase])
-        return frozenset(g for g, lr in self.lr.items() if not lr[begin + 1:end + 1].any())
+        return frozenset(g for g, lr in self.lr.items() if not lr[begin + 1 : end + 1].any())
 
     def since_reset(self, step: int, start: int = 0, since: int | None = None) -> int | None:
         """Steps since an edit last recurred, None if never; at step `start` it was `since`."""
-        last = int(np.searchsorted(self.resets, step))  # a reset after `step` steps belongs to the next one
+        last = int(np.searchsorted(self.resets, step))  # one after `step` steps comes later
         if last and self.resets[last - 1] >= start:
             return step - int(self.resets[last - 1])
         return None if since is None else since + step - start
 
     def spent(self, step: int) -> dict[str, float]:
         """What every row of metrics.jsonl says of the budget."""
-        return {"train/tokens": int(self.tokens[step]), "train/flops": float(self.flops[step]),
-                "phase": self.phase_of(step)}
+        return {
+            "train/tokens": int(self.tokens[step]),
+            "train/flops": float(self.flops[step]),
+            "phase": self.phase_of(step),
+        }
 
 
 def models_of(config, context: Context) -> list[ModelConfig]:
@@ -166,24 +178,31 @@ def flops_of(phase, model: ModelConfig) -> np.ndarray:
 
 
 def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dict[str, np.ndarray]:
-    """The learning rate of each optimiser group [steps + 1]; raises ValueError for a group that is none."""
+    """The learning rate of each optimiser group [steps + 1].
+
+    Raises ValueError for a phase's rate of a group that is none.
+    """
     run = config.schedule
     base = lr_schedule(run, spent[run.budget], 0, int(ends[-1]))
     lr = {group: np.zeros(ends[-1] + 1) for group in names}
     for i, phase in enumerate(config.phases):
         begin, end = int(ends[i]) - phase.steps, int(ends[i])
-        if unknown := set(phase.lr) - set(names):
-            raise ValueError(f"phases.{i}.lr names {', '.join(unknown)}; allowed are the optimiser groups "
-                             f"{', '.join(names)}")
+        unknown = set(phase.lr) - set(names)
+        if unknown:
+            raise ValueError(
+                f"phases.{i}.lr names {', '.join(unknown)}; allowed are the optimiser groups "
+                f"{', '.join(names)}"
+            )
         common, own = base[begin:end], phase.schedule
         if own:
             common = lr_schedule(own, spent[own.budget], begin, phase.steps)
         for group in names:
             how = phase.lr.get(group, 1.0)
             if isinstance(how, Schedule):
-                lr[group][begin + 1:end + 1] = lr_schedule(how, spent[how.budget], begin, phase.steps)
+                rate = lr_schedule(how, spent[how.budget], begin, phase.steps)
             else:
-                lr[group][begin + 1:end + 1] = common * how
+                rate = common * how
+            lr[group][begin + 1 : end + 1] = rate
     return lr
 
 
@@ -212,7 +231,8 @@ def make_plan(config, context: Context) -> Plan:
     """The plan of a `train.Config`. Raises ValueError for what its edits or groups refuse."""
     models = models_of(config, context)
     phases, ends = config.phases, np.cumsum([phase.steps for phase in config.phases])
-    sizes = np.repeat(np.array([p.batch * p.seq for p in phases], np.int64), [p.steps for p in phases])
+    sizes = np.array([phase.batch * phase.seq for phase in phases], np.int64)
+    sizes = np.repeat(sizes, [phase.steps for phase in phases])
     tokens = np.concatenate([[0], np.cumsum(sizes)])
     costs = [flops_of(phase, model) for phase, model in zip(phases, models, strict=True)]
     flops = np.concatenate([[0.0], np.cumsum(np.concatenate(costs))])
@@ -222,6 +242,17 @@ def make_plan(config, context: Context) -> Plan:
     for i, (phase, end) in enumerate(zip(phases, ends.tolist(), strict=True)):
         if phase.steer:
             steers |= dict.fromkeys(range(end - phase.steps, end, phase.steer)[1:], i)
-    lr = lr_of_groups(config, ends, dict(tokens=tokens, flops=flops), names)
-    return Plan(ends, config.model, models, tokens, flops, lr, edits, resets, steers,
-                frozenset(getattr(config, "eval_at", ())), config.eval_every, config.save_every)
+    return Plan(
+        ends=ends,
+        start=config.model,
+        models=models,
+        tokens=tokens,
+        flops=flops,
+        lr=lr_of_groups(config, ends, dict(tokens=tokens, flops=flops), names),
+        edits=edits,
+        resets=resets,
+        steers=steers,
+        eval_steps=frozenset(config.eval_at),
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+    )

@@ -11,7 +11,10 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
+from lib.fields import strict
 
+
+@strict
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices by axis; -1 takes what is left."""
@@ -21,72 +24,129 @@ class MeshConfig:
     tensor: int = 1  # parameters along `vocab`, `mlp` and `kv_heads`
 
 
+# The mesh axis that each named axis is split over; None is whole on each device.
+RULES = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "kv_heads": "tensor",
+    "q_per_kv": None,
+    "head_dim": None,
+    "mlp": "tensor",
+}
+ROWS = "data", "fsdp"  # the mesh axes that the rows of a batch are split over
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """The devices as a grid with axes data, fsdp and tensor."""
-    devices = jax.devices() if devices is None else devices
-    sizes = data, fsdp, tensor = config.data, config.fsdp, config.tensor
-    known = math.prod(s for s in sizes if s > 0)
-    rest, n = sizes.count(-1), len(devices)
-    if rest > 1 or any(s == 0 or s < -1 for s in sizes) or n % known or (not rest and known != n):
-        raise ValueError(f"mesh is data {data}, fsdp {fsdp}, tensor {tensor}, which does not fit the {n} "
-                         "devices here; allowed are sizes whose product is that, one of them -1 for the rest")
-    sizes = [s if s > 0 else n // known for s in sizes]
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    """The devices, by default all, as a grid with axes data, fsdp and tensor.
+
+    Raises ValueError for sizes that do not fit the devices.
+    """
+    if devices is None:
+        devices = jax.devices()
+    sizes = [config.data, config.fsdp, config.tensor]
+    shape = filled(sizes, len(devices))
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, ("data", "fsdp", "tensor"))
-# Named axes to mesh axes. `logical_to_mesh_axes` would copy an unknown axis to all devices: here it raises.
-RULES = {"layers": None, "vocab": "tensor", "embed": "fsdp", "kv_heads": "tensor", "q_per_kv": None,
-         "head_dim": None, "mlp": "tensor"}
-ROWS = "data", "fsdp"  # mesh axes that the rows of a batch live on
+
+
+def filled(sizes: list[int], devices: int) -> list[int]:
+    """Mesh sizes whose product is the number of devices: one of -1 takes what is left."""
+    known = math.prod(size for size in sizes if size > 0)
+    odd = any(size == 0 or size < -1 for size in sizes)
+    if sizes.count(-1) == 1:
+        fits = devices % known == 0
+    else:
+        fits = devices == known and -1 not in sizes
+    if odd or not fits:
+        data, fsdp, tensor = sizes
+        raise ValueError(
+            f"mesh is data {data}, fsdp {fsdp}, tensor {tensor}, which does not fit the {devices} "
+            "devices here; allowed are sizes whose product is that, one of them -1 for the rest"
+        )
+    return [size if size > 0 else devices // known for size in sizes]
 
 
 def shardings(rows: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each parameter lives on a mesh. Raises ValueError for an axis that the mesh does not divide."""
+    """Where each parameter of a table lives on a mesh.
+
+    Raises ValueError for an axis that the mesh does not divide, and KeyError for an axis that
+    RULES does not have: `logical_to_mesh_axes` alone would copy it to all devices in silence.
+    """
     out = {}
-    for name, p in rows.items():
-        spec = logical_to_mesh_axes(p.axes, tuple((axis, RULES[axis]) for axis in p.axes))
-        for axis, size, on in zip(p.axes, p.shape, spec, strict=True):
-            if on is not None and size % mesh.shape[on]:
-                raise ValueError(f"axis {axis} of parameter {name} is {size}, which mesh.{on} "
-                                 f"({mesh.shape[on]}) does not divide")
+    for name, param in rows.items():
+        rules = tuple((axis, RULES[axis]) for axis in param.axes)
+        spec = logical_to_mesh_axes(param.axes, rules)
+        for axis, size, place in zip(param.axes, param.shape, spec, strict=True):
+            if place is None or size % mesh.shape[place] == 0:
+                continue
+            raise ValueError(
+                f"axis {axis} of parameter {name} is {size}, which mesh.{place} "
+                f"({mesh.shape[place]}) does not divide"
+            )
         out[name] = NamedSharding(mesh, spec)
     return out
 
 
-def constrain(x, *axes) -> jax.Array:
-    """Fix the mesh axes that the axes of x live on, where these divide them; without a mesh, do nothing."""
+def constrain(x, *places) -> jax.Array:
+    """Fix where x lives in a jitted program; without a mesh, do nothing.
+
+    places: for the axes of x in turn, the mesh axis or axes that it is split over, or None. An
+    axis that these do not divide stays whole.
+    """
     mesh = get_abstract_mesh()
     if mesh.empty:
         return x
-    parts = [math.prod(mesh.shape[a] for a in np.ravel(on)) if on else 1 for on in axes]
-    fit = [on if n % part == 0 else None for on, n, part in zip(axes, x.shape, parts, strict=False)]
-    return lax.with_sharding_constraint(x, PartitionSpec(*fit))
+    spec = []
+    for place, size in zip(places, x.shape, strict=False):
+        fits = place is not None and size % parts(mesh, place) == 0
+        spec.append(place if fits else None)
+    return lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def parts(mesh, place: str | tuple[str, ...]) -> int:
+    """The number of parts that a mesh axis, or several, split an array's axis into."""
+    return math.prod(mesh.shape[axis] for axis in np.ravel(place))
 
 
 def by_row(mesh: Mesh, rows: int) -> NamedSharding:
-    """The rows of a batch over the mesh axes data and fsdp; all of them everywhere if that leaves a rest."""
-    even = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    return NamedSharding(mesh, PartitionSpec(ROWS) if even else PartitionSpec())
+    """A batch, its rows over the axes data and fsdp; whole everywhere if that leaves a rest."""
+    if rows % parts(mesh, ROWS):
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """Which of a batch's `rows` live on devices of this process, ascending."""
-    where = by_row(mesh, rows).addressable_devices_indices_map((rows,))
-    return np.unique(np.concatenate([np.arange(rows)[index] for index in where.values()]))
+    sharding = by_row(mesh, rows)
+    by_device = sharding.addressable_devices_indices_map((rows,))
+    every = np.arange(rows)
+    return np.unique(np.concatenate([every[index] for index in by_device.values()]))
 
 
 def put(batch: dict, mesh: Mesh, rows: int | None = None) -> dict[str, jax.Array]:
-    """A batch onto the devices of all processes; each gives all of it, or its `own_rows` of so many."""
-    rows = rows or len(batch["tokens"])
+    """A batch, onto the devices of all processes.
+
+    Each process gives the whole batch, or, of a batch of `rows` rows, its `own_rows`.
+    """
+    if rows is None:
+        rows = len(batch["tokens"])
+    sharding = by_row(mesh, rows)
     if jax.process_count() == 1:
-        return jax.device_put(batch, by_row(mesh, rows))
-    return {k: jax.make_array_from_process_local_data(by_row(mesh, rows), v, (rows, *v.shape[1:]))
-            for k, v in batch.items()}
+        return jax.device_put(batch, sharding)
+
+    def global_array(own):
+        shape = (rows, *own.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, own, shape)
+
+    return {name: global_array(own) for name, own in batch.items()}
 
 
 def largest(value: int, mesh: Mesh) -> jax.Array | int:
-    """The largest of what the processes give, still on the devices."""
+    """The largest of the values that the processes give, still on the devices."""
     if jax.process_count() == 1:
         return value
-    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    each = np.full(jax.local_device_count(), value, np.int32)
-    return jnp.max(jax.make_array_from_process_local_data(where, each, (jax.device_count(),)))
+    one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    own = np.full(jax.local_device_count(), value, np.int32)
+    values = jax.make_array_from_process_local_data(one_each, own, (jax.device_count(),))
+    return jnp.max(values)

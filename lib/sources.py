@@ -13,6 +13,7 @@ from typing import Any, Literal
 import fsspec
 
 from lib.errors import InputError
+from lib.fields import NotNegative, strict
 
 SPLITS = ("train", "dev", "test")
 
@@ -117,6 +118,7 @@ def definitions(module: Document) -> list[Document | Skipped]:
         for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
 
 
+@strict
 @dataclass(frozen=True)
 class Source:
     """Where documents come from and what is done to each before packing: functions, set in config files."""
@@ -124,7 +126,7 @@ class Source:
     documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...), or your own
     prepare: Callable | None = None  # (document, rng) -> document or list of them; training documents only
     score: Callable | None = None  # (document, tokens) -> float, kept in the cache; -inf leaves it out
-    epochs: float = 0.0  # passes that a run may make over it; 0 is any number
+    epochs: NotNegative = 0.0  # passes that a run may make over it; 0 is any number
     after: Literal["stop", "renormalise"] = "stop"  # then: refuse to go on, or leave its share to the others
 
 

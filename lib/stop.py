@@ -1,4 +1,5 @@
-"""When a run saves besides its plan, or ends early: the clock and signals, agreed on by all processes."""
+"""When a run saves besides its plan, or ends early: by the clock, by a signal to any process."""
+
 import signal
 import time
 from collections.abc import Callable
@@ -8,14 +9,16 @@ from jax.sharding import Mesh
 
 from lib.sharding import largest
 
-NOTHING, SAVE, EXIT = range(3)  # what a process asks for; all do the largest that any of them asks for
+# What a process asks for; all of them do the largest that any of them asks for.
+NOTHING, SAVE, EXIT = range(3)
 
 
 class Stop:
     """Listens for SIGTERM and SIGINT while it is open; Ctrl-C once more ends the process at once.
 
-    Several processes hear of what one of them asks a step later, the same step everywhere: by then its value
-    is there, so that no device waits. abandon: called at a signal, to end what waits for rows to come.
+    Several processes hear of what one of them asks a step later, the same step everywhere: by then
+    its value is there, so that no device waits. abandon: called at a signal, to end what waits for
+    rows to come.
     """
 
     def __init__(self, mesh: Mesh, save_minutes: float, abandon: Callable[[], None]):

@@ -1,11 +1,12 @@
 """TensorBoard and Weights & Biases: a config's `tracker` gets the rows of metrics.jsonl too.
 
-A resumed run has cut metrics.jsonl back to its checkpoint. Its track is brought into line with it before it
-goes on, so that each step is in it once, however the run was stopped.
+A resumed run has cut metrics.jsonl back to its checkpoint. Its track is brought into line with it
+before it goes on, so that each step is in it once, however the run was stopped.
 
     tensorboard --logdir runs       # with --tracker tensorboard: event files in RUN/tensorboard
-    wandb sync RUN/wandb/offline*   # with --tracker wandb and WANDB_MODE=offline: the whole track, once
+    wandb sync RUN/wandb/offline*   # with --tracker wandb and WANDB_MODE=offline
 """
+
 import json
 import os
 import shutil
@@ -18,11 +19,12 @@ from lib.disk import digest, write
 from lib.errors import user_errors
 from lib.processes import is_main_process
 
-KNOWN = {"step", "train/tokens", "train/flops", "phase"}  # what an evaluation's row repeats of its step's row
+# What the row of an evaluation repeats of the row of its step.
+KNOWN = {"step", "train/tokens", "train/flops", "phase"}
 
 
 def start_tracker(config, directory: Path, start: int) -> Callable[[dict], None] | None:
-    """What takes the rows to come, in the main process alone; it has those up to step `start` by then."""
+    """What takes the rows to come, in the main process alone; it has the rows up to `start`."""
     if config.tracker == "none" or not is_main_process():
         return None
     begin = {"tensorboard": tensorboard, "wandb": weights_and_biases}[config.tracker]
@@ -35,7 +37,7 @@ def start_tracker(config, directory: Path, start: int) -> Callable[[dict], None]
 
 
 def numbers(row: dict) -> dict[str, float]:
-    """The finite numbers of a row but its step; of an evaluation's row, those that its step's row has not."""
+    """The finite numbers of a row; of an evaluation's row, those that its step's row has not."""
     known = {"step"} if "train/loss" in row else KNOWN
     return {name: value for name, value in row.items() if name not in known and value is not None}
 
@@ -43,12 +45,13 @@ def numbers(row: dict) -> dict[str, float]:
 def tensorboard(config, directory: Path, start: int) -> tuple[Callable, int]:
     """(row -> on disk, first step to send).
 
-    Each start writes one event file more, whose first event takes back that step and those after it. A run
-    that has no event file yet gets its past too.
+    Each start writes one event file more, whose first event takes back that step and those after
+    it. A run that has no event file yet gets its past too.
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
     folder = directory / "tensorboard"
     first = start if list(folder.glob("events.*")) else 0
     writer = EventFileWriter(str(folder))
@@ -56,7 +59,8 @@ def tensorboard(config, directory: Path, start: int) -> tuple[Callable, int]:
     writer.add_event(Event(wall_time=time.time(), step=first, session_log=again))
 
     def send(row: dict):
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(row).items()]
+        found = numbers(row).items()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in found]
         event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
         writer.add_event(event)
         writer.flush()  # whatever comes, a checkpoint's rows are there; raises what the writing met
@@ -67,19 +71,23 @@ def tensorboard(config, directory: Path, start: int) -> tuple[Callable, int]:
 def weights_and_biases(config, directory: Path, start: int) -> tuple[Callable, int]:
     """(row -> sent, first step to send): what W&B does not have, which is everything offline.
 
-    A killed run leaves an offline track without its end, so each start replaces those not synced. Online, W&B
-    says how far it came, and ignores rows before that: they come out the same, byte for byte.
+    A killed run leaves an offline track without its end, so each start replaces those not synced.
+    Online, W&B says how far it came, and ignores rows before that: they come out the same, byte for
+    byte.
     """
     import wandb
-    wandb.finish()  # what this process tracked before; within a second, its directory would be this one's
+
+    wandb.finish()  # what this process tracked before: a run of the same second has its directory
     folder = directory / "wandb"
     if not start or not (folder / "id").exists():  # a run that begins anew is another one
         write(folder / "id", digest([str(directory.resolve()), time.time_ns()]))
     for old in folder.glob("offline-run-*"):
         if not list(old.glob("*.synced")):
             shutil.rmtree(old, ignore_errors=True)
-    sentence = ("tracker is 'wandb', but {reason}; allowed is an account that `wandb login` has opened, "
-                "or WANDB_MODE=offline")
+    sentence = (
+        "tracker is 'wandb', but {reason}; allowed is an account that `wandb login` has opened, "
+        "or WANDB_MODE=offline"
+    )
     with user_errors(wandb.errors.Error, sentence=sentence):
         track = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "coppice"),
@@ -88,7 +96,8 @@ def weights_and_biases(config, directory: Path, start: int) -> tuple[Callable, i
             dir=directory,
             resume="allow",
             config=to_json(config),
-            settings=wandb.Settings(console="off"))
+            settings=wandb.Settings(console="off"),
+        )
 
     def send(row: dict):
         track.log(numbers(row), step=row["step"])

@@ -1,158 +1,292 @@
-"""Growth in width."""
+"""Growth in width.
+
+Widening is arithmetic on the table. On an axis that grows from d to D units each new unit is a
+copy of an old one. Three numbers belong to a copy:
+
+    c    how many copies its old unit has
+    s    its share of what is read from them; the shares of an old unit's copies sum to 1
+    a    along `embed`, the residual stream: it carries a times the old unit, where a² = D / (d c).
+         The copies' a² sum to D / d, so that the mean square in RMSNorm is as before
+
+The function stays the same if weights are multiplied, along each axis that grows, by
+
+    s           where they sum over the axis: they read it
+    1           where they give the axis, if that is not `embed`: they write it
+    a           where they write `embed`
+    1 / a       in a gain along `embed`
+    s / a²      in the gain before a tied head, which is the embedding and so has its factor a
+
+With an even split s is 1 / c. Then the gradient of a weight is the old one times s / its factor.
+"""
 import zlib
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import Context, Edited, Model, ModelConfig, Param, draw, groups, table
+from lib.edits import check_option
+from model import (
+    Context,
+    Edited,
+    Model,
+    ModelConfig,
+    Param,
+    Params,
+    axis_sizes,
+    draw,
+    groups,
+    table,
+)
 
-# Widening is arithmetic on the table. A matrix's inputs stand before its outputs there, and one side is the
-# residual stream, `embed`: so a matrix that begins with `embed` reads it, one that ends with it writes it.
-#
-# On an axis that grows from d to D units, new unit j is a copy of old unit m(j). Let the shares s(j) of an
-# old unit's copies sum to 1, and let the stream carry a(j) x[m(j)], where the copies' a(j)² sum to D / d.
-# Then the mean square in RMSNorm is as before, whatever m is, and these factors on the weights leave the
-# function alone (for whole D / d and units in turn a(j) is 1, for others the gains take it back):
-#
-#     embed, written                      a(j)
-#     embed, gain                         1 / a(j)
-#     embed, gain before a tied head      s(j) / a(j)²
-#     any other axis, written             1
-#     any axis, read                      s(j)
-#
-# and with an even split the gradient of a weight is the old one times s(j) / its factor, on every row.
+
+def widen(
+    model: Model,
+    context: Context,
+    embed: int = 0,
+    kv_heads: int = 0,
+    q_per_kv: int = 0,
+    mlp: int = 0,
+    new: Literal["copy", "next", "zero"] = "copy",
+    units: Literal["tile", "random"] = "tile",
+    split: Literal["even", "uneven"] = "even",
+    moments: Literal["reset", "map"] = "reset",
+) -> Edited:
+    """Grow in width to the sizes given; an axis at 0 stays, and so does `head_dim`, fixed by RoPE.
+
+    new: "copy" copies units and divides their fan-in (Net2Net, Chen et al. 2015; bert2BERT 2021,
+    FPI). "next" gives new units what computes those of the layer above (bert2BERT, AKI); that
+    alone changes the function. "zero" puts the old weights in a corner: see `in_corner`.
+    units: copies are of the old units in turn, or at random. split: copies have equal shares and
+    stay equal for ever, or shares drawn for each parameter and layer, and separate.
+    moments: "reset" starts every optimiser group afresh, "map" scales moments as gradients are.
+    Raises ValueError for a size below the old one, and for moments that cannot be mapped.
+    """
+    check_options(new, units, split, moments)
+    sizes = dict(embed=embed, kv_heads=kv_heads, q_per_kv=q_per_kv, mlp=mlp)
+    growth = plan_growth(model, context.key, sizes, new, units, split)
+    # Each in one program: to compile operation by operation takes seconds.
+    params = jax.jit(partial(grown, growth))(model.params)
+    policy = "reset"
+    if moments == "map":
+        policy = jax.jit(partial(mapped, growth), static_argnames="moment")
+    return Edited(
+        Model(growth.config, params),
+        policy=dict.fromkeys(groups(model.config), policy),
+        preserves=new != "next",
+    )
+
+
+def check_options(new: str, units: str, split: str, moments: str):
+    """Raise ValueError for an option that `widen` does not have, and for moments it cannot map."""
+    check_option("widen: new", new, "copy", "next", "zero")
+    check_option("widen: units", units, "tile", "random")
+    check_option("widen: split", split, "even", "uneven")
+    check_option("widen: moments", moments, "reset", "map")
+    if moments == "map" and (new == "next" or split == "uneven"):
+        raise ValueError(
+            'widen: moments is "map", but only with new "copy" or "zero" and an even split are '
+            "the new gradients multiples of the old ones"
+        )
+
+
+class Axis(NamedTuple):
+    """An axis that grows from d to D units."""
+
+    old: int  # d
+    new: int  # D
+    source: jax.Array  # int32 [D], the old unit that each is a copy of
+    copies: jax.Array  # [D], c
+    key: jax.Array  # for the shares
+
+
+class Growth(NamedTuple):
+    """A growth in width, worked out."""
+
+    new: str  # see `widen`
+    split: str
+    config: ModelConfig  # of the wide model
+    rows: dict[str, Param]  # its table
+    axes: dict[str, Axis]  # those that grow
+    ratio: float  # D / d of `embed`
+    key: jax.Array  # for weights drawn as at initialisation
+
+
+def plan_growth(model: Model, key, sizes: dict[str, int], new, units, split) -> Growth:
+    """Check the sizes of axes, and draw the units that new ones copy.
+
+    Raises ValueError for a size below the old one.
+    """
+    old = axis_sizes(model.config)
+    after = {axis: size or old[axis] for axis, size in sizes.items()}
+    check_sizes(old, after)
+    dtype = next(iter(model.params.values())).dtype
+    axes = {}
+    keys = jax.random.split(key, len(after))
+    for own_key, (axis, size) in zip(keys, after.items(), strict=True):
+        if size > old[axis]:
+            source = unit_map(old[axis], size, units, own_key)
+            count = jnp.zeros(old[axis], dtype).at[source].add(1)
+            axes[axis] = Axis(old[axis], size, source, count[source], own_key)
+    ratio = after["embed"] / old["embed"]
+    config = replace(
+        model.config,
+        embed=after["embed"],
+        kv_heads=after["kv_heads"],
+        heads=after["kv_heads"] * after["q_per_kv"],
+        mlp=after["mlp"],
+    )
+    if new == "zero":
+        config = replace(config, norm_eps=config.norm_eps / ratio)
+    return Growth(new, split, config, table(config), axes, ratio, key)
+
+
+def check_sizes(old: dict[str, int], after: dict[str, int]) -> None:
+    """Raise ValueError for axes that would shrink."""
+    small = []
+    for axis, size in after.items():
+        if size < old[axis]:
+            small.append(f"{axis} is {size}, but the model has {old[axis]}")
+    if small:
+        raise ValueError(f"widen: {'; '.join(small)}; allowed is as many and more")
+
+
+def unit_map(old: int, new: int, how: str, key: jax.Array) -> jax.Array:
+    """[new] The old unit that each new one is a copy of; the old ones come first, as they were.
+
+    how: the others copy old ones in turn ("tile"), or such as are drawn ("random").
+    """
+    tiled = jnp.array(np.arange(new) % old, jnp.int32)
+    if how == "tile":
+        return tiled
+    drawn = jax.random.randint(key, (new - old,), 0, old, jnp.int32)
+    return tiled.at[old:].set(drawn)
+
+
+def grown(growth: Growth, params: Params) -> Params:
+    """The wide model's parameters."""
+    change = in_corner if growth.new == "zero" else copied
+    wide = {name: change(growth, name, x, "value") for name, x in params.items()}
+    if growth.new != "next":
+        return wide
+    return {name: from_above(growth, name, x) for name, x in wide.items()}
+
+
+def mapped(growth: Growth, tree: Params, moment: str) -> Params:
+    """Moments of the optimiser, scaled as the gradients are, Adam's `nu` as their squares."""
+    change = in_corner if growth.new == "zero" else copied
+    kind = "square" if moment == "nu" else "gradient"
+    return {name: change(growth, name, x, kind) for name, x in tree.items()}
+
+
+Kind = Literal["value", "gradient", "square"]  # a parameter, its gradient, that squared
+
+
+def copied(growth: Growth, name: str, x, kind: Kind):
+    """A parameter, or what is scaled as its gradient is, with its units copied."""
+    param = growth.rows[name]
+    for axis in param.axes:
+        if axis not in growth.axes:
+            continue
+        grows = growth.axes[axis]
+        factor = along(value_factor(growth, name, axis), param, axis)
+        if kind != "value":
+            factor = along(1 / grows.copies, param, axis) / factor
+        if kind == "square":
+            factor = factor**2
+        x = jnp.take(x, grows.source, axis=param.axes.index(axis)) * factor
+    return x
+
+
+def value_factor(growth: Growth, name: str, axis: str):
+    """What the copies of a parameter are multiplied by along an axis: the table of this file.
+
+    [D] or, where it differs by layer, [layers D].
+    """
+    param, grows = growth.rows[name], growth.axes[axis]
+    if axis in fan_in(param):
+        return shares(growth, name, axis)
+    if axis != "embed":
+        return jnp.ones(grows.new, grows.copies.dtype)
+    carried = jnp.sqrt(growth.ratio / grows.copies)  # a
+    if param.group != "vector":
+        return carried
+    if growth.config.tied and param.axes == ("embed",):
+        return shares(growth, name, axis) / carried**2
+    return 1 / carried
 
 
 def fan_in(param: Param) -> tuple[str, ...]:
-    """The axes that a parameter sums over; none for a gain."""
-    axes = [a for a in param.axes if a != "layers"]
-    return () if len(axes) == 1 else ("embed",) if axes[0] == "embed" else tuple(axes[:axes.index("embed")])
+    """The axes that a parameter sums over; none for a gain.
+
+    A matrix's inputs stand before its outputs, and one side is the residual stream, `embed`.
+    """
+    axes = [axis for axis in param.axes if axis != "layers"]
+    if len(axes) == 1:
+        return ()
+    if axes[0] == "embed":
+        return ("embed",)
+    return tuple(axes[: axes.index("embed")])
+
+
+def shares(growth: Growth, name: str, axis: str):
+    """The copies' shares s of what reads them: [D] or, where they are drawn, [layers or 1, D]."""
+    grows = growth.axes[axis]
+    if growth.split == "even":
+        return 1 / grows.copies
+    param = growth.rows[name]
+    layers = param.shape[0] if param.axes[0] == "layers" else 1
+    key = jax.random.fold_in(grows.key, zlib.crc32(name.encode()))
+    dtype = grows.copies.dtype
+    drawn = jax.random.uniform(key, (layers, grows.new), dtype, 0.5, 1.5)
+    total = jnp.zeros((layers, grows.old), dtype)
+    total = total.at[:, grows.source].add(drawn)
+    return drawn / total[:, grows.source]
 
 
 def along(factor, param: Param, axis: str):
-    """A factor [n] or [layers, n] along an axis of a parameter, so that it broadcasts."""
-    layers = factor.shape[0] if factor.ndim == 2 else 1
-    return factor.reshape([layers if a == "layers" else factor.shape[-1] if a == axis else 1
-                           for a in param.axes])
+    """A factor [D] or [layers D] along an axis of a parameter, shaped so that it broadcasts."""
+    sizes = {axis: factor.shape[-1]}
+    if factor.ndim == 2:
+        sizes["layers"] = factor.shape[0]
+    return factor.reshape([sizes.get(name, 1) for name in param.axes])
 
 
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The axes that may grow in width, and their sizes."""
-    return dict(embed=config.embed, kv_heads=config.kv_heads, q_per_kv=config.heads // config.kv_heads,
-                mlp=config.mlp)
+def in_corner(growth: Growth, name: str, x, kind: Kind):
+    """A parameter, or what is scaled as its gradient is, in the corner of a wide one.
 
-
-def widen(model: Model, context: Context, embed: int = 0, kv_heads: int = 0, q_per_kv: int = 0, mlp: int = 0,
-          new: Literal["copy", "next", "zero"] = "copy", units: Literal["tile", "random"] = "tile",
-          split: Literal["even", "uneven"] = "even", moments: Literal["reset", "map"] = "reset") -> Edited:
-    """Grow in width to the sizes given; an axis at 0 stays, and so does `head_dim`, which RoPE has fixed.
-
-    new: "copy" copies units and divides their fan-in (Net2Net, Chen et al. 2015; bert2BERT 2021, FPI), which
-    is exact for every map of units, as the stream's copies are scaled to keep its mean square; "next" takes
-    what computes a new unit from the layer above (bert2BERT, AKI; the last layer copies itself), which is not
-    exact; "zero" puts the old weights in a corner: what writes to the stream is zero where it is new, what
-    reads from it is drawn (zeros on both sides would never learn), gains and the norm's epsilon take back the
-    zeros in the mean square (G_zero of Du et al. 2024).
-    units: new units copy the old ones in turn, or at random. split: a unit's copies have equal parts of its
-    fan-in and stay equal for ever, or parts drawn for each parameter and layer, and separate.
-    moments: "reset" starts every optimiser group afresh, "map" gives them the factors of the gradients.
-    Raises ValueError for a size below the old one, and for moments that cannot be mapped.
+    What writes to the stream is zero where it is new. What reads the stream is drawn, since zeros
+    on both sides would never learn. Gains, and the norm's epsilon, take back the zeros in the mean
+    square. Moments of what is new are zero.
     """
-    old, before = model.config, axis_sizes(model.config)
-    after = {a: n or before[a] for a, n in dict(
-        embed=embed, kv_heads=kv_heads, q_per_kv=q_per_kv, mlp=mlp).items()}
-    options = (("new", new, ("copy", "next", "zero")), ("units", units, ("tile", "random")),
-               ("split", split, ("even", "uneven")), ("moments", moments, ("reset", "map")))
-    for option, given, allowed in options:
-        if given not in allowed:
-            raise ValueError(f"widen: {option} is {given!r}, allowed are {', '.join(map(repr, allowed))}")
-    if small := [f"{a} is {n}, but the model has {before[a]}" for a, n in after.items() if n < before[a]]:
-        raise ValueError(f"widen: {'; '.join(small)}; allowed is as many and more")
-    if moments == "map" and (new == "next" or split == "uneven"):
-        raise ValueError('widen: moments is "map", but only with new "copy" or "zero" and an even split are '
-                         "the new gradients multiples of the old ones")
-    corner, ratio = new == "zero", after["embed"] / before["embed"]
-    config = replace(old, embed=after["embed"], kv_heads=after["kv_heads"], mlp=after["mlp"],
-                     heads=after["kv_heads"] * after["q_per_kv"],
-                     norm_eps=old.norm_eps / ratio if corner else old.norm_eps)
-    rows, dtype = table(config), next(iter(model.params.values())).dtype
-    keys = dict(zip(after, jax.random.split(context.key, len(after)), strict=True))
-    source = {a: unit_map(before[a], n, units, keys[a]) for a, n in after.items() if n > before[a]}
-    count = {a: jnp.zeros(before[a], dtype).at[m].add(1)[m] for a, m in source.items()}
-
-    def share(name: str, axis: str):
-        """s, [n] or, where it is drawn, [layers, n] or [1, n]."""
-        if split == "even":
-            return 1 / count[axis]
-        key = jax.random.fold_in(keys[axis], zlib.crc32(name.encode()))
-        layers = old.layers if rows[name].axes[0] == "layers" else 1
-        part = jax.random.uniform(key, (layers, after[axis]), dtype, 0.5, 1.5)
-        total = jnp.zeros((layers, before[axis]), dtype).at[:, source[axis]].add(part)
-        return part / total[:, source[axis]]
-
-    def factor(name: str, axis: str):
-        """What the copies of a parameter are multiplied by along an axis."""
-        p = rows[name]
-        if axis != "embed" or axis in fan_in(p):
-            return share(name, axis) if axis in fan_in(p) else jnp.ones(after[axis], dtype)
-        scale = jnp.sqrt(ratio / count[axis])
-        if p.group != "vector":
-            return scale
-        return share(name, axis) / scale**2 if old.tied and p.axes == ("embed",) else 1 / scale
-
-    def copies(x, name: str, kind: str):
-        """Copies of a parameter ("value"), or of what is shaped like it, in the units of its gradient."""
-        p = rows[name]
-        for axis in (a for a in p.axes if a in source):
-            f = along(factor(name, axis), p, axis)
-            f = f if kind == "value" else along(1 / count[axis], p, axis) / f
-            x = jnp.take(x, source[axis], axis=p.axes.index(axis)) * (f**2 if kind == "square" else f)
-        return x
-
-    def in_corner(x, name: str, kind: str):
-        """A parameter, or what is shaped like it, in the corner of one of the new shape."""
-        p, gain = rows[name], ratio**-0.5
-        f = 1.0 if p.group != "vector" else {"value": gain, "gradient": 1 / gain, "square": gain**-2}[kind]
-        if p.group == "vector":
-            rest = jnp.full(p.shape, f if kind == "value" else 0.0, x.dtype)
-        else:
-            reads = kind == "value" and p.axes[-1] != "embed"
-            rest = draw(name, p, context.key, x.dtype) if reads else jnp.zeros(p.shape, x.dtype)
-        return rest.at[tuple(slice(n) for n in x.shape)].set(x * f)
-
-    change = in_corner if corner else copies
-
-    @jax.jit  # all in one program, since to compile operation by operation takes seconds
-    def grown(params: dict) -> dict:
-        params = {name: change(x, name, "value") for name, x in params.items()}
-        return {n: from_above(x, rows[n], before) for n, x in params.items()} if new == "next" else params
-
-    @partial(jax.jit, static_argnames="moment")
-    def carried(tree: dict, moment: str) -> dict:
-        return {n: change(x, n, "square" if moment == "nu" else "gradient") for n, x in tree.items()}
-
-    policy = dict.fromkeys(groups(old), carried if moments == "map" else "reset")
-    return Edited(Model(config, grown(model.params)), policy, preserves=new != "next")
+    param = growth.rows[name]
+    factor = 1.0
+    rest = jnp.zeros(param.shape, x.dtype)
+    if param.group == "vector":
+        gain = growth.ratio**-0.5
+        factor = {"value": gain, "gradient": 1 / gain, "square": gain**-2}[kind]
+        if kind == "value":
+            rest = jnp.full(param.shape, gain, x.dtype)
+    elif kind == "value" and param.axes[-1] != "embed":
+        rest = draw(name, param, growth.key, x.dtype)
+    corner = tuple(slice(size) for size in x.shape)
+    return rest.at[corner].set(x * factor)
 
 
-def unit_map(old: int, new: int, how: str, key: jax.Array):
-    """[new] The old unit that each new one is a copy of; the old ones come first, as they were."""
-    tiled = jnp.array(np.arange(new) % old, jnp.int32)
-    drawn = jax.random.randint(key, (max(new - old, 0),), 0, old, jnp.int32)
-    return tiled if how == "tile" else tiled.at[old:].set(drawn)
+def from_above(growth: Growth, name: str, x):
+    """A wide parameter whose new units get what the layer above has; the last layer keeps its own.
 
-
-def from_above(x, param: Param, before: dict[str, int]):
-    """A widened parameter of blocks, but what computes its new units comes from the layer above."""
-    out = [a for a in param.axes if a in before and a not in fan_in(param)]
+    Only matrices of blocks, and only along what they write, are concerned.
+    """
+    param = growth.rows[name]
     if param.axes[0] != "layers" or param.group == "vector":
         return x
-    fresh = jnp.zeros((), bool)
-    for axis in out:
-        size = x.shape[param.axes.index(axis)]
-        fresh = fresh | along(jnp.arange(size) >= before[axis], param, axis)
-    return jnp.where(fresh, jnp.concatenate([x[1:], x[-1:]]), x)
+    is_new = jnp.zeros((), bool)
+    for axis, grows in growth.axes.items():
+        if axis in param.axes and axis not in fan_in(param):
+            unit = jnp.arange(grows.new)
+            is_new = is_new | along(unit >= grows.old, param, axis)
+    above = jnp.concatenate([x[1:], x[-1:]])
+    return jnp.where(is_new, above, x)

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -75,11 +76,27 @@ def strong(config: model.ModelConfig) -> dict[str, jax.Array]:
     return out
 
 
+def used(config, params):
+    """The parameters that a shape has."""
+    return {n: params[n] for n in model.table(config)}
+
+
+def rows(seed=0, batch=2, seq=24, vocab=258):
+    """A batch of random tokens with three segments and some padding in each row."""
+    rng = np.random.default_rng(seed)
+    segments = np.repeat([[1, 2, 3, 0]], batch, 0).repeat([seq // 2 - 3, seq // 4, seq // 4, 3], axis=1)
+    starts = np.array([[np.argmax(row == s) for s in row] for row in segments])
+    tokens, targets = rng.integers(0, vocab, (2, batch, seq), dtype=np.int32)
+    return dict(tokens=tokens, targets=targets, segments=segments.astype(np.int32),
+                positions=(np.arange(seq) - starts).astype(np.int32),
+                weights=(segments > 0).astype(np.float32), source=np.zeros((batch, seq), np.int32))
+
+
 def pytest_collection_modifyitems(config, items):
     """Tests that are marked long run only where `-m` names their mark; files that take minutes come first,
     or of the two processes one would end by waiting for the other.
     """
-    long = [f"test_{name}.py" for name in ("runs", "scale", "train", "configs_growth", "study")]
+    long = [f"test_{name}.py" for name in ("runs", "scale", "train", "configs_growth", "widen", "study")]
     items.sort(key=lambda item: item.path.name not in long)
     for item in items:
         for mark in ("soak", "study", "library", "readme"):
@@ -138,3 +155,9 @@ def cache(data_config) -> Cache:
 def tiny() -> model.ModelConfig:
     """A model of two blocks over bytes, computed in float32."""
     return model.ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)
+
+
+@pytest.fixture(scope="session")
+def params(tiny):
+    """Parameters of the tiny model and an untied head, which a tied one leaves alone."""
+    return strong(replace(tiny, tied=False))

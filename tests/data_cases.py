@@ -20,7 +20,7 @@ def load_all(sources: dict, *phases, seed: int = 0, log=None) -> data.Loader:
                              max_skipped=1.0)  # duplicates count as damage
     caches = {name: build(name, config, Bytes(), 0) for name in sources}
     made = data.Loader(caches, phases, config, Bytes(), seed)
-    made.log = log or made.log
+    made.restore(made.start, log or [])
     return made
 
 

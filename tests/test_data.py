@@ -23,8 +23,8 @@ import data
 from data import DataConfig, Document, InputError, Skipped, Source
 from lib.cache import Cache, Shard, build, tokenize
 from lib.disk import locked
-from lib.evaluate import bits_per_byte, held_out, windows
-from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, fill, permute
+from lib.evaluate import bits_per_byte, held_out
+from lib.packing import ROW, SEGMENT
 from lib.prefetch import prefetch
 from lib.sources import SPLITS, split_of
 from lib.tokenizers import (
@@ -48,35 +48,6 @@ def home(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ permutations and splits
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 100, 255, 256, 257, 1_000, 4_096, 5_003])
-def test_permute_is_a_permutation(n):
-    out = permute(np.arange(n), n, 1, 2)
-    equal(np.sort(out), np.arange(n))
-    assert out.dtype == np.int64
-
-
-def test_permute_of_nothing_is_nothing():
-    assert permute(np.arange(0), 0, 1).shape == (0,)
-
-
-def test_permute_follows_its_key():
-    keys = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1), (2**40, 0, 0))
-    images = [permute(np.arange(1_000), 1_000, *key) for key in keys]
-    for one, other in itertools.combinations(images, 2):
-        assert np.mean(one == other) < 0.02
-    for image in images:  # and it is no mere shift: neighbours part
-        assert np.mean(np.abs(np.diff(image)) < 10) < 0.1
-    equal(images[0], permute(np.arange(1_000), 1_000, *keys[0]))
-
-
-@given(st.integers(1, 10**12), st.data())
-def test_permute_of_one_is_as_within_many(n, drawn):
-    index = drawn.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
-    many = permute(np.array(index), n, 3)
-    assert [int(permute(i, n, 3)[0]) for i in index] == many.tolist()
-    assert all(0 <= i < n for i in many.tolist())
 
 
 def test_splits_have_their_shares():
@@ -597,101 +568,6 @@ def test_score_is_kept_and_minus_infinity_leaves_out(home):
     assert cache.total["counts"]["skipped: deselected"] == len(originals) - len(kept)
 
 
-# ---------------------------------------------------------------------------------------------------- packing
-
-lengths = st.lists(st.integers(1, 40), max_size=25).map(lambda x: np.array(x, np.int64))
-
-
-def covered(plan, sizes, quiet=True):
-    """How often each position of each document is in a plan; without the quiet ones where told."""
-    out = [np.zeros(n, int) for n in sizes]
-    for _, _, document, start, length, silent in plan.tolist():
-        assert length > 0 and 0 <= silent < length and start + length <= len(out[document])
-        out[document][start + (0 if quiet else silent):start + length] += 1
-    return out
-
-
-def orderly(plan):
-    """Rows are 0, 1, 2, ...; segments 1, 2, ... in each."""
-    rows = plan[:, ROW].tolist()
-    assert rows == sorted(rows) and set(rows) == set(range(len(set(rows))))
-    for row in set(rows):
-        assert plan[plan[:, ROW] == row][:, SEGMENT].tolist() == list(range(1, 1 + rows.count(row)))
-
-
-@given(lengths, st.integers(1, 50))
-@example(np.array([], np.int64), 4)
-@example(np.array([4, 4]), 4)
-@example(np.array([1, 1, 1]), 1)
-def test_concat_and_split_covers_everything_once_in_order(sizes, seq):
-    plan = data.concat_and_split(sizes, seq)
-    assert plan.shape[1] == 6 and plan.dtype.kind == "i"
-    assert all(np.all(c == 1) for c in covered(plan, sizes)) and not np.any(plan[:, QUIET])
-    orderly(plan)
-    order = plan[:, [DOCUMENT, START]].tolist()
-    assert order == sorted(order)
-    full = np.bincount(plan[:, ROW], plan[:, LENGTH]) if len(plan) else np.zeros(0)
-    assert np.all(full[:-1] == seq) and full.sum() == sizes.sum() and np.all(full <= seq)
-
-
-@given(lengths, st.integers(1, 50), st.data())
-def test_windows_predict_everything_once(sizes, seq, drawn):
-    overlap = drawn.draw(st.integers(0, seq - 1))
-    plan = windows(sizes, seq, overlap)
-    assert all(np.all(c == 1) for c in covered(plan, sizes, quiet=False))
-    orderly(plan)
-    assert np.all(np.bincount(plan[:, ROW], plan[:, LENGTH]) <= seq)
-    for _, _, document, start, length, quiet in plan.tolist():
-        assert quiet == (overlap if start else 0)
-        assert sizes[document] > seq or (start, length) == (0, sizes[document])  # cut where it must be alone
-
-
-def test_fill_by_hand():
-    """Row 0: a whole document, the middle of another, padding. Row 1: its end, one position quiet, and two
-    pieces that share a segment. Row 2 is not in the plan."""
-    ids = [np.array(x, np.uint16) for x in ([10, 11], [20, 21, 22, 23, 24], [30])]
-    plan = np.array([(0, 1, 0, 0, 3, 0), (0, 2, 1, 1, 3, 0),
-                     (1, 1, 1, 3, 3, 1), (1, 2, 2, 0, 2, 0), (1, 2, 0, 0, 2, 0)])
-    got = fill(plan, np.array([0, 1, 2]), 7, lambda d: ids[d], SimpleNamespace(bos=1, eos=2))
-    expected = dict(
-        tokens=[[1, 10, 11, 20, 21, 22, 2], [22, 23, 24, 1, 30, 1, 10], [2] * 7],
-        targets=[[10, 11, 2, 21, 22, 23, 2], [23, 24, 2, 30, 2, 10, 11], [2] * 7],
-        segments=[[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2, 2], [0] * 7],
-        positions=[[0, 1, 2, 0, 1, 2, 0], [0, 1, 2, 0, 1, 2, 3], [0] * 7],
-        weights=[[1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1], [0] * 7],
-        document=[[0, 0, 0, 1, 1, 1, -1], [1, 1, 1, 2, 2, 0, 0], [-1] * 7])
-    assert set(got) == set(expected)
-    for key, value in expected.items():
-        equal(got[key], value, err_msg=key)
-        assert got[key].dtype == (np.float32 if key == "weights" else np.int32)
-
-
-@given(lengths.filter(len), st.integers(1, 50), st.data())
-def test_fill_gives_each_position_its_next_token(sizes, seq, drawn):
-    """For the plans of training and evaluation, with ids that tell where they are from."""
-    overlap = drawn.draw(st.integers(0, seq - 1))
-    special = SimpleNamespace(bos=-1, eos=-2)
-    for plan in (data.concat_and_split(sizes, seq), windows(sizes, seq, overlap)):
-        rows = np.arange(plan[-1, ROW] + 1)
-        got = fill(plan, rows, seq, lambda d: 100 * d + np.arange(sizes[d] - 1), special)
-        predicted = []
-        for r in rows:
-            for segment in range(1, got["segments"][r].max() + 1):
-                where = got["segments"][r] == segment
-                tokens, targets, weights = (
-                    got[k][r, where].tolist() for k in ("tokens", "targets", "weights"))
-                (document,) = set(got["document"][r, where].tolist())
-                whole = [-1, *(100 * document + np.arange(sizes[document] - 1)).tolist(), -2]
-                start = whole.index(tokens[0])
-                assert whole[start:start + len(tokens) + 1] == [*tokens, targets[-1]]
-                assert tokens[1:] == targets[:-1]
-                equal(got["positions"][r, where], np.arange(len(tokens)))
-                predicted += [(document, start + i) for i, weight in enumerate(weights) if weight]
-        assert sorted(predicted) == [(d, i) for d, n in enumerate(sizes.tolist()) for i in range(n)]
-        padding = got["segments"] == 0
-        assert np.all(got["tokens"][padding] == -2) and not np.any(got["weights"][padding])
-
-
 # ------------------------------------------------------------------------------------------------- the loader
 
 
@@ -874,14 +750,14 @@ def rising(progress, losses):
 def test_no_mixture_is_in_proportion_to_the_rows(loader):
     made = loader(phase(steps=500))
     stars, moons = (rows.epoch for rows in made.rows[0][0])
-    equal(made.drawn(0, 500)[0].sum(), 2_000)
-    assert made.drawn(0, 500)[0][1] == pytest.approx(2_000 * moons / (stars + moons), abs=1)
+    equal(made.draws[0].after(500)[0].sum(), 2_000)
+    assert made.draws[0].after(500)[0][1] == pytest.approx(2_000 * moons / (stars + moons), abs=1)
 
 
 def test_a_rare_source_comes_as_often_as_it_should(loader):
     """With weight 0.001 in batches of 4: at every 250th step, give or take one, never two at once."""
     made = loader(phase(steps=10_000, mixture=dict(stars=0.999, moons=0.001)))
-    counts = np.array([made.drawn(0, step)[0] for step in range(10_001)])
+    counts = np.array([made.draws[0].after(step)[0] for step in range(10_001)])
     equal(counts.sum(1), 4 * np.arange(10_001))
     assert counts[-1, 1] == 40
     assert np.max(np.abs(counts[:, 1] - 0.004 * np.arange(10_001))) < 1
@@ -894,7 +770,7 @@ def test_a_rare_source_comes_as_often_as_it_should(loader):
 @given(st.lists(st.integers(0, 1_000), min_size=2, max_size=2).filter(any), st.integers(1, 9))
 def test_counts_keep_to_the_mixture(loader, weights, batch):
     made = loader(phase(batch=batch, mixture=dict(zip(("stars", "moons"), weights, strict=True))))
-    counts = np.array([made.drawn(0, step)[0] for step in range(60)])
+    counts = np.array([made.draws[0].after(step)[0] for step in range(60)])
     equal(counts.sum(1), batch * np.arange(60))
     assert np.all(np.diff(counts, axis=0) >= 0)
     due = np.arange(60)[:, None] * batch * np.array(weights) / sum(weights)
@@ -914,7 +790,7 @@ def test_counts_keep_to_a_mixture_that_changes(caches, weights, batch):
     sources = dict.fromkeys("abcd", Source(moons))
     made = data.Loader(dict.fromkeys(sources, caches["moons"]), phases, replace(SKY, sources=sources),
                        Points(), 0)
-    counts = np.array([made.drawn(0, step)[0] for step in range(21)])
+    counts = np.array([made.draws[0].after(step)[0] for step in range(21)])
     equal(counts.sum(1), batch * np.arange(21))
     assert np.all(np.diff(counts, axis=0) >= 0)
     assert np.max(np.abs(counts[1:] - batch * np.cumsum(shares, axis=0))) < 2
@@ -923,9 +799,9 @@ def test_counts_keep_to_a_mixture_that_changes(caches, weights, batch):
 def test_mixture_is_a_function_of_progress(loader):
     """Progress is 0 at a phase's first step; a source without weight does not come."""
     made = loader(phase(steps=3), phase(steps=100, mixture=rising))
-    assert made.weights(1, 0).tolist() == [1, 0] and made.weights(1, 25).tolist() == [0.75, 0.25]
-    assert made.drawn(1, 1)[0].tolist() == [4, 0] and \
-        made.drawn(1, 100)[0][1] == pytest.approx(4 * 49.5, abs=1)
+    assert made.draws[1].shares(0).tolist() == [1, 0] and made.draws[1].shares(25).tolist() == [0.75, 0.25]
+    assert made.draws[1].after(1)[0].tolist() == [4, 0] and \
+        made.draws[1].after(100)[0][1] == pytest.approx(4 * 49.5, abs=1)
     assert not made.batch(4).arrays["source"].any() and made.batch(103).arrays["source"].all()
 
 
@@ -961,10 +837,10 @@ def test_phase_begins_where_the_last_one_ended(loader):
     made = loader(phase(steps=5, batch=3, seq=32), phase(steps=4, batch=2, seq=20),
                   phase(steps=4, batch=2, seq=96), names=("stars",))
     drawn = [0, 5 * 3 * 32, 5 * 3 * 32 + 4 * 2 * 20]  # positions
-    assert [made.begin(p)[0].tolist() for p in range(3)] == [[0], [drawn[1] // 20], [drawn[2] // 96]]
-    rows, _, _ = made.rows[1][0][0].get(np.arange(24, 26))
-    for key, value in rows.items():
-        equal(made.batch(6).arrays[key], value)
+    assert [made.draws[p].first()[0].tolist() for p in range(3)] == [[0], [drawn[1] // 20], [drawn[2] // 96]]
+    for r, draw in enumerate((24, 25)):
+        for key, value in made.rows[1][0][0].get(draw).arrays.items():
+            equal(made.batch(6).arrays[key][r], value)
     assert [made.phase_of(step) for step in (1, 5, 6, 9, 10, 13)] == [0, 0, 1, 1, 2, 2]
 
 
@@ -984,9 +860,9 @@ def test_sources_are_followed_each_by_its_own_count(loader):
     """In the second phase each source goes on where it was, whatever the mixture drew."""
     made = loader(phase(steps=5, mixture=dict(stars=3, moons=1)),
                   phase(steps=2, seq=16, mixture=dict(moons=1)))
-    assert made.drawn(0, 5)[0].tolist() == [15, 5] and made.begin(1)[0].tolist() == [30, 10]
-    rows, _, _ = made.rows[1][0][1].get(np.arange(10, 14))
-    equal(made.batch(6).arrays["tokens"], rows["tokens"])
+    assert made.draws[0].after(5)[0].tolist() == [15, 5] and made.draws[1].first()[0].tolist() == [30, 10]
+    rows = [made.rows[1][0][1].get(draw).arrays["tokens"] for draw in range(10, 14)]
+    equal(made.batch(6).arrays["tokens"], rows)
     assert made.epochs(7) == {"stars": 30 / made.rows[1][0][0].epoch, "moons": 18 / made.rows[1][0][1].epoch}
 
 
@@ -1001,6 +877,60 @@ def test_objective_has_its_say_and_a_generator_per_row(loader):
     equal(made[0].arrays["noise"], made[1].arrays["noise"])
     rows = np.concatenate([made[0].arrays["noise"], made[2].arrays["noise"]])
     assert rows.shape == (8, 32) and len({tuple(row) for row in rows.tolist()}) == 8
+
+
+def mixed(row, rng):
+    """An objective of masks by chance: one row in four is bidirectional."""
+    return row, dict(kind="bidirectional" if rng.random() < 0.25 else "causal", window=0)
+
+
+def mixed_and_declared(row, rng):
+    return mixed(row, rng)
+
+
+mixed_and_declared.masks = dict(kind="causal", window=0), dict(kind="bidirectional", window=0)
+
+
+def by_source(row, rng):
+    """An objective whose moons are read both ways, within a window that the stars do not have."""
+    moon = bool(row["source"][0])
+    return row, dict(kind="bidirectional" if moon else "causal", window=5 if moon else 0)
+
+
+def test_unlike_masks_of_a_batch_become_one_prefix_mask(loader):
+    """And not that of the first row. A batch whose rows agree has their mask, and no array more."""
+    made, plain, kinds = loader(phase(objective=mixed)), loader(phase()), Counter()
+    for step in range(1, 40):
+        batch, expected = made.batch(step), plain.batch(step).arrays
+        both = [np.random.default_rng([0, step, r]).random() < 0.25 for r in range(4)]
+        kinds[batch.mask["kind"]] += 1
+        if len(set(both)) == 1:
+            assert batch.mask == dict(kind="bidirectional" if both[0] else "causal", window=0)
+        else:
+            assert batch.mask == dict(kind="prefix", window=0)
+            equal(batch.arrays["prefix"], np.array(both)[:, None] & (expected["segments"] > 0))
+            assert batch.arrays["prefix"].dtype == np.int32
+        assert batch.arrays.keys() - {"prefix"} == expected.keys()
+        assert all(np.array_equal(batch.arrays[key], expected[key]) for key in expected)
+    assert kinds["prefix"] > 10 and kinds["causal"] > 5
+
+
+@pytest.mark.parametrize("objective", [mixed, mixed_and_declared, partial(mixed_and_declared)])
+def test_processes_agree_on_the_mask_of_a_batch(loader, objective):
+    """Each makes its own rows alone, and all have the mask and the arrays of the whole."""
+    made = loader(phase(objective=objective))
+    for step in range(1, 20):
+        whole = made.batch(step)
+        for i in range(4):
+            part = made.batch(step, lambda rows, i=i: np.arange(i, rows, 4))
+            same(part, whole._replace(arrays={k: v[i::4] for k, v in whole.arrays.items()}))
+        assert whole.mask["kind"] == "prefix" or objective is mixed
+
+
+def test_masks_that_cannot_be_one_are_refused(loader):
+    made = loader(phase(steps=2), phase(objective=by_source, mixture=dict(stars=1, moons=1)))
+    with pytest.raises(InputError, match=r"phases\.1\.objective .*'causal', 'window': 0.*'window': 5"):
+        made.batch(3)
 
 
 def halves(sizes, seq):
@@ -1159,7 +1089,7 @@ def test_row_lengths_keep_to_their_weights_and_batches_to_their_size(loader):
     assert {b * t for b, t in shapes} == {128} and {t for _, t in shapes} == {16, 64}
     due = np.cumsum([(3 - 2 * i / 400) / (4 - 2 * i / 400) for i in range(400)])
     assert np.max(np.abs(np.cumsum([t == 16 for _, t in shapes]) - due)) <= 1
-    counts = made.drawn(0, 400)
+    counts = made.draws[0].after(400)
     assert counts[:, 0].tolist() == [sum(b for b, t in shapes if t == length) for length in (16, 64)]
     for length in (16, 64):  # each length has rows of its own, none twice within an epoch
         first = [tuple(row) for step in range(1, 30) if shapes[step - 1][1] == length
@@ -1184,9 +1114,9 @@ def test_a_source_that_ends_with_a_batch_stops_the_run_too(caches):
     sources = {"stars": Source(stars), "moons": Source(moons, epochs=1.0)}
     made = data.Loader(caches, [phase(batch=10, mixture=dict(stars=0.9, moons=0.1))],
                        replace(SKY, sources=sources), Points(), 0)
-    assert made.drawn(0, rows)[0, 1] == rows
+    assert made.draws[0].after(rows)[0, 1] == rows
     with pytest.raises(InputError, match=f"moons: no rows left at step {rows} "):
-        made.drawn(0, rows + 1)
+        made.draws[0].after(rows + 1)
 
 
 def test_two_threads_plan_and_draw_as_one(home):
@@ -1221,9 +1151,21 @@ def test_a_source_comes_no_more_often_than_its_epochs_allow(caches, after):
         with pytest.raises(InputError, match="moons: no rows left at step"):
             made.batch(100)
         return
-    counts = np.array([made.drawn(1, step)[0] for step in range(81)]) + made.begin(1)[0]
+    counts = np.array([made.draws[1].after(step)[0] for step in range(81)]) + made.draws[1].first()[0]
     assert np.max(counts[:, 1]) == most and counts[-1].sum() == 9 * 100
     assert np.all(np.diff(counts, axis=0).sum(1) == 9)
+
+
+def test_a_source_that_went_beyond_its_epochs_gives_no_rows(caches):
+    """An epoch of the second phase has fewer rows, so that more than all of them were drawn in the first."""
+    sources = {"stars": Source(stars), "moons": Source(moons, epochs=1.0, after="renormalise")}
+    first = dict(packing=halves, batch=1, mixture=dict(moons=1))
+    most = data.Loader(caches, [phase(**first)], SKY, Points(), 0).rows[0][0][1].epoch
+    phases = [phase(steps=most, **first), phase(steps=4, mixture=dict(stars=1, moons=1))]
+    made = data.Loader(caches, phases, replace(SKY, sources=sources), Points(), 0)
+    assert made.draws[1].first()[0, 1] > made.rows[1][0][1].epoch
+    assert made.draws[1].after(4).tolist() == [[16, 0]]
+    assert made.batch(most + 1).rows == 4 and not made.batch(most + 1).arrays["source"].any()
 
 
 def test_a_source_without_weight_does_not_stand_in(caches):
@@ -1244,17 +1186,20 @@ def test_a_steered_mixture_follows_its_log_and_nothing_else(caches):
     """Decisions come in turn; a loader that is given the log draws the same; beyond it there is an error."""
     phases = [phase(steps=4), phase(steps=12, mixture=by_log, steer=4)]
     first = data.Loader(caches, phases, SKY, Points(), 0)
-    batches = [first.batch(step) for step in range(1, 9)]
+    assert first.decided() == 8
+    batches = [first.batch(step) for step in range(1, first.decided() + 1)]
     with pytest.raises(InputError, match="beyond the decisions"):
         first.batch(9)
-    first.log[1].append(dict(stars=1.0, moons=3.0))
+    first.decide(1, dict(stars=1.0, moons=3.0))
+    assert first.decided() == 12
     batches += [first.batch(step) for step in range(9, 13)]
-    first.log[1].append(dict(moons=1.0))
+    first.decide(1, dict(moons=1.0))
+    assert first.decided() == 16 and first.log == [[], [dict(stars=1.0, moons=3.0), dict(moons=1.0)]]
     batches += [first.batch(step) for step in range(13, 17)]
     shares = [np.mean(b.arrays["source"]) for b in batches]
     assert shares[4:8] == [0] * 4 and np.mean(shares[8:12]) == 0.75 and shares[12:] == [1] * 4
     again = data.Loader(caches, phases, SKY, Points(), 0)
-    again.log = first.log
+    again.restore(first.start, first.log)
     for step in (16, 9, 3):
         same(again.batch(step), batches[step - 1])
 

@@ -1,19 +1,161 @@
-"""lib/packing.py: which pieces of documents make up which row; rows without a mask; `corpus bench`."""
+"""lib/packing.py: plans that keep every position, rows filled by hand, a permutation without a table."""
 import itertools
-import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-import data
-import train
-from lib.objectives import one_segment
-from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, best_fit, first_fit, one_per_row
+from lib.evaluate import windows
+from lib.packing import (
+    DOCUMENT,
+    LENGTH,
+    QUIET,
+    ROW,
+    SEGMENT,
+    START,
+    best_fit,
+    concat_and_split,
+    fill,
+    first_fit,
+    one_per_row,
+    permute,
+)
 
+equal = np.testing.assert_array_equal
 PACKINGS = [best_fit, first_fit, one_per_row]
+
+
+# ----------------------------------------------------------------------------------------------- permutations
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 100, 255, 256, 257, 1_000, 4_096, 5_003])
+def test_permute_is_a_permutation(n):
+    out = permute(np.arange(n), n, 1, 2)
+    equal(np.sort(out), np.arange(n))
+    assert out.dtype == np.int64
+
+
+def test_permute_of_nothing_is_nothing():
+    assert permute(np.arange(0), 0, 1).shape == (0,)
+
+
+def test_permute_follows_its_key():
+    keys = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1), (2**40, 0, 0))
+    images = [permute(np.arange(1_000), 1_000, *key) for key in keys]
+    for one, other in itertools.combinations(images, 2):
+        assert np.mean(one == other) < 0.02
+    for image in images:  # and it is no mere shift: neighbours part
+        assert np.mean(np.abs(np.diff(image)) < 10) < 0.1
+    equal(images[0], permute(np.arange(1_000), 1_000, *keys[0]))
+
+
+@given(st.integers(1, 10**12), st.data())
+def test_permute_of_one_is_as_within_many(n, drawn):
+    index = drawn.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
+    many = permute(np.array(index), n, 3)
+    assert [int(permute(i, n, 3)[0]) for i in index] == many.tolist()
+    assert all(0 <= i < n for i in many.tolist())
+
+
+# ----------------------------------------------------------------------------------- the plain plan, and rows
+
+lengths = st.lists(st.integers(1, 40), max_size=25).map(lambda x: np.array(x, np.int64))
+
+
+def covered(plan, sizes, quiet=True):
+    """How often each position of each document is in a plan; without the quiet ones where told."""
+    out = [np.zeros(n, int) for n in sizes]
+    for _, _, document, start, length, silent in plan.tolist():
+        assert length > 0 and 0 <= silent < length and start + length <= len(out[document])
+        out[document][start + (0 if quiet else silent):start + length] += 1
+    return out
+
+
+def orderly(plan):
+    """Rows are 0, 1, 2, ...; segments 1, 2, ... in each."""
+    rows = plan[:, ROW].tolist()
+    assert rows == sorted(rows) and set(rows) == set(range(len(set(rows))))
+    for row in set(rows):
+        assert plan[plan[:, ROW] == row][:, SEGMENT].tolist() == list(range(1, 1 + rows.count(row)))
+
+
+@given(lengths, st.integers(1, 50))
+@example(np.array([], np.int64), 4)
+@example(np.array([4, 4]), 4)
+@example(np.array([1, 1, 1]), 1)
+def test_concat_and_split_covers_everything_once_in_order(sizes, seq):
+    plan = concat_and_split(sizes, seq)
+    assert plan.shape[1] == 6 and plan.dtype.kind == "i"
+    assert all(np.all(c == 1) for c in covered(plan, sizes)) and not np.any(plan[:, QUIET])
+    orderly(plan)
+    order = plan[:, [DOCUMENT, START]].tolist()
+    assert order == sorted(order)
+    full = np.bincount(plan[:, ROW], plan[:, LENGTH]) if len(plan) else np.zeros(0)
+    assert np.all(full[:-1] == seq) and full.sum() == sizes.sum() and np.all(full <= seq)
+
+
+@given(lengths, st.integers(1, 50), st.data())
+def test_windows_predict_everything_once(sizes, seq, drawn):
+    overlap = drawn.draw(st.integers(0, seq - 1))
+    plan = windows(sizes, seq, overlap)
+    assert all(np.all(c == 1) for c in covered(plan, sizes, quiet=False))
+    orderly(plan)
+    assert np.all(np.bincount(plan[:, ROW], plan[:, LENGTH]) <= seq)
+    for _, _, document, start, length, quiet in plan.tolist():
+        assert quiet == (overlap if start else 0)
+        assert sizes[document] > seq or (start, length) == (0, sizes[document])  # cut where it must be alone
+
+
+def test_fill_by_hand():
+    """Row 0: a whole document, the middle of another, padding. Row 1: its end, one position quiet, and two
+    pieces that share a segment. Row 2 is not in the plan."""
+    ids = [np.array(x, np.uint16) for x in ([10, 11], [20, 21, 22, 23, 24], [30])]
+    plan = np.array([(0, 1, 0, 0, 3, 0), (0, 2, 1, 1, 3, 0),
+                     (1, 1, 1, 3, 3, 1), (1, 2, 2, 0, 2, 0), (1, 2, 0, 0, 2, 0)])
+    got = fill(plan, np.array([0, 1, 2]), 7, lambda d: ids[d], SimpleNamespace(bos=1, eos=2))
+    expected = dict(
+        tokens=[[1, 10, 11, 20, 21, 22, 2], [22, 23, 24, 1, 30, 1, 10], [2] * 7],
+        targets=[[10, 11, 2, 21, 22, 23, 2], [23, 24, 2, 30, 2, 10, 11], [2] * 7],
+        segments=[[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2, 2], [0] * 7],
+        positions=[[0, 1, 2, 0, 1, 2, 0], [0, 1, 2, 0, 1, 2, 3], [0] * 7],
+        weights=[[1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1], [0] * 7],
+        document=[[0, 0, 0, 1, 1, 1, -1], [1, 1, 1, 2, 2, 0, 0], [-1] * 7])
+    assert set(got) == set(expected)
+    for key, value in expected.items():
+        equal(got[key], value, err_msg=key)
+        assert got[key].dtype == (np.float32 if key == "weights" else np.int32)
+
+
+@given(lengths.filter(len), st.integers(1, 50), st.data())
+def test_fill_gives_each_position_its_next_token(sizes, seq, drawn):
+    """For the plans of training and evaluation, with ids that tell where they are from."""
+    overlap = drawn.draw(st.integers(0, seq - 1))
+    special = SimpleNamespace(bos=-1, eos=-2)
+    for plan in (concat_and_split(sizes, seq), windows(sizes, seq, overlap)):
+        rows = np.arange(plan[-1, ROW] + 1)
+        got = fill(plan, rows, seq, lambda d: 100 * d + np.arange(sizes[d] - 1), special)
+        predicted = []
+        for r in rows:
+            for segment in range(1, got["segments"][r].max() + 1):
+                where = got["segments"][r] == segment
+                tokens, targets, weights = (
+                    got[k][r, where].tolist() for k in ("tokens", "targets", "weights"))
+                (document,) = set(got["document"][r, where].tolist())
+                whole = [-1, *(100 * document + np.arange(sizes[document] - 1)).tolist(), -2]
+                start = whole.index(tokens[0])
+                assert whole[start:start + len(tokens) + 1] == [*tokens, targets[-1]]
+                assert tokens[1:] == targets[:-1]
+                equal(got["positions"][r, where], np.arange(len(tokens)))
+                predicted += [(document, start + i) for i, weight in enumerate(weights) if weight]
+        assert sorted(predicted) == [(d, i) for d, n in enumerate(sizes.tolist()) for i in range(n)]
+        padding = got["segments"] == 0
+        assert np.all(got["tokens"][padding] == -2) and not np.any(got["weights"][padding])
+
+
+# ----------------------------------------------------------------------------------------------- bin-packings
 
 
 @st.composite
@@ -54,7 +196,7 @@ def test_a_packing_keeps_every_position_and_cuts_no_document_that_fits(pack, cas
     lengths, seq = case
     plan = pack(lengths, seq)
     assert plan.dtype == np.int64 and plan.shape[1] == 6 and np.all(np.diff(plan[:, ROW]) >= 0)
-    assert np.array_equal(plan, pack(lengths, seq))
+    equal(plan, pack(lengths, seq))
     assert np.all(plan[:, LENGTH] > 0) and not plan[:, QUIET].any()
     rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
     filled = np.bincount(plan[:, ROW], plan[:, LENGTH], rows)
@@ -106,34 +248,3 @@ def test_best_fit_of_100_000_documents_wastes_next_to_nothing():
     assert plan[:, LENGTH].sum() == lengths.sum()
     assert plan[-1, ROW] + 1 <= 1.0002 * math.ceil(lengths.sum() / 2048)
     assert np.all(np.bincount(plan[:, DOCUMENT])[lengths <= 2048] == 1)
-
-
-def test_without_a_mask_a_row_is_one_segment_whose_positions_run_on():
-    row = dict(tokens=np.arange(8), segments=np.array([1, 1, 1, 2, 2, 3, 0, 0], np.int32),
-               positions=np.array([0, 1, 2, 0, 1, 0, 0, 0], np.int32))
-    made, mask = one_segment(row, np.random.default_rng(0))
-    assert made["segments"].tolist() == [1] * 6 + [0] * 2 and made["positions"].tolist() == [*range(6), 0, 0]
-    assert made["tokens"] is row["tokens"] and mask == data.causal(row, None)[1]
-    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
-
-
-CORPUS = """from functools import partial
-
-from data import DataConfig, Source, text
-from model import ModelConfig
-from train import Config, Phase
-
-config = Config(model=ModelConfig(vocab=320), overlap=0, phases=(Phase(steps=9, batch=2, seq=64),),
-                data=DataConfig(sources={"text": Source(partial(text, path="PLACE"))}, dev=0.1, test=0.1))
-"""
-
-
-def test_corpus_bench_compares_the_packings_and_times_batches_and_tokenizing(tmp_path, corpus, capsys):
-    (tmp_path / "some.py").write_text(CORPUS.replace("PLACE", str(corpus)))
-    train.verb("corpus", ["bench", str(tmp_path / "some.py"), "--seconds", "0.2"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    plain, best = (found["packings"][name] for name in ("concat_and_split", "best_fit"))
-    assert plain["rows"] == plain["ideal"] == best["ideal"] <= best["rows"]
-    assert plain["cut"] > best["cut"] and plain["cut_fitting"] > 0 == best["cut_fitting"]
-    assert found["packings"]["first_fit"]["rows"] >= plain["rows"] and best["rows_s"] >= best["plan_s"] > 0
-    assert found["batch"]["tokens_per_s"] > 0 and found["tokenizing"]["share"] > 0

@@ -1,6 +1,5 @@
 """train.py in this process: configs, schedules, the step, meshes, edits, and every extension point."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -24,7 +23,6 @@ from data import DataConfig, Document, InputError, Source
 from lib import optim
 from lib.cache import Cache
 from lib.checkpoint import Checkpoints
-from lib.config import from_json, to_json
 from lib.edits import reset_embeddings, stack
 from lib.evaluate import evaluators
 from lib.kernels import Mask
@@ -33,7 +31,7 @@ from lib.optim import State, adamw
 from lib.schedule import Plan, Schedule, lr_schedule
 from lib.sharding import MeshConfig, make_mesh, put, shardings
 from model import Edited, Model, ModelConfig
-from train import Config, Edit, Phase, load_config, parse
+from train import Config, Edit, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)
@@ -138,13 +136,6 @@ def stop_now(params, apply):
     """An `evals` that sends SIGTERM to this process, as a scheduler might in the middle of an evaluation."""
     os.kill(os.getpid(), signal.SIGTERM)
     return {"own/stopped": 1.0}
-
-
-class Thing:
-    """Callable, but no function."""
-
-    def __call__(self, *_):
-        """Nothing."""
 
 
 def tiny_config(tmp_path="", **changes) -> Config:
@@ -426,124 +417,7 @@ def test_recurring_edit_without_an_end_goes_on():
     assert [s for s in range(22) if course_of(config).edits.get(s, [])] == [5, 15, 20]
 
 
-# ------------------------------------------------------------------------------- bad configs, before any work
-
-
-def phases_with(**changes) -> tuple[Phase, ...]:
-    """Two phases, the second changed."""
-    return (Phase(batch=8, seq=128), replace(Phase(batch=8, seq=128), **changes))
-
-
-def model_with(**changes) -> dict:
-    """A changed model."""
-    return dict(model=replace(TINY, **changes))
-
-
-def data_with(**changes) -> dict:
-    """Changed data."""
-    return dict(data=replace(tiny_config().data, **changes))
-
-
-def inner():
-    """A function that is not at the top level of a file."""
-
-    def hidden(table):
-        return plain_descent(table)
-
-    return hidden
-
-
-BAD = {  # case: (changes of the config, what the sentence must hold)
-    "heads": (model_with(heads=5), ["model.heads", "5", "model.kv_heads", "2"]),
-    "odd head_dim": (model_with(head_dim=7), ["model.head_dim", "7", "even"]),
-    "no layers": (model_with(layers=0), ["model.layers", "0", "more than 0"]),
-    "negative mlp": (model_with(mlp=-3), ["model.mlp", "-3", "more than 0"]),
-    "no kv heads": (model_with(kv_heads=0), ["model.kv_heads", "0", "more than 0"]),
-    "negative vocab": (model_with(vocab=-1), ["model.vocab", "-1", "0 or more"]),
-    "float for int": (model_with(embed=32.0), ["model.embed", "32.0", "int"]),
-    "bool for int": (model_with(layers=True), ["model.layers", "True", "int"]),
-    "word for bool": (model_with(tied="yes"), ["model.tied", "'yes'", "bool"]),
-    "unknown dtype": (model_with(dtype="float16"), ["model.dtype", "float16", "bfloat16", "float32"]),
-    "unroll": (model_with(unroll=3), ["model.unroll", "3", "model.layers", "2"]),
-    "no phases": (dict(phases=()), ["phases", "empty"]),
-    "list of phases": (dict(phases=[Phase()]), ["phases", "list", "tuple"]),
-    "no steps": (dict(phases=phases_with(steps=0)), ["phases.1.steps", "0", "more than 0"]),
-    "no batch": (dict(phases=phases_with(batch=0)), ["phases.1.batch", "0", "more than 0"]),
-    "negative seq": (dict(phases=phases_with(seq=-128)), ["phases.1.seq", "-128", "more than 0"]),
-    "overlap": (dict(overlap=128), ["overlap", "128", "phases.0.seq", "less than"]),
-    "mixture of a stranger": (
-        dict(phases=phases_with(mixture={"vers": 1.0})),
-        ["phases.1.mixture", "vers", "verse"],
-    ),
-    "mixture of nothing": (
-        dict(phases=phases_with(mixture={"verse": 0.0})),
-        ["phases.1.mixture", "0.0", "verse"],
-    ),
-    "negative mixture": (
-        dict(phases=phases_with(mixture={"verse": -1.0})),
-        ["phases.1.mixture", "-1.0", "0"],
-    ),
-    "word in a mixture": (dict(phases=phases_with(mixture={"verse": "much"})), ["phases.1.mixture", "much"]),
-    "lambda": (dict(optimizer=lambda table: {}), ["optimizer", "lambda", "top-level"]),
-    "inner function": (dict(optimizer=inner()), ["optimizer", "inner", "top-level"]),
-    "no function": (dict(token_loss=3), ["token_loss", "3"]),
-    "callable object": (dict(reduce=Thing()), ["reduce", "Thing"]),
-    "builtin": (dict(token_loss=abs), ["token_loss", "abs"]),
-    "partial of an object": (dict(optimizer=partial(adamw, b1=np.zeros(2))), ["optimizer.b1", "JSON"]),
-    "partial of a lambda": (
-        dict(phases=phases_with(edits=(partial(stack, times=lambda: 2),))),
-        ["phases.1.edits.0.times", "JSON"],
-    ),
-    "partial by position": (dict(optimizer=partial(adamw, 0.9)), ["optimizer", "adamw", "keyword"]),
-    "lambda as an edit": (
-        dict(phases=phases_with(edits=(lambda m, c: m,))),
-        ["phases.1.edits.0", "lambda", "top-level"],
-    ),
-    "no sources": (data_with(sources={}), ["data.sources", "empty"]),
-    "splits of everything": (data_with(dev=0.5, test=0.5), ["data.dev", "data.test", "0.5"]),
-    "negative split": (data_with(dev=-0.1), ["data.dev", "-0.1"]),
-    "no shard": (data_with(shard_tokens=0), ["data.shard_tokens", "0", "more than 0"]),
-    "negative clip": (dict(clip=-1.0), ["clip", "-1.0", "0 or more"]),
-    "no peak": (dict(schedule=Schedule(peak=0.0)), ["schedule.peak", "0.0", "more than 0"]),
-    "unknown shape": (dict(schedule=Schedule(shape="flat")), ["schedule.shape", "flat", "wsd"]),
-    "no decay": (dict(schedule=Schedule(decay=0.0)), ["schedule.decay", "0.0", "above 0"]),
-    "a phase's peak": (
-        dict(phases=phases_with(schedule=Schedule(peak=-1.0))),
-        ["phases.1.schedule.peak", "-1.0"],
-    ),
-    "a phase's warm-up": (
-        dict(phases=phases_with(schedule=Schedule(warmup=-1))),
-        ["phases.1.schedule.warmup", "-1"],
-    ),
-    "a phase's decay": (
-        dict(phases=phases_with(schedule=Schedule(decay=2.0))),
-        ["phases.1.schedule.decay", "2.0"],
-    ),
-    "recurring never": (
-        dict(phases=phases_with(repeat=(Edit(reset_embeddings, every=0),))),
-        ["phases.1.repeat.0.every", "0"],
-    ),
-    "rate that is not a number": (dict(schedule=Schedule(peak=math.nan)), ["schedule.peak", "nan"]),
-    "negative temperature": (dict(sample_temperature=-1.0), ["sample_temperature", "-1.0"]),
-    "no checkpoints": (dict(keep=0), ["keep", "0", "more than 0"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_check_refuses_in_one_sentence(case):
-    """Each bad config is an InputError of one line: the field, what was found, what is allowed."""
-    changes, words = BAD[case]
-    with pytest.raises(InputError) as caught:
-        train.check(tiny_config(**changes))
-    sentence = str(caught.value)
-    assert all(word in sentence for word in [*words, "allowed"]) and "\n" not in sentence, sentence
-
-
-def test_check_lets_good_configs_pass():
-    """What is shipped, the defaults, and every kind of field filled in."""
-    train.check(Config())
-    train.check(tiny_config())
-    train.check(everything())
+# --------------------------------------------------------------------- runs that cannot be, before any work
 
 
 def test_mesh_sizes_that_do_not_divide_are_refused():
@@ -588,146 +462,6 @@ def test_edit_of_layers_that_are_not_there_is_refused():
     """Before the run begins: an edit's ValueError is the config's fault."""
     with pytest.raises(InputError, match="stack: layers is .*7.*layers 0 to 1"):
         train.prepare(tiny_config(phases=(Phase(batch=8, seq=32, edits=(partial(stack, layers=(0, 7)),)),)))
-
-
-# ----------------------------------------------------------------------------------------- configs in and out
-
-
-def everything() -> Config:
-    """A config with something in every field that can hold a function or a nested value."""
-    return tiny_config(
-        data=DataConfig(
-            sources={"a": Source(partial(verses, count=9), in_front, odd_only), "b": Source(verses)}
-        ),
-        phases=(
-            Phase(mixture={"a": 0.5, "b": 2.0}, repeat=(Edit(partial(reset_embeddings, head=False), 7, 70),)),
-            Phase(
-                mixture=first_then_second,
-                packing=one_each,
-                objective=second_half,
-                edits=(silence, partial(stack, layers=[0, 1, 1])),
-                schedule=Schedule(shape="cosine"),
-                lr={"embed": 2.0},
-            ),
-        ),
-        optimizer=partial(adamw, b2=0.99),
-        reparam=same_weights,
-        token_loss=partial(undefined, first=2),
-        reduce=counted,
-        evals=(answer,),
-        prompts=("a", "b"),
-        mesh=MeshConfig(tensor=2),
-    )
-
-
-def alike(a, b) -> bool:
-    """Equality of config values, functions by their code, and partials by function and arguments."""
-    if isinstance(a, partial):
-        same = json.dumps(a.keywords) == json.dumps(b.keywords)  # tuples come back as lists
-        return isinstance(b, partial) and alike(a.func, b.func) and same
-    if callable(a):
-        return a.__qualname__ == b.__qualname__ and a.__code__.co_code == b.__code__.co_code
-    if dataclasses.is_dataclass(a):
-        return type(a) is type(b) and all(
-            alike(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)
-        )
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, tuple):
-        return type(b) is tuple and len(a) == len(b) and all(map(alike, a, b))
-    return type(a) is type(b) and a == b
-
-
-@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "configs").glob("*.py")) + ["everything"])
-def test_configs_survive_json(file):
-    """Through text and back: the same config, and the same JSON again."""
-    config = everything() if file == "everything" else load_config(str(ROOT / "configs" / file))
-    written = json.dumps(to_json(config))
-    back = from_json(Config, json.loads(written))
-    assert alike(config, back)
-    assert json.dumps(to_json(back)) == written
-    train.check(back)
-
-
-def test_json_names_functions_by_file_and_arguments():
-    """A function is its `file:name`, its arguments, and a hash of its source, which changes with it."""
-    written = to_json(everything())
-    assert written["optimizer"]["function"] == "lib/optim.py:adamw" and written["optimizer"]["arguments"] == {
-        "b2": 0.99
-    }
-    assert written["phases"][1]["edits"][0]["function"] == "tests/test_train.py:silence"
-    assert len({json.dumps(to_json(f)["source"]) for f in (silence, bad_policy, answer)}) == 3
-
-
-def shipped(*arguments: str) -> Config:
-    """The quickstart under some overrides."""
-    config, file = parse([str(ROOT / "configs/quickstart.py"), *arguments])
-    assert file.endswith("quickstart.py") and config.name
-    return config
-
-
-def test_overrides_reach_every_kind_of_field():
-    """Tuples by number, dictionaries by key, arguments of partials, dashes for underscores, and `=`."""
-    assert shipped("--phases.1.edits.0.times", "3").phases[1].edits[0].keywords["times"] == 3
-    assert shipped("--phases.1.edits.0.moments", "map").phases[1].edits[0].keywords["moments"] == "map"
-    changed = shipped("--phases.0.steps", "7", "--phases.1.batch=4")
-    assert (changed.phases[0].steps, changed.phases[1].batch, changed.phases[1].steps) == (
-        7,
-        4,
-        shipped().phases[1].steps,
-    )
-    assert shipped("--model.kv-heads", "3").model.kv_heads == 3
-    assert shipped("--model.tied", "false").model.tied is False
-    assert shipped("--clip", "0").clip == 0.0 and type(shipped("--clip", "0").clip) is float
-    assert shipped("--schedule.peak", "1e-4").schedule.peak == 1e-4
-    assert shipped("--mesh.data", "-1").mesh.data == -1
-    assert shipped("--prompts.0=--x").prompts[0] == "--x"
-    assert (
-        shipped("--data.sources.stdlib.documents", "x").data.sources["stdlib"].documents == "x"
-    )  # for check to refuse
-    assert shipped("--name", "7").name == "7"
-    assert shipped().name == "quickstart"
-    train.check(changed)
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--model.layrs", "3"], ["--model.layrs", "did you mean 'layers'"]),
-        (["--modle.layers", "3"], ["--modle.layers", "did you mean 'model'"]),
-        (["--phases.2.steps", "3"], ["--phases.2.steps", "'2'", "0, 1"]),
-        (["--phases.1.edits.0.tims", "3"], ["tims", "did you mean 'times'"]),
-        (["--data.sources.stdlb.prepare", "x"], ["stdlb", "did you mean 'stdlib'"]),
-        (["--phases.0.schedule.peak", "1"], ["--phases.0.schedule.peak", "'peak'"]),
-        (["--model.layers"], ["--model.layers", "needs a value"]),
-        (["--model.layers", "--clip", "1"], ["--model.layers", "needs a value"]),
-        (["stray"], ["'stray'", "--path.to.field VALUE"]),
-    ],
-)
-def test_overrides_that_name_no_field(arguments, words):
-    """One sentence that names the flag, and the nearest field where there is one."""
-    with pytest.raises(InputError) as caught:
-        shipped(*arguments)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--model.layers", "two"], ["model.layers", "'two'", "int"]),
-        (["--model.layers", "2.5"], ["model.layers", "2.5", "int"]),
-        (["--phases.0.steps", "(1,2)"], ["phases.0.steps", "(1, 2)", "int"]),
-        (["--schedule.shape", "wds"], ["schedule.shape", "'wds'", "'wsd'"]),
-        (["--optimizer", "adam"], ["optimizer", "'adam'"]),
-        (["--reparam", "thin"], ["reparam", "'thin'"]),
-        (["--model.heads", "4"], ["model.heads", "4", "model.kv_heads", "6"]),
-    ],
-)
-def test_overrides_of_a_wrong_type_are_refused_by_check(arguments, words):
-    """By the field's path, as if the config file had held it."""
-    with pytest.raises(InputError) as caught:
-        train.check(shipped(*arguments))
-    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------- the step
