@@ -1,6 +1,7 @@
 """README.md, docs/ and the configs' headers: examples that run, commands that are accepted."""
 import argparse
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -326,8 +327,9 @@ def test_every_command_of_the_readme_runs_from_a_fresh_clone(tmp_path, monkeypat
     """
     clone = tmp_path / "coppice"
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    lines = [json.dumps({"text": path.read_text("utf-8")}) for path in ROOT.glob("lib/*.py")]
-    (clone / "FILE.jsonl").write_text("\n".join(lines * 3))
+    some = itertools.islice(data.stdlib("definition"), 2_000)
+    lines = [json.dumps({"text": document.text}) for document in some]
+    (clone / "FILE.jsonl").write_text("\n".join(lines))
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, start in (("python", ""), ("pip", "-m pip")):
