@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(config, items):
     long = [f"test_{name}.py" for name in ("runs", "scale", "train", "configs_growth", "widen", "study")]
     items.sort(key=lambda item: item.path.name not in long)
     for item in items:
-        for mark in ("soak", "study", "library"):
+        for mark in ("soak", "study", "library", "readme"):
             if item.get_closest_marker(mark) and mark not in config.getoption("-m"):
                 item.add_marker(pytest.mark.skip(reason=f"long: run by hand, pytest -m {mark}"))
 
