@@ -1,12 +1,15 @@
 """One run: a config becomes phases, a schedule, an optimiser and a loop that can be killed at any
 moment.
 
-    python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume; CONFIG: configs/quickstart.py
-    python train.py VERB ...                               run tools/VERB.py: sample, eval, bench, corpus, ...
+    python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume a run
+    python train.py VERB ...                               run tools/VERB.py: sample, eval, ...
+
+CONFIG is configs/quickstart.py where none is given.
 
 Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits
 due at s; these are functions of (seed, step, index) and are applied again on resume.
 """
+
 import contextlib
 import functools
 import importlib.util
@@ -135,8 +138,7 @@ class Phase:
         with user_errors(Exception, InputError, said):  # a config's function may raise anything
             lengths = list(self.lengths(0.0)) if self.lengths else [self.seq]
             odd = any(size % length for length in lengths)
-        yield (odd,
-               f"{at} gives {lengths}; allowed are divisors of batch x seq ({size})")
+        yield (odd, f"{at} gives {lengths}; allowed are divisors of batch x seq ({size})")
 
 
 @strict
@@ -196,20 +198,25 @@ def check(config: Config) -> None:
 def start_rules(config: Config) -> Rules:
     """What a run starts from."""
     yield (not config.phases, "phases is empty; allowed is one phase and more")
-    yield (config.init_with == "all" and config.init_from.startswith("hf:"),
-           f'init_with is "all", but {config.init_from} has no optimiser state; '
-           'allowed is "params"')
+    yield (
+        config.init_with == "all" and config.init_from.startswith("hf:"),
+        f'init_with is "all", but {config.init_from} has no optimiser state; allowed is "params"',
+    )
 
 
 def evaluation_rules(config: Config) -> Rules:
     """When a run is evaluated, and on what windows."""
     total = sum(phase.steps for phase in config.phases)
-    yield (max(config.eval_at, default=0) > total,
-           f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, "
-           "the last")
+    yield (
+        max(config.eval_at, default=0) > total,
+        f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, "
+        "the last",
+    )
     for i, phase in enumerate(config.phases):
-        yield (config.overlap >= phase.seq,
-               f"overlap is {config.overlap}; allowed is less than phases.{i}.seq ({phase.seq})")
+        yield (
+            config.overlap >= phase.seq,
+            f"overlap is {config.overlap}; allowed is less than phases.{i}.seq ({phase.seq})",
+        )
 
 
 def mixture_rules(config: Config) -> Rules:
@@ -219,31 +226,40 @@ def mixture_rules(config: Config) -> Rules:
     for i, phase in enumerate(config.phases):
         mixture = phase.mixture
         named = isinstance(mixture, dict)
-        yield (named and (mixture.keys() - sources or not any(mixture.values())),
-               f"phases.{i}.mixture is {mixture}; allowed are weights of 0 and more, not all 0, "
-               f"for the sources {', '.join(sources)}")
-        yield (phase.steer and not (callable(mixture) and config.data.dev),
-               f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function "
-               "and there is a dev split to steer by")
+        yield (
+            named and (mixture.keys() - sources or not any(mixture.values())),
+            f"phases.{i}.mixture is {mixture}; allowed are weights of 0 and more, not all 0, "
+            f"for the sources {', '.join(sources)}",
+        )
+        yield (
+            phase.steer and not (callable(mixture) and config.data.dev),
+            f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function "
+            "and there is a dev split to steer by",
+        )
         by_size = mixture is None and len(sources) > 1
-        yield (config.data.stream and (by_size or limited),
-               f"data.stream is true, but phases.{i}.mixture or a source's epochs ask how large a "
-               "source is; allowed are weights, and epochs of 0")
+        yield (
+            config.data.stream and (by_size or limited),
+            f"data.stream is true, but phases.{i}.mixture or a source's epochs ask how large a "
+            "source is; allowed are weights, and epochs of 0",
+        )
 
 
 def tracker_rules(config: Config) -> Rules:
     """Whether the tracker's package is here; a directory of its name does not count."""
     found = config.tracker == "none" or importlib.util.find_spec(config.tracker)
-    yield (found is None or getattr(found, "origin", "") is None,
-           f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}")
+    yield (
+        found is None or getattr(found, "origin", "") is None,
+        f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}",
+    )
 
 
 # ----------------------------------------------------------------------------------------- the step
 
-def loss_sums(trained: dict, frozen: dict, batch: dict, step, mask: Mask, config: Config, model: ModelConfig):
-    """(numerator, (denominator, metrics)) of a batch's loss under parameters of which the first are
-    trained.
-    """
+
+def loss_sums(
+    trained: dict, frozen: dict, batch: dict, step, mask: Mask, config: Config, model: ModelConfig
+):
+    """(numerator, (denominator, metrics)) of a batch's loss; the gradient is that of `trained`."""
     params = reparametrised(config.reparam, trained | frozen, step, batch)
     each = losses(params, batch, mask, model, config.token_loss, {"step": step})
     (numerator, denominator), metrics = config.reduce(each, batch)
@@ -251,9 +267,7 @@ def loss_sums(trained: dict, frozen: dict, batch: dict, step, mask: Mask, config
 
 
 def accumulated(gradient: Callable, batch: dict, parts: int):
-    """gradient(batch), the batch taken in so many parts in turn: sums are added up, metrics are
-    averaged.
-    """
+    """gradient(batch), the batch taken in so many parts: sums are added up, metrics averaged."""
     if parts == 1:
         return gradient(batch)
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
@@ -270,16 +284,17 @@ def accumulated(gradient: Callable, batch: dict, parts: int):
 
 def squared_norms(grads: dict, members: dict[str, list[str]], scale, dtype) -> dict[str, jax.Array]:
     """{optimiser group: the squared norm of its gradients times scale}."""
+
     def squared(names):
         return sum(jnp.sum(jnp.square(grads[name]), dtype=dtype) for name in names)
 
     return {group: squared(names) * scale**2 for group, names in members.items()}
 
 
-def clipped(grads: dict, scale, squares: dict[str, jax.Array], clip: float) -> tuple[dict, jax.Array]:
-    """(gradients times scale and clipped, their norm before that); squares: by group, scaled
-    already.
-    """
+def clipped(
+    grads: dict, scale, squares: dict[str, jax.Array], clip: float
+) -> tuple[dict, jax.Array]:
+    """(gradients times scale, clipped; their norm before clipping). squares: see above."""
     norm = jnp.sqrt(sum(squares.values()))
     if clip:
         scale = scale * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9))
@@ -291,15 +306,20 @@ def descend(old: dict, directions: dict, lr) -> dict:
     return {name: x - (lr * directions[name]).astype(x.dtype) for name, x in old.items()}
 
 
-def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
-              frozen: frozenset[str] = frozenset()) -> Callable:
-    """`step(state, batch, lr, mask) -> (state, metrics)`: pure, so it can be jitted, sharded and
-    mapped.
+def keep_if(finite, new, old):
+    """The new arrays where an update is finite, the old ones where it is not."""
+    return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+
+
+def make_step(
+    config: Config, model: ModelConfig, accumulate: int = 1, frozen: frozenset[str] = frozenset()
+) -> Callable:
+    """The pure function `step(state, batch, lr, mask) -> (state, metrics)`.
 
     lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which
     have no part in the clipped norm. An update whose loss or gradient is not finite leaves
     parameters and optimiser as they were, and counts.
-"""
+    """
     optimizers = config.optimizer(table(model))
     members = {group: names for group, names in groups(model).items() if group not in frozen}
     trained = {name for names in members.values() for name in names}
@@ -324,8 +344,7 @@ def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
             params |= descend(old, directions, lr[group])
             metrics[f"{group}/grad_norm"] = jnp.sqrt(squares[group])
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt),
-                                   (state.params, state.opt))
+        params, opt = keep_if(finite, (params, opt), (state.params, state.opt))
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics |= {"train/loss": loss, "train/grad_norm": norm, "skipped": skipped}
         return State(params, opt, state.step + 1, skipped), metrics
@@ -333,26 +352,41 @@ def make_step(config: Config, model: ModelConfig, accumulate: int = 1,
     return step
 
 
-def compile_step(config: Config, model: ModelConfig, mesh: Mesh, state: State, batch: dict, lr: dict,
-                 mask: Mask, accumulate: int = 1, frozen: frozenset[str] = frozenset()):
-    """The step as an executable `(state, batch, lr) -> (state, metrics)` that reuses `state`'s
-    memory.
+def compile_step(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh,
+    state: State,
+    batch: dict,
+    lr: dict,
+    mask: Mask,
+    accumulate: int = 1,
+    frozen: frozenset[str] = frozenset(),
+):
+    """The step as an executable `(state, batch, lr) -> (state, metrics)`.
+
+    It reuses the memory of its state.
     """
     out = places(state_like(model, config.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(make_step(config, model, accumulate, frozen), static_argnames="mask", donate_argnums=0,
-                   out_shardings=out)
+    step = jax.jit(
+        make_step(config, model, accumulate, frozen),
+        static_argnames="mask",
+        donate_argnums=0,
+        out_shardings=out,
+    )
     with jax.set_mesh(mesh):
         return step.lower(state, batch, lr, mask=mask).compile()
 
 
 # ------------------------------------------------------------------------------------ edits applied
 
-def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig) -> dict:
-    """The optimiser state {group: state} after an edit; `fresh` is a new one for the edited
-    parameters.
 
+def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig) -> dict:
+    """The optimiser state {group: state} after an edit.
+
+    fresh: a new one for the edited parameters. old: the shape before.
     Raises ValueError where an edit's policy leaves a state that does not fit its parameters.
-"""
+    """
     before, after = groups(old), {}
     for group, new in fresh.items():
         policy = edited.policy.get(group, "keep")
@@ -363,16 +397,22 @@ def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig)
         else:
             after[group] = map_like_params(opt[group], before[group], policy)
         if jax.tree.map(jnp.shape, after[group]) != jax.tree.map(jnp.shape, new):
-            raise ValueError(f"an edit's policy {policy!r} for the optimiser group {group!r} "
-                             "does not fit its parameters")
+            raise ValueError(
+                f"an edit's policy {policy!r} for the optimiser group {group!r} "
+                "does not fit its parameters"
+            )
     return after
 
 
-def apply_edits(edits: list[Callable], state: State, model: ModelConfig, optimizer: Callable, mesh: Mesh,
-                context: Context) -> tuple[State, ModelConfig]:
-    """State and shape after edits in turn; each optimiser group kept, reset or mapped as its edit
-    says.
-    """
+def apply_edits(
+    edits: list[Callable],
+    state: State,
+    model: ModelConfig,
+    optimizer: Callable,
+    mesh: Mesh,
+    context: Context,
+) -> tuple[State, ModelConfig]:
+    """State and shape after edits in turn; their policies say what becomes of the optimiser."""
     for i, edit in enumerate(edits):
         own = context._replace(key=jax.random.fold_in(context.key, i))
         edited = edit(Model(model, state.params), own)
@@ -388,16 +428,20 @@ def edit_model(run: "Run", state: State, step: int) -> State:
     """The state after the edits that are due after `step` steps."""
     edits = run.plan.edits[step]
     key = jax.random.fold_in(run.key("edits"), step)
-    context = run.context._replace(key=key, step=step, batches=functools.partial(next_batches, run.loader, step))
+    context = run.context._replace(
+        key=key, step=step, batches=functools.partial(next_batches, run.loader, step)
+    )
     with user_errors():
-        state, model = apply_edits(edits, state, run.plan.model_after(step), run.config.optimizer, run.mesh,
-                                   context)
+        state, model = apply_edits(
+            edits, state, run.plan.model_after(step), run.config.optimizer, run.mesh, context
+        )
     names = ", ".join(getattr(edit, "func", edit).__name__ for edit in edits)
     say(f"step {step}: {names}; now {model.layers} layers, {count(model):,} parameters")
     return state
 
 
 # ------------------------------------------------------------------------------------------ the run
+
 
 @dataclass
 class Run:
@@ -416,14 +460,12 @@ class Run:
     programs: dict = field(default_factory=dict)  # steps being compiled, by what they depend on
     evaluators: dict = field(default_factory=dict)  # compiled, by the shape of the model
     checkpoints: Checkpoints | None = None
-    resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset of embeddings
+    resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset
     summary: dict[str, Any] | None = None  # of a run that has ended
     own_figures: tuple[int, dict] = (-1, {})  # of its own evals, and the step that they are of
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
-        """A key of its own for each use of the seed; the order of data draws from the seed by
-        numpy.
-        """
+        """A key of its own for each use of the seed. (Data is drawn from the seed by numpy.)"""
         return jax.random.fold_in(jax.random.key(self.config.seed), ("init", "edits").index(use))
 
     def abandon(self):
@@ -439,8 +481,9 @@ def enable_float64(config: Config):
 
 
 def next_batches(loader: Loader, step: int, number: int) -> list[dict]:
-    """The arrays of the `number` batches after `step`, for edits that look at data; the last again
-    at the end.
+    """The arrays of the `number` batches after `step`, for edits that look at data.
+
+    Past the last step that is decided, that step's batch comes again.
     """
     last = loader.decided()
     return [loader.batch(min(step + i, last)).arrays for i in range(1, number + 1)]
@@ -467,9 +510,11 @@ def prepare(config: Config, file: str = "") -> Run:
             shardings(table(model), mesh)
     for i, model in enumerate(plan.models):
         if model.vocab != tokenizer.vocab:
-            raise InputError(f"phases.{i}: the model has {model.vocab} pieces, the tokenizer "
-                             f"{tokenizer.vocab}; use the same data.tokenizer, or an edit that swaps the "
-                             "vocabulary")
+            raise InputError(
+                f"phases.{i}: the model has {model.vocab} pieces, the tokenizer "
+                f"{tokenizer.vocab}; use the same data.tokenizer, or an edit that swaps the "
+                "vocabulary"
+            )
     return Run(config, file, directory, mesh, tokenizer, caches, loader, plan, context)
 
 
@@ -479,19 +524,21 @@ def check_batches(config: Config, mesh: Mesh):
     for i, phase in enumerate(config.phases):
         parts = rows * phase.accumulate
         if any(phase.batch * phase.seq // n % parts for n in batch_lengths(phase)[0]):
-            raise InputError(f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
-                             f"{rows} devices on the mesh axes data and fsdp, times accumulate")
+            raise InputError(
+                f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
+                f"{rows} devices on the mesh axes data and fsdp, times accumulate"
+            )
 
 
 def resume(run: Run) -> tuple[State, int]:
-    """The state to go on from, and its step: that of the newest checkpoint that is whole, or the
-    first one.
-    """
+    """The state to go on from, and its step: of the newest whole checkpoint, or the first."""
     found = [0, *run.checkpoints.steps()]
     same = all_gather(int(digest([to_json(run.config), found])[:7], 16))
     if len(np.unique(same)) > 1:
-        raise InputError(f"the processes of run {run.directory} have different configs or checkpoints; "
-                         "allowed is the same command everywhere, and a directory that all of them see")
+        raise InputError(
+            f"the processes of run {run.directory} have different configs or checkpoints; "
+            "allowed is the same command everywhere, and a directory that all of them see"
+        )
     state, step = newest(run, found)
     lay_out(run)
     if step:
@@ -514,19 +561,25 @@ def newest(run: Run, found: list[int]) -> tuple[State, int]:
 
 
 def restore(run: Run, step: int) -> State:
-    """The state at a checkpoint, where the run's config and text lead there; sets the loader's
-    past.
+    """The state at a checkpoint, where the run's config and text lead there.
+
+    Tells the loader what was drawn before and decided since. Raises InputError where another config
+    or other text led there.
     """
     meta = run.checkpoints.meta(step)
     changed = changed_fields(meta["past"], resume_key(run.config, run.plan, step))
     if step > run.plan.total:
         changed.append(f"the phases end at step {run.plan.total}")
     if changed:
-        raise InputError(f"run {run.directory} has taken {step} steps under another config: "
-                         f"{'; '.join(changed)}; change that back, or use another --name")
+        raise InputError(
+            f"run {run.directory} has taken {step} steps under another config: "
+            f"{'; '.join(changed)}; change that back, or use another --name"
+        )
     if fingerprints(run, meta["sealed"]) != meta["fingerprints"]:
-        raise InputError(f"run {run.directory} was trained on other text than the sources give now "
-                         f"({', '.join(run.caches)}); put that back, or use another --name")
+        raise InputError(
+            f"run {run.directory} was trained on other text than the sources give now "
+            f"({', '.join(run.caches)}); put that back, or use another --name"
+        )
     like = state_like(from_json(ModelConfig, meta["model"]), run.config.optimizer, run.mesh)
     state = run.checkpoints.state(step, like)
     run.loader.restore(meta["start"], meta["log"])
@@ -548,9 +601,7 @@ def first(run: Run) -> State:
 
 
 def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
-    """Of the first so many shards of each source: what their text, tokens and settings are known
-    by.
-    """
+    """{source: what the text, tokens and settings of its first so many shards are known by}."""
     found = {}
     for name, cache in run.caches.items():
         last = min(sealed[name], cache.wait(sealed[name])) - 1
@@ -568,7 +619,8 @@ def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Fu
         lr = {group: np.float32(0) for group in groups(model)}
         more = config.phases[phase].accumulate, run.plan.frozen(phase)
         run.programs[key] = run.compiler.submit(
-            compile_step, config, model, run.mesh, state, arrays, lr, mask, *more)
+            compile_step, config, model, run.mesh, state, arrays, lr, mask, *more
+        )
     return run.programs[key]
 
 
@@ -584,8 +636,10 @@ def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
 
 def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and places of arrays."""
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in arrays.items()}
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in arrays.items()
+    }
 
 
 def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, dict]:
@@ -609,9 +663,7 @@ def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, 
 
 
 def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
-    """Held-out figures of a state, as lib/evaluate.py has them; a steered mixture is decided by
-    them.
-    """
+    """Held-out figures of a state; they decide a mixture that is steered."""
     losses, scores = held_out_programs(run, step)
     config = replace(run.config, model=run.plan.model_after(step))
     phase = config.phases[run.plan.phase_of(step)]
@@ -647,20 +699,27 @@ def save(run: Run, state: State, step: int, log: Log):
     begun = time.monotonic()
     sealed = {name: cache.sealed for name, cache in run.caches.items()}
     positions = run.loader.positions(step).tolist()
-    run.checkpoints.save(step, state, {
-        "step": step, "model": to_json(run.plan.model_after(step)), **run.plan.spent(step),
-        "since_reset": run.plan.since_reset(step, *run.resumed),
-        "sealed": sealed, "fingerprints": fingerprints(run, sealed),
-        "log": run.loader.log, "start": run.loader.start,
-        "past": resume_key(run.config, run.plan, step),
-        "positions": dict(zip(run.caches, positions, strict=True))})
+    run.checkpoints.save(
+        step,
+        state,
+        {
+            "step": step,
+            "model": to_json(run.plan.model_after(step)),
+            **run.plan.spent(step),
+            "since_reset": run.plan.since_reset(step, *run.resumed),
+            "sealed": sealed,
+            "fingerprints": fingerprints(run, sealed),
+            "log": run.loader.log,
+            "start": run.loader.start,
+            "past": resume_key(run.config, run.plan, step),
+            "positions": dict(zip(run.caches, positions, strict=True)),
+        },
+    )
     log.save_s = time.monotonic() - begun
 
 
 def lay_out(run: Run):
-    """Write what identifies a run into its directory; what it ended with, if it has, is its
-    summary.
-    """
+    """Write what identifies a run into its directory, and read its summary if it has ended."""
     end = run.directory / "summary.json"
     if end.exists() and run.resumed[0] == run.plan.total:
         run.summary = json.loads(end.read_text())
@@ -680,9 +739,7 @@ def lay_out(run: Run):
 
 @contextlib.contextmanager
 def opened(run: Run):
-    """Hold a run's directory: no other process trains it; what is being saved is waited for at the
-    end.
-    """
+    """Hold a run's directory, so that no other process trains it; at the end, wait for saves."""
     run.directory.mkdir(parents=True, exist_ok=True)
     lock = contextlib.nullcontext()
     if is_main_process():
@@ -694,9 +751,7 @@ def opened(run: Run):
 
 
 def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
-    """The batches of the steps after `step`, made ahead; no more of them where a signal ends the
-    waiting.
-    """
+    """The batches of the steps after `step`, made ahead; a signal may end them early."""
     make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
     steps = range(step + 1, run.plan.total + 1)
     return Prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit)
@@ -718,16 +773,17 @@ def train(config: Config, file: str = "") -> dict[str, Any] | None:
     """
     run = prepare(config, file)
     with Stop(run.mesh, config.save_minutes, run.abandon) as stop, opened(run):
-        state, step = resume(run)  # its own checkpoint, another run, a Hugging Face directory, or a draw
+        state, step = resume(run)  # from its own checkpoint, another run, a directory, or a draw
         with log_of(run, step) as log, batches_after(run, step, stop) as batches:
+            start = step + 1
             if step == 0 and run.plan.evaluates(0):
                 log.evaluation(0, evaluate(run, state, 0))
-            for step, batch in enumerate(batches, step + 1):
+            for step, batch in enumerate(batches, start):
                 if step - 1 in run.plan.edits:  # growth and forgetting happen between batches
                     log.flush()
                     state = edit_model(run, state, step - 1)
                 state, metrics = train_step(run, state, batch, step)
-                log.step(step, metrics, batch.metrics, batches.waited)  # read a step late: no device waits
+                log.step(step, metrics, batch.metrics, batches.waited)  # read one step late
                 stop.listen()
                 if run.plan.evaluates(step):
                     log.sync()
@@ -823,13 +879,13 @@ def verb(name: str, arguments: list[str]):
     return load_file(ROOT / "tools" / f"{name}.py").main(arguments)
 
 
-def run_command(arguments: list[str]):
-    """What the words of the command line ask for: a verb, a run on one batch, or a run."""
+def verb_of(arguments: list[str]) -> tuple[str, list[str]]:
+    """(the verb that the command line asks for, its own words); "" where it asks for a run."""
     if arguments and arguments[0] in config_files.verbs():
-        return verb(arguments[0], arguments[1:])
+        return arguments[0], arguments[1:]
     if "--debug" in arguments:
-        return verb("debug", [word for word in arguments if word != "--debug"])
-    return train(*parse(arguments))
+        return "debug", [word for word in arguments if word != "--debug"]
+    return "", arguments
 
 
 def main(arguments: list[str]) -> int:
@@ -839,7 +895,8 @@ def main(arguments: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled"))
     try:
         with user_errors(OSError):  # a full disk, a directory that may not be written
-            result = run_command(arguments)
+            name, words = verb_of(arguments)
+            result = verb(name, words) if name else train(*parse(words))
     except InputError as error:
         sentence = " ".join(str(error).split())
         sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too

@@ -124,7 +124,10 @@ def silence(model: Model, context: Context, layers: tuple[int, ...]) -> Edited:
 
     The optimiser's state is kept.
     """
+    where = jnp.array(layers)
     params = dict(model.params)
     for name in ("o", "down"):
-        params[name] = params[name].at[jnp.array(layers)].set(0)
-    return Edited(model._replace(params=params), {}, preserves=False)
+        silent = params[name].at[where].set(0)
+        params[name] = silent
+    silenced = model._replace(params=params)
+    return Edited(silenced, {}, preserves=False)

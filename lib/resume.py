@@ -34,10 +34,9 @@ def as_json(value) -> Any:
 def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
     """What the first `step` steps depend on, flat; a run that goes on must have it in common."""
     fields = {name: value for name, value in as_json(config).items() if name in PAST}
-    begins = [end - phase.steps for phase, end in zip(config.phases, plan.ends, strict=True)]
     phases = []
-    spans = zip(fields["phases"], config.phases, begins, plan.ends, strict=True)
-    for written, phase, begin, end in spans:
+    for written, phase, end in zip(fields["phases"], config.phases, plan.ends, strict=True):
+        begin = end - phase.steps
         if begin >= step:
             continue
         del written["schedule"], written["lr"]  # their effect, the rates, is compared below
@@ -46,8 +45,11 @@ def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
             del written["steps"]  # the phase may become longer
         phases.append(written)
     fields["phases"] = phases
-    taken = {group: lr[1 : step + 1] for group, lr in plan.lr.items()}
-    rates = {group: lr.tolist() for group, lr in taken.items() if lr.any()}
+    rates = {}
+    for group, lr in plan.lr.items():
+        taken = lr[1 : step + 1]
+        if taken.any():
+            rates[group] = taken.tolist()
     return flatten(fields) | {
         "data.sources (their order)": list(config.data.sources),
         "schedule (the rates of steps already taken)": digest(rates),
@@ -79,11 +81,22 @@ def start_config(config, directory: Path) -> tuple[Any, Path | None]:
     else:
         shape = find_checkpoint(*run_step(name))[2]["model"]
     how = {field: getattr(config.model, field) for field in HOW}
-    config = replace(config, model=replace(from_json(ModelConfig, shape), **how))
+    model = replace(from_json(ModelConfig, shape), **how)
+    config = replace(config, model=model)
     if config.data.tokenizer == "bpe":
-        tokenizer = name if name.startswith("hf:") else f"{run_step(name)[0]}/tokenizer.model"
-        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
-    return config, directory / "tokenizer.model" if begun else None
+        data = replace(config.data, tokenizer=tokenizer_of(name))
+        config = replace(config, data=data)
+    if begun:
+        return config, directory / "tokenizer.model"
+    return config, None
+
+
+def tokenizer_of(name: str) -> str:
+    """The tokenizer of what `init_from` names, as `data.tokenizer` says it."""
+    if name.startswith("hf:"):
+        return name
+    run, _ = run_step(name)
+    return f"{run}/tokenizer.model"
 
 
 class Start(NamedTuple):
@@ -101,10 +114,12 @@ def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
     """
     name = config.init_from
     if name.startswith("hf:"):
-        return Start(state.replace(params=read_params(name, model, like.params)))
+        params = read_params(name, model, like.params)
+        return Start(state.replace(params=params))
     checkpoints, step, meta = find_checkpoint(*run_step(name))
     if config.init_with == "params":
-        return Start(state.replace(params=checkpoints.params(step, like)), meta["since_reset"])
+        params = checkpoints.params(step, like)
+        return Start(state.replace(params=params), meta["since_reset"])
     written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
     if to_json(from_json(Callable, written)) != to_json(config.optimizer):
         raise InputError(f'init_with is "all", but {name} has another optimizer')

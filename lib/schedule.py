@@ -31,7 +31,8 @@ def schedules(config) -> dict[str, Schedule]:
     """Every schedule of a `train.Config` by its path: of the run, of phases, of their groups."""
     found = {"schedule": config.schedule}
     for i, phase in enumerate(config.phases):
-        found |= {f"phases.{i}.lr.{group}": own for group, own in phase.lr.items()}
+        for group, own in phase.lr.items():
+            found[f"phases.{i}.lr.{group}"] = own
         found[f"phases.{i}.schedule"] = phase.schedule
     return {path: own for path, own in found.items() if isinstance(own, Schedule)}
 
@@ -41,19 +42,20 @@ def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: flo
 
     used [steps]: budget consumed. warm: budget of the warm-up. total: the whole budget.
     """
+    final, decay = schedule.final, schedule.decay
     rest = max(total - warm, 1e-9)  # the budget after the warm-up
     after = np.clip((used - warm) / rest, 0, 1)
     match schedule.shape:
+        case "constant":
+            return np.ones(len(used))
         case "cosine":
-            return schedule.final + (1 - schedule.final) * 0.5 * (1 + np.cos(np.pi * after))
+            return final + (1 - final) * 0.5 * (1 + np.cos(np.pi * after))
         case "linear":
-            return 1 - (1 - schedule.final) * after
-        case "wsd":
-            through = np.clip((used / total - (1 - schedule.decay)) / schedule.decay, 0, 1)
-            if schedule.fall == "sqrt":
-                through = np.sqrt(through)
-            return 1 - (1 - schedule.final) * through
-    return np.ones(len(used))
+            return 1 - (1 - final) * after
+    through = np.clip((used / total - (1 - decay)) / decay, 0, 1)
+    if schedule.fall == "sqrt":
+        through = np.sqrt(through)
+    return 1 - (1 - final) * through
 
 
 def lr_schedule(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -> np.ndarray:
@@ -65,12 +67,14 @@ def lr_schedule(schedule: Schedule, spent: np.ndarray, start: int, steps: int) -
     if schedule.cycle:
         once = replace(schedule, cycle=0)
         end = start + steps
-        starts = range(start, end, schedule.cycle)
-        return np.concatenate(
-            [lr_schedule(once, spent, s, min(schedule.cycle, end - s)) for s in starts]
-        )
-    used = (spent[start + 1 : start + steps + 1] - spent[start]).astype(float)
-    total = float(spent[start + steps] - spent[start])
+        cycles = []
+        for begin in range(start, end, schedule.cycle):
+            length = min(schedule.cycle, end - begin)
+            cycles.append(lr_schedule(once, spent, begin, length))
+        return np.concatenate(cycles)
+    here = spent[start : start + steps + 1]
+    used = (here[1:] - here[0]).astype(float)
+    total = float(here[-1] - here[0])
     warm = 0.0
     if schedule.warmup:
         warm = used[min(schedule.warmup, steps) - 1]
@@ -128,15 +132,18 @@ class Plan:
 
     def frozen(self, phase: int) -> frozenset[str]:
         """Optimiser groups whose rate is 0 through a whole phase."""
-        begin, end = int(np.append(0, self.ends)[phase]), int(self.ends[phase])
+        begin = int(self.ends[phase - 1]) if phase else 0
+        end = int(self.ends[phase])
         return frozenset(g for g, lr in self.lr.items() if not lr[begin + 1 : end + 1].any())
 
     def since_reset(self, step: int, start: int = 0, since: int | None = None) -> int | None:
         """Steps since an edit last recurred, None if never; at step `start` it was `since`."""
-        last = int(np.searchsorted(self.resets, step))  # one after `step` steps comes later
-        if last and self.resets[last - 1] >= start:
-            return step - int(self.resets[last - 1])
-        return None if since is None else since + step - start
+        before = self.resets[self.resets < step]  # one after `step` steps comes later
+        if len(before) and before[-1] >= start:
+            return step - int(before[-1])
+        if since is None:
+            return None
+        return since + step - start
 
     def spent(self, step: int) -> dict[str, float]:
         """What every row of metrics.jsonl says of the budget."""
@@ -174,7 +181,8 @@ def flops_of(phase, model: ModelConfig) -> np.ndarray:
     """Model FLOPs of each batch of a phase [steps], by the length of its rows."""
     lengths, picks = batch_lengths(phase)
     size = phase.batch * phase.seq
-    return size * np.array([flops_per_token(model, seq) for seq in lengths], float)[picks]
+    each = np.array([flops_per_token(model, seq) for seq in lengths], float)
+    return size * each[picks]
 
 
 def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dict[str, np.ndarray]:
@@ -186,14 +194,16 @@ def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dic
     base = lr_schedule(run, spent[run.budget], 0, int(ends[-1]))
     lr = {group: np.zeros(ends[-1] + 1) for group in names}
     for i, phase in enumerate(config.phases):
-        begin, end = int(ends[i]) - phase.steps, int(ends[i])
+        end = int(ends[i])
+        begin = end - phase.steps
         unknown = set(phase.lr) - set(names)
         if unknown:
             raise ValueError(
                 f"phases.{i}.lr names {', '.join(unknown)}; allowed are the optimiser groups "
                 f"{', '.join(names)}"
             )
-        common, own = base[begin:end], phase.schedule
+        common = base[begin:end]
+        own = phase.schedule
         if own:
             common = lr_schedule(own, spent[own.budget], begin, phase.steps)
         for group in names:
@@ -213,6 +223,8 @@ def edits_of(config, ends: np.ndarray) -> tuple[dict[int, list[Callable]], np.nd
         begin = end - phase.steps
         if phase.edits:
             edits[begin] = list(phase.edits)
+        if not phase.repeat:
+            continue
         for step in range(begin + 1, end):
             due = [edit.apply for edit in phase.repeat if recurs(edit, step - begin)]
             if due:
@@ -227,21 +239,33 @@ def recurs(edit, within: int) -> bool:
     return within % edit.every == 0 and not over
 
 
+def steers_of(config, ends: np.ndarray) -> dict[int, int]:
+    """{step after which a mixture is decided anew: its phase}."""
+    found = {}
+    for i, (phase, end) in enumerate(zip(config.phases, ends.tolist(), strict=True)):
+        if phase.steer:
+            decisions = range(end - phase.steps, end, phase.steer)
+            found |= dict.fromkeys(decisions[1:], i)
+    return found
+
+
+def running_sum(costs: np.ndarray) -> np.ndarray:
+    """What is consumed after 0, 1, ... steps [steps + 1]."""
+    return np.concatenate([np.zeros(1, costs.dtype), np.cumsum(costs)])
+
+
 def make_plan(config, context: Context) -> Plan:
     """The plan of a `train.Config`. Raises ValueError for what its edits or groups refuse."""
     models = models_of(config, context)
-    phases, ends = config.phases, np.cumsum([phase.steps for phase in config.phases])
+    phases = config.phases
+    steps = [phase.steps for phase in phases]
+    ends = np.cumsum(steps)
     sizes = np.array([phase.batch * phase.seq for phase in phases], np.int64)
-    sizes = np.repeat(sizes, [phase.steps for phase in phases])
-    tokens = np.concatenate([[0], np.cumsum(sizes)])
+    tokens = running_sum(np.repeat(sizes, steps))
     costs = [flops_of(phase, model) for phase, model in zip(phases, models, strict=True)]
-    flops = np.concatenate([[0.0], np.cumsum(np.concatenate(costs))])
+    flops = running_sum(np.concatenate(costs))
     names = list(dict.fromkeys(group for model in models for group in groups(model)))
     edits, resets = edits_of(config, ends)
-    steers = {}
-    for i, (phase, end) in enumerate(zip(phases, ends.tolist(), strict=True)):
-        if phase.steer:
-            steers |= dict.fromkeys(range(end - phase.steps, end, phase.steer)[1:], i)
     return Plan(
         ends=ends,
         start=config.model,
@@ -251,7 +275,7 @@ def make_plan(config, context: Context) -> Plan:
         lr=lr_of_groups(config, ends, dict(tokens=tokens, flops=flops), names),
         edits=edits,
         resets=resets,
-        steers=steers,
+        steers=steers_of(config, ends),
         eval_steps=frozenset(config.eval_at),
         eval_every=config.eval_every,
         save_every=config.save_every,

@@ -272,22 +272,36 @@ def check_measure(study: Study, where: str, name: str, arm: str):
 
 def metrics_of(config: Any) -> list[str]:
     """What the core can say of a config's runs: the paired measures, and names in metrics.jsonl."""
+    names = measured_names(config) + [f"train/{of}" for of in OF_STEP]
+    names += [f"perf/{of}" for of in OF_SPEED]
+    names += [f"data/{of}" for of in OF_BATCH]
+    names += ["model/params", *group_names(config)]
     sources = list(config.data.sources)
-    names = list(PAIRED[:1]) if config.data.test else []
-    names += PAIRED[1:] if config.data.dev else []
-    for split, share in (("", config.data.dev), (".test", config.data.test)):
-        if share:
-            names += [f"eval/{source}{split}/{of}" for source in sources for of in OF_EVAL]
-    names += [f"train/{of}" for of in OF_STEP] + [f"perf/{of}" for of in OF_SPEED]
-    names += [f"data/{of}" for of in OF_BATCH] + ["model/params"]
-    groups = ["embed", "matrix", "vector"]  # of the optimiser
-    if not config.model.tied:
-        groups.append("head")
-    names += [f"{group}/grad_norm" for group in groups]
-    if any(phase.edits or phase.repeat for phase in config.phases):
-        names += [f"{group}/update_ratio" for group in groups]
     if len(sources) > 1:
         names += [f"data/{source}/rows" for source in sources]
+    return names
+
+
+def measured_names(config: Any) -> list[str]:
+    """The names of what is measured on held-out documents, where a config holds any out."""
+    sources, names = list(config.data.sources), []
+    if config.data.test:
+        names += PAIRED[:1]
+        names += [f"eval/{source}.test/{of}" for source in sources for of in OF_EVAL]
+    if config.data.dev:
+        names += PAIRED[1:]
+        names += [f"eval/{source}/{of}" for source in sources for of in OF_EVAL]
+    return names
+
+
+def group_names(config: Any) -> list[str]:
+    """The names of what is written for each optimiser group."""
+    groups = ["embed", "matrix", "vector"]
+    if not config.model.tied:
+        groups.append("head")
+    names = [f"{group}/grad_norm" for group in groups]
+    if any(phase.edits or phase.repeat for phase in config.phases):
+        names += [f"{group}/update_ratio" for group in groups]
     return names
 
 

@@ -41,7 +41,7 @@ def made_by() -> dict:
 
 
 def write_summary(directory: Path) -> dict:
-    """Write summary.json, from the last row of metrics.jsonl and from eval.json; gives what it holds."""
+    """Write summary.json, from metrics.jsonl's last row and eval.json; gives what it holds."""
     figures = json.loads((directory / "eval.json").read_text())
     summary = last_step(directory) | figures | made_by()
     write(directory / "summary.json", json.dumps(summary, indent=1))
