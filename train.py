@@ -745,9 +745,11 @@ def opened(run: Run):
     if is_main_process():
         lock = locked(run.directory / ".lock", f"run {run.directory}")
     root, config = run.directory / "checkpoints", run.config
-    with lock, Checkpoints(root, config.keep, config.keep_every) as run.checkpoints:
-        yield
-    run.compiler.shutdown(wait=False, cancel_futures=True)
+    try:
+        with lock, Checkpoints(root, config.keep, config.keep_every) as run.checkpoints:
+            yield
+    finally:
+        run.compiler.shutdown(wait=False, cancel_futures=True)
 
 
 def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
