@@ -222,7 +222,8 @@ def test_the_cap_on_the_whole():
 
 def stops() -> list[tuple[Path, int, str]]:
     """(file, line, name) of each stop that the README lists, as `file.py:LINE` and a name."""
-    found = re.findall(r"(?m)^\d+\. `(\w+\.py):(\d+)` `?(\w+(?:\.\w+)?)", (ROOT / "README.md").read_text("utf-8"))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    found = re.findall(r"(?m)^\d+\. `(\w+\.py):(\d+)` `?(\w+(?:\.\w+)?)", readme)
     return [(ROOT / file, int(line), name) for file, line, name in found]
 
 
