@@ -222,16 +222,20 @@ def test_the_cap_on_the_whole():
 
 def stops() -> list[tuple[Path, int, str]]:
     """(file, line, name) of each stop that the README lists, as `file.py:LINE` and a name."""
-    found = re.findall(r"(?m)^\d+\. `(\w+\.py):(\d+)` `?(\w+)", (ROOT / "README.md").read_text("utf-8"))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    found = re.findall(r"(?m)^\d+\. `(\w+\.py):(\d+)` `?(\w+(?:\.\w+)?)", readme)
     return [(ROOT / file, int(line), name) for file, line, name in found]
 
 
 def defined(path: Path) -> dict[str, ast.AST]:
-    """What a file defines at its top level and in its classes, by name; a class comes before its methods."""
+    """What a file defines at its top level and in its classes, by name; methods also as `Class.method`."""
     found = {}
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ClassDef | FUNCTIONS):
             found.setdefault(node.name, node)
+        if isinstance(node, ast.ClassDef):
+            methods = [inner for inner in node.body if isinstance(inner, FUNCTIONS)]
+            found |= {f"{node.name}.{method.name}": method for method in methods}
     return found
 
 
