@@ -99,6 +99,9 @@ from model import (
 )
 
 
+CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps a copy of
+
+
 @strict
 @dataclass(frozen=True)
 class Edit:
@@ -727,14 +730,22 @@ def lay_out(run: Run):
         return
     if not run.summary:  # what a run left there that was made longer is not its end any more
         end.unlink(missing_ok=True)
-    source = run.directory / "source"
-    source.mkdir(exist_ok=True)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, source)
-    if run.file:
-        shutil.copy(run.file.split(":")[0], source)
+    keep_source(run.directory / "source", run.file.split(":")[0])
     write(run.directory / "tokenizer.model", run.tokenizer.model)
     write(run.directory / "config.json", json.dumps(to_json(run.config), indent=1))
+
+
+def keep_source(place: Path, config_file: str):
+    """Copy the code of a run into its directory: its config file, and what of the house it uses."""
+    place.mkdir(exist_ok=True)
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    for file in map(Path, filter(None, files)):
+        if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in CODE:
+            kept = place / file.relative_to(ROOT)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, kept)
+    if config_file:
+        shutil.copy(config_file, place)
 
 
 @contextlib.contextmanager
