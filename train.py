@@ -98,7 +98,6 @@ from model import (
     weighted_mean,
 )
 
-
 CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps a copy of
 
 
