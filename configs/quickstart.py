@@ -1,6 +1,6 @@
-"""Quickstart: a small Llama on the source of Python's standard library, shallow first, then twice as deep.
+"""Quickstart: a small Llama on the source of Python's standard library, shallow, then twice as deep.
 
-Shows growth by stacking within one run. About three minutes on two CPU cores: python train.py
+Shows growth by stacking within one run. About two minutes on two CPU cores: python train.py
 """
 from functools import partial
 
@@ -14,12 +14,12 @@ config = Config(
     model=ModelConfig(layers=2, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),
     data=DataConfig(sources={"stdlib": Source(stdlib)}, shard_tokens=1_048_576),
     phases=(
-        Phase(steps=300, batch=8, seq=256),
-        Phase(steps=480, batch=8, seq=256, edits=(partial(stack, times=2),)),
+        Phase(steps=180, batch=8, seq=256),
+        Phase(steps=240, batch=8, seq=256, edits=(partial(stack, times=2),)),
     ),
     schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05),
-    eval_every=100,
-    eval_tokens=32_768,
-    save_every=50,
+    eval_every=60,
+    eval_tokens=16_384,
+    save_every=60,
     prompts=("def ", "class ", "import os\n"),
 )

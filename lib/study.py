@@ -284,14 +284,14 @@ def metrics_of(config: Any) -> list[str]:
 
 def measured_names(config: Any) -> list[str]:
     """The names of what is measured on held-out documents, where a config holds any out."""
-    sources, names = list(config.data.sources), []
+    sources, paired, names = list(config.data.sources), [], []
     if config.data.test:
-        names += PAIRED[:1]
+        paired += PAIRED[:1]
         names += [f"eval/{source}.test/{of}" for source in sources for of in OF_EVAL]
     if config.data.dev:
-        names += PAIRED[1:]
+        paired += PAIRED[1:]
         names += [f"eval/{source}/{of}" for source in sources for of in OF_EVAL]
-    return names
+    return paired + names
 
 
 def group_names(config: Any) -> list[str]:
