@@ -199,9 +199,9 @@ def edit(edits, state: State, config: Config, mesh=None, seed: int = 0) -> tuple
     return train.apply_edits(edits, state, config.model, config.optimizer, mesh or single(), context(seed))
 
 
-def stepper(config: Config, shape: ModelConfig = TINY):
+def stepper(config: Config, shape: ModelConfig = TINY, frozen: frozenset[str] = frozenset()):
     """`(state, batch, rate or {group: rate}) -> (state, metrics)`, jitted."""
-    step = jax.jit(train.make_step(config, shape), static_argnames="mask")
+    step = jax.jit(train.make_step(config, shape, frozen=frozen), static_argnames="mask")
 
     def take(state, batch, rates):
         rates = rates if isinstance(rates, dict) else dict.fromkeys(model.groups(shape), rates)
@@ -358,6 +358,79 @@ def test_a_group_with_factor_zero_is_frozen_bit_for_bit():
     for group, names in model.groups(TINY).items():
         for name in names:
             assert same_bits(first.params[name], state.params[name]) == (group == "matrix"), name
+
+
+def test_a_frozen_group_has_no_part_in_the_step():
+    """Its moments and count stay, and the clipped norm is that of the others."""
+    config = tiny_config(phases=(Phase(steps=4, batch=8, seq=16, lr={"matrix": 0.0}),))
+    frozen = course_of(config).frozen(0)
+    assert frozen == {"matrix"} and not course_of(tiny_config()).frozen(0)
+    first, batch = first_state(config), random_batch()
+    state, metrics = stepper(config, frozen=frozen)(first, batch, 1e-2)
+    assert same_bits(state.opt["matrix"], first.opt["matrix"]) and counts(state.opt["embed"]) == {1}
+    _, whole = stepper(config)(first, batch, 1e-2)
+    others = [float(whole[f"{group}/grad_norm"]) for group in model.groups(TINY) if group != "matrix"]
+    assert float(metrics["train/grad_norm"]) == pytest.approx(math.hypot(*others), rel=1e-5)
+    assert float(metrics["train/grad_norm"]) < float(whole["train/grad_norm"])
+    assert "matrix/grad_norm" not in metrics
+
+
+SEEN: list = []  # the batches that `look` was given, by step
+
+
+def look(model, context):
+    """An `edit` that changes nothing, and keeps what batches it was given."""
+    SEEN.append((context.step, [batch["tokens"] for batch in context.batches(2)]))
+    return Edited(model, {}, True)
+
+
+def test_an_edit_is_given_the_batches_from_here_on(tmp_path, one_device):
+    """Not the run's first ones: those of the steps after it, the last one again at the end."""
+    phase = Phase(steps=3, batch=8, seq=32)
+    later = replace(phase, edits=(look,))
+    config = tiny_config(tmp_path, phases=(phase, later, replace(later, steps=1)))
+    SEEN.clear()
+    train.train(config, __file__)
+    loader = train.prepare(config).loader
+    found = {step: batches for step, batches in SEEN if step}
+    assert [*found] == [3, 6]
+    for step, wanted in ((3, (4, 5)), (6, (7, 7))):
+        for tokens, number in zip(found[step], wanted, strict=True):
+            np.testing.assert_array_equal(tokens, loader.batch(number).arrays["tokens"])
+
+
+def test_evaluations_at_chosen_steps(tmp_path, one_device):
+    """Before the first step too, once, also when the run is killed and begins anew."""
+    config = tiny_config(tmp_path, eval_at=(0, 3), save_every=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda run, state, batch, step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(config, __file__)
+    train.train(config, __file__)
+    rows = [r for r in rows_of(tmp_path / "tiny") if "train/loss" not in r]
+    assert [r["step"] for r in rows] == [0, 3, 4, 8, 8]
+    assert rows[0]["eval/verse/loss"] > rows[1]["eval/verse/loss"] and rows[0]["train/tokens"] == 0
+
+
+def test_a_run_keeps_the_code_that_made_it(plain):
+    """Its config file, and what of the house it uses."""
+    source = plain[0] / "source"
+    for file in ("train.py", "model.py", "data.py", "lib/log.py", "test_train.py"):
+        assert (source / file).is_file(), file
+
+
+def test_the_time_that_is_left_leaves_compilation_out(tmp_path, capsys, monkeypatch):
+    """The first line has none; the second counts from the first row on, however long that took to come."""
+    now = [100.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    log = Log(tmp_path / "metrics.jsonl", 0, course_of(one_phase(steps=10)), 10)
+    for step, seconds in ((1, 60.0), (2, 5.0), (3, 5.0)):
+        now[0] += seconds
+        log.step(step, {"train/loss": 1.0, "train/grad_norm": 1.0, "skipped": 0}, {}, 0.0)
+    now[0] += 5.0
+    log.sync()
+    first, *_, last = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
+    assert "ETA" not in first and last.endswith("ETA 0:00:35")
 
 
 def test_rates_of_an_unknown_group_are_refused():
