@@ -460,6 +460,7 @@ class Run:
     context: Context  # of edits
     compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     programs: dict = field(default_factory=dict)  # steps being compiled, by what they depend on
+    begun: set[int] = field(default_factory=set)  # phases that took a step in this process
     evaluators: dict = field(default_factory=dict)  # compiled, by the shape of the model
     checkpoints: Checkpoints | None = None
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset
@@ -559,6 +560,7 @@ def newest(run: Run, found: list[int]) -> tuple[State, int]:
                 raise InputError(f"{error}, with none before it; delete it to begin anew") from None
             print(f"{error}; it is now {step}.damaged, and the run goes back to step {found[-1]}")
             run.checkpoints.put_aside(step)
+    compile_first(run)
     return first(run), 0
 
 
@@ -626,14 +628,29 @@ def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Fu
     return run.programs[key]
 
 
-def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
+def compile_next(run: Run, phase: int, arrays: dict, mask: Mask):
     """Begin to compile the phase after this one, where its batches are to be like these."""
-    if phase + 1 == len(run.config.phases) or jax.process_count() > 1:
+    if phase + 1 == len(run.config.phases):
         return
     now, then = ((p.batch, p.seq, p.lengths, p.objective) for p in run.config.phases[phase:][:2])
     if now == then and not run.config.phases[phase].lengths:
-        state = state_like(run.plan.models[phase + 1], run.config.optimizer, run.mesh)
-        compiled(run, phase + 1, state, arrays, mask)
+        compile_ahead(run, phase + 1, arrays, mask)
+
+
+def compile_first(run: Run):
+    """Begin to compile the first phase while the first state is drawn; a stream has no batch yet."""
+    if run.config.data.stream or jax.process_count() > 1:
+        return
+    batch = run.loader.batch(1)
+    arrays = put(batch.arrays, run.mesh, batch.rows)
+    compile_ahead(run, 0, shapes_of(arrays), Mask(**batch.mask))
+
+
+def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
+    """Begin to compile a phase's step; several processes compile in step with one another alone."""
+    if jax.process_count() == 1:
+        state = state_like(run.plan.models[phase], run.config.optimizer, run.mesh)
+        compiled(run, phase, state, arrays, mask)
 
 
 def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -650,12 +667,13 @@ def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, 
     model = run.plan.models[phase]
     arrays, mask = put(batch.arrays, run.mesh, batch.rows), Mask(**batch.mask)
     lr = {group: np.float32(run.plan.lr[group][step]) for group in groups(model)}
-    known = len(run.programs)
     update = compiled(run, phase, state, arrays, mask).result()
-    if known == 0:
-        banner(run, update, choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype))
-    if known < len(run.programs):
-        compile_ahead(run, phase, shapes_of(arrays), mask)
+    if phase not in run.begun:
+        if not run.begun:
+            attention = choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
+            banner(run, update, attention)
+        run.begun.add(phase)
+        compile_next(run, phase, shapes_of(arrays), mask)
     edited = any(step - n in run.plan.edits for n in range(1, 6))  # in the last five steps
     before = jax.tree.map(jnp.copy, state.params) if edited else None
     state, metrics = update(state, arrays, lr)
