@@ -18,7 +18,6 @@ from lib import statistics
 from lib.config import ROOT, load_file, to_json
 from lib.disk import write
 from lib.errors import InputError
-from lib.library import library
 from lib.study import PAIRED, Claim, metrics_of
 from train import parse
 
@@ -623,7 +622,7 @@ def test_the_readme_shows_five_studies_at_most_one_of_each_chapter_first(house, 
     for name in ("growth/a", "growth/b", "forgetting/c", "baselines/d", "own/e"):
         write(house / f"results/{name}.json", kept.read_text())
         write(house / f"configs/{name}.py", source.read_text())
-    entries = library(house)
+    entries = papers.library(house)
     assert [entry.method for entry in entries] == ["a", "b", "tiny", "c", "meco", "d", "e"]
     assert [entry.method for entry in papers.chosen(entries)] == ["a", "c", "d", "e", "b"]
 
