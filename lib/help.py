@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.config import ROOT, parts, verbs
-from lib.errors import InputError
+from lib.errors import user_errors
 from lib.fields import changed_settings, join, kind, options, plain, settings
 
 USAGE = """\
@@ -62,10 +62,8 @@ def verb_lines(wide: int) -> list[str]:
 
 def show_fields(config, made: type, file: str):
     """Print the fields by tyro, which a machine may lack. Raises InputError then."""
-    try:
+    with user_errors(ImportError, sentence="--help needs the package tyro; pip install tyro"):
         import tyro
-    except ImportError:
-        raise InputError("--help needs the package tyro; pip install tyro") from None
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
