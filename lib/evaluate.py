@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import model
 from lib.cache import Cache
-from lib.disk import digest, write
+from lib.disk import digest, finite, write
 from lib.kernels import Mask
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
 from lib.processes import is_main_process
@@ -400,10 +400,5 @@ def show_test(found: dict[str, float], held: dict[str, HeldOut]):
 
 def write_figures(directory: Path, figures: dict):
     """Write a run's eval.json; what is not finite becomes null. Only the main process writes."""
-    if not is_main_process():
-        return
-    finite = {}
-    for name, value in figures.items():
-        known = not isinstance(value, float) or math.isfinite(value)
-        finite[name] = value if known else None
-    write(directory / "eval.json", json.dumps(finite, indent=1))
+    if is_main_process():
+        write(directory / "eval.json", json.dumps(finite(figures), indent=1))

@@ -5,29 +5,16 @@ shown of the study: means with half a 95 % interval, each seed's value, the rate
 what it cost and what it was made by. It holds no curves.
 """
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from lib.disk import write
+from lib.disk import finite, write
 from lib.errors import InputError
 from lib.statistics import value_of
 from lib.study import PAIRED, Claim, Study
 
 NOT_RUN = "not run"  # the verdict of a claim about an arm that was left out
 NOT_RECORDED = "not recorded yet"  # ... and of a study that has no record
-
-
-def finite(value: Any) -> Any:
-    """A JSON value in which numbers that are not finite have become None."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # ---------------------------------------------------------------------------------- where they are

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from lib import results
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, to_json
-from lib.disk import write
+from lib.disk import finite, write
 from lib.errors import InputError
 from lib.schedule import schedules
 from lib.statistics import (
@@ -376,7 +376,7 @@ def tune(request: Request, runner: Runner) -> tuple[dict[str, dict], list[dict]]
     for arm, losses in tried.items():
         rate, bracketed = best_rate(losses)
         by_rate = {f"{rate:g}": losses[rate] for rate in sorted(losses)}
-        arms[arm] = dict(rate=rate, bracketed=bracketed, tuning=results.finite(by_rate))
+        arms[arm] = dict(rate=rate, bracketed=bracketed, tuning=finite(by_rate))
     return arms, runs
 
 
@@ -657,7 +657,7 @@ def main(arguments: list[str]) -> dict:
         complete(request, Job(arm, grid[0] if grid else None, 0))
     request.directory.mkdir(parents=True, exist_ok=True)
     result = conclude(request)
-    write(request.directory / "study.json", json.dumps(results.finite(result), indent=1))
+    write(request.directory / "study.json", json.dumps(finite(result), indent=1))
     draw(result).savefig(request.directory / "study.png", dpi=110)
     print(f"\n{table(result)}\n\n{request.directory} has study.json and study.png")
     record = results.make_record(ROOT, request.path, request.study, result, bool(a.arms))
