@@ -64,9 +64,11 @@ def allowed_names(found: str, known: Iterable[str]) -> str:
 
 
 def strict(made: type) -> type:
-    """Let a dataclass refuse an unknown field by an InputError that names the right one."""
+    """Let a dataclass refuse unknown and missing fields by an InputError that names them."""
     plain = made.__init__
-    names = [field.name for field in dataclasses.fields(made)]
+    _, *parameters = inspect.signature(plain).parameters.values()
+    names = [p.name for p in parameters]
+    needed = [p.name for p in parameters if p.default is p.empty]
 
     @functools.wraps(plain)
     def checked(self, *values, **given):
@@ -74,6 +76,10 @@ def strict(made: type) -> type:
             if name not in names:
                 raise InputError(f"{made.__name__} has no field {name!r}; "
                                  f"{allowed_names(name, names)}")
+        for name in needed[len(values):]:
+            if name not in given:
+                raise InputError(f"{made.__name__} lacks its field {name!r}; "
+                                 f"it needs: {', '.join(needed)}")
         plain(self, *values, **given)
 
     made.__init__ = checked
@@ -248,7 +254,7 @@ def check_value(value, hint, path: str):
         fitting = [option for option in typing.get_args(base) if fits(value, option)]
         return check_value(value, fitting[0], path)
     if not all(bound.holds(value) for bound in bounds):
-        raise InputError(f"{path} is {value}; allowed is {describe(hint)}")
+        raise InputError(f"{path} is {value!r}; allowed is {describe(hint)}")
     if callable(value):
         return check_function(value, base, path)
     for name, part, part_hint in inside(value, base):

@@ -41,6 +41,7 @@ from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, to_json
 from lib.disk import finite, write
 from lib.errors import InputError
+from lib.fields import allowed_names
 from lib.schedule import schedules
 from lib.statistics import (
     NOT_JUDGED,
@@ -52,7 +53,7 @@ from lib.statistics import (
     run_figures,
     verdict,
 )
-from lib.study import PAIRED, Claim, Study, allowed_names, every_phase
+from lib.study import PAIRED, Claim, Study, every_phase
 from train import Config, check, parse
 
 # Fields of a config that change nothing of what a study reads of a run.
