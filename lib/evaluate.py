@@ -20,10 +20,10 @@ from lib.disk import digest, finite, write
 from lib.kernels import Mask
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
 from lib.processes import is_main_process
-from lib.sharding import MeshConfig, make_mesh, put, shardings
+from lib.sharding import put
 from lib.sources import SPLITS
 from lib.tokenizers import Tokenizer
-from model import ModelConfig, reparametrised, table
+from model import ModelConfig, reparametrised
 
 HALF_95 = 1.96  # standard errors that make half of a 95 % interval
 
@@ -343,16 +343,6 @@ def compressed(texts: list[bytes]) -> dict[str, float]:
         "gzip_together_bpb": 8 * gzip_size(together) / total,
         "xz_together_bpb": 8 * xz_size(together) / total,
     }
-
-
-def fitting_mesh(config) -> Mesh:
-    """The mesh of a run where it fits the devices here; otherwise all of these devices for rows."""
-    try:
-        mesh = make_mesh(config.mesh)
-        shardings(table(config.model), mesh)
-    except ValueError:
-        return make_mesh(MeshConfig())
-    return mesh
 
 
 def test_figures(
