@@ -24,27 +24,17 @@ class Bound(NamedTuple):
     words: str
 
 
-def at_least(bound: float) -> Bound:
-    """Numbers from a bound on."""
-    return Bound(lambda value: value >= bound, f"{bound} or more")
+FROM_0 = Bound(lambda value: value >= 0, "0 or more")
+FROM_1 = Bound(lambda value: value >= 1, "1 or more")
+ABOVE_0 = Bound(lambda value: value > 0, "more than 0")
+TO_1 = Bound(lambda value: value <= 1, "at most 1")
 
-
-def more_than(bound: float) -> Bound:
-    """Numbers beyond a bound."""
-    return Bound(lambda value: value > bound, f"more than {bound}")
-
-
-def at_most(bound: float) -> Bound:
-    """Numbers up to a bound."""
-    return Bound(lambda value: value <= bound, f"at most {bound}")
-
-
-Count = Annotated[int, at_least(1)]
-Whole = Annotated[int, at_least(0)]
-Positive = Annotated[float, more_than(0)]
-NotNegative = Annotated[float, at_least(0)]
-Share = Annotated[float, at_least(0), at_most(1)]
-PositiveShare = Annotated[float, more_than(0), at_most(1)]
+Count = Annotated[int, FROM_1]
+Whole = Annotated[int, FROM_0]
+Positive = Annotated[float, ABOVE_0]
+NotNegative = Annotated[float, FROM_0]
+Share = Annotated[float, FROM_0, TO_1]
+PositiveShare = Annotated[float, ABOVE_0, TO_1]
 
 # A rule about several fields: whether it is broken, and the sentence that says so.
 Rules = Iterator[tuple[Any, str]]
