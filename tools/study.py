@@ -43,7 +43,7 @@ from lib.config import ROOT, flatten, load_module, to_json
 from lib.disk import finite, write
 from lib.errors import InputError
 from lib.fields import allowed_names
-from lib.schedule import schedules
+from lib.schedule import Schedule
 from lib.statistics import (
     NOT_JUDGED,
     PLUS_MINUS,
@@ -173,6 +173,16 @@ def check_record(request: Request) -> Path:
 
 
 # -------------------------------------------------------------------------------------- the runs
+
+def schedules(config) -> dict[str, Schedule]:
+    """Every schedule of a `train.Config` by its path: of the run, of phases, of their groups."""
+    found = {"schedule": config.schedule}
+    for i, phase in enumerate(config.phases):
+        for group, own in phase.lr.items():
+            found[f"phases.{i}.lr.{group}"] = own
+        found[f"phases.{i}.schedule"] = phase.schedule
+    return {path: own for path, own in found.items() if isinstance(own, Schedule)}
+
 
 def command(request: Request, job: Job) -> list[str]:
     """The arguments of `python train.py` that make a run."""
