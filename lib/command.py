@@ -140,10 +140,9 @@ def own_name(flag: str) -> str:
 def own_values(function: Callable, flags: dict[str, str | None]) -> dict[str, Any]:
     """The arguments of a file's `config` function, by name, that flags give."""
     hints, usual = setting_types(function), settings(function)
-    for flag, word in flags.items():
-        require_word(flag, word)
     given = {}
     for flag, word in flags.items():
+        require_word(flag, word)
         name = own_name(flag)
         given[name] = convert(word, usual.get(name), hints.get(name, Any))
     return given
