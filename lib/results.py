@@ -4,15 +4,12 @@ results/CHAPTER/METHOD.json belongs to configs/CHAPTER/METHOD.py. It holds every
 shown of the study: means with half a 95 % interval, each seed's value, the rates chosen, verdicts,
 what it cost and what it was made by. It holds no curves.
 """
-import json
 from pathlib import Path
 
 from lib.errors import InputError
 
 NOT_RECORDED = "not recorded yet"  # the verdict of a study that has no record
 
-
-# ---------------------------------------------------------------------------------- where they are
 
 def library_file(root: Path, file: str | Path) -> Path:
     """A file's path below `root`, or its own where it lies elsewhere."""
@@ -27,15 +24,3 @@ def record_path(root: Path, file: str | Path) -> Path:
         raise InputError(f"{file} cannot be recorded; allowed is a file configs/CHAPTER/METHOD.py "
                          f"of {root}")
     return root / "results" / parts[1] / f"{Path(parts[2]).stem}.json"
-
-
-def read_record(root: Path, file: str | Path) -> dict | None:
-    """The record of a study's file, None where there is none yet."""
-    place = record_path(root, file)
-    if not place.is_file():
-        return None
-    try:
-        return json.loads(place.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{place} is no JSON ({error}); restore it, or record the study again"
-                         ) from None

@@ -9,6 +9,7 @@ Upper and lower case are the same. Each file is shown with its question and what
 """
 import ast
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from lib.arguments import Arguments
 from lib.config import ROOT, load_module
 from lib.disk import write
 from lib.errors import InputError
-from lib.results import NOT_RECORDED, read_record
+from lib.results import NOT_RECORDED, record_path
 from lib.statistics import PLUS_MINUS
 from lib.study import Study
 
@@ -97,6 +98,18 @@ def entry(root: Path, place: Path) -> Entry:
     record = read_record(root, place)
     check_record(file, study, record)
     return Entry(file, title, papers, ids, study, record)
+
+
+def read_record(root: Path, file: str | Path) -> dict | None:
+    """The record of a study's file, None where there is none yet."""
+    place = record_path(root, file)
+    if not place.is_file():
+        return None
+    try:
+        return json.loads(place.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{place} is no JSON ({error}); restore it, or record the study again"
+                         ) from None
 
 
 def check_record(file: str, study: Study, record: dict | None):
