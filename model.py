@@ -5,7 +5,7 @@ optimiser groups, growth and forgetting are derived from it. Parameters are a fl
 `{name: array}`. Those with a leading `layers` axis belong to the blocks.
 
 Read `table`, `block`, `forward`, `logits` and `losses`, in this order. Products, attention and
-nats are computed by fast paths in lib/kernels.py, which stand there beside their references.
+nats are computed by fast paths in lib/kernels.py.
 
 Letters of axes in shapes and in einsum strings:
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lib.disk import FORMAT, cache_home, digest, locked, write
+from lib.disk import FORMAT, cache_home, digest, locked, read_rows, write
 from lib.errors import InputError
 from lib.keys import function_key
 from lib.prefetch import prefetch
@@ -55,8 +55,7 @@ class Shard(NamedTuple):
 
     def documents(self) -> list[dict]:
         """`path` and `meta` of each document."""
-        lines = (self.directory / "documents.jsonl").read_text("utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_rows(self.directory / "documents.jsonl")
 
 
 class Cache:

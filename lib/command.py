@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lib.config import ROOT, build, find_config, parts
+from lib.config import ROOT, build, find_config, parts, walk
 from lib.errors import InputError
 from lib.fields import (
     RENAMED,
     allowed_names,
     fits,
-    join,
     kind,
     missing,
     options,
@@ -141,10 +140,9 @@ def own_name(flag: str) -> str:
 def own_values(function: Callable, flags: dict[str, str | None]) -> dict[str, Any]:
     """The arguments of a file's `config` function, by name, that flags give."""
     hints, usual = setting_types(function), settings(function)
-    for flag, word in flags.items():
-        require_word(flag, word)
     given = {}
     for flag, word in flags.items():
+        require_word(flag, word)
         name = own_name(flag)
         given[name] = convert(word, usual.get(name), hints.get(name, Any))
     return given
@@ -277,14 +275,5 @@ def foreign(config, names: list[str]) -> str:
     if name in ANSWER_OF:
         return ANSWER_OF[name]
     ending = FIELD_OF.get(name, name)
-    known = [path for path in field_paths(config) if f".{path}".endswith(f".{ending}")]
+    known = [path for path, _, _ in walk(config) if f".{path}".endswith(f".{ending}")]
     return f"it is {' or '.join(f'--{path}' for path in known[:4])} here" if known else ""
-
-
-def field_paths(value, path: str = "") -> list[str]:
-    """The paths of all fields of a config."""
-    out = []
-    for name, (part, _) in parts(value).items():
-        below = join(path, name)
-        out += [below, *field_paths(part, below)]
-    return out

@@ -9,7 +9,7 @@ import json
 import sys
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from lib.fields import (
     check_value,
     field_types,
     inside,
+    join,
     options,
     plain,
     setting_types,
@@ -174,6 +175,14 @@ def parts(value) -> dict[str, tuple[Any, Any]]:
         hints = setting_types(value)
         return {name: (part, hints.get(name, Any)) for name, part in settings(value).items()}
     return {name: (part, of) for name, part, of in inside(value, Any)}
+
+
+def walk(value, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, part, its type) of all that is inside a value, each part before what is in it."""
+    for name, (part, hint) in parts(value).items():
+        below = join(path, name)
+        yield below, part, hint
+        yield from walk(part, below)
 
 
 # ------------------------------------------------------------------------------------------- JSON

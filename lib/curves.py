@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.disk import read_rows
+
 MOST_TIME = 0.05  # share of a run's time that drawing may take
 SETTLED = 0.1  # share of the FLOPs after which values decide what a panel shows
 HALF_95 = 1.96  # standard errors in half a 95 % interval
@@ -55,8 +57,7 @@ def follow(directory: Path, flush: Callable[[], None]):
 def draw(directory: Path):
     """Write curves.png into a run's directory; nothing while the run has no finite loss."""
     from matplotlib.figure import Figure  # takes a second: a short run spends it at its end alone
-    text = (directory / "metrics.jsonl").read_text("utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = read_rows(directory / "metrics.jsonl")
     steps = [row for row in rows if row.get("train/loss") is not None]
     if not steps:
         return

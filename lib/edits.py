@@ -1,18 +1,21 @@
 """Edits: growth in depth, and new embeddings."""
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import jax.numpy as jnp
 
 from model import Context, Edited, Model, Param, Params, draw, groups, table
 
 
-def check_option(option: str, given: str, *allowed: str) -> None:
-    """Raise ValueError for an option of an edit, "stack: moments", that is not one allowed."""
-    if given not in allowed:
-        names = ", ".join(map(repr, allowed))
-        raise ValueError(f"{option} is {given!r}; allowed are {names}")
+def check_options(edit: Callable, **given: str) -> None:
+    """Raise ValueError for an option that is none of those that an edit's signature names."""
+    types = get_type_hints(edit)
+    for name, value in given.items():
+        allowed = get_args(types[name])
+        if value not in allowed:
+            names = ", ".join(map(repr, allowed))
+            raise ValueError(f"{edit.__name__}: {name} is {value!r}; allowed are {names}")
 
 
 def stack(
@@ -35,8 +38,7 @@ def stack(
     old = model.config
     order = list(range(old.layers)) * times if layers is None else list(layers)
     check_layers(order, old.layers)
-    check_option("stack: moments", moments, "reset", "map")
-    check_option("stack: new", new, "random", "identity")
+    check_options(stack, moments=moments, new=new)
     config = replace(old, layers=len(order))
     rows = table(config)
 

@@ -16,14 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import model
 from lib.cache import Cache
-from lib.disk import digest, write
+from lib.disk import digest, finite, write
 from lib.kernels import Mask
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
 from lib.processes import is_main_process
-from lib.sharding import MeshConfig, make_mesh, put, shardings
+from lib.sharding import put
 from lib.sources import SPLITS
 from lib.tokenizers import Tokenizer
-from model import ModelConfig, reparametrised, table
+from model import ModelConfig, reparametrised
 
 HALF_95 = 1.96  # standard errors that make half of a 95 % interval
 
@@ -345,16 +345,6 @@ def compressed(texts: list[bytes]) -> dict[str, float]:
     }
 
 
-def fitting_mesh(config) -> Mesh:
-    """The mesh of a run where it fits the devices here; otherwise all of these devices for rows."""
-    try:
-        mesh = make_mesh(config.mesh)
-        shardings(table(config.model), mesh)
-    except ValueError:
-        return make_mesh(MeshConfig())
-    return mesh
-
-
 def test_figures(
     losses: Callable, caches: dict[str, Cache], config, tokenizer: Tokenizer, mesh: Mesh
 ) -> dict:
@@ -400,10 +390,5 @@ def show_test(found: dict[str, float], held: dict[str, HeldOut]):
 
 def write_figures(directory: Path, figures: dict):
     """Write a run's eval.json; what is not finite becomes null. Only the main process writes."""
-    if not is_main_process():
-        return
-    finite = {}
-    for name, value in figures.items():
-        known = not isinstance(value, float) or math.isfinite(value)
-        finite[name] = value if known else None
-    write(directory / "eval.json", json.dumps(finite, indent=1))
+    if is_main_process():
+        write(directory / "eval.json", json.dumps(finite(figures), indent=1))

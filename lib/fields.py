@@ -24,27 +24,17 @@ class Bound(NamedTuple):
     words: str
 
 
-def at_least(bound: float) -> Bound:
-    """Numbers from a bound on."""
-    return Bound(lambda value: value >= bound, f"{bound} or more")
+FROM_0 = Bound(lambda value: value >= 0, "0 or more")
+FROM_1 = Bound(lambda value: value >= 1, "1 or more")
+ABOVE_0 = Bound(lambda value: value > 0, "more than 0")
+TO_1 = Bound(lambda value: value <= 1, "at most 1")
 
-
-def more_than(bound: float) -> Bound:
-    """Numbers beyond a bound."""
-    return Bound(lambda value: value > bound, f"more than {bound}")
-
-
-def at_most(bound: float) -> Bound:
-    """Numbers up to a bound."""
-    return Bound(lambda value: value <= bound, f"at most {bound}")
-
-
-Count = Annotated[int, at_least(1)]
-Whole = Annotated[int, at_least(0)]
-Positive = Annotated[float, more_than(0)]
-NotNegative = Annotated[float, at_least(0)]
-Share = Annotated[float, at_least(0), at_most(1)]
-PositiveShare = Annotated[float, more_than(0), at_most(1)]
+Count = Annotated[int, FROM_1]
+Whole = Annotated[int, FROM_0]
+Positive = Annotated[float, ABOVE_0]
+NotNegative = Annotated[float, FROM_0]
+Share = Annotated[float, FROM_0, TO_1]
+PositiveShare = Annotated[float, ABOVE_0, TO_1]
 
 # A rule about several fields: whether it is broken, and the sentence that says so.
 Rules = Iterator[tuple[Any, str]]
@@ -64,9 +54,11 @@ def allowed_names(found: str, known: Iterable[str]) -> str:
 
 
 def strict(made: type) -> type:
-    """Let a dataclass refuse an unknown field by an InputError that names the right one."""
+    """Let a dataclass refuse unknown and missing fields by an InputError that names them."""
     plain = made.__init__
-    names = [field.name for field in dataclasses.fields(made)]
+    _, *parameters = inspect.signature(plain).parameters.values()
+    names = [p.name for p in parameters]
+    needed = [p.name for p in parameters if p.default is p.empty]
 
     @functools.wraps(plain)
     def checked(self, *values, **given):
@@ -74,6 +66,10 @@ def strict(made: type) -> type:
             if name not in names:
                 raise InputError(f"{made.__name__} has no field {name!r}; "
                                  f"{allowed_names(name, names)}")
+        for name in needed[len(values):]:
+            if name not in given:
+                raise InputError(f"{made.__name__} lacks its field {name!r}; "
+                                 f"it needs: {', '.join(needed)}")
         plain(self, *values, **given)
 
     made.__init__ = checked
@@ -248,7 +244,7 @@ def check_value(value, hint, path: str):
         fitting = [option for option in typing.get_args(base) if fits(value, option)]
         return check_value(value, fitting[0], path)
     if not all(bound.holds(value) for bound in bounds):
-        raise InputError(f"{path} is {value}; allowed is {describe(hint)}")
+        raise InputError(f"{path} is {value!r}; allowed is {describe(hint)}")
     if callable(value):
         return check_function(value, base, path)
     for name, part, part_hint in inside(value, base):

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.config import ROOT, parts, verbs
-from lib.errors import InputError
-from lib.fields import changed_settings, join, kind, options, plain, settings
+from lib.config import ROOT, verbs, walk
+from lib.errors import user_errors
+from lib.fields import changed_settings, kind, options, plain, settings
 
 USAGE = """\
 python train.py [CONFIG] [--path.to.field VALUE ...]    train, or resume
@@ -62,10 +62,8 @@ def verb_lines(wide: int) -> list[str]:
 
 def show_fields(config, made: type, file: str):
     """Print the fields by tyro, which a machine may lack. Raises InputError then."""
-    try:
+    with user_errors(ImportError, sentence="--help needs the package tyro; pip install tyro"):
         import tyro
-    except ImportError:
-        raise InputError("--help needs the package tyro; pip install tyro") from None
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -84,17 +82,15 @@ def show_fields(config, made: type, file: str):
                  use_underscores=True, config=how)
 
 
-def unset_fields(value, path: str = "") -> list[str]:
+def unset_fields(config) -> list[str]:
     """The paths of fields that tyro leaves out: those that may hold dataclasses, and hold none."""
     out = []
-    for name, (part, hint) in parts(value).items():
-        below = join(path, name)
+    for path, part, hint in walk(config):
         may_hold = options(hint)
         for outer in options(hint):
             may_hold += [of for item in typing.get_args(outer) for of in options(item)]
         if not part and any(dataclasses.is_dataclass(of) for of in may_hold):
-            out.append(below)
-        out += unset_fields(part, below)
+            out.append(path)
     return out
 
 
@@ -110,8 +106,9 @@ def short(value) -> str:
 def function_lines(config, wide: int) -> list[str]:
     """Lines for each function of a config: the fields that hold it, its call and its first line."""
     places = {}
-    for path, function in functions(config):
-        places.setdefault(call(function), (function, []))[1].append(path)
+    for path, part, _ in walk(config):
+        if callable(part):
+            places.setdefault(call(part), (part, []))[1].append(path)
     out = []
     for text, (function, paths) in places.items():
         out.append(f"  {', '.join(paths)}")
@@ -119,16 +116,6 @@ def function_lines(config, wide: int) -> list[str]:
         first = (inspect.getdoc(plain(function)) or "").splitlines()[:1]
         out += textwrap.wrap(" ".join(first), wide, initial_indent=" " * 6,
                              subsequent_indent=" " * 6)
-    return out
-
-
-def functions(value, path: str = "") -> list[tuple[str, Callable]]:
-    """[(path, function)] of all that a config holds."""
-    if callable(value):
-        return [(path, value)]
-    out = []
-    for name, (part, _) in parts(value).items():
-        out += functions(part, join(path, name))
     return out
 
 

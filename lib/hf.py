@@ -51,12 +51,9 @@ PLAIN = {
 
 def safetensors_package() -> ModuleType:
     """The package safetensors, which is optional."""
-    try:
+    said = "export and init_from hf: need the package safetensors: pip install safetensors"
+    with user_errors(ImportError, sentence=said):
         import safetensors.numpy
-    except ImportError:
-        raise InputError(
-            "export and init_from hf: need the package safetensors: pip install safetensors"
-        ) from None
     return safetensors
 
 

@@ -1,4 +1,4 @@
-"""Fast paths: products, attention and losses, each beside its reference.
+"""Fast paths: products, attention and losses; tests/test_kernels.py has references.
 
 Letters of axes: b batch, t and s position, k key-value head, g query head of a key-value head,
 h head_dim, v vocab; n any number of rows, i inputs and o outputs of a matrix.
@@ -276,19 +276,11 @@ def attend(q, k, v, mask):
     return jnp.moveaxis(out, 3, 1)
 
 
-def softmax_mix_reference(q, k, v, mask):
-    """softmax(q kᵀ where mask) v for q [b k gt h], k and v [b k s h], mask [b 1 t s]."""
-    group = q.shape[2] // mask.shape[2]
-    mask = jnp.tile(mask, (1, 1, group, 1))
-    scores = jnp.einsum("bkth,bksh->bkts", q, k)
-    probs = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
-    return jnp.einsum("bkts,bksh->bkth", probs, v)
-
-
 @jax.custom_vjp
 def softmax_mix(q, k, v, mask):
-    """`softmax_mix_reference` with scores in float32 or wider, and its own gradient.
+    """softmax(q kᵀ where mask) v for q [b k gt h], k and v [b k s h], mask [b 1 t s].
 
+    Scores are in float32 or wider; the gradient is its own.
     Softmax's gradient needs the row sums of probs · d(probs), which is s wide. They equal those of
     out · d(out), which is h wide (FlashAttention, Dao et al. 2022, B.2). A query that sees nothing
     gets the mean of v.
@@ -360,17 +352,11 @@ def dense(x, w, axes: tuple[str, ...], out=None) -> jax.Array:
     return checkpoint_name(y, "product")
 
 
-def matmul_reference(x, w, axes: tuple[str, ...], out) -> jax.Array:
-    """x [n i] times w, as a matrix [i o] in the dtype of x: [n o] in the dtype `out`."""
-    w = w.astype(x.dtype)
-    w = w.reshape(x.shape[1], -1)
-    return jnp.matmul(x, w, preferred_element_type=out)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x, w, axes: tuple[str, ...], out) -> jax.Array:
-    """`matmul_reference` with its own gradient. axes: names of those of w.
+    """x [n i] times w, as a matrix [i o] in the dtype of x: [n o] in the dtype `out`.
 
+    axes: names of those of w. The gradient is its own.
     What the mesh axis fsdp splits of w is gathered for the product alone, in the dtype of x, and
     again for the backward pass. The gradient of w is summed over devices in w's own dtype, and
     split as w is.
@@ -427,17 +413,12 @@ def padded_for_cache(dy) -> jax.Array:
 # ------------------------------------------------------------------------------------- losses
 
 
-def nll_reference(logits, targets) -> jax.Array:
-    """Negative log-likelihood [b t], in nats, of targets [b t] under logits [b t v]."""
-    log_probs = jax.nn.log_softmax(logits)
-    return -at_targets(log_probs, targets)
-
-
 @jax.custom_vjp
 def nll(logits, targets) -> jax.Array:
-    """`nll_reference` with its own gradient, (softmax - one hot) · d(out).
+    """Negative log-likelihood [b t], in nats, of targets [b t] under logits [b t v].
 
-    That is one pass over the logits where automatic differentiation makes several.
+    Its own gradient, (softmax - one hot) · d(out), is one pass over the logits, where automatic
+    differentiation makes several.
     """
     return nll_forward(logits, targets)[0]
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lib.curves import follow
-from lib.disk import write
+from lib.disk import finite, write
 from lib.errors import InputError
 from lib.hardware import peak
 from lib.processes import is_main_process
@@ -32,13 +32,6 @@ def say(text: str):
     if sys.stdout.isatty():
         text = f"\r\x1b[2K{text}"
     print(text, flush=True)
-
-
-def finite(value):
-    """The value, or None for a float that JSON cannot hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def rows_kept(path: Path, step: int, complete: bool) -> bytes:
@@ -160,7 +153,7 @@ class Log:
 
     def row(self, row: dict):
         """Write one JSON object on a line of its own; what is not finite becomes null."""
-        row = {name: finite(value) for name, value in row.items()}
+        row = finite(row)
         self.file.write(json.dumps(row) + "\n")
         if self.track:
             self.track(row)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, user_errors
 from lib.sources import Document, Skipped, files, text
 
 SHOWN_KEYS = 20  # of a record that lacks one
@@ -93,10 +93,9 @@ def parquet(path: str, content: str = "text", meta: tuple = (),
     Its path is `file#group.row`, both from 1, or what stands under `key`. Memory holds one row
     group at a time.
     """
-    try:
+    said = "Parquet files need the package pyarrow: pip install pyarrow"
+    with user_errors(ImportError, sentence=said):
         import pyarrow.parquet
-    except ImportError:
-        raise InputError("Parquet files need the package pyarrow: pip install pyarrow") from None
     fs, found = files(path)
     for name, place in found:
         try:
@@ -121,16 +120,12 @@ def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple 
     Its path is `split#number`, from 1, or what stands under `key`. `split` is one of the data set's
     own, where it has several; ours follows from the path as everywhere.
     """
-    try:
+    said = "Hugging Face data sets need the package datasets: pip install datasets"
+    with user_errors(ImportError, sentence=said):
         import datasets
-    except ImportError:
-        raise InputError(
-            "Hugging Face data sets need the package datasets: pip install datasets") from None
-    try:
+    said = f"source path {path!r} is no directory that save_to_disk wrote: {{error}}"
+    with user_errors((OSError, ValueError), sentence=said):
         found = datasets.load_from_disk(str(Path(path).expanduser()))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"source path {path!r} is no directory that save_to_disk wrote: {error}") from None
     if isinstance(found, dict):
         if split not in found:
             raise InputError(f"{path!r} has no split {split!r}; allowed are {', '.join(found)}")
@@ -146,11 +141,10 @@ def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str =
     Its path is `data set/split#number`, from 1, or what stands under `key`. The split is TFDS's;
     ours follows from the path as everywhere. `data_dir` holds the data set, as ArrayRecord.
     """
-    try:
+    said = ("TensorFlow data sets need the package tensorflow-datasets: "
+            "pip install tensorflow-datasets array_record")
+    with user_errors(ImportError, sentence=said):
         import tensorflow_datasets
-    except ImportError:
-        raise InputError("TensorFlow data sets need the package tensorflow-datasets: "
-                         "pip install tensorflow-datasets array_record") from None
     place = str(Path(data_dir).expanduser()) if data_dir else None
     try:
         examples = tensorflow_datasets.data_source(

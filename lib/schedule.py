@@ -27,16 +27,6 @@ class Schedule:
     cycle: Whole = 0  # steps after which it begins anew; 0 is never
 
 
-def schedules(config) -> dict[str, Schedule]:
-    """Every schedule of a `train.Config` by its path: of the run, of phases, of their groups."""
-    found = {"schedule": config.schedule}
-    for i, phase in enumerate(config.phases):
-        for group, own in phase.lr.items():
-            found[f"phases.{i}.lr.{group}"] = own
-        found[f"phases.{i}.schedule"] = phase.schedule
-    return {path: own for path, own in found.items() if isinstance(own, Schedule)}
-
-
 def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: float) -> np.ndarray:
     """The rate as a share of the peak, warm-up aside.
 

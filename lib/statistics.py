@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scipy.special import stdtrit
 
+from lib.disk import read_rows
 from lib.study import Claim
 
 MADE_BY = "versions", "commit", "host", "device", "devices"  # of a run's summary
@@ -59,12 +60,6 @@ def mean_bpb(row: dict, split: str) -> float | None:
     return statistics.fmean(values)
 
 
-def read_rows(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def run_figures(
         run: Path, elsewhere: float = 0.0, measures: dict[str, Callable] | None = None) -> dict:
     """What a study needs of a complete run.
@@ -76,7 +71,7 @@ def run_figures(
         curve      tokens, flops and dev bits per byte at each evaluation
         made_by    versions, commit, host and device
     """
-    rows = read_rows(run)
+    rows = read_rows(run / "metrics.jsonl")
     summary = json.loads((run / "summary.json").read_text())
     last = {}
     for row in rows:

@@ -4,20 +4,31 @@ A file of the library defines one, `study = Study(...)`. Whatever is misspelt in
 the file is loaded, by an InputError that names the field, what was found and what is allowed.
 """
 import dataclasses
-import difflib
-import functools
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from lib.config import parts
 from lib.errors import InputError
+from lib.fields import (
+    Bound,
+    Count,
+    NotNegative,
+    Positive,
+    Rules,
+    allowed_names,
+    check_value,
+    field_types,
+    require,
+    strict,
+)
 
 # Measures that every study with held-out text has.
 PAIRED = "bpb", "speed_up_flops", "speed_up_tokens"
-ID = re.compile(r"\d{3}:\d+")  # how a paper is named in the project's lists, 001:39
+Text = Annotated[str, Bound(str.strip, "not empty")]
+# How a paper is named in the project's lists.
+Number = Annotated[str, Bound(re.compile(r"\d{3}:\d+").fullmatch, 'such as "001:39"')]
 # Fields by which a Config is known, since train.py may not be imported from here.
 OF_CONFIG = "model", "data", "phases", "schedule"
 # What the core writes into metrics.jsonl, after eval/SOURCE/, train/, perf/ and data/.
@@ -27,77 +38,6 @@ OF_SPEED = ("step_ms", "tokens_per_s", "host_stall", "mfu", "save_s")
 OF_BATCH = ("waste", "truncated", "segments")
 
 
-# ----------------------------------------------------------------------------------------- refusals
-
-def allowed_names(found: Any, known: Iterable[str]) -> str:
-    """What is allowed in the place of a name: the nearest one where one is near, or all of them."""
-    names = [str(name) for name in known]
-    near = difflib.get_close_matches(str(found), names, 1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"allowed are: {', '.join(names) or 'none'}"
-
-
-def refuse(where: str, found: Any, allowed: str):
-    """Raise the InputError for a field that has something else than is allowed there."""
-    raise InputError(f"{where} is {found!r} ({type(found).__name__}); {allowed}")
-
-
-def require(holds: bool, where: str, found: Any, allowed: str):
-    """Refuse what was found in a field unless the condition holds."""
-    if not holds:
-        refuse(where, found, f"allowed is {allowed}")
-
-
-def require_known(where: str, found: Any, known: Iterable[str]):
-    """Refuse a name that is not one of those known."""
-    known = list(known)
-    if found not in known:
-        raise InputError(f"{where} is {found!r}; {allowed_names(found, known)}")
-
-
-def strict(made: type) -> type:
-    """Let a dataclass refuse unknown and missing fields by an InputError, not a TypeError."""
-    plain = made.__init__
-    names = [f.name for f in dataclasses.fields(made)]
-    needed = [f.name for f in dataclasses.fields(made)
-              if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-
-    @functools.wraps(plain)
-    def checked(self, *values, **given):
-        if len(values) > len(names):
-            raise InputError(f"{made.__name__} is given {len(values)} values; "
-                             f"allowed are: {', '.join(names)}")
-        given = dict(zip(names, values, strict=False)) | given
-        for name in given:
-            if name not in names:
-                raise InputError(f"{made.__name__} has no field {name!r}; "
-                                 f"{allowed_names(name, names)}")
-        for name in needed:
-            if name not in given:
-                raise InputError(f"{made.__name__} lacks its field {name!r}; "
-                                 f"it needs: {', '.join(needed)}")
-        plain(self, **given)
-
-    made.__init__ = checked
-    return made
-
-
-def is_number(value: Any) -> bool:
-    """Is this a finite number, and no truth value?"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_count(value: Any) -> bool:
-    """Is this an integer of 1 and more?"""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_text(value: Any) -> bool:
-    """Is this a string with something in it?"""
-    return isinstance(value, str) and bool(value.strip())
-
-
 # ---------------------------------------------------------------------------------------- the types
 
 @strict
@@ -105,20 +45,13 @@ def is_text(value: Any) -> bool:
 class Paper:
     """A paper that a study is about."""
 
-    title: str
-    authors: str  # as the field cites them: "Du et al."
-    year: int
-    seeds: tuple[str, ...] = ()  # its numbers in the project's lists of papers, such as "001:39"
+    title: Text
+    authors: Text  # as the field cites them: "Du et al."
+    year: Count
+    seeds: tuple[Number, ...] = ()  # its numbers in the project's lists of papers
 
     def __post_init__(self):
-        require(is_text(self.title), "paper.title", self.title, "a text")
-        require(is_text(self.authors), "paper.authors", self.authors, "a text")
-        require(is_count(self.year), "paper.year", self.year, "a year")
-        a_tuple = isinstance(self.seeds, tuple)
-        require(a_tuple, "paper.seeds", self.seeds, 'a tuple such as ("001:39",)')
-        for i, name in enumerate(self.seeds):
-            good = isinstance(name, str) and ID.fullmatch(name) is not None
-            require(good, f"paper.seeds.{i}", name, 'a number such as "001:39"')
+        check_value(self, Paper, "paper")
 
 
 @strict
@@ -126,7 +59,7 @@ class Paper:
 class Claim:
     """What is expected of an arm: on which side of a bound its difference to a control lies."""
 
-    says: str  # in words
+    says: Text  # in words
     arm: str
     below: float | None = None  # the whole 95 % interval of arm less control is below this
     above: float | None = None  # ... or above this
@@ -134,13 +67,10 @@ class Claim:
     measure: str = "bpb"  # one of PAIRED, of the study's `measures`, or a metric of its runs
 
     def __post_init__(self):
-        require(is_text(self.says), "a claim's says", self.says, "a text")
-        bounds = [bound for bound in (self.below, self.above) if bound is not None]
-        if len(bounds) != 1:
+        check_value(self, Claim, "claim")
+        if (self.below is None) == (self.above is None):
             raise InputError(f"the claim {self.says!r} has below={self.below} and "
                              f"above={self.above}; allowed is one of the two")
-        known = is_number(bounds[0])
-        require(known, f"the bound of the claim {self.says!r}", bounds[0], "a number")
 
     @property
     def bound(self) -> dict[str, float]:
@@ -159,22 +89,25 @@ class Study:
     the steps of each phase. `teacher_flops` is what was spent on a teacher or a run to start from.
     """
 
-    question: str  # what it is to find out
+    question: Text  # what it is to find out
     arms: dict[str, Any]  # {name: train.Config}
-    paper: Paper | tuple[Paper, ...] = ()
+    paper: tuple[Paper, ...] | Paper = ()
     control: str = ""  # the arm that the others are compared to; empty: the first
     default_arms: tuple[str, ...] = ()  # what runs without --arms, the control besides; empty: all
-    peak_lrs: tuple[float, ...] = ()  # ascending, to tune each arm over; empty: each arm's own
+    peak_lrs: tuple[Positive, ...] = ()  # ascending, to tune each arm over; empty: each arm's own
     claims: Sequence[Claim] = ()
     measures: dict[str, Callable] = field(default_factory=dict)  # {name: rows -> float}
     tuned_by: str = ""  # the measure whose least value decides on a rate; empty: bpb on dev
     quick: dict[str, Any] = field(default_factory=dict)  # {field: value} to set with --quick
-    teacher_flops: dict[str, float] = field(default_factory=dict)  # {arm: FLOPs spent elsewhere}
-    seeds: int = 5  # paired seeds without --seeds
+    teacher_flops: dict[str, NotNegative] = field(default_factory=dict)  # {arm: FLOPs elsewhere}
+    seeds: Count = 5  # paired seeds without --seeds
 
     def __post_init__(self):
-        for check in (check_kinds, check_arms, check_numbers, check_claims, check_quick):
-            check(self)
+        for name, hint in field_types(Study).items():
+            if name not in ("arms", "measures"):  # what these hold is checked when they run
+                check_value(getattr(self, name), hint, name)
+        for rules in arm_rules, measure_rules, claim_rules, quick_rules:
+            require(rules(self))
 
     @property
     def papers(self) -> tuple[Paper, ...]:
@@ -191,107 +124,91 @@ class Study:
         return claim.control or self.first
 
 
-# --------------------------------------------------------------------------------------- the checks
+# ---------------------------------------------------------------------------------------- the rules
 
-def check_kinds(study: Study):
-    """Refuse fields of another type than declared."""
-    require(is_text(study.question), "question", study.question, "a text")
-    for name in ("arms", "measures", "quick", "teacher_flops"):
-        value = getattr(study, name)
-        text_keys = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        require(text_keys, name, value, "a dictionary by name")
-    for name in ("paper", "default_arms", "peak_lrs", "claims"):
-        value = getattr(study, name)
-        require(isinstance(value, (tuple, list, Paper)), name, value, "a tuple")
-    for i, paper in enumerate(study.papers):
-        require(isinstance(paper, Paper), f"paper.{i}", paper, "a Paper")
-    for i, claim in enumerate(study.claims):
-        require(isinstance(claim, Claim), f"claims.{i}", claim, "a Claim")
+def known(where: str, found: str, names) -> tuple[bool, str]:
+    """The rule that a name is one of those known."""
+    return found not in names, f"{where} is {found!r}; {allowed_names(found, names)}"
 
 
-def check_arms(study: Study):
-    """Refuse arms that are no configs, and names of arms that there are not."""
-    require(bool(study.arms), "arms", study.arms, "one arm and more")
-    for name, arm in study.arms.items():
+def arm_rules(study: Study) -> Rules:
+    """Arms are configs, and arms that are named exist."""
+    arms = study.arms
+    yield (not isinstance(arms, dict) or not arms,
+           f"arms is {arms!r}; allowed is one arm and more, a dictionary by name")
+    for name, arm in arms.items():
         config = dataclasses.is_dataclass(arm) and all(hasattr(arm, part) for part in OF_CONFIG)
-        require(config, f"arms.{name}", arm, "a Config")
+        yield not config, f"arms.{name} is {arm!r}; allowed is a Config"
     if study.control:
-        require_known("control", study.control, study.arms)
+        yield known("control", study.control, arms)
     for i, name in enumerate(study.default_arms):
-        require_known(f"default_arms.{i}", name, study.arms)
-    for name, spent in study.teacher_flops.items():
-        require_known("a name in teacher_flops", name, study.arms)
-        good = is_number(spent) and spent >= 0
-        require(good, f"teacher_flops.{name}", spent, "a number, 0 or more")
+        yield known(f"default_arms.{i}", name, arms)
+    for name in study.teacher_flops:
+        yield known("a name in teacher_flops", name, arms)
 
 
-def check_numbers(study: Study):
-    """Refuse rates that do not rise, less than one seed, and measures that are no functions."""
-    rates = list(study.peak_lrs)
-    positive = all(is_number(rate) and rate > 0 for rate in rates)
-    rising = positive and rates == sorted(set(rates))
-    require(rising, "peak_lrs", study.peak_lrs, "learning rates above 0, ascending")
-    require(is_count(study.seeds), "seeds", study.seeds, "1 or more, 2 or more for intervals")
-    for name, measure in study.measures.items():
-        require(callable(measure), f"measures.{name}", measure, "a function of rows")
-        other = f"a name that is none of {', '.join(PAIRED)}"
-        require(name not in PAIRED, "a name in measures", name, other)
+def measure_rules(study: Study) -> Rules:
+    """Measures are functions, and rates rise and have something to be tuned by."""
+    rates, measures = study.peak_lrs, study.measures
+    yield (list(rates) != sorted(set(rates)),
+           f"peak_lrs is {rates}; allowed is learning rates above 0, ascending")
+    yield (not isinstance(measures, dict),
+           f"measures is {measures!r}; allowed is a dictionary by name")
+    for name, measure in measures.items():
+        yield (not callable(measure),
+               f"measures.{name} is {measure!r}; allowed is a function of rows")
+        yield (name in PAIRED, f"a name in measures is {name!r}; "
+                               f"allowed is a name that is none of {', '.join(PAIRED)}")
     if study.tuned_by:
-        require_known("tuned_by", study.tuned_by, study.measures)
+        yield known("tuned_by", study.tuned_by, measures)
     elif len(rates) > 1:
         for name, arm in study.arms.items():
-            require(arm.data.dev > 0, f"data.dev of the arm {name!r}", arm.data.dev,
-                    "a share to tune its rate on, or a study without peak_lrs")
+            yield (arm.data.dev <= 0,
+                   f"data.dev of the arm {name!r} is {arm.data.dev}; allowed is a share to tune "
+                   "its rate on, or a study without peak_lrs")
 
 
-def check_claims(study: Study):
-    """Refuse claims about arms that there are not, or by measures that these do not have."""
+def claim_rules(study: Study) -> Rules:
+    """Claims are about arms that there are, by measures that these have."""
     for i, claim in enumerate(study.claims):
-        require_known(f"claims.{i}.arm", claim.arm, study.arms)
-        if claim.control:
-            require_known(f"claims.{i}.control", claim.control, study.arms)
-        control = study.control_of(claim)
-        require(claim.arm != control, f"claims.{i}.arm", claim.arm, "another arm than its control")
+        at, control = f"claims.{i}", study.control_of(claim)
+        yield known(f"{at}.arm", claim.arm, study.arms)
+        yield known(f"{at}.control", control, study.arms)
+        yield (claim.arm == control,
+               f"{at}.arm is {claim.arm!r}; allowed is another arm than its control")
         for arm in (claim.arm, control):
-            check_measure(study, f"claims.{i}.measure", claim.measure, arm)
+            yield measure_rule(study, f"{at}.measure", claim.measure, arm)
 
 
-def check_measure(study: Study, where: str, name: str, arm: str):
-    """Refuse a measure that the runs of an arm cannot have.
+def measure_rule(study: Study, where: str, name: str, arm: str) -> tuple[bool, str]:
+    """The rule that the runs of an arm have a measure.
 
     Functions of the arm's own (`evals`, `reduce`) may write metrics of any name but the core's.
     Whether they do is seen when the first run has ended.
     """
     config = study.arms[arm]
-    known = [*study.measures, *metrics_of(config)]
-    if name in known or (isinstance(name, str) and may_be_its_own(config, name)):
-        return
-    raise InputError(f"{where} is {name!r}, which a run of the arm {arm!r} does not have; "
-                     f"{allowed_names(name, known)}")
+    names = [*study.measures, *metrics_of(config)]
+    broken = name not in names and not may_be_its_own(config, name)
+    return broken, (f"{where} is {name!r}, which a run of the arm {arm!r} does not have; "
+                    f"{allowed_names(name, names)}")
 
 
 def metrics_of(config: Any) -> list[str]:
     """What the core can say of a config's runs: the paired measures, and names in metrics.jsonl."""
-    names = measured_names(config) + [f"train/{of}" for of in OF_STEP]
-    names += [f"perf/{of}" for of in OF_SPEED]
-    names += [f"data/{of}" for of in OF_BATCH]
+    sources, names, splits = list(config.data.sources), [], []
+    if config.data.test:
+        names += PAIRED[:1]
+        splits.append(".test")
+    if config.data.dev:
+        names += PAIRED[1:]
+        splits.append("")
+    names += [f"eval/{name}{end}/{of}" for end in splits for name in sources for of in OF_EVAL]
+    for kind, of_kind in {"train": OF_STEP, "perf": OF_SPEED, "data": OF_BATCH}.items():
+        names += [f"{kind}/{of}" for of in of_kind]
     names += ["model/params", *group_names(config)]
-    sources = list(config.data.sources)
     if len(sources) > 1:
         names += [f"data/{source}/rows" for source in sources]
     return names
-
-
-def measured_names(config: Any) -> list[str]:
-    """The names of what is measured on held-out documents, where a config holds any out."""
-    sources, paired, names = list(config.data.sources), [], []
-    if config.data.test:
-        paired += PAIRED[:1]
-        names += [f"eval/{source}.test/{of}" for source in sources for of in OF_EVAL]
-    if config.data.dev:
-        paired += PAIRED[1:]
-        names += [f"eval/{source}/{of}" for source in sources for of in OF_EVAL]
-    return paired + names
 
 
 def group_names(config: Any) -> list[str]:
@@ -315,12 +232,12 @@ def may_be_its_own(config: Any, name: str) -> bool:
     return not name.startswith(tuple(heads))
 
 
-def check_quick(study: Study):
-    """Refuse a field of `quick` that an arm does not have."""
+def quick_rules(study: Study) -> Rules:
+    """Each arm has the fields of `quick`."""
     for path in study.quick:
         for arm, config in study.arms.items():
             for one in every_phase(path, len(config.phases)):
-                check_path(config, one, f"quick has {path!r}, but the arm {arm!r}")
+                yield path_rule(config, one, f"quick has {path!r}, but the arm {arm!r}")
 
 
 def every_phase(path: str, phases: int) -> list[str]:
@@ -331,11 +248,12 @@ def every_phase(path: str, phases: int) -> list[str]:
     return [f"phases.{i}.{rest}" for i in range(phases)]
 
 
-def check_path(config: Any, path: str, sentence: str):
-    """Refuse a dotted path that leads to no field of a config."""
+def path_rule(config: Any, path: str, subject: str) -> tuple[bool, str]:
+    """The rule that a dotted path leads to a field of a config."""
     value = config
     for name in path.split("."):
         inside = parts(value)
         if name not in inside:
-            raise InputError(f"{sentence} has no field {path!r}; {allowed_names(name, inside)}")
+            return True, f"{subject} has no field {path!r}; {allowed_names(name, inside)}"
         value, _ = inside[name]
+    return False, ""

@@ -10,15 +10,9 @@ from pathlib import Path
 import jax
 
 from lib.config import ROOT
-from lib.disk import write
+from lib.disk import read_rows, write
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
-
-
-def last_step(directory: Path) -> dict:
-    """The row of a run's last step in metrics.jsonl."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "train/loss" in row][-1]
 
 
 def commit() -> str:
@@ -41,9 +35,10 @@ def made_by() -> dict:
 
 
 def write_summary(directory: Path) -> dict:
-    """Write summary.json, from metrics.jsonl's last row and eval.json; gives what it holds."""
+    """Write summary.json, from metrics.jsonl's last step and eval.json; gives what it holds."""
     figures = json.loads((directory / "eval.json").read_text())
-    summary = last_step(directory) | figures | made_by()
+    steps = [row for row in read_rows(directory / "metrics.jsonl") if "train/loss" in row]
+    summary = steps[-1] | figures | made_by()
     write(directory / "summary.json", json.dumps(summary, indent=1))
     return summary
 

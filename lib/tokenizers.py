@@ -89,18 +89,15 @@ class HuggingFace:
     """
 
     def __init__(self, model: bytes):
-        try:
+        said = "a tokenizer.json needs a package: pip install tokenizers"
+        with user_errors(ImportError, sentence=said):
             import tokenizers
-        except ImportError:
-            raise InputError("a tokenizer.json needs a package: pip install tokenizers") from None
         self.model = model
         facts = json.loads(model)
         self.vocab, self.bos, self.eos = facts["vocab"], facts["bos"], facts["eos"]
-        try:
+        said = "tokenizer.json cannot be read by the package tokenizers: {error}"
+        with user_errors(Exception, sentence=said):  # the package raises bare Exceptions
             self.processor = tokenizers.Tokenizer.from_str(json.dumps(facts["tokenizer"]))
-        except Exception as error:  # the package tokenizers raises bare Exceptions
-            raise InputError(
-                f"tokenizer.json cannot be read by the package tokenizers: {error}") from None
         self.processor.no_truncation()
         self.processor.no_padding()
         self.processor.encode_special_tokens = True  # as the text that spells them

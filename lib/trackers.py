@@ -7,7 +7,6 @@ before it goes on, so that each step is in it once, however the run was stopped.
     wandb sync RUN/wandb/offline*   # with --tracker wandb and WANDB_MODE=offline
 """
 
-import json
 import os
 import shutil
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.config import to_json
-from lib.disk import digest, write
+from lib.disk import digest, read_rows, write
 from lib.errors import user_errors
 from lib.processes import is_main_process
 
@@ -29,10 +28,9 @@ def start_tracker(config, directory: Path, start: int) -> Callable[[dict], None]
         return None
     begin = {"tensorboard": tensorboard, "wandb": weights_and_biases}[config.tracker]
     send, first = begin(config, directory, start)
-    with open(directory / "metrics.jsonl") as rows:
-        for row in map(json.loads, rows):
-            if row["step"] >= first:
-                send(row)
+    for row in read_rows(directory / "metrics.jsonl"):
+        if row["step"] >= first:
+            send(row)
     return send
 
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib.edits import check_option
+from lib.edits import check_options
 from model import (
     Context,
     Edited,
@@ -64,7 +64,12 @@ def widen(
     moments: "reset" starts every optimiser group afresh, "map" scales moments as gradients are.
     Raises ValueError for a size below the old one, and for moments that cannot be mapped.
     """
-    check_options(new, units, split, moments)
+    check_options(widen, new=new, units=units, split=split, moments=moments)
+    if moments == "map" and (new == "next" or split == "uneven"):
+        raise ValueError(
+            'widen: moments is "map", but only with new "copy" or "zero" and an even split are '
+            "the new gradients multiples of the old ones"
+        )
     sizes = dict(embed=embed, kv_heads=kv_heads, q_per_kv=q_per_kv, mlp=mlp)
     growth = plan_growth(model, context.key, sizes, new, units, split)
     # Each in one program: to compile operation by operation takes seconds.
@@ -77,19 +82,6 @@ def widen(
         policy=dict.fromkeys(groups(model.config), policy),
         preserves=new != "next",
     )
-
-
-def check_options(new: str, units: str, split: str, moments: str):
-    """Raise ValueError for an option that `widen` does not have, and for moments it cannot map."""
-    check_option("widen: new", new, "copy", "next", "zero")
-    check_option("widen: units", units, "tile", "random")
-    check_option("widen: split", split, "even", "uneven")
-    check_option("widen: moments", moments, "reset", "map")
-    if moments == "map" and (new == "next" or split == "uneven"):
-        raise ValueError(
-            'widen: moments is "map", but only with new "copy" or "zero" and an even split are '
-            "the new gradients multiples of the old ones"
-        )
 
 
 class Axis(NamedTuple):

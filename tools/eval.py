@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
@@ -37,13 +38,12 @@ from lib.corpus import open_caches
 from lib.evaluate import (
     HALF_95,
     evaluators,
-    fitting_mesh,
     own_evals,
     sharded_apply,
     test_figures,
     write_figures,
 )
-from lib.sharding import shardings
+from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tasks import json_lines, minimal_pairs, tasks
 from model import table
 from train import load
@@ -82,6 +82,16 @@ def arguments_of(arguments: list[str]):
     if a.blimp:
         json_lines(a.blimp)
     return a
+
+
+def fitting_mesh(config) -> Mesh:
+    """The mesh of a run where it fits the devices here; otherwise all of these devices for rows."""
+    try:
+        mesh = make_mesh(config.mesh)
+        shardings(table(config.model), mesh)
+    except ValueError:
+        return make_mesh(MeshConfig())
+    return mesh
 
 
 def main(arguments: list[str]) -> dict:

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +40,10 @@ from matplotlib.figure import Figure
 from lib import results
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, to_json
-from lib.disk import write
+from lib.disk import finite, write
 from lib.errors import InputError
-from lib.schedule import schedules
+from lib.fields import allowed_names
+from lib.schedule import Schedule
 from lib.statistics import (
     NOT_JUDGED,
     PLUS_MINUS,
@@ -50,9 +52,10 @@ from lib.statistics import (
     interval,
     next_rate,
     run_figures,
+    value_of,
     verdict,
 )
-from lib.study import PAIRED, Claim, Study, allowed_names, every_phase
+from lib.study import PAIRED, Claim, Study, every_phase
 from train import Config, check, parse
 
 # Fields of a config that change nothing of what a study reads of a run.
@@ -62,6 +65,7 @@ HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "s
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 QUICK_SEEDS = 2
+NOT_RUN = "not run"  # the verdict of a claim about an arm that was left out
 
 
 class Job(NamedTuple):
@@ -169,6 +173,16 @@ def check_record(request: Request) -> Path:
 
 
 # -------------------------------------------------------------------------------------- the runs
+
+def schedules(config) -> dict[str, Schedule]:
+    """Every schedule of a `train.Config` by its path: of the run, of phases, of their groups."""
+    found = {"schedule": config.schedule}
+    for i, phase in enumerate(config.phases):
+        for group, own in phase.lr.items():
+            found[f"phases.{i}.lr.{group}"] = own
+        found[f"phases.{i}.schedule"] = phase.schedule
+    return {path: own for path, own in found.items() if isinstance(own, Schedule)}
+
 
 def command(request: Request, job: Job) -> list[str]:
     """The arguments of `python train.py` that make a run."""
@@ -376,7 +390,7 @@ def tune(request: Request, runner: Runner) -> tuple[dict[str, dict], list[dict]]
     for arm, losses in tried.items():
         rate, bracketed = best_rate(losses)
         by_rate = {f"{rate:g}": losses[rate] for rate in sorted(losses)}
-        arms[arm] = dict(rate=rate, bracketed=bracketed, tuning=results.finite(by_rate))
+        arms[arm] = dict(rate=rate, bracketed=bracketed, tuning=finite(by_rate))
     return arms, runs
 
 
@@ -448,6 +462,87 @@ def cost_of(request: Request, tuned: list[dict], compared: list[dict]) -> dict[s
         cost[axis] = sum(run[axis] for run in compared)
         cost[f"tuning_{axis}"] = sum(run[axis] for run in tuned)
     return cost
+
+
+# ------------------------------------------------------------------------------------ the record
+
+def compared(found: dict) -> dict:
+    """A paired difference as a record has it."""
+    return dict(mean=found["mean"], half=found["half"], by_seed=found["values"])
+
+
+def ends(own: tuple[float, float | None], runs: dict[int, dict], measure: str) -> dict:
+    """A measure of one arm as a record has it; own: (mean, half)."""
+    by_seed = {seed: value_of(run, measure) for seed, run in runs.items()}
+    return dict(mean=own[0], half=own[1], by_seed=by_seed)
+
+
+def arm_record(arm: str, result: dict) -> dict:
+    """An arm's rate and figures; those of the control are no differences."""
+    of = result["arms"][arm]
+    is_control = arm == result["control"]
+    record = dict(
+        peak_lr=of["rate"],
+        bracketed=of["bracketed"],
+        tuning=of["tuning"],
+        tokens=of["tokens"],
+        flops=of["flops"],
+        bpb=ends(of["bpb"], of["runs"], "bpb"),
+        measures={})
+    if not is_control:
+        less = of["less_control"]
+        record["less_control"] = {name: compared(less[name]) for name in PAIRED}
+    for name, by in result["measures"].items():
+        figures = ends(by[arm]["own"], of["runs"], name)
+        if not is_control:
+            figures["less_control"] = compared(by[arm])
+        record["measures"][name] = figures
+    return record
+
+
+def claim_record(study: Study, claim: Claim, result: dict) -> dict:
+    """A claim and what came of it, also where its arms were not run."""
+    control = study.control_of(claim)
+    about = dict(says=claim.says, arm=claim.arm, control=control, measure=claim.measure)
+    about |= claim.bound
+    for found in result["claims"]:
+        if about.items() <= found.items():
+            return about | compared(found) | {"verdict": found["verdict"]}
+    return about | dict(mean=None, half=None, by_seed={}, verdict=NOT_RUN)
+
+
+def make_record(root: Path, file: str, study: Study, result: dict, chosen: bool) -> dict:
+    """The record of a study's result, as study.json has it; chosen: did --arms give its arms?"""
+    name = results.library_file(root, file).as_posix()
+    command = f"python train.py study {name}"
+    if result["seeds"] != study.seeds:
+        command += f" --seeds {result['seeds']}"
+    if chosen:
+        command += f" --arms {','.join(result['arms'])}"
+    record = dict(
+        file=name,
+        question=study.question,
+        papers=[asdict(paper) for paper in study.papers],
+        command=f"{command} --record",
+        seeds=result["seeds"],
+        quick=result["quick"],
+        control=result["control"],
+        arms={arm: arm_record(arm, result) for arm in result["arms"]},
+        claims=[claim_record(study, claim, result) for claim in study.claims],
+        cost=result["cost"],
+        failed=result["failed"],
+        made_by=without_hosts(result["made_by"]))
+    return finite(record)
+
+
+def without_hosts(found: list[dict]) -> list[dict]:
+    """What the runs were made by, but for the names of the machines."""
+    made_by = []
+    for by in found:
+        own = {key: by[key] for key in ("commit", "versions", "device", "devices")}
+        if own not in made_by:
+            made_by.append(own)
+    return made_by
 
 
 # ----------------------------------------------------------------------------------- the reports
@@ -657,12 +752,12 @@ def main(arguments: list[str]) -> dict:
         complete(request, Job(arm, grid[0] if grid else None, 0))
     request.directory.mkdir(parents=True, exist_ok=True)
     result = conclude(request)
-    write(request.directory / "study.json", json.dumps(results.finite(result), indent=1))
+    write(request.directory / "study.json", json.dumps(finite(result), indent=1))
     draw(result).savefig(request.directory / "study.png", dpi=110)
     print(f"\n{table(result)}\n\n{request.directory} has study.json and study.png")
-    record = results.make_record(ROOT, request.path, request.study, result, bool(a.arms))
+    record = make_record(ROOT, request.path, request.study, result, bool(a.arms))
     if place:
-        results.write_record(place, record)
+        write(place, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         print(f"{place} has the record; `python train.py papers --write` shows it in the pages")
     if a.json:
         print(json.dumps(record))
