@@ -638,8 +638,8 @@ def compile_next(run: Run, phase: int, arrays: dict, mask: Mask):
 
 
 def compile_first(run: Run):
-    """Begin to compile the first phase while the first state is drawn; a stream has no batch yet."""
-    if run.config.data.stream or jax.process_count() > 1:
+    """Begin to compile the first phase while the first state is drawn."""
+    if run.config.data.stream or jax.process_count() > 1:  # a stream may have no batch yet
         return
     batch = run.loader.batch(1)
     arrays = put(batch.arrays, run.mesh, batch.rows)
