@@ -14,12 +14,12 @@ config = Config(
     model=ModelConfig(layers=2, embed=192, heads=6, kv_heads=6, head_dim=32, mlp=512, vocab=2048),
     data=DataConfig(sources={"stdlib": Source(stdlib)}, shard_tokens=1_048_576),
     phases=(
-        Phase(steps=180, batch=8, seq=256),
-        Phase(steps=240, batch=8, seq=256, edits=(partial(stack, times=2),)),
+        Phase(steps=150, batch=8, seq=256),
+        Phase(steps=190, batch=8, seq=256, edits=(partial(stack, times=2),)),
     ),
     schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05),
-    eval_every=60,
+    eval_every=75,
     eval_tokens=16_384,
-    save_every=60,
+    save_every=75,
     prompts=("def ", "class ", "import os\n"),
 )

@@ -244,7 +244,8 @@ def test_complete_run_leaves_every_file(complete):
     run = complete.directory
     files = "config.json metrics.jsonl curves.png samples.txt tokenizer.model summary.json eval.json"
     assert {p.name for p in run.iterdir()} - {".lock"} == {*files.split(), "source", "checkpoints"}
-    assert {p.name for p in (run / "source").iterdir()} == {"train.py", "model.py", "data.py", "tiny.py"}
+    names = {p.name for p in (run / "source").iterdir()}
+    assert names == {"train.py", "model.py", "data.py", "lib", "tiny.py"}
     assert (run / "source/tiny.py").read_text().startswith('"""A tiny run with hooks')
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert isinstance(load_tokenizer(run / "tokenizer.model"), Bytes)
