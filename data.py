@@ -320,9 +320,10 @@ class Draws:
 
     def after(self, steps: int) -> np.ndarray:
         """Rows [lengths, sources] that the first `steps` steps draw."""
-        with self.lock:  # one thread makes batches while another counts epochs
-            while self.known < steps:
-                self.extend()
+        if self.known < steps:  # what is known needs no lock, whose holder may wait for a stream
+            with self.lock:  # one thread makes batches while another counts epochs
+                while self.known < steps:
+                    self.extend()
         return self.table[steps]
 
     def extend(self):
