@@ -132,9 +132,21 @@ def tokens_a_line(path: Path) -> float:
         if isinstance(node, (ast.Module, ast.ClassDef, FUNCTIONS)) and ast.get_docstring(node):
             first = node.body[0]
             strings |= set(range(first.lineno, first.end_lineno + 1))
-    lines = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
+    tokens = whole_strings(tokenize.generate_tokens(io.StringIO(text).readline))
+    lines = [token.start[0] for token in tokens
              if token.type not in SILENT and token.start[0] not in strings]
     return len(lines) / max(1, len(set(lines)))
+
+
+def whole_strings(tokens: Iterator[tokenize.TokenInfo]) -> Iterator[tokenize.TokenInfo]:
+    """Tokens as Python 3.11 has them: newer ones take a formatted string apart."""
+    begin, end = (getattr(tokenize, f"FSTRING_{which}", None) for which in ("START", "END"))
+    depth = 0
+    for token in tokens:
+        inside = depth > 0
+        depth += (token.type == begin) - (token.type == end)
+        if not inside:
+            yield token
 
 
 @pytest.mark.parametrize("path", CORE, ids=label)
