@@ -68,8 +68,8 @@ class Stop:
         return alone or self.agreed == EXIT
 
     def restart_clock(self):
-        """A checkpoint was saved just now."""
-        self.saved = time.monotonic()
+        """A checkpoint was saved just now, in all processes; what they asked before is done."""
+        self.saved, self.asked = time.monotonic(), None
 
     def reason(self) -> str:
         """The signal that ended the run; of another process it is SIGTERM as far as is known."""
