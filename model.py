@@ -4,8 +4,11 @@
 optimiser groups, growth and forgetting are derived from it. Parameters are a flat dictionary
 `{name: array}`. Those with a leading `layers` axis belong to the blocks.
 
-Read `table`, `block`, `forward`, `logits` and `losses`, in this order. Products, attention and
-nats are computed by fast paths in lib/kernels.py.
+A model is this table and two functions, `llama` and `head_logits`. A config may put others in their
+place: rows of the table by `ModelConfig.rows`, states by `forward`, logits by `outputs`.
+
+Read `table`, `block`, `stream`, `llama`, `head_logits` and `losses`, in this order. Products,
+attention and nats are computed by fast paths in lib/kernels.py.
 
 Letters of axes in shapes and in einsum strings:
 
@@ -16,7 +19,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import get_abstract_mesh
 
+from lib.bind import bind
 from lib.fields import Count, NotNegative, Positive, Rules, Whole, join, strict
 from lib.kernels import Mask, attention, dense, float32_or_wider, lookup, nll, residual
 
@@ -53,6 +57,13 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
     logits_mib: Count = 256  # the loss is computed in chunks whose float32 logits fit in this
+    rows: Callable | None = None  # config, rows of the plain Llama -> the rows that are stored
+    # params, batch, mask, config -> states [b t d], or (states, {name: [b t ...]} for the loss)
+    forward: Callable = field(default_factory=lambda: llama)
+    # params, states [b t d], batch, config -> logits [b t v], or whatever the loss takes
+    outputs: Callable = field(default_factory=lambda: head_logits)
+    # config, row length -> FLOPs of training on a token
+    flops: Callable = field(default_factory=lambda: flops_per_token)
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
@@ -74,12 +85,24 @@ class ModelConfig:
                f"({self.layers}); allowed is a divisor, or 0 for all")
 
 
-class Param(NamedTuple):
-    """One row of the table."""
+@dataclass(frozen=True)
+class Param:
+    """One row of the table.
+
+    Axes of the plain Llama are `layers vocab embed kv_heads q_per_kv head_dim mlp`. The free axes
+    `rank in out expert state` are whole on each device. An axis of another model in the same table
+    has its prefix, such as `teacher/embed`. It is split over devices as `embed` is, and growth of
+    the model leaves it alone.
+    """
 
     axes: tuple[str, ...]  # their names
     shape: tuple[int, ...]
-    std: float | None  # standard deviation of the normal draw; None: ones
+    init: float | Callable | None  # deviation of a normal draw; None: ones; or key, shape, dtype ->
+    group: str = ""  # of the optimiser; empty: by the axes, see `group_of`
+    dtype: str = ""  # empty: `ModelConfig.param_dtype`
+
+    def __post_init__(self):
+        object.__setattr__(self, "group", self.group or group_of(self.axes))
 
     @property
     def size(self) -> int:
@@ -87,17 +110,22 @@ class Param(NamedTuple):
         return math.prod(self.shape)
 
     @property
-    def group(self) -> str:
-        """Optimiser group.
+    def layered(self) -> bool:
+        """Is it stacked over the blocks of the model?"""
+        return self.axes[:1] == ("layers",)
 
-        embed (lookup table), head (untied output), matrix (decays) or vector (does not decay).
-        """
-        if self.axes[0] == "vocab":
-            return "embed"
-        if "vocab" in self.axes:
-            return "head"
-        own = [axis for axis in self.axes if axis != "layers"]
-        return "matrix" if len(own) > 1 else "vector"
+
+def group_of(axes: tuple[str, ...]) -> str:
+    """The optimiser group of a parameter with these axes.
+
+    embed (lookup table), head (untied output), matrix (decays) or vector (does not decay).
+    """
+    if axes[:1] == ("vocab",):
+        return "embed"
+    if "vocab" in axes:
+        return "head"
+    own = [axis for axis in axes if axis != "layers"]
+    return "matrix" if len(own) > 1 else "vector"
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -114,7 +142,14 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def table(config: ModelConfig) -> dict[str, Param]:
-    """Every parameter of the model, by name.
+    """Every parameter that is stored, by name: those of the plain Llama, or what `rows` makes of them.
+    """
+    rows = plain_table(config)
+    return config.rows(config, rows) if config.rows else rows
+
+
+def plain_table(config: ModelConfig) -> dict[str, Param]:
+    """Every parameter of the plain Llama, by name.
 
     What reads the residual stream is drawn with standard deviation 1/sqrt(embed), what writes to
     it with GPT-2's 0.02/sqrt(2 layers). So the stream begins as the embedding. With larger outputs
@@ -124,10 +159,10 @@ def table(config: ModelConfig) -> dict[str, Param]:
     read = config.embed**-0.5
     write = 0.02 / math.sqrt(2 * config.layers)
 
-    def param(axes: str, std: float | None) -> Param:
+    def param(axes: str, init: float | None) -> Param:
         names = tuple(axes.split())
         shape = tuple(size[axis] for axis in names)
-        return Param(names, shape, std)
+        return Param(names, shape, init)
 
     rows = {
         "embed": param("vocab embed", read),
@@ -155,20 +190,27 @@ def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
 
     A function of (key, name): the same on any number of devices, whatever else is drawn.
     """
-    if param.std is None:
+    if param.init is None:
         return jnp.ones(param.shape, dtype)
     own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    if callable(param.init):
+        return param.init(own, param.shape, dtype).astype(dtype)
     normal = jax.random.normal(own, param.shape, dtype)
-    return param.std * normal
+    return param.init * normal
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-    """All parameters, drawn from the table in `config.param_dtype`."""
+    """All parameters, drawn from the table in their dtypes."""
     rows = table(config)
     return {
-        name: draw(name, param, key, config.param_dtype)
+        name: draw(name, param, key, dtype_of(param, config))
         for name, param in rows.items()
     }
+
+
+def dtype_of(param: Param, config: ModelConfig) -> jnp.dtype:
+    """The dtype that a parameter is stored in."""
+    return jnp.dtype(param.dtype or config.param_dtype)
 
 
 def groups(config: ModelConfig) -> dict[str, list[str]]:
@@ -185,12 +227,12 @@ def count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq: int) -> int:
-    """FLOPs of training on one token: 6 matmul parameters + 6 layers heads head_dim seq.
+    """FLOPs of training a plain Llama on one token: 6 matmul parameters + 6 layers heads head_dim seq.
 
     The head counts as a matmul parameter, tied or not. Causal attention is counted once (PaLM,
     appendix B, halved for causality). Rematerialisation is not counted.
     """
-    rows = table(config).values()
+    rows = plain_table(config).values()
     matmul = sum(param.size for param in rows if param.group in ("matrix", "head"))
     if config.tied:
         matmul += config.vocab * config.embed
@@ -246,66 +288,125 @@ def rotate(x, cos, sin):
     return jnp.concatenate(turned, axis=-1)
 
 
-def block(x, w, angles, attend: Callable, config: ModelConfig, dense: Callable = dense):
-    """One pre-norm block, attention and SwiGLU: x [b t d] -> (x, what `attend` gives besides).
+def attention_mixer(x, w, times: Callable, angles, attend: Callable, config: ModelConfig):
+    """The plain mixer of a block, attention: normed x [b t d] -> ([b t d], what `attend` keeps)."""
+    q = times(x, "q")
+    k = times(x, "k")
+    v = times(x, "v")
+    if config.qk_norm:
+        q = rms_norm(q, w["q_norm"], config.norm_eps)
+        k = rms_norm(k, w["k_norm"], config.norm_eps)
+    q = rotate(q, *angles)
+    k = rotate(k, *angles)
+    mixed, kept = attend(q, k, v)
+    return times(mixed, "o"), kept
+
+
+def block(
+    x,
+    w,
+    angles,
+    attend: Callable,
+    config: ModelConfig,
+    dense: Callable = dense,
+    mixer: Callable | None = None,
+):
+    """One pre-norm block, attention and SwiGLU: x [b t d] -> (x, what was kept).
 
     w: the block's parameters. angles: see `rope`. dense: (x, w, axes of w) -> their product.
-    attend: q [b t k g h], k and v [b t k h] -> (means of v [b t k g h], anything).
+    attend: q [b t k g h], k and v [b t k h] -> (means of v [b t k g h], anything to keep).
+    mixer: in place of attention, (normed x [b t d], w, times) -> ([b t d], anything to keep), where
+    times(x, name) is the product of x with one of w.
     """
-    rows = table(config)
+    rows = table(config) | plain_table(config)
 
     def times(x, name):
         axes = rows[name].axes[1:]  # without `layers`
         return dense(x, w[name], axes)
 
     n = rms_norm(x, w["attn_norm"], config.norm_eps)
-    q = times(n, "q")
-    k = times(n, "k")
-    v = times(n, "v")
-    if config.qk_norm:
-        q = rms_norm(q, w["q_norm"], config.norm_eps)
-        k = rms_norm(k, w["k_norm"], config.norm_eps)
-    q = rotate(q, *angles)
-    k = rotate(k, *angles)
-    mixed, aux = attend(q, k, v)
-    x = residual(x, times(mixed, "o"))
+    if mixer:
+        mixed, kept = mixer(n, w, times)
+    else:
+        mixed, kept = attention_mixer(n, w, times, angles, attend, config)
+    x = residual(x, mixed)
 
     n = rms_norm(x, w["mlp_norm"], config.norm_eps)
     gate = times(n, "gate")
     up = times(n, "up")
     x = residual(x, times(jax.nn.silu(gate) * up, "down"))
-    return x, aux
+    return x, kept
 
 
 def blocks(params: Params, config: ModelConfig) -> Params:
-    """The parameters of the blocks, stacked on a leading `layers` axis."""
-    rows = table(config)
-    return {name: params[name] for name in rows if rows[name].axes[0] == "layers"}
+    """Those of the parameters that are stacked over the blocks, on a leading `layers` axis."""
+    rows = table(config) | plain_table(config)
+    return {name: params[name] for name in rows if rows[name].layered and name in params}
 
 
-def forward(params: Params, batch, mask: Mask, config: ModelConfig) -> jax.Array:
-    """Final normalised states [b t d], in `config.dtype`.
+def stream(
+    params: Params,
+    x,
+    batch,
+    mask: Mask,
+    config: ModelConfig,
+    first: int = 0,
+    last: int | None = None,
+    attend: Callable | None = None,
+    visit: Callable | None = None,
+    mixer: Callable | None = None,
+):
+    """(x [b t d] after the blocks first, first + 1, .. last - 1; what was kept in each).
 
-    batch: `tokens`, `segments` and `positions` [b t]; for a prefix mask `prefix` [b t] too.
+    x: the residual stream before block `first`. batch: `segments` and `positions` [b t]; for a
+    prefix mask `prefix` [b t] too. last: None goes to the end.
+    attend(q, k, v [, layer]) -> (means of v, anything to keep), mixer(x, w, times [, layer]): see
+    `block`. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream after a block.
+    What attend or mixer, and visit, keep comes as a pair, each stacked over these blocks.
     """
     angles = rope(batch["positions"], config)
     segments, prefix = batch["segments"], batch.get("prefix")
 
-    def attend(q, k, v):
+    def masked(q, k, v):
         mixed = attention(q, k, v, mask, segments, prefix, config.attention)
         return mixed, None
 
-    def layer(x, w):
-        return block(x, w, angles, attend, config)
+    def layer(x, numbered):
+        number, w = numbered
+        attending = bind(attend or masked, layer=number)
+        mixing = bind(mixer, layer=number) if mixer else None
+        x, kept = block(x, w, angles, attending, config, mixer=mixing)
+        x, seen = visit(x, number, w) if visit else (x, None)
+        return x, (kept, seen)
 
-    x = lookup(params["embed"], batch["tokens"], config.dtype)
-    x, _ = lax.scan(
+    stacked = {name: w[first:last] for name, w in blocks(params, config).items()}
+    numbers = jnp.arange(config.layers)[first:last]
+    return lax.scan(
         rematerialised(layer, config),
         x,
-        blocks(params, config),
-        unroll=config.unroll or config.layers,
+        (numbers, stacked),
+        unroll=max(1, min(config.unroll or len(numbers), len(numbers))),
     )
+
+
+def embedded(params: Params, batch, config: ModelConfig) -> jax.Array:
+    """The residual stream [b t d] before the first block, in `config.dtype`."""
+    return lookup(params["embed"], batch["tokens"], config.dtype)
+
+
+def llama(params: Params, batch, mask: Mask, config: ModelConfig) -> jax.Array:
+    """The plain `forward`: final normalised states [b t d], in `config.dtype`.
+
+    batch: `tokens`, `segments` and `positions` [b t]; for a prefix mask `prefix` [b t] too.
+    """
+    x, _ = stream(params, embedded(params, batch, config), batch, mask, config)
     return rms_norm(x, params["norm"], config.norm_eps)
+
+
+def forward(params: Params, batch, mask: Mask, config: ModelConfig) -> tuple[jax.Array, dict]:
+    """(final states [b t d], {name: [b t ...]} of what else the loss is to see)."""
+    found = config.forward(params, batch, mask, config)
+    return found if isinstance(found, tuple) else (found, {})
 
 
 def rematerialised(layer: Callable, config: ModelConfig) -> Callable:
@@ -317,19 +418,32 @@ def rematerialised(layer: Callable, config: ModelConfig) -> Callable:
     return jax.checkpoint(layer, policy=policy)
 
 
-def logits(params: Params, states, config: ModelConfig) -> jax.Array:
-    """[b t v] in float32 or wider, from final states [b t d]."""
+def head_logits(params: Params, states, batch, config: ModelConfig) -> jax.Array:
+    """The plain `outputs`: logits [b t v] in float32 or wider, from final states [b t d]."""
     head = params["embed"].T if config.tied else params["head"]
     wide = float32_or_wider(config.dtype)
     return dense(states, head, ("embed", "vocab"), wide)
 
 
-def apply(params: Params, ids, config: ModelConfig) -> jax.Array:
-    """Logits [b t v] of ids [b t], each row one causal segment."""
-    one = jnp.ones_like(ids)
-    batch = dict(tokens=ids, segments=one, positions=jnp.cumsum(one, 1) - 1)
-    states = forward(params, batch, Mask("causal", 0), config)
-    return logits(params, states, config)
+def whole(batch) -> dict[str, jax.Array]:
+    """A batch of ids [b t], or of some arrays of a batch; a row is one segment if it does not say."""
+    if not isinstance(batch, dict):
+        batch = {"tokens": batch}
+    first = next(iter(batch.values()))
+    one = jnp.ones(first.shape[:2], jnp.int32)
+    zero = jnp.zeros_like(one)
+    positions = jnp.cumsum(one, 1) - 1
+    return dict(tokens=zero, segments=one, positions=positions, source=zero) | batch
+
+
+CAUSAL = Mask("causal", 0)
+
+
+def apply(params: Params, batch, config: ModelConfig, mask: Mask = CAUSAL) -> jax.Array:
+    """Logits [b t v] of ids [b t], each row one segment, or of a batch, see `whole`."""
+    batch = whole(batch)
+    states, _ = forward(params, batch, mask, config)
+    return config.outputs(params, states, batch, config)
 
 
 def cross_entropy(logits, batch, extras, z: float = 0.0) -> jax.Array:
@@ -361,31 +475,45 @@ def losses(
     mask: Mask,
     config: ModelConfig,
     token_loss: Callable = cross_entropy,
-    extras=None,
+    extras: dict | None = None,
 ) -> jax.Array:
-    """Loss of each position [b t], unweighted, float32 or wider.
+    """Loss of each position [b t], unweighted, float32 or wider; see `chunked_losses`."""
+    states, given = forward(params, batch, mask, config)
+    return chunked_losses(params, states, given, batch, config, token_loss, extras or {})
 
-    batch: what `forward` and `token_loss` read, each [b t ...]. token_loss: (logits [b c v], batch
-    [b c ...], extras) -> losses [b c], for chunks of c positions. So the logits of all positions
-    never exist at once.
+
+def chunked_losses(
+    params: Params,
+    states,
+    given: dict,
+    batch,
+    config: ModelConfig,
+    token_loss: Callable,
+    extras: dict,
+) -> jax.Array:
+    """Loss of each position [b t], from final states [b t d] and what `forward` gave besides.
+
+    token_loss: (logits [b c v], batch [b c ...], extras) -> losses [b c], for chunks of c positions.
+    So the logits of all positions never exist at once. It finds `params`, `config`, what was `given`
+    [b c ...] and `extras` in its extras.
     """
-    states = forward(params, batch, mask, config)
-    b, t = batch["tokens"].shape
+    b, t = states.shape[:2]
     chunk = chunk_length(b, t, config)
+    extras = extras | {"params": params, "config": config}
 
-    def loss(states, part):
-        scores = logits(params, states, config)
-        return token_loss(scores, part, extras)
+    def loss(states, part, given):
+        scores = config.outputs(params, states, part, config)
+        return token_loss(scores, part, extras | given)
 
     if chunk == t:
-        return loss(states, batch)
+        return loss(states, batch, given)
 
     def split(x):  # [b t ...] -> [chunks b chunk ...]
         parts = x.reshape(b, t // chunk, chunk, *x.shape[2:])
         return jnp.moveaxis(parts, 1, 0)
 
     loss_again = jax.checkpoint(loss)  # the backward pass computes a chunk's logits again
-    parts = split(states), {name: split(x) for name, x in batch.items()}
+    parts = jax.tree.map(split, (states, batch, given))
     each = lax.map(lambda part: loss_again(*part), parts)
     return jnp.moveaxis(each, 0, 1).reshape(b, t)
 
@@ -403,11 +531,13 @@ def chunk_length(b: int, t: int, config: ModelConfig) -> int:
     return next(divisors)
 
 
-def reparametrised(reparam: Callable | None, params: Params, step, batch) -> Params:
+def reparametrised(
+    reparam: Callable | None, params: Params, step, batch, config: ModelConfig
+) -> Params:
     """The parameters that the forward pass uses: through a config's `reparam`, if it has one."""
     if reparam is None:
         return params
-    return reparam(params, step, batch)
+    return bind(reparam, config=config)(params, step, batch)
 
 
 class Model(NamedTuple):

@@ -21,11 +21,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -33,6 +34,7 @@ from data import Batch, DataConfig, Loader, batch_lengths, causal, shuffled
 from lib import command
 from lib import config as config_files
 from lib.banner import banner
+from lib.bind import bind
 from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, find_checkpoint
 from lib.config import ROOT, from_json, load_file, to_json
@@ -72,6 +74,7 @@ from lib.optim import (
     map_like_params,
     places,
     state_like,
+    trained_groups,
     update_ratios,
 )
 from lib.packing import concat_and_split
@@ -89,10 +92,11 @@ from model import (
     Edited,
     Model,
     ModelConfig,
+    chunked_losses,
     count,
     cross_entropy,
+    forward,
     groups,
-    losses,
     reparametrised,
     table,
     weighted_mean,
@@ -131,6 +135,9 @@ class Phase:
     schedule: Schedule | None = None  # over the phase's own budget, in place of the run's
     # of an optimiser group: a schedule of its own, or a factor on the phase's; 0 freezes it
     lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)
+    token_loss: Callable | None = None  # in place of the run's
+    reduce: Callable | None = None  # in place of the run's
+    cost: Positive = 1.0  # FLOPs of its steps, as a multiple of what the model's `flops` says
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
@@ -161,9 +168,12 @@ class Config:
     clip: NotNegative = 1.0  # global gradient norm; 0 is off
     max_skipped: Count = 10  # non-finite updates in a row after which the run stops
     mesh: MeshConfig = MeshConfig()
-    reparam: Callable | None = None  # in jit: params, step, batch -> params used
+    reparam: Callable | None = None  # in jit: params, step, batch (, config) -> params used
     token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch, extras -> losses [b c]
-    reduce: Callable = weighted_mean  # in jit: losses, batch -> (numerator, denominator), metrics
+    # in jit: losses [b t], batch (, extras) -> (numerator, denominator), metrics
+    reduce: Callable = weighted_mean
+    # in jit: gradient, params, batch, step -> what gradient(params, batch) gives; see `make_step`
+    gradient: Callable | None = None
     evals: tuple[Callable, ...] = ()  # params, apply -> {metric: value}, at every evaluation
     eval_every: Count = 200  # steps between evaluations on dev; one ends each phase too
     eval_at: tuple[Whole, ...] = ()  # steps after which there is one besides; 0 is before the first
@@ -258,14 +268,30 @@ def tracker_rules(config: Config) -> Rules:
 # ----------------------------------------------------------------------------------------- the step
 
 
-def loss_sums(
-    trained: dict, frozen: dict, batch: dict, step, mask: Mask, config: Config, model: ModelConfig
-):
-    """(numerator, (denominator, metrics)) of a batch's loss; the gradient is that of `trained`."""
-    params = reparametrised(config.reparam, trained | frozen, step, batch)
-    each = losses(params, batch, mask, model, config.token_loss, {"step": step})
-    (numerator, denominator), metrics = config.reduce(each, batch)
-    return numerator, (denominator, metrics)
+class Loss(NamedTuple):
+    """The loss of a phase: what a config says of it, and the model's shape."""
+
+    model: ModelConfig
+    reparam: Callable | None
+    token_loss: Callable
+    reduce: Callable
+
+    def sums(self, trained: dict, frozen: dict, batch: dict, step, mask: Mask):
+        """(numerator, (denominator, metrics)) of a batch; the gradient is that of `trained`."""
+        params = reparametrised(self.reparam, trained | frozen, step, batch, self.model)
+        states, given = forward(params, batch, mask, self.model)
+        told = {"step": step}
+        each = chunked_losses(params, states, given, batch, self.model, self.token_loss, told)
+        told |= {"params": params, "config": self.model}
+        (numerator, denominator), metrics = bind(self.reduce, extras=told | given)(each, batch)
+        return numerator, (denominator, metrics)
+
+
+def loss_of(config: Config, model: ModelConfig, phase: Phase) -> Loss:
+    """What a phase trains on: its own functions, or the run's."""
+    token_loss = phase.token_loss or config.token_loss
+    reduce = phase.reduce or config.reduce
+    return Loss(model, config.reparam, token_loss, reduce)
 
 
 def accumulated(gradient: Callable, batch: dict, parts: int):
@@ -314,41 +340,53 @@ def keep_if(finite, new, old):
 
 
 def make_step(
-    config: Config, model: ModelConfig, accumulate: int = 1, frozen: frozenset[str] = frozenset()
+    config: Config, model: ModelConfig, phase: Phase = Phase(), frozen: frozenset[str] = frozenset()
 ) -> Callable:
     """The pure function `step(state, batch, lr, mask) -> (state, metrics)`.
 
     lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which
-    have no part in the clipped norm. An update whose loss or gradient is not finite leaves
-    parameters and optimiser as they were, and counts.
+    have no part in the clipped norm. So are groups that the optimiser leaves out. An update whose
+    loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
+
+    `config.gradient` may change what the gradient of a batch, or of each part of one, is. It gets a
+    function gradient(params, batch) -> ((numerator, (denominator, metrics)), gradient of the
+    numerator), the trained parameters, the part and the step, and gives the same as that function.
     """
-    optimizers = config.optimizer(table(model))
-    members = {group: names for group, names in groups(model).items() if group not in frozen}
+    loss = loss_of(config, model, phase)
+    transforms = config.optimizer(table(model)).items()
+    optimizers = {group: optax.with_extra_args_support(each) for group, each in transforms}
+    members = trained_groups(model, config.optimizer, frozen)
     trained = {name for names in members.values() for name in names}
 
     def step(state: State, batch: dict, lr: dict, mask: Mask):
         moving = {name: x for name, x in state.params.items() if name in trained}
         still = {name: x for name, x in state.params.items() if name not in trained}
 
-        def gradient(part):
-            value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
-            return value_and_grad(moving, still, part, state.step, mask, config, model)
+        def gradient(params, part):
+            value_and_grad = jax.value_and_grad(loss.sums, has_aux=True)
+            return value_and_grad(params, still, part, state.step, mask)
 
-        (numerator, (denominator, metrics)), grads = accumulated(gradient, batch, accumulate)
+        def of_part(part):
+            if config.gradient:
+                return config.gradient(gradient, moving, part, state.step)
+            return gradient(moving, part)
+
+        (numerator, (denominator, metrics)), grads = accumulated(of_part, batch, phase.accumulate)
         scale = 1 / jnp.maximum(denominator, 1e-9)
-        loss = numerator * scale
-        squares = squared_norms(grads, members, scale, loss.dtype)
+        mean = numerator * scale
+        squares = squared_norms(grads, members, scale, mean.dtype)
         grads, norm = clipped(grads, scale, squares, config.clip)
         params, opt = dict(state.params), dict(state.opt)
         for group, names in members.items():
             own, old = ({name: tree[name] for name in names} for tree in (grads, state.params))
-            directions, opt[group] = optimizers[group].update(own, state.opt[group], old)
+            update = optimizers[group].update
+            directions, opt[group] = update(own, state.opt[group], old, rate=lr[group])
             params |= descend(old, directions, lr[group])
             metrics[f"{group}/grad_norm"] = jnp.sqrt(squares[group])
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         params, opt = keep_if(finite, (params, opt), (state.params, state.opt))
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        metrics |= {"train/loss": loss, "train/grad_norm": norm, "skipped": skipped}
+        metrics |= {"train/loss": mean, "train/grad_norm": norm, "skipped": skipped}
         return State(params, opt, state.step + 1, skipped), metrics
 
     return step
@@ -362,7 +400,7 @@ def compile_step(
     batch: dict,
     lr: dict,
     mask: Mask,
-    accumulate: int = 1,
+    phase: Phase = Phase(),
     frozen: frozenset[str] = frozenset(),
 ):
     """The step as an executable `(state, batch, lr) -> (state, metrics)`.
@@ -371,7 +409,7 @@ def compile_step(
     """
     out = places(state_like(model, config.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        make_step(config, model, accumulate, frozen),
+        make_step(config, model, phase, frozen),
         static_argnames="mask",
         donate_argnums=0,
         out_shardings=out,
@@ -389,15 +427,16 @@ def transfer_opt_state(opt: dict, fresh: dict, edited: Edited, old: ModelConfig)
     fresh: a new one for the edited parameters. old: the shape before.
     Raises ValueError where an edit's policy leaves a state that does not fit its parameters.
     """
-    before, after = groups(old), {}
+    before, rows, after = groups(old), table(old), {}
     for group, new in fresh.items():
         policy = edited.policy.get(group, "keep")
-        if policy == "reset" or group not in before:
+        if policy == "reset" or group not in opt:
             after[group] = new
         elif policy == "keep":
             after[group] = opt[group]
         else:
-            after[group] = map_like_params(opt[group], before[group], policy)
+            members = {name: rows[name] for name in before[group]}
+            after[group] = map_like_params(opt[group], members, policy)
         if jax.tree.map(jnp.shape, after[group]) != jax.tree.map(jnp.shape, new):
             raise ValueError(
                 f"an edit's policy {policy!r} for the optimiser group {group!r} "
@@ -621,7 +660,7 @@ def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Fu
         with user_errors():
             choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
         lr = {group: np.float32(0) for group in groups(model)}
-        more = config.phases[phase].accumulate, run.plan.frozen(phase)
+        more = config.phases[phase], run.plan.frozen(phase)
         run.programs[key] = run.compiler.submit(
             compile_step, config, model, run.mesh, state, arrays, lr, mask, *more
         )

@@ -12,7 +12,7 @@ from functools import partial
 
 from data import DataConfig, Source, stdlib
 from lib.readers import jsonl
-from model import ModelConfig, flops_per_token
+from model import ModelConfig
 from train import Config, Phase, Schedule
 
 RATES = 2e-3, 4e-3, 8e-3  # peak learning rates that most studies tune each arm over
@@ -98,7 +98,7 @@ config = small
 
 def flops(model: ModelConfig, phase: Phase) -> int:
     """Training FLOPs of a phase of this model."""
-    return phase.steps * phase.batch * phase.seq * flops_per_token(model, phase.seq)
+    return phase.steps * phase.batch * phase.seq * model.flops(model, phase.seq)
 
 
 def steps_for(budget: float, model: ModelConfig, phase: Phase) -> int:

@@ -42,12 +42,12 @@ def evaluators(
 
     @partial(jax.jit, out_shardings=everywhere)
     def jitted_losses(params, step, arrays):
-        used = reparametrised(reparam, params, step, arrays)
+        used = reparametrised(reparam, params, step, arrays, config)
         return model.losses(used, arrays, Mask("causal", 0), config)
 
     @partial(jax.jit, out_shardings=everywhere)
     def jitted_scores(params, step, ids):
-        used = reparametrised(reparam, params, step, {"tokens": ids})
+        used = reparametrised(reparam, params, step, {"tokens": ids}, config)
         return model.apply(used, ids, config)
 
     def losses(params, step, arrays):

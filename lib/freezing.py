@@ -10,17 +10,12 @@ from lib.edits import per_layer
 from lib.optim import adamw
 from model import ModelConfig, Param, Params, table
 
-# {parameter: whether it belongs to the blocks}
-BLOCK = {
-    name: param.axes[0] == "layers"
-    for name, param in table(ModelConfig(tied=False)).items()
-}
-
 
 def freeze(
     params: Params,
     step,
     batch,
+    config: ModelConfig,
     begin: int = 0,
     until: int = 0,
     layers: int = 0,
@@ -38,13 +33,14 @@ def freeze(
     """
     now = (step >= begin) & (step < until)
     used = dict(params)
+    rows = table(config)
     for name, x in params.items():
         if not fnmatch(name, names):
             continue
         frozen = lax.stop_gradient(x)
         if not layers:
             used[name] = jnp.where(now, frozen, x)
-        elif BLOCK[name]:
+        elif rows[name].layered:
             lowest = per_layer(jnp.arange(len(x)) < layers, x)
             used[name] = jnp.where(now & lowest, frozen, x)
     return used
@@ -69,13 +65,14 @@ def only_awake(
     table: dict[str, Param],
 ) -> optax.GradientTransformation:
     """`transform` for parameters, and layers of blocks, that have a gradient; others stay."""
+    transform = optax.with_extra_args_support(transform)
 
     def has_gradient(name, gradient):
-        first = 1 if table[name].axes[0] == "layers" else 0
+        first = 1 if table[name].layered else 0
         inner = tuple(range(first, gradient.ndim))
         return jnp.any(gradient != 0, axis=inner, keepdims=True)
 
-    def update(gradients, state, params):
+    def update(gradients, state, params, **extra):
         awake = {name: has_gradient(name, x) for name, x in gradients.items()}
 
         def mirrors(x) -> bool:
@@ -86,9 +83,9 @@ def only_awake(
                 return new
             return {name: jnp.where(awake[name], new[name], old[name]) for name in new}
 
-        directions, moved = transform.update(gradients, state, params)
+        directions, moved = transform.update(gradients, state, params, **extra)
         still = jax.tree.map(jnp.zeros_like, directions)
         moved = jax.tree.map(select, moved, state, is_leaf=mirrors)
         return select(directions, still), moved
 
-    return optax.GradientTransformation(transform.init, update)
+    return optax.GradientTransformationExtraArgs(transform.init, update)

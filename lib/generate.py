@@ -456,7 +456,7 @@ def prepare_for(params, config, step: int, tokens):
     @jax.jit
     def prepared(params, tokens):
         batch = {"tokens": tokens}
-        used = reparametrised(config.reparam, params, step, batch)
+        used = reparametrised(config.reparam, params, step, batch, config.model)
         return prepare(used, config.model)
 
     return prepared(params, tokens)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from lib.sharding import shardings
-from model import ModelConfig, Param, Params, groups, init, table
+from model import ModelConfig, Param, Params, dtype_of, groups, init, table
 
 
 def adamw(
@@ -49,14 +49,25 @@ class State(flax.struct.PyTreeNode):
 def init_opt_state(params: Params, config: ModelConfig, optimizer: Callable):
     """The state {group: optax state} that an optimiser begins with.
 
-    optimizer: table -> {group: optax transformation}.
+    optimizer: table -> {group: optax transformation}. A group that it leaves out is frozen, and has
+    no state.
     """
     transforms = optimizer(table(config))
     opt = {}
     for group, names in groups(config).items():
-        members = {name: params[name] for name in names}
-        opt[group] = transforms[group].init(members)
+        if group in transforms:
+            members = {name: params[name] for name in names}
+            opt[group] = transforms[group].init(members)
     return opt
+
+
+def trained_groups(
+    config: ModelConfig, optimizer: Callable, asleep: frozenset[str] = frozenset()
+) -> dict[str, list[str]]:
+    """{group: parameter names} of what an optimiser trains, but for groups that are `asleep`."""
+    transforms = optimizer(table(config))
+    members = groups(config)
+    return {g: members[g] for g in members if g in transforms and g not in asleep}
 
 
 def first_state(
@@ -84,7 +95,6 @@ def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
     is whole on each device.
     """
     rows = table(config)
-    dtype = jnp.dtype(config.param_dtype)
     home = shardings(rows, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -96,11 +106,12 @@ def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
 
     params = {}
     for name, param in rows.items():
-        params[name] = jax.ShapeDtypeStruct(param.shape, dtype)
+        params[name] = jax.ShapeDtypeStruct(param.shape, dtype_of(param, config))
     begin = partial(init_opt_state, config=config, optimizer=optimizer)
     opt = jax.eval_shape(begin, params)
-    for group, names in groups(config).items():
-        opt[group] = map_like_params(opt[group], names, at_home, everywhere)
+    for group in opt:
+        members = {name: rows[name] for name in groups(config)[group]}
+        opt[group] = map_like_params(opt[group], members, at_home, everywhere)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return State(at_home(params), opt, step=count, skipped=count)
 
@@ -115,15 +126,19 @@ def places(like: State) -> State:
     return jax.tree.map(lambda x: x.sharding, like)
 
 
-def map_like_params(tree, names, change: Callable, other: Callable = lambda x: x):
+def map_like_params(tree, like: dict[str, Any], change: Callable, other: Callable = lambda x: x):
     """An optimiser state in which what is shaped like the parameters is changed.
 
-    Each dictionary x whose keys are `names` becomes change(x, field), where `field` is the name of
-    the field that holds it: for Adam "mu" or "nu". Each leaf outside of these becomes other(leaf).
+    like: {name: anything with the shape of that parameter}. Each dictionary x of such names and
+    shapes becomes change(x, field), where `field` is the name of the field that holds it: for Adam
+    "mu" or "nu". Each leaf outside of these becomes other(leaf).
     """
+    shapes = {name: tuple(param.shape) for name, param in like.items()}
 
     def mirrors(x) -> bool:
-        return isinstance(x, dict) and set(x) == set(names)
+        if not isinstance(x, dict) or x.keys() != shapes.keys():
+            return False
+        return all(getattr(x[name], "shape", None) == shape for name, shape in shapes.items())
 
     def one(path, x):
         if not mirrors(x):

@@ -20,7 +20,7 @@ from model import ModelConfig
 # Fields of a config that the steps taken so far depend on.
 PAST = (
     *("seed", "model", "init_from", "init_with", "data", "phases", "optimizer"),
-    *("clip", "max_skipped", "reparam", "token_loss", "reduce"),
+    *("clip", "max_skipped", "reparam", "token_loss", "reduce", "gradient"),
 )
 # Fields of a model that say how it is computed; a run that starts from another run sets its own.
 HOW = ("dtype", "param_dtype", "attention", "unroll", "remat", "logits_mib")

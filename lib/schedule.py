@@ -9,7 +9,7 @@ import numpy as np
 
 from data import batch_lengths
 from lib.fields import NotNegative, Positive, PositiveShare, Whole, strict
-from model import Context, Model, ModelConfig, flops_per_token, groups, init
+from model import Context, Model, ModelConfig, groups, init, table
 
 
 @strict
@@ -17,7 +17,8 @@ from model import Context, Model, ModelConfig, flops_per_token, groups, init
 class Schedule:
     """The learning rate over the consumed budget: a linear warm-up to the peak, then a shape."""
 
-    shape: Literal["constant", "cosine", "linear", "wsd"] = "wsd"  # wsd: stable, then a decay
+    # wsd: stable, then a decay; or a function, share of the budget -> share of the peak
+    shape: Literal["constant", "cosine", "linear", "wsd"] | Callable = "wsd"
     peak: Positive = 3e-3  # rate after the warm-up
     warmup: Whole = 20  # steps
     decay: PositiveShare = 0.2  # wsd: the share of the budget at the end over which the rate falls
@@ -32,6 +33,8 @@ def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: flo
 
     used [steps]: budget consumed. warm: budget of the warm-up. total: the whole budget.
     """
+    if callable(schedule.shape):
+        return np.array([float(schedule.shape(share)) for share in (used / total).tolist()])
     final, decay = schedule.final, schedule.decay
     rest = max(total - warm, 1e-9)  # the budget after the warm-up
     after = np.clip((used - warm) / rest, 0, 1)
@@ -163,16 +166,30 @@ def shape_after(edit: Callable, config: ModelConfig, context: Context) -> ModelC
         shapes.append(edited.config)
         return edited.params
 
-    jax.eval_shape(abstract, jax.random.key(0))
+    params = jax.eval_shape(abstract, jax.random.key(0))
+    check_declared(params, shapes[0], getattr(edit, "func", edit).__name__)
     return shapes[0]
+
+
+def check_declared(params: dict, config: ModelConfig, edit: str):
+    """Raise ValueError where an edit's parameters are not those of the table of its model."""
+    given = {name: x.shape for name, x in params.items()}
+    declared = {name: param.shape for name, param in table(config).items()}
+    odd = [name for name in given | declared if given.get(name) != declared.get(name)]
+    if odd:
+        said = [f"{name} {given.get(name)} for {declared.get(name)}" for name in odd]
+        raise ValueError(
+            f"the edit {edit} gives other parameters than model.table declares: "
+            f"{', '.join(said)}; allowed are those that `model.rows` declares, in these shapes"
+        )
 
 
 def flops_of(phase, model: ModelConfig) -> np.ndarray:
     """Model FLOPs of each batch of a phase [steps], by the length of its rows."""
     lengths, picks = batch_lengths(phase)
     size = phase.batch * phase.seq
-    each = np.array([flops_per_token(model, seq) for seq in lengths], float)
-    return size * each[picks]
+    each = np.array([model.flops(model, seq) for seq in lengths], float)
+    return size * each[picks] * phase.cost
 
 
 def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dict[str, np.ndarray]:

@@ -33,6 +33,12 @@ RULES = {
     "q_per_kv": None,
     "head_dim": None,
     "mlp": "tensor",
+    # free for parameters that a config adds
+    "rank": None,
+    "in": None,
+    "out": None,
+    "expert": None,
+    "state": None,
 }
 ROWS = "data", "fsdp"  # the mesh axes that the rows of a batch are split over
 
@@ -70,12 +76,12 @@ def filled(sizes: list[int], devices: int) -> list[int]:
 def shardings(rows: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Where each parameter of a table lives on a mesh.
 
-    Raises ValueError for an axis that the mesh does not divide, and KeyError for an axis that
-    RULES does not have: `logical_to_mesh_axes` alone would copy it to all devices in silence.
+    Raises ValueError for an axis that the mesh does not divide, and for one that RULES does not
+    have: `logical_to_mesh_axes` alone would copy it to all devices in silence.
     """
     out = {}
     for name, param in rows.items():
-        rules = tuple((axis, RULES[axis]) for axis in param.axes)
+        rules = tuple((axis, rule(axis, name)) for axis in param.axes)
         spec = logical_to_mesh_axes(param.axes, rules)
         for axis, size, place in zip(param.axes, param.shape, spec, strict=True):
             if place is None or size % mesh.shape[place] == 0:
@@ -86,6 +92,17 @@ def shardings(rows: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
             )
         out[name] = NamedSharding(mesh, spec)
     return out
+
+
+def rule(axis: str, name: str) -> str | None:
+    """The mesh axis of a parameter's axis; `teacher/embed` is split as `embed` is."""
+    own = axis.rpartition("/")[2]
+    if own not in RULES:
+        raise ValueError(
+            f"parameter {name} has the axis {axis!r}; allowed are {', '.join(RULES)}, "
+            "and these with a prefix, such as teacher/embed"
+        )
+    return RULES[own]
 
 
 def constrain(x, *places) -> jax.Array:

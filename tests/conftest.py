@@ -70,7 +70,7 @@ def strong(config: model.ModelConfig) -> dict[str, jax.Array]:
     rng, out = np.random.default_rng(1), {}
     for name, row in model.table(config).items():
         inputs = dict(embed=1, o=32, down=48).get(name, 32)
-        x = rng.uniform(0.5, 1.5, row.shape) if row.std is None else rng.normal(size=row.shape) / inputs**0.5
+        x = rng.uniform(0.5, 1.5, row.shape) if row.init is None else rng.normal(size=row.shape) / inputs**0.5
         out[name] = jnp.asarray(x, jnp.float32)
     return out
 

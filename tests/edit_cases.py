@@ -22,8 +22,8 @@ def some(config, seed=1):
     """Parameters in which gains and blocks matter more than in the table's draw."""
     rng, out = np.random.default_rng(seed), {}
     for name, p in model.table(config).items():
-        draws = rng.uniform(0.5, 1.5, p.shape) if p.std is None else rng.normal(size=p.shape)
-        size = 1 if p.std is None else max(p.std, config.embed**-0.5)
+        draws = rng.uniform(0.5, 1.5, p.shape) if p.init is None else rng.normal(size=p.shape)
+        size = 1 if p.init is None else max(p.init, config.embed**-0.5)
         out[name] = jnp.asarray(draws * size, config.param_dtype)
     return out
 

@@ -13,7 +13,7 @@ import model
 import train
 from lib.config import ROOT, load_file
 from lib.edits import stack
-from lib.freezing import BLOCK, asleep, freeze
+from lib.freezing import asleep, freeze
 from lib.kernels import Mask
 from lib.optim import first_state
 from lib.schedule import models_of
@@ -45,23 +45,23 @@ def test_a_sub_model_is_the_lowest_layers_and_trains_its_top(tiny, tied, top):
     params = some(config)
 
     def used(p, step):
-        return bert2bert.sub_models(p, step, {}, embed=config.embed, begin=5, until=30, top=top)
+        return bert2bert.sub_models(p, step, {}, config, embed=config.embed, begin=5, until=30, top=top)
 
     @jax.jit
     def both(p, step):
         return used(p, step), jax.grad(lambda p: loss(used(p, step), config))(p)
 
-    depths = set()
+    rows, depths = model.table(config), set()
     for step in range(5, 30):
         sub, grads = both(params, step)
         moved = {n: np.asarray(g != 0).reshape(len(g), -1).any(1) for n, g in grads.items()}
         depth = int(np.count_nonzero(np.asarray(sub["o"]).reshape(4, -1).any(1)))
-        for name in (n for n in params if BLOCK[n]):
+        for name in (n for n in params if rows[n].layered):
             assert moved[name].tolist() == [depth - top <= l < depth for l in range(4)], (name, step)
         assert moved["norm"].all() and (tied or moved["head"].all())
         assert moved["embed"].any() == tied
         if depth not in depths:
-            lowest = {n: x[:depth] if BLOCK[n] else x for n, x in params.items()}
+            lowest = {n: x[:depth] if rows[n].layered else x for n, x in params.items()}
             np.testing.assert_allclose(scores(sub, config), scores(lowest, replace(config, layers=depth)),
                                        atol=1e-5)
         depths.add(depth)
@@ -115,7 +115,7 @@ def test_freeze_takes_the_gradient_of_what_it_names(tiny):
 
     def moved(step, **arguments):
         def total(p):
-            return sum(jnp.sum(x) for x in freeze(p, step, {}, begin=5, until=8, **arguments).values())
+            return sum(jnp.sum(x) for x in freeze(p, step, {}, replace(tiny, tied=False), begin=5, until=8, **arguments).values())
         return {n: np.asarray(x) for n, x in jax.jit(jax.grad(total))(params).items()}
 
     assert all(x.all() for step in (4, 8) for x in moved(step).values())
@@ -229,14 +229,15 @@ def test_stage_wise_layers_are_their_list(tiny):
 def test_expansion_to_the_depth_trained_computes_what_was_trained(tiny, shared, arguments):
     config = replace(tiny, layers=4)
     before = Model(config, some(config))
-    used = shared(before.params, 0, {})
+    used = shared(before.params, 0, {}, config)
     for name, x in learngene.expand(before, context(), **arguments).model.params.items():
         np.testing.assert_allclose(x, used[name], atol=1e-6)
-    grads = jax.jit(jax.grad(lambda p: loss(shared(p, 0, {}), config)))(before.params)
+    grads = jax.jit(jax.grad(lambda p: loss(shared(p, 0, {}, config), config)))(before.params)
     genes = [bool(np.any(np.asarray(grads["q"][l]) != 0)) for l in range(4)]
     assert genes == [True, True, False, False]
-    other = model.init(replace(tiny, layers=6), jax.random.key(0))
-    assert shared(other, 0, {}) is other  # after the expansion layers are free
+    deeper = replace(tiny, layers=6)
+    other = model.init(deeper, jax.random.key(0))
+    assert shared(other, 0, {}, deeper) is other  # after the expansion layers are free
 
 
 def test_learngene_arms_cost_the_same():

@@ -103,10 +103,10 @@ def test_draws_depend_on_key_and_name_alone(tiny, drawn):
 def test_draws_have_the_table_s_spread(tiny, drawn):
     for name, row in model.table(tiny).items():
         x = drawn[name]
-        if row.std is None:
+        if row.init is None:
             equal(x, np.ones(row.shape))
         else:
-            assert np.std(x) == pytest.approx(row.std, rel=0.06) and abs(np.mean(x)) < 0.06 * row.std
+            assert np.std(x) == pytest.approx(row.init, rel=0.06) and abs(np.mean(x)) < 0.06 * row.init
 
 
 # ----------------------------------------------------------------------------- layers, closed forms
@@ -293,7 +293,7 @@ GOLDEN = [6.6044450, 7.4317150, 3.6630270, 4.7360573]
 
 def test_golden_first_losses(tiny, drawn):
     run = SimpleNamespace(optimizer=adamw, reparam=None, token_loss=model.cross_entropy,
-                          reduce=model.weighted_mean, clip=1.0)
+                          reduce=model.weighted_mean, gradient=None, clip=1.0)
     state = State(drawn, init_opt_state(drawn, tiny, adamw), jnp.int32(0), jnp.int32(0))
     rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-2))
     step, got = jax.jit(train.make_step(run, tiny), static_argnames="mask"), []

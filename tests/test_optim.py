@@ -55,7 +55,7 @@ def test_muon_orthogonalises_each_layer_with_the_table_s_axes(tiny, params):
 def a_run(optimizer=adamw, clip=0.0):
     """What `make_step` needs of a config."""
     return SimpleNamespace(optimizer=optimizer, reparam=None, token_loss=model.cross_entropy,
-                           reduce=model.weighted_mean, clip=clip)
+                           reduce=model.weighted_mean, gradient=None, clip=clip)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -66,7 +66,7 @@ def test_accumulation_is_the_whole_batch(tiny, params, parts):
     state = State(used(tiny, params), init_opt_state(used(tiny, params), tiny, adamw),
                         jnp.int32(0), jnp.int32(0))
     rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-3))
-    out = [jax.jit(train.make_step(a_run(clip=0.5), tiny, n), static_argnames="mask")(
+    out = [jax.jit(train.make_step(a_run(clip=0.5), tiny, train.Phase(accumulate=n)), static_argnames="mask")(
         state, batch, rates, mask=Mask("causal", 0)) for n in (1, parts)]
     for name in ("train/loss", "train/grad_norm"):
         assert float(out[0][1][name]) == pytest.approx(float(out[1][1][name]), rel=1e-5)

@@ -45,7 +45,7 @@ from lib.generate import Sampling, generate, prepare
 from lib.kernels import Mask
 from lib.optim import first_state
 from lib.sharding import make_mesh, put
-from model import ModelConfig, count, flops_per_token, groups, init, losses, table
+from model import ModelConfig, count, groups, init, losses, table
 from train import ROOT, Config, check, compile_step, load, make_step, parse
 
 SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(ModelConfig)}
@@ -183,7 +183,7 @@ def speeds(config: Config, times: Times, together: int) -> dict:
     quartiles = np.quantile(times.steps, (0.25, 0.5, 0.75))
     low, ms, high = (1e3 * float(q) for q in quartiles)
     tokens_per_s = together * phase.batch * phase.seq / ms * 1e3
-    flops = tokens_per_s * flops_per_token(shape, phase.seq)
+    flops = tokens_per_s * shape.flops(shape, phase.seq)
     peak = hardware.peak()
     row = {
         "tokens_per_s": round(tokens_per_s),

@@ -27,7 +27,7 @@ def updates(config, file: str):
     with jax.disable_jit(), jax.debug_nans(True):
         if 0 in run.plan.edits:
             state = edit_model(run, state, 0)
-        step = make_step(run.config, model, phase.accumulate, run.plan.frozen(0))
+        step = make_step(run.config, model, phase, run.plan.frozen(0))
         lr = {}
         for group in groups(model):
             lr[group] = np.float32(run.plan.lr[group][:phase.steps + 1].max())

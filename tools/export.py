@@ -348,7 +348,7 @@ def llama_params(config: Config, params: dict, step: int) -> dict:
         "parameters and the step"
     )
     with user_errors((KeyError, TypeError, IndexError), InputError, sentence):
-        params = reparametrised(config.reparam, params, jnp.int32(step), {})
+        params = reparametrised(config.reparam, params, jnp.int32(step), {}, config.model)
     given = {name: x.shape for name, x in params.items()}
     if given != {name: p.shape for name, p in table(m).items()}:
         raise InputError(

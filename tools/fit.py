@@ -46,7 +46,7 @@ from lib.optim import state_like
 from lib.schedule import make_plan
 from lib.sharding import MeshConfig, by_row, make_mesh
 from lib.tokenizers import Bytes
-from model import Context, ModelConfig, count, flops_per_token, groups
+from model import Context, ModelConfig, count, groups
 from train import ROOT, Config, check, compile_step, load, parse
 
 # What XLA asks of a GPU that is not here, from the makers' sheets and XLA's own list of them: name,
@@ -323,13 +323,11 @@ def inspect(
         "phase": phase,
         "parameters": count(shape),
         "batch": (tokens // seq, seq),
-        "flops": float(tokens * flops_per_token(shape, seq)),
+        "flops": float(tokens * shape.flops(shape, seq)),
     }
     begun = time.perf_counter()
     try:
-        step = compile_step(
-            config, shape, mesh, like, arrays, lr, mask, p.accumulate, frozen
-        )
+        step = compile_step(config, shape, mesh, like, arrays, lr, mask, p, frozen)
     except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses what does not fit
         size = refused(error)
         if not size:
@@ -356,7 +354,8 @@ def programs(config: Config, mesh) -> Iterator[Program]:
             frozen = plan.frozen(i)
             tokens = phase.batch * phase.seq
             for seq in batch_lengths(phase)[0]:
-                key = shape, tokens, seq, phase.accumulate, phase.objective, frozen
+                how = phase.accumulate, phase.objective, phase.token_loss, phase.reduce
+                key = shape, tokens, seq, how, frozen
                 if key not in seen:
                     yield inspect(config, mesh, i, shape, seq, frozen)
                 seen.add(key)

@@ -25,14 +25,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from configs import base
-from lib.freezing import BLOCK, asleep
+from lib.freezing import asleep
 from lib.study import Claim, Paper, Study
 from lib.widen import widen
+from model import ModelConfig, table
 from train import Config
 
 
-def sub_models(params, step, batch, embed: int = 0, begin: int = 0, until: int = 0,
-               top: int = 1) -> dict:
+def sub_models(params, step, batch, config: ModelConfig, embed: int = 0, begin: int = 0,
+               until: int = 0, top: int = 1) -> dict:
     """A `reparam`: at batches begin+1 .. until the lowest layers alone; the upper `top` train.
 
     bert2BERT's first stage. A depth of `top`, 2 `top`, ... or all layers is drawn from the step,
@@ -42,15 +43,15 @@ def sub_models(params, step, batch, embed: int = 0, begin: int = 0, until: int =
     that what has no gradient stays. An evaluation in these steps is one of a sub-model: set
     `eval_every` so that there is none.
     """
-    if params["embed"].shape[1] != embed:
+    if config.embed != embed:
         return params
-    layers = len(params["q"])
+    layers, rows = config.layers, table(config)
     key = jax.random.fold_in(jax.random.key(0), step)
     depth = top * jax.random.randint(key, (), 1, layers // top + 1)
     now = (step >= begin) & (step < until)
 
     def part(name, x):
-        if not BLOCK[name]:
+        if not rows[name].layered:
             still = name == "embed" and "head" in params
             return jnp.where(now, lax.stop_gradient(x), x) if still else x
         layer = jnp.arange(layers).reshape(-1, *[1] * (x.ndim - 1))

@@ -21,18 +21,18 @@ from functools import partial
 import jax.numpy as jnp
 
 from configs import base
-from lib.freezing import BLOCK, asleep
+from lib.freezing import asleep
 from lib.study import Claim, Paper, Study
-from model import Context, Edited, Model, groups
+from model import Context, Edited, Model, ModelConfig, blocks, groups
 from train import Config
 
 
-def mixed(params, rows) -> dict:
+def mixed(params, rows, config: ModelConfig) -> dict:
     """Parameters whose blocks are combinations [layers, genes] of the first rows of those given."""
     genes, used = rows.shape[1], dict(params)
-    for name, x in params.items():
-        if BLOCK[name]:  # in full precision, so that a shared layer is its gene exactly
-            used[name] = jnp.tensordot(rows.astype(x.dtype), x[:genes], 1, precision="highest")
+    for name, x in blocks(params, config).items():
+        # in full precision, so that a shared layer is its gene exactly
+        used[name] = jnp.tensordot(rows.astype(x.dtype), x[:genes], 1, precision="highest")
     return used
 
 
@@ -47,14 +47,16 @@ def stage_rows(stages):
     return (jnp.array(stages)[:, None] == jnp.arange(max(stages) + 1)).astype(jnp.float32)
 
 
-def linear(params, step, batch, layers: int = 4) -> dict:
+def linear(params, step, batch, config: ModelConfig, layers: int = 4) -> dict:
     """A `reparam`: layers as a linear function of depth, in a model of so many, and in no other."""
-    return mixed(params, depth_rows(layers)) if len(params["q"]) == layers else params
+    return mixed(params, depth_rows(layers), config) if config.layers == layers else params
 
 
-def stagewise(params, step, batch, stages: tuple[int, ...] = (0, 0, 1, 1)) -> dict:
+def stagewise(params, step, batch, config: ModelConfig,
+              stages: tuple[int, ...] = (0, 0, 1, 1)) -> dict:
     """A `reparam`: layer i is gene stages[i], in a model of so many layers, and in no other."""
-    return mixed(params, stage_rows(stages)) if len(params["q"]) == len(stages) else params
+    fits = config.layers == len(stages)
+    return mixed(params, stage_rows(stages), config) if fits else params
 
 
 def expand(model: Model, context: Context, layers: int = 0,
@@ -74,7 +76,7 @@ def expand(model: Model, context: Context, layers: int = 0,
     rows = depth_rows(layers) if layers else stage_rows(stages)
     new = replace(model.config, layers=len(rows))
     policy = dict.fromkeys(groups(new), "reset")
-    return Edited(Model(new, mixed(model.params, rows)), policy, preserves=False)
+    return Edited(Model(new, mixed(model.params, rows, new)), policy, preserves=False)
 
 
 SHARED = 120  # steps of the shared phase
