@@ -142,8 +142,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def table(config: ModelConfig) -> dict[str, Param]:
-    """Every parameter that is stored, by name: those of the plain Llama, or what `rows` makes of them.
-    """
+    """Every parameter that is stored, by name: what `rows` makes of those of the plain Llama."""
     rows = plain_table(config)
     return config.rows(config, rows) if config.rows else rows
 
@@ -227,10 +226,11 @@ def count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq: int) -> int:
-    """FLOPs of training a plain Llama on one token: 6 matmul parameters + 6 layers heads head_dim seq.
+    """FLOPs of training the plain Llama on a token.
 
-    The head counts as a matmul parameter, tied or not. Causal attention is counted once (PaLM,
-    appendix B, halved for causality). Rematerialisation is not counted.
+    6 matmul parameters + 6 layers heads head_dim seq. The head counts as a matmul parameter, tied
+    or not. Causal attention is counted once (PaLM, appendix B, halved for causality).
+    Rematerialisation is not counted.
     """
     rows = plain_table(config).values()
     matmul = sum(param.size for param in rows if param.group in ("matrix", "head"))
@@ -365,15 +365,11 @@ def stream(
     What attend or mixer, and visit, keep comes as a pair, each stacked over these blocks.
     """
     angles = rope(batch["positions"], config)
-    segments, prefix = batch["segments"], batch.get("prefix")
-
-    def masked(q, k, v):
-        mixed = attention(q, k, v, mask, segments, prefix, config.attention)
-        return mixed, None
+    attend = attend or plain_attend(batch, mask, config)
 
     def layer(x, numbered):
         number, w = numbered
-        attending = bind(attend or masked, layer=number)
+        attending = bind(attend, layer=number)
         mixing = bind(mixer, layer=number) if mixer else None
         x, kept = block(x, w, angles, attending, config, mixer=mixing)
         x, seen = visit(x, number, w) if visit else (x, None)
@@ -387,6 +383,16 @@ def stream(
         (numbers, stacked),
         unroll=max(1, min(config.unroll or len(numbers), len(numbers))),
     )
+
+
+def plain_attend(batch, mask: Mask, config: ModelConfig) -> Callable:
+    """What a block attends by unless a config says otherwise: (q, k, v) -> (means of v, None)."""
+    segments, prefix = batch["segments"], batch.get("prefix")
+
+    def attend(q, k, v):
+        return attention(q, k, v, mask, segments, prefix, config.attention), None
+
+    return attend
 
 
 def embedded(params: Params, batch, config: ModelConfig) -> jax.Array:
@@ -426,7 +432,7 @@ def head_logits(params: Params, states, batch, config: ModelConfig) -> jax.Array
 
 
 def whole(batch) -> dict[str, jax.Array]:
-    """A batch of ids [b t], or of some arrays of a batch; a row is one segment if it does not say."""
+    """A batch of ids [b t], or of a batch's arrays; a row that does not say is one segment."""
     if not isinstance(batch, dict):
         batch = {"tokens": batch}
     first = next(iter(batch.values()))
@@ -493,9 +499,9 @@ def chunked_losses(
 ) -> jax.Array:
     """Loss of each position [b t], from final states [b t d] and what `forward` gave besides.
 
-    token_loss: (logits [b c v], batch [b c ...], extras) -> losses [b c], for chunks of c positions.
-    So the logits of all positions never exist at once. It finds `params`, `config`, what was `given`
-    [b c ...] and `extras` in its extras.
+    token_loss: (logits [b c v], batch [b c ...], extras) -> losses [b c], for chunks of c
+    positions. So the logits of all positions never exist at once. Its extras are `params`,
+    `config`, what was `given` [b c ...], and `extras`.
     """
     b, t = states.shape[:2]
     chunk = chunk_length(b, t, config)

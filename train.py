@@ -172,7 +172,8 @@ class Config:
     token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch, extras -> losses [b c]
     # in jit: losses [b t], batch (, extras) -> (numerator, denominator), metrics
     reduce: Callable = weighted_mean
-    # in jit: gradient, params, batch, step -> what gradient(params, batch) gives; see `make_step`
+    # in jit: gradient, params, batch, step -> what gradient(params, batch) gives, which is
+    # ((numerator, (denominator, metrics)), gradient of the numerator); of each part of a batch
     gradient: Callable | None = None
     evals: tuple[Callable, ...] = ()  # params, apply -> {metric: value}, at every evaluation
     eval_every: Count = 200  # steps between evaluations on dev; one ends each phase too
@@ -275,6 +276,7 @@ class Loss(NamedTuple):
     reparam: Callable | None
     token_loss: Callable
     reduce: Callable
+    change: Callable | None  # of the gradient, see `Config.gradient`
 
     def sums(self, trained: dict, frozen: dict, batch: dict, step, mask: Mask):
         """(numerator, (denominator, metrics)) of a batch; the gradient is that of `trained`."""
@@ -286,12 +288,23 @@ class Loss(NamedTuple):
         (numerator, denominator), metrics = bind(self.reduce, extras=told | given)(each, batch)
         return numerator, (denominator, metrics)
 
+    def gradient(self, moving: dict, still: dict, step, mask: Mask) -> Callable:
+        """part of a batch -> (sums of it, their gradient with respect to `moving`)."""
+
+        def plain(params, part):
+            value_and_grad = jax.value_and_grad(self.sums, has_aux=True)
+            return value_and_grad(params, still, part, step, mask)
+
+        if self.change is None:
+            return functools.partial(plain, moving)
+        return lambda part: self.change(plain, moving, part, step)
+
 
 def loss_of(config: Config, model: ModelConfig, phase: Phase) -> Loss:
     """What a phase trains on: its own functions, or the run's."""
     token_loss = phase.token_loss or config.token_loss
     reduce = phase.reduce or config.reduce
-    return Loss(model, config.reparam, token_loss, reduce)
+    return Loss(model, config.reparam, token_loss, reduce, config.gradient)
 
 
 def accumulated(gradient: Callable, batch: dict, parts: int):
@@ -334,6 +347,19 @@ def descend(old: dict, directions: dict, lr) -> dict:
     return {name: x - (lr * directions[name]).astype(x.dtype) for name, x in old.items()}
 
 
+def updated(
+    state: State, grads: dict, optimizers: dict, members: dict[str, list[str]], lr: dict
+) -> tuple[dict, dict]:
+    """(parameters, optimiser state) after an update; groups that are no `members` stay."""
+    params, opt = dict(state.params), dict(state.opt)
+    for group, names in members.items():
+        own, old = ({name: tree[name] for name in names} for tree in (grads, state.params))
+        update = optimizers[group].update
+        directions, opt[group] = update(own, state.opt[group], old, rate=lr[group])
+        params |= descend(old, directions, lr[group])
+    return params, opt
+
+
 def keep_if(finite, new, old):
     """The new arrays where an update is finite, the old ones where it is not."""
     return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
@@ -347,10 +373,6 @@ def make_step(
     lr: {optimiser group: float32}. frozen: groups without a gradient, whose state stays and which
     have no part in the clipped norm. So are groups that the optimiser leaves out. An update whose
     loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
-
-    `config.gradient` may change what the gradient of a batch, or of each part of one, is. It gets a
-    function gradient(params, batch) -> ((numerator, (denominator, metrics)), gradient of the
-    numerator), the trained parameters, the part and the step, and gives the same as that function.
     """
     loss = loss_of(config, model, phase)
     transforms = config.optimizer(table(model)).items()
@@ -361,28 +383,15 @@ def make_step(
     def step(state: State, batch: dict, lr: dict, mask: Mask):
         moving = {name: x for name, x in state.params.items() if name in trained}
         still = {name: x for name, x in state.params.items() if name not in trained}
-
-        def gradient(params, part):
-            value_and_grad = jax.value_and_grad(loss.sums, has_aux=True)
-            return value_and_grad(params, still, part, state.step, mask)
-
-        def of_part(part):
-            if config.gradient:
-                return config.gradient(gradient, moving, part, state.step)
-            return gradient(moving, part)
-
-        (numerator, (denominator, metrics)), grads = accumulated(of_part, batch, phase.accumulate)
+        gradient = loss.gradient(moving, still, state.step, mask)
+        sums, grads = accumulated(gradient, batch, phase.accumulate)
+        numerator, (denominator, metrics) = sums
         scale = 1 / jnp.maximum(denominator, 1e-9)
         mean = numerator * scale
         squares = squared_norms(grads, members, scale, mean.dtype)
         grads, norm = clipped(grads, scale, squares, config.clip)
-        params, opt = dict(state.params), dict(state.opt)
-        for group, names in members.items():
-            own, old = ({name: tree[name] for name in names} for tree in (grads, state.params))
-            update = optimizers[group].update
-            directions, opt[group] = update(own, state.opt[group], old, rate=lr[group])
-            params |= descend(old, directions, lr[group])
-            metrics[f"{group}/grad_norm"] = jnp.sqrt(squares[group])
+        params, opt = updated(state, grads, optimizers, members, lr)
+        metrics |= {f"{group}/grad_norm": jnp.sqrt(x) for group, x in squares.items()}
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         params, opt = keep_if(finite, (params, opt), (state.params, state.opt))
         skipped = jnp.where(finite, 0, state.skipped + 1)

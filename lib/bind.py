@@ -17,5 +17,11 @@ def bind(function: Callable, **given) -> Callable:
     What a config set itself stays. `f(row, rng, tokenizer)` gets a tokenizer and `f(row, rng)` none
     by `bind(f, tokenizer=...)`.
     """
-    asked = {name: value for name, value in given.items() if name in parameters(function)}
-    return functools.partial(function, **asked) if asked else function
+    names = parameters(function)
+    asked = {}
+    for name, value in given.items():
+        if name in names:
+            asked[name] = value
+    if not asked:
+        return function
+    return functools.partial(function, **asked)

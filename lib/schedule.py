@@ -34,7 +34,8 @@ def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: flo
     used [steps]: budget consumed. warm: budget of the warm-up. total: the whole budget.
     """
     if callable(schedule.shape):
-        return np.array([float(schedule.shape(share)) for share in (used / total).tolist()])
+        shares = used / total
+        return np.array([schedule.shape(float(share)) for share in shares], float)
     final, decay = schedule.final, schedule.decay
     rest = max(total - warm, 1e-9)  # the budget after the warm-up
     after = np.clip((used - warm) / rest, 0, 1)
@@ -175,9 +176,12 @@ def check_declared(params: dict, config: ModelConfig, edit: str):
     """Raise ValueError where an edit's parameters are not those of the table of its model."""
     given = {name: x.shape for name, x in params.items()}
     declared = {name: param.shape for name, param in table(config).items()}
-    odd = [name for name in given | declared if given.get(name) != declared.get(name)]
-    if odd:
-        said = [f"{name} {given.get(name)} for {declared.get(name)}" for name in odd]
+    said = []
+    for name in given | declared:
+        found, allowed = given.get(name), declared.get(name)
+        if found != allowed:
+            said.append(f"{name} {found} for {allowed}")
+    if said:
         raise ValueError(
             f"the edit {edit} gives other parameters than model.table declares: "
             f"{', '.join(said)}; allowed are those that `model.rows` declares, in these shapes"

@@ -33,13 +33,8 @@ RULES = {
     "q_per_kv": None,
     "head_dim": None,
     "mlp": "tensor",
-    # free for parameters that a config adds
-    "rank": None,
-    "in": None,
-    "out": None,
-    "expert": None,
-    "state": None,
 }
+FREE = "rank", "in", "out", "expert", "state"  # of rows that a config adds; whole everywhere
 ROWS = "data", "fsdp"  # the mesh axes that the rows of a batch are split over
 
 
@@ -97,9 +92,11 @@ def shardings(rows: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
 def rule(axis: str, name: str) -> str | None:
     """The mesh axis of a parameter's axis; `teacher/embed` is split as `embed` is."""
     own = axis.rpartition("/")[2]
+    if own in FREE:
+        return None
     if own not in RULES:
         raise ValueError(
-            f"parameter {name} has the axis {axis!r}; allowed are {', '.join(RULES)}, "
+            f"parameter {name} has the axis {axis!r}; allowed are {', '.join([*RULES, *FREE])}, "
             "and these with a prefix, such as teacher/embed"
         )
     return RULES[own]

@@ -36,7 +36,7 @@ def test_sharding_that_does_not_divide_names_axis_and_mesh(tiny):
 def test_unknown_axis_has_no_sharding(tiny, monkeypatch):
     odd = model.table(tiny) | {"extra": model.Param(("experts",), (4,), 1.0)}
     monkeypatch.setattr(model, "table", lambda config: odd)
-    with pytest.raises(KeyError, match="experts"):
+    with pytest.raises(ValueError, match="parameter extra has the axis 'experts'; allowed are layers"):
         shardings(model.table(tiny), make_mesh(MeshConfig()))
 
 
