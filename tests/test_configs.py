@@ -32,7 +32,6 @@ LONGER = {
     "context/in_context_pretraining": (162, 32),  # nearest neighbours, until D4 needs them too
     "forgetting/dual_process": (197, 45),  # a process of its own, and its probe
     "forgetting/vocabulary": (173, 40),  # five ways to begin a row, and a run to plain bytes
-    "growth/minitron": (218, 25),  # scores by a copy of the forward pass, until blocks can be visited
     "selection/climb": (154, 29),  # scores of documents, until a second file needs them
 }
 # Which config takes a function of another one, besides configs/base.py, and which function.

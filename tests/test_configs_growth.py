@@ -16,6 +16,7 @@ from lib.edits import stack
 from lib.freezing import asleep, freeze
 from lib.kernels import Mask
 from lib.optim import first_state
+from lib.prune import prune
 from lib.schedule import models_of
 from lib.sharding import MeshConfig, make_mesh
 from lib.widen import widen
@@ -162,7 +163,7 @@ def test_pruning_what_growth_added_gives_the_old_model_back(tiny, by, tied):
     if by == "first":
         grown = widen(before, context(), embed=48, kv_heads=3, mlp=60, new="zero").model
     given = context(batches=calibration)
-    small = minitron.prune(grown, given, layers=2, kv_heads=2, mlp=48, embed=32, by=by, batches=2)
+    small = prune(grown, given, layers=2, kv_heads=2, mlp=48, embed=32, by=by, batches=2)
     assert replace(small.model.config, norm_eps=1e-6) == before.config
     assert apart(small, before) <= 1e-5
     for name, p in model.table(before.config).items():
@@ -176,7 +177,7 @@ def test_pruning_keeps_what_matters_and_cuts_moments_along(tiny):
     loud = before.params["down"].at[np.arange(2)[:, None], keep].mul(100.0)
     before = Model(before.config, before.params | {"down": loud})
     for by in ("magnitude", "activations"):
-        edited = minitron.prune(before, context(batches=calibration), mlp=3, by=by, batches=1, moments="map")
+        edited = prune(before, context(batches=calibration), mlp=3, by=by, batches=1, moments="map")
         equal(edited.model.params["down"], np.take_along_axis(np.asarray(loud), keep[:, :, None], 1))
         names = model.groups(tiny)["matrix"]
         moments = edited.policy["matrix"]({n: before.params[n] for n in names}, "mu")
@@ -185,9 +186,9 @@ def test_pruning_keeps_what_matters_and_cuts_moments_along(tiny):
 
 def test_pruning_refuses(tiny):
     with pytest.raises(ValueError, match="mlp is 49, but the model has 48"):
-        minitron.prune(wider("float32", tiny, True), context(), mlp=49)
+        prune(wider("float32", tiny, True), context(), mlp=49)
     with pytest.raises(ValueError, match="by is 'luck'"):
-        minitron.prune(wider("float32", tiny, True), context(), mlp=4, by="luck")
+        prune(wider("float32", tiny, True), context(), mlp=4, by="luck")
 
 
 def test_pruning_arms_are_runs():
