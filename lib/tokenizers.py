@@ -82,9 +82,11 @@ class SentencePiece:
     def spans(self, text: str) -> np.ndarray:
         """(start, end) of each token in characters of a text [tokens 2]; see `marked_tokens`."""
         ids = self.encode(text)
+        if not ids:
+            return np.zeros((0, 2), np.int64)
         chars = char_of_byte([escape(char) for char in text])
-        ends = np.cumsum([self.size(i) for i in ids], dtype=np.int64)
-        extra = ends[-1] - len(chars) if len(ids) else 0  # of a space that a model adds in front
+        ends = np.cumsum([self.size(i) for i in ids])
+        extra = ends[-1] - len(chars)  # 1 if the model adds a space in front
         if extra not in (0, 1):
             raise InputError("the SentencePiece model changes the text that it reads, so marks "
                              "have no place in it; allowed is one that does not normalise")
