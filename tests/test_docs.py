@@ -93,8 +93,8 @@ def all_together(examples: dict[str, train.Config], path: Path):
     hooks = "reparam", "token_loss", "reduce", "optimizer", "evals"
     for example in examples.values():
         for own in example.data.sources.values():
-            found = changed_fields(own, empty)
-            if getattr(own.documents, "func", own.documents) is data.stdlib:
+            found = changed_fields(own, empty, ("split",))  # all have documents in every split
+            if getattr(own.documents, "func", own.documents) in (data.stdlib, data.nothing):
                 del found["documents"]
             source = replace(source, **found)
         own = changed_fields(example.phases[0], BASE.phases[0], ("steps", "batch", "seq"))

@@ -642,3 +642,95 @@ def test_rows_of_nothing_follow_seed_and_step_on_any_number_of_processes():
         same(part, whole._replace(arrays={k: v[i:i + 1] for k, v in whole.arrays.items()}))
     assert not np.array_equal(whole.arrays["y"], other.batch(5).arrays["y"])
     assert not np.array_equal(whole.arrays["y"], made.batch(6).arrays["y"])
+
+
+# --------------------------------------------------------------------------------- the guide, and whole runs
+
+GUIDE = (ROOT / "docs/extending.md").read_text("utf-8")
+EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", GUIDE))
+
+
+@pytest.mark.parametrize("name, key", [
+    ("`Source.split`", ""), ("`Source.marks`", "marks"), ("Sources without text", "x"),
+    ("Scores of many documents at once", ""), ("Tokenizers of your own", ""), ("Objectives by source", "")])
+def test_examples_of_the_guide_make_batches(home, tmp_path, name, key):
+    """On a few documents in the place of the standard library."""
+    file = tmp_path / "example.py"
+    file.write_text(EXAMPLES[name])
+    config = train.load_config(str(file))
+    sources = {}
+    for source, own in config.data.sources.items():
+        documents = own.documents if own.documents is nothing else partial(quotes, letter=source)
+        sources[source] = replace(own, documents=documents)
+    tokenizer = "bytes" if config.data.tokenizer == "bpe" else config.data.tokenizer
+    made = replace(config.data, sources=sources, tokenizer=tokenizer, dev=0.2, test=0.2)
+    config = replace(config, data=made, model=replace(config.model, vocab=0), runs=str(tmp_path))
+    run = train.prepare(replace(config, name="example"))
+    first, last = run.loader.batch(1), run.loader.batch(config.phases[0].steps)
+    assert first.arrays.keys() == last.arrays.keys() and (not key or first.arrays[key].any())
+    assert config.token_loss is train.cross_entropy or key
+    assert first.arrays["weights"].any() and last.arrays["weights"].any()
+
+
+def quotes(number: int = 60, letter: str = "q"):
+    """Documents with something between quotes."""
+    for i in range(number):
+        yield Document(f"{letter}{i}", f'say "{letter} {i}" and {prose(i, 40)}')
+
+
+STEERED = '''
+from train import Config, Phase
+from data import DataConfig, Document, Source, causal
+from model import ModelConfig
+
+
+def verses(letter: str = "a"):
+    for i in range(9 if letter == "a" else 40):
+        yield Document(f"{letter}{i}", f"{letter} tree number {i} " * 9)
+
+
+def figure(params, apply):
+    return {"own/figure": 2}
+
+
+def weighed(row, rng, log):
+    factor = 1 + sum(entry["own/figure"] + entry["b"] + entry["eval/a/loss"] for entry in log)
+    return row | {"weights": row["weights"] * factor}, {"kind": "causal", "window": 0}
+
+
+def staying(draw, rows, progress, key, log):
+    return len(log) % rows
+
+
+config = Config(
+    model=ModelConfig(layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16, vocab=0),
+    data=DataConfig(sources={"a": Source(verses), "b": Source(verses)}, tokenizer="bytes", dev=0.2, test=0.2),
+    phases=(Phase(steps=6, batch=8, seq=32, mixture={"a": 1, "b": 1}, steer=2, order=staying,
+                  objective={"a": weighed}),),
+    evals=(figure,), overlap=8, sample_tokens=5, save_every=1, keep=9,
+)
+'''
+
+
+def test_a_run_that_is_steered_by_all_its_figures_resumes_as_it_was(home, tmp_path):
+    """Its log has NaN in it: the error of a split of one document."""
+    file = tmp_path / "steered.py"
+    file.write_text(STEERED)
+    given = {"data.sources.b.documents.letter": "b"}
+    config, _ = train.parse([str(file), *[f"--{flag}={word}" for flag, word in given.items()]])
+    config = replace(config, runs=str(tmp_path))
+    assert train.train(config) is not None
+    losses = figures(tmp_path / "steered")
+    for step in (4, 5, 6):
+        (tmp_path / f"steered/checkpoints/{step}").rename(tmp_path / f"{step}")
+    meta = json.loads((tmp_path / "steered/checkpoints/3/meta/metadata").read_text())
+    (logged,) = meta["log"][0]
+    assert math.isnan(logged["eval/a/bpb_se"]) and logged["own/figure"] == 2 and logged["a"] == logged["eval/a/loss"] and "eval/b/bpb" in logged
+    assert train.train(config) is not None
+    assert figures(tmp_path / "steered") == losses and len(losses) == 6
+
+
+def figures(directory) -> list[float]:
+    """The training losses of a run."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
