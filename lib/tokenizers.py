@@ -350,8 +350,12 @@ def number_of(name: str) -> int:
     return int(number)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.model` file."""
+def load_tokenizer(path: str | Path, own: bool = True) -> Tokenizer:
+    """The tokenizer in a `tokenizer.model` file.
+
+    own: whether it may name a class in a file of Python, which is then run. A model from elsewhere
+    may not.
+    """
     try:
         model = Path(path).read_bytes()
     except OSError as error:
@@ -363,7 +367,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Bytes()
     if model.startswith(NUMBERS):
         return Numbers(int(model.removeprefix(NUMBERS)))
-    if model.startswith(b'{"class":'):
+    if model.startswith(b'{"class":') and own:
         return Own(model)
     if model.startswith(b'{"bos":'):
         return HuggingFace(model)
@@ -479,7 +483,8 @@ def read_hf_tokenizer(name: str) -> Tokenizer:
     tokenizer = read_hf_json(name, "tokenizer.json")
     config = read_hf_json(name, "config.json")
     if not tokenizer:
-        return load_tokenizer(Path(name.removeprefix("hf:")).expanduser() / "tokenizer.model")
+        directory = Path(name.removeprefix("hf:")).expanduser()
+        return load_tokenizer(directory / "tokenizer.model", own=False)
     eos = hf_special(name, "eos", tokenizer)
     bos = hf_special(name, "bos", tokenizer)
     if eos is None:

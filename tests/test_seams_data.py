@@ -577,6 +577,27 @@ def test_a_tokenizer_s_class_is_part_of_its_model(home, tmp_path):
     assert models[0]["model"] == models[1]["model"] and models[0]["source"] != models[1]["source"]
 
 
+def test_a_model_from_elsewhere_brings_no_code(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_text('{"class": "evil.py:Evil", "source": "", "model": ""}')
+    (tmp_path / "evil.py").write_text("raise AssertionError('run')")
+    with pytest.raises(InputError, match="is not a SentencePiece model"):
+        make_tokenizer(DataConfig(tokenizer=f"hf:{tmp_path}"), 0)
+    with pytest.raises(InputError, match=r"the function Evil of evil\.py, a file that is gone"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_function_in_the_place_of_a_tokenizer_s_name_is_set_by_flags(tmp_path):
+    file = tmp_path / "flags.py"
+    file.write_text(LETTERS)
+    for flag, vocab in (("--data.tokenizer=bytes", 258), ("--data.tokenizer=numbers:9", 11)):
+        config, _ = train.parse([str(file), flag])
+        assert make_tokenizer(config.data, 0).vocab == vocab
+    config, _ = train.parse([str(file), "--data.tokenizer.most=7"])
+    again = from_json(train.Config, json.loads(json.dumps(to_json(config))))
+    assert again.data.tokenizer.keywords == config.data.tokenizer.keywords == {"most": 7}
+
+
 def plain_bytes():
     return Bytes()
 

@@ -182,8 +182,12 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tuple[dict, dict]:
         return json.loads(tokenizer.model)["tokenizer"], ends
     if isinstance(tokenizer, Bytes):
         made = bytes_parts()
-    else:
+    elif isinstance(tokenizer, SentencePiece):
         made = sentencepiece_parts(tokenizer)
+    else:
+        raise InputError(
+            "the run's tokenizer is no tokenizer.json's; allowed are SentencePiece, bytes and hf:DIR"
+        )
     names = dict(made["added_tokens"])
     ends = {"bos_token": names[tokenizer.bos], "eos_token": names[tokenizer.eos]}
     model = {
