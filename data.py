@@ -62,8 +62,8 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})
-    # trained to model.vocab pieces; or "bytes", "numbers:N", "hf:DIR", a file, or a function
-    tokenizer: str | Callable = "bpe"  # [texts, vocab] -> tokenizer, see lib/tokenizers.py
+    # "bpe" is trained to model.vocab pieces. A function is [texts, vocab] -> tokenizer.
+    tokenizer: str | Callable = "bpe"  # or "bytes", "numbers:N", "hf:DIR", a file, a function
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
     dev: Share = 0.05  # share of documents for steering, tuning and selection
     test: Share = 0.05  # share of documents for what is reported
@@ -169,7 +169,7 @@ class Rows:
 
     A window of shards is planned when its first row is asked for, since later shards may still be
     on their way. Plans are kept on disk, beside the shards. marks: whether rows have `marks`, see
-    `lib.packing.fill_marks`. may_be_empty: no rows are no error.
+    `lib.packing.fill_marks`. empty: it is held out as a whole and has no rows.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Rows:
         key: tuple[int, ...],
         split: str = "train",
         marks: bool = False,
-        may_be_empty: bool = False,
+        empty: bool = False,
     ):
         self.cache = cache
         self.seq = seq
@@ -194,6 +194,7 @@ class Rows:
         self.key = key  # of all permutations
         self.split = split
         self.marks = marks
+        self.empty = empty
         parts = [function_key(packing), seq, window, key]
         if split != "train":
             parts.append(split)
@@ -202,14 +203,11 @@ class Rows:
         self.window = lru_cache(4)(self.open_window)
         self.lock = threading.RLock()
         self.ends = [0]  # window i has the rows ends[i] to ends[i + 1] of an epoch
-        while not self.ends[-1]:
-            if self.grow():
-                continue
-            if may_be_empty:
-                break
-            raise InputError(
-                f"source {cache.name!r} has no document in its {split} split that is packed"
-            )
+        while not self.ends[-1] and not empty:
+            if not self.grow():
+                raise InputError(
+                    f"source {cache.name!r} has no document in its {split} split that is packed"
+                )
 
     def open_window(self, number: int) -> Window:
         """A window with its plan. `window` does the same and remembers the last ones."""
@@ -255,6 +253,8 @@ class Rows:
 
     def grow(self) -> bool:
         """Plan the next window once its shards are sealed; False where there is none."""
+        if self.empty:
+            return False
         with self.lock:  # one thread makes batches while another counts epochs
             number = len(self.ends) - 1
             first = number * self.shards
@@ -371,6 +371,7 @@ class Draws:
         self.rows = rows  # [lengths][sources]
         self.before = before  # () -> positions [sources] drawn before this phase
         self.lengths, self.picks = batch_lengths(phase)
+        self.trained = [name for name in sources if sources[name].split not in HELD_OUT]
         stops = [source.after == "stop" for source in sources.values()]
         self.stops = np.array(stops)
         self.lock = threading.Lock()
@@ -421,11 +422,11 @@ class Draws:
                 f"not all 0, for the sources {', '.join(self.sources)}"
             )
         shares = [mixture.get(name, 0) for name in self.sources]
-        for name, source in self.sources.items():
-            if mixture.get(name) and source.split in HELD_OUT:
+        for name in self.sources:
+            if mixture.get(name) and name not in self.trained:
                 raise InputError(
                     f"phases.{self.number}.mixture gives the source {name} a share, but its split "
-                    f'is "{source.split}"; allowed is 0'
+                    f'is "{self.sources[name].split}"; allowed is 0'
                 )
         shares = np.array(shares, float)
         return shares / shares.sum()
@@ -437,9 +438,8 @@ class Draws:
             return mixture(step / self.phase.steps, self.decisions(step))
         if mixture is not None:
             return mixture
-        trained = [name for name, source in self.sources.items() if source.split not in HELD_OUT]
-        if len(trained) == 1:  # whose size need not be known
-            return dict.fromkeys(trained, 1.0)
+        if len(self.trained) == 1:  # whose size need not be known
+            return dict.fromkeys(self.trained, 1.0)
         rows = self.rows[self.picks[step]]
         sizes = [each.epoch for each in rows]
         return dict(zip(self.sources, sizes, strict=True))
@@ -544,15 +544,12 @@ class Loader:
         marks = any(source.marks for source in sources.values())
         before = self.started
         for number, phase in enumerate(phases):
-            shared = phase.packing, phase.order, config.window, tokenizer
-            rows = []
-            for seq in row_lengths(phase):
-                of_length = []
+            rows = [[] for _ in row_lengths(phase)]
+            for each, seq in zip(rows, row_lengths(phase), strict=True):
+                shared = seq, phase.packing, phase.order, config.window, tokenizer
                 for i, (name, cache) in enumerate(caches.items()):
-                    none = sources[name].split in HELD_OUT
-                    made = Rows(cache, seq, *shared, (seed, i), marks=marks, may_be_empty=none)
-                    of_length.append(made)
-                rows.append(of_length)
+                    empty = sources[name].split in HELD_OUT
+                    each.append(Rows(cache, *shared, (seed, i), marks=marks, empty=empty))
             draws = Draws(number, phase, sources, rows, before)
             self.rows.append(rows)
             self.draws.append(draws)
@@ -628,7 +625,8 @@ class Loader:
         progress = (steps - 1) / phase.steps
         log = self.draws[number].decisions(steps - 1)
         mine = own(len(sources))
-        masks = declared_masks(objective_of(phase.objective, name) for name in self.names)
+        trained = self.draws[number].trained
+        masks = declared_masks(objective_of(phase.objective, name) for name in trained)
         needed = mine if masks else range(len(sources))  # undeclared masks show in all rows alone
         rows, made = {}, {}
         for r in needed:
@@ -644,7 +642,6 @@ class Loader:
             for source, name in enumerate(self.names):
                 metrics[f"data/{name}/rows"] = sources.count(source)
         return Batch(arrays, mask, metrics, len(sources))
-
 
     def told(self, objective: Callable, row: Row, progress: float,
              log: list[Evaluation]) -> Callable:

@@ -71,8 +71,9 @@ def show_fields(config, made: type, file: str):
         """Fields that may hold a function are shown by its name."""
         if all(kind(of) is not collections.abc.Callable for of in options(info.type)):
             return None
+        metavar = "NAME" if str in options(info.type) else "FUNCTION"
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar="FUNCTION", instance_from_str=lambda words: words[0],
+            nargs=1, metavar=metavar, instance_from_str=lambda words: words[0],
             is_instance=lambda value: True, str_from_instance=lambda value: [short(value)])
 
     how = tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands

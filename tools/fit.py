@@ -35,7 +35,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data import Document, batch_lengths
+from data import HELD_OUT, Document, batch_lengths
 from lib.arguments import Arguments
 from lib.banner import grid
 from lib.bind import bind
@@ -267,7 +267,8 @@ def rows_like(phase, sources: dict, seq: int, mesh) -> tuple[dict, Mask]:
     if any(source.marks for source in sources.values()):
         plain["marks"] = zeros
     given = dict(tokenizer=Bytes(), progress=0.0, log=[], document=Document("fit", ""))
-    made, objectives = {}, [objective_of(phase.objective, name) for name in sources]
+    drawn = [name for name, source in sources.items() if source.split not in HELD_OUT]
+    made, objectives = {}, [objective_of(phase.objective, name) for name in drawn]
     for i, objective in enumerate(objectives):
         made[i] = bind(objective, **given)(dict(plain), np.random.default_rng(0))
     arrays, mask = stack(made, np.array([0]), declared_masks(objectives), "the objective")
