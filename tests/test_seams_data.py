@@ -756,3 +756,15 @@ def figures(directory) -> list[float]:
     """The training losses of a run."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_fit_knows_the_arrays_of_a_batch():
+    """Whatever the objectives of the sources ask for, and of a source that has marks."""
+    fit = load_file(ROOT / "tools/fit.py")
+    sources = {"a": Source(short, marks=True), "b": Source(short), "v": Source(short, split="dev")}
+    objective = {"a": nosy, "b": both_ways, "v": with_noise}
+    phase = replace(PLAIN, mixture=dict(a=1, b=1), batch=8, objective=objective)
+    shapes, mask = fit.rows_like(phase, sources, 32, train.make_mesh(train.MeshConfig()))
+    batch = load_all(sources, phase).batch(1)
+    assert train.Mask(**batch.mask) == mask
+    assert {key: x.shape for key, x in batch.arrays.items()} == {key: x.shape for key, x in shapes.items()}
