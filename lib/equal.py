@@ -1,7 +1,8 @@
 """Runs of equal configs are made once, whichever study asks for them.
 
 RUNS/.equal/KEY holds the path, below RUNS, of the run that was made by what KEY stands for. Another
-study that wants the same makes a link to it in the place of a run.
+study that wants the same makes a link to it in the place of a run. What was stopped and resumed is
+not found by a key: other code may have begun it.
 """
 
 import importlib.metadata

@@ -182,11 +182,13 @@ def test_what_needs_a_run_that_failed_is_not_made(file, trainer):
     assert [*result["arms"]["again"]["runs"]] == [1] and "tiny/again-own-s2" not in trainer.made
 
 
-def test_a_run_older_than_what_it_needs_is_refused(file, trainer):
+def test_a_run_whose_need_was_made_anew_is_refused(file, trainer):
     call(file, "--seeds", "1")
     place = file.parent / "runs/tiny/second-own-s1/summary.json"
     write(place, place.read_text())
-    with pytest.raises(InputError, match="again-own-s1 is older than second-own-s1, which it needs; delete"):
+    call(file, "--seeds", "1")
+    write(place, json.dumps(json.loads(place.read_text()) | {"host": "another"}))
+    with pytest.raises(InputError, match="again-own-s1 needs second-own-s1, which was made anew since; del"):
         call(file, "--seeds", "1")
 
 
@@ -392,3 +394,24 @@ def test_a_study_with_needs_by_the_command_line(file):
     assert trained["again"]["own"][0] - trained["plain"]["own"][0] == 258 * 16
     first, last = (train.load(str(directory / f"{run}-own-s1"))[0] for run in ("base", "again"))
     assert max(float(abs(first[name] - last[name]).max()) for name in first) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------ the docs
+
+def test_the_example_of_the_docs_is_a_study(tmp_path):
+    """It is accepted with --quick and without, its arms find what they need, its law is fitted."""
+    page = (ROOT / "docs/extending.md").read_text("utf-8")
+    code = re.search(r"(?ms)tested in tests/test_seams_study.py -->\n```python\n(.*?)^```", page).group(1)
+    file = tmp_path / "law.py"
+    file.write_text(code)
+    for words in [], ["--quick"]:
+        request = study.read(study.arguments_of([str(file), *words]))
+        for name in [*request.arms, "teacher"]:
+            config, _ = parse([str(word) for word in study.command(request, study.Job(name, None, 1))])
+            train.check(config)
+            assert bool(config.init_from.endswith("teacher-own-s1")) == (name == "on")
+    exponent = request.study.conclusions["exponent"]
+    params = {arm: np.array([float(10 ** i)] * 3) for i, arm in enumerate(("layers1", "layers2", "layers4"))}
+    figures = {arm: {"bpb": size**-0.5, "model/params": size} for arm, size in params.items()}
+    assert statistics.conclude("exponent", exponent, figures)["exponent"] == pytest.approx(
+        dict(value=-0.5, half=0.0), abs=1e-9)

@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 from lib import equal, results
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, to_json, walk
-from lib.disk import finite, write
+from lib.disk import digest, finite, write
 from lib.errors import InputError
 from lib.fields import allowed_names
 from lib.schedule import Schedule
@@ -81,6 +81,7 @@ HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "s
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 QUICK_SEEDS = 2
+STARTED = ".needs.json"  # in a run's directory: how those ended that it needed
 NOT_RUN = "not run"  # the verdict of a claim about an arm that was left out
 
 
@@ -250,29 +251,39 @@ def key_of(request: Request, job: Job, device: str) -> str:
 def complete(request: Request, job: Job) -> bool:
     """Has this run ended?
 
-    Raises InputError for a config that is refused, for one that the run was not made by, and for a
-    run that began before one that it needs was made anew. A link to such a run is taken away.
+    Raises InputError for a config that is refused, for one that the run was not made by, and where
+    a run that it needs was made anew since. A link to a run of another config is taken away.
     """
     config, _ = parse(command(request, job))
     check(config)
     run = request.directory / job.name
     whole = (run / "summary.json").exists()
-    if run.is_symlink() and not (whole and not changed_fields(run, config, request, job)):
-        run.unlink()
-        return False
-    if not whole:
-        return False
-    changed = changed_fields(run, config, request, job)
+    changed = changed_fields(run, config, request, job) if whole else []
+    if run.is_symlink():
+        if changed or not whole:
+            run.unlink()
+        return whole and not changed
     if changed:
         raise InputError(f"run {run} was made by another config ({', '.join(changed)}); delete it, "
                          "or use another --runs")
+    started = run / STARTED
+    if whole and started.exists():
+        now = ends_of(request, job)
+        for name, end in json.loads(started.read_text()).items():
+            if now.get(name, end) != end:
+                raise InputError(f"run {run} needs {name}, which was made anew since; delete {run}, "
+                                 "or use another --runs")
+    return whole
+
+
+def ends_of(request: Request, job: Job) -> dict[str, str]:
+    """{run that this one needs: a digest of how it ended}, of those that have."""
+    found = {}
     for need in needed_by(request, job):
         end = request.directory / need.name / "summary.json"
-        ended = (run / "summary.json").stat().st_mtime_ns
-        if end.exists() and not run.is_symlink() and end.stat().st_mtime_ns > ended:
-            raise InputError(f"run {run} is older than {need.name}, which it needs; delete it, "
-                             "or use another --runs")
-    return True
+        if end.is_file():
+            found[need.name] = digest(end.read_text())
+    return found
 
 
 def changed_fields(run: Path, config: Config, request: Request, job: Job) -> list[str]:
@@ -402,13 +413,15 @@ class Runner:
         if made and not begun:
             equal.link(run, made)
             if complete(self.request, job):
-                print(f"{job.name} is {made}, whose config is equal", flush=True)
+                print(f"{job.name} is {made}, a run of an equal config", flush=True)
                 return True
         device = self.free.get()
         code = self.run(job, device)
         self.free.put(device)
         if not self.succeeded(job, code):
             return False
+        if needed_by(self.request, job):
+            write(run / STARTED, json.dumps(ends_of(self.request, job)))
         if not begun and key_of(self.request, job, self.kind) == key:
             equal.remember(run.parent.parent, key, run)
         return True
