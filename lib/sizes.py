@@ -6,9 +6,9 @@ from functools import partial
 
 import jax
 
-from lib.optim import init_opt_state
+from lib.optim import init_opt_state, trained_groups
 from lib.schedule import Plan
-from model import ModelConfig, groups, init
+from model import ModelConfig, init
 
 
 def sizes_of(plan: Plan, optimizer: Callable) -> dict[int, dict[str, int]]:
@@ -28,14 +28,13 @@ def sizes(model: ModelConfig, optimizer: Callable, frozen: frozenset[str]) -> di
     draw = partial(init, model)
     params = jax.eval_shape(draw, jax.random.key(0))
     begin = partial(init_opt_state, config=model, optimizer=optimizer)
-    state = jax.eval_shape(begin, params)
     trained = 0
-    for group, names in groups(model).items():
-        if group not in state or group in frozen:
-            continue
+    for names in trained_groups(model, optimizer, frozen).values():
         for name in names:
             trained += math.prod(params[name].shape)
     held = 0
+    state = jax.eval_shape(begin, params)
     for x in jax.tree.leaves(state):
-        held += math.prod(x.shape) * x.dtype.itemsize
+        size = math.prod(x.shape)
+        held += size * x.dtype.itemsize
     return {"model/trained": trained, "model/opt_bytes": held}

@@ -44,6 +44,7 @@ from lib.fields import (
     strict,
 )
 from lib.keys import run_step
+from model import groups
 
 # Measures that every study with held-out text has.
 PAIRED = "bpb", "speed_up_flops", "speed_up_tokens"
@@ -311,8 +312,8 @@ def concluded(name: str, conclusions) -> bool:
 def measure_rule(study: Study, where: str, name: str, arm: str) -> tuple[bool, str]:
     """The rule that the runs of an arm have a measure.
 
-    Functions of the arm's own (`evals`, `reduce`) may write metrics of any name but the core's.
-    Whether they do is seen when the first run has ended.
+    Functions of the arm's own (`evals`, `reduce`, `gradient`) may write metrics of any name but the
+    core's. Whether they do is seen when the first run has ended.
     """
     return metric_rule(study.arms[arm], where, name, arm, (*study.measures, *OF_RUN))
 
@@ -345,19 +346,18 @@ def metrics_of(config: Any) -> list[str]:
 
 def group_names(config: Any) -> list[str]:
     """The names of what is written for each optimiser group."""
-    groups = ["embed", "matrix", "vector"]
-    if not config.model.tied:
-        groups.append("head")
-    names = [f"{group}/grad_norm" for group in groups]
+    known = groups(config.model)
+    names = [f"{group}/grad_norm" for group in known]
     if any(phase.edits or phase.repeat for phase in config.phases):
-        names += [f"{group}/update_ratio" for group in groups]
+        names += [f"{group}/update_ratio" for group in known]
     return names
 
 
 def may_be_its_own(config: Any, name: str) -> bool:
-    """May this metric be written by the config's own `evals` or `reduce`?"""
+    """May this metric be written by the config's own functions?"""
     default = {f.name: f.default for f in dataclasses.fields(config)}
-    if not config.evals and config.reduce is default["reduce"]:
+    functions = [*config.evals, config.gradient, *(phase.reduce for phase in config.phases)]
+    if not any(functions) and config.reduce is default["reduce"]:
         return False
     heads = ["train/", "data/", "perf/", "model/", "speed_up_"]  # the core's
     heads += [f"eval/{source}{end}/" for source in config.data.sources for end in ("", ".test")]

@@ -371,6 +371,13 @@ def test_sizes_are_of_what_is_trained():
 
     assert sizes(shape, plain, frozenset())["model/opt_bytes"] == 0
 
+    def without_embed(table):
+        return {group: own for group, own in adamw(table).items() if group != "embed"}
+
+    left_out = sizes(shape, without_embed, frozenset())
+    assert left_out["model/trained"] == frozen["model/trained"]
+    assert every["model/opt_bytes"] - left_out["model/opt_bytes"] == 2 * 4 * 64 * 16 + 4
+
 
 # ------------------------------------------------------------------------------------------ a whole study
 
