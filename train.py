@@ -83,7 +83,9 @@ from lib.processes import all_gather, is_main_process
 from lib.resume import changed_fields, resume_key, start_config, start_from
 from lib.schedule import Plan, Schedule, make_plan
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
+from lib.sizes import sizes_of
 from lib.stop import Stop
+from lib.study import unmet_rules
 from lib.summary import hint, write_summary
 from lib.tokenizers import Tokenizer, load_tokenizer
 from lib.trackers import start_tracker
@@ -557,6 +559,7 @@ def next_batches(loader: Loader, step: int, number: int) -> list[dict]:
 def prepare(config: Config, file: str = "") -> Run:
     """Check a config, and work out all that its run needs before it holds a state."""
     check(config)
+    require(unmet_rules(config, file))
     directory, own = Path(config.runs).expanduser() / config.name, None
     if config.init_from:
         config, own = start_config(config, directory)
@@ -851,7 +854,8 @@ def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
 def log_of(run: Run, step: int) -> Log:
     """What a run reports after `step`, its tracker told of what came before."""
     complete = run.summary is not None
-    log = Log(run.directory / "metrics.jsonl", step, run.plan, run.config.max_skipped, complete)
+    place, sizes = run.directory / "metrics.jsonl", sizes_of(run.plan, run.config.optimizer)
+    log = Log(place, step, run.plan, run.config.max_skipped, complete, sizes)
     if not complete:
         log.track = start_tracker(run.config, run.directory, step)
     return log

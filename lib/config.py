@@ -146,10 +146,15 @@ def find_config(path: str, kind: type) -> tuple[Any, str]:
 
 
 def arms_of(module: ModuleType) -> tuple[dict[str, Any], str]:
-    """(the arms that a file's study or its dictionary `arms` has, the study's control or "")."""
+    """(configs by name that a file's study or its dictionary `arms` has, its control or "").
+
+    A study has its arms and the runs that these need.
+    """
     study = getattr(module, "study", None)
     arms = getattr(study, "arms", getattr(module, "arms", None))
-    return arms if isinstance(arms, dict) else {}, getattr(study, "first", "")
+    if not isinstance(arms, dict):
+        return {}, ""
+    return arms | getattr(study, "needs", {}), getattr(study, "first", "")
 
 
 def build(function: Callable, given: dict[str, Any], file: str, kind: type):

@@ -58,8 +58,10 @@ class Log:
     track: takes each row too. complete: the run has ended before; its rows stay as they are.
     """
 
-    def __init__(self, path: Path, step: int, plan: Plan, max_skipped: int, complete: bool = False):
+    def __init__(self, path: Path, step: int, plan: Plan, max_skipped: int, complete: bool = False,
+                 sizes: dict[int, dict[str, int]] | None = None):
         self.path, self.plan, self.max_skipped = path, plan, max_skipped
+        self.sizes = sizes or {}  # {phase: what its rows say of the model besides}
         place = os.devnull
         if is_main_process():
             write(path, rows_kept(path, step, complete))
@@ -100,6 +102,7 @@ class Log:
         step, metrics, of_batch = self.pending
         self.pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        phase = self.plan.phase_of(step)
         skipped = int(metrics.pop("skipped"))
         row = {
             "step": step,
@@ -107,7 +110,8 @@ class Log:
             "train/lr": float(max(lr[step] for lr in self.plan.lr.values())),
             **self.plan.spent(step),
             **of_batch,
-            "model/params": count(self.plan.models[self.plan.phase_of(step)]),
+            "model/params": count(self.plan.models[phase]),
+            **self.sizes.get(phase, {}),
             "train/skipped": skipped,
         }
         self.report_spike(step, row["train/loss"])

@@ -1,18 +1,24 @@
 """What a study's runs say: figures of each run, paired differences, intervals and verdicts."""
+import itertools
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from scipy.special import stdtrit
 
 from lib.disk import read_rows
-from lib.study import Claim
+from lib.errors import InputError, user_errors
+from lib.fields import allowed_names
+from lib.study import OF_RUN, Claim
 
 MADE_BY = "versions", "commit", "host", "device", "devices"  # of a run's summary
 EXTRA = 2  # rates tried beyond the grid before an arm's best one is reported as not bracketed
 NOT_JUDGED = "not judged"  # the verdict of --quick, which shows that a study runs and no more
+RESAMPLES = 1_000  # of the seeds, for a conclusion's interval, at most
 PLUS_MINUS = "± is half a 95 % interval"  # said wherever such figures are shown
 
 
@@ -24,8 +30,12 @@ def interval(values: list[float]) -> tuple[float, float | None]:
     mean = statistics.fmean(values)
     if n == 1:
         return mean, None
-    width = float(stdtrit(n - 1, 0.975))  # in standard errors
-    return mean, width * statistics.stdev(values) / math.sqrt(n)
+    return mean, half_width(n) * statistics.stdev(values) / math.sqrt(n)
+
+
+def half_width(n: int) -> float:
+    """Half a 95 % interval of n values by Student's t, in standard errors."""
+    return float(stdtrit(n - 1, 0.975))
 
 
 def verdict(mean: float | None, half: float | None, claim: Claim) -> str:
@@ -61,10 +71,13 @@ def mean_bpb(row: dict, split: str) -> float | None:
 
 
 def run_figures(
-        run: Path, elsewhere: float = 0.0, measures: dict[str, Callable] | None = None) -> dict:
+        run: Path,
+        elsewhere: float = 0.0,
+        measures: dict[str, Callable | str] | None = None) -> dict:
     """What a study needs of a complete run.
 
-    elsewhere: FLOPs spent on it in other places, which its own are added to. Returns
+    elsewhere: FLOPs spent on it in other places, which its own are added to. Raises InputError for
+    a measure that names a metric which the run does not have. Returns
 
         bpb, dev   means over sources on test and dev, at the end; None where there is no such split
         last       every metric's last value, and the study's `measures` of the rows
@@ -77,7 +90,13 @@ def run_figures(
     for row in rows:
         last |= row
     for name, measure in (measures or {}).items():
-        last[name] = measure(rows)
+        if not isinstance(measure, str):
+            last[name] = measure(rows)
+        elif measure in last:
+            last[name] = last[measure]
+        else:
+            raise InputError(f"measures.{name} is {measure!r}, which run {run.name} does not have; "
+                             f"{allowed_names(measure, last)}")
     curve = curve_of(rows, elsewhere)
     return dict(
         run=run.name,
@@ -148,20 +167,128 @@ def difference(arm: dict, control: dict, measure: str) -> float | None:
 
 def value_of(run: dict, measure: str) -> float | None:
     """The last value of a metric in a run's figures; None where it has none."""
-    if measure == "bpb":
-        return run["bpb"]
+    if measure == "bpb" or measure in OF_RUN:
+        return run[measure]
     return run["last"].get(measure)
 
 
-def compare(arm: dict[int, dict], control: dict[int, dict], measure: str) -> dict:
-    """A measure of two arms {seed: figures}, paired by seed: values, mean, half an interval."""
+def compare(arm: dict[int, dict], control: dict[int, dict] | None, measure: str) -> dict:
+    """A measure of two arms {seed: figures}, paired by seed: values, mean, half an interval.
+
+    Without a control it is the measure of the arm alone.
+    """
     values = {}
-    for seed in sorted(arm.keys() & control.keys()):
-        value = difference(arm[seed], control[seed], measure)
+    for seed in sorted(arm):
+        value = None
+        if control is None:
+            value = value_of(arm[seed], measure)
+        elif seed in control:
+            value = difference(arm[seed], control[seed], measure)
         if value is not None:
             values[seed] = value
     mean, half = interval([*values.values()]) if values else (None, None)
     return dict(measure=measure, values=values, mean=mean, half=half)
+
+
+# --------------------------------------------------------------------------------- conclusions
+
+def stacked(runs: dict[str, dict[int, dict]]) -> dict[str, dict[str, np.ndarray]]:
+    """What a conclusion is drawn from: {arm: {measure: float64 [seeds]}}, of seeds all arms have.
+
+    runs: {arm: {seed: figures}}. A figure that is not a number is NaN.
+    """
+    every = map(set, runs.values())
+    seeds = sorted(set.intersection(*every))
+    found = {}
+    for arm, own in runs.items():
+        chosen = [own[seed] for seed in seeds]
+        metrics = [set(run["last"]) for run in chosen]
+        names = {"bpb", *OF_RUN} | set.intersection(*metrics)
+        found[arm] = {}
+        for name in sorted(names):
+            values = [value_of(run, name) for run in chosen]
+            found[arm][name] = np.array(values, np.float64)
+    return found
+
+
+def resamples(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int [r n], float64 [r]): draws of n out of n with replacement, and their shares.
+
+    All that there are, in any order, or as many as RESAMPLES of them for a larger n.
+    """
+    if math.comb(2 * n - 1, n) > RESAMPLES:
+        rng = np.random.default_rng(0)
+        drawn = rng.integers(n, size=(RESAMPLES, n))
+        return drawn, np.full(RESAMPLES, 1 / RESAMPLES)
+    drawn = list(itertools.combinations_with_replacement(range(n), n))
+    shares = []
+    for one in drawn:
+        orders = math.factorial(n)
+        for times in Counter(one).values():
+            orders //= math.factorial(times)
+        shares.append(orders / n**n)
+    return np.array(drawn), np.array(shares)
+
+
+def conclude(
+        name: str,
+        function: Callable,
+        figures: dict[str, dict[str, np.ndarray]],
+        ) -> dict[str, dict[str, float | None]]:
+    """{what it says: value, half a 95 % interval} of a conclusion; see lib/study.py.
+
+    The interval is by the bootstrap over seeds: Student's t times the standard deviation over all
+    resamples of the seeds, times sqrt(n / (n - 1)). Of a mean it is `interval`. Resamples whose
+    value is not finite are left out; if they are half of all or more, there is no interval.
+    """
+    n = seeds_of(figures)
+    drawn, shares = resamples(n)
+    again = []
+    for seeds in drawn:
+        resampled = {}
+        for arm, own in figures.items():
+            resampled[arm] = {measure: x[seeds] for measure, x in own.items()}
+        again.append(numbers(name, function, resampled))
+    concluded = {}
+    for says, value in numbers(name, function, figures).items():
+        values = [found.get(says, math.nan) for found in again]
+        half = bootstrapped(np.array(values), shares, n)
+        concluded[says] = dict(value=value, half=half)
+    return concluded
+
+
+def seeds_of(figures: dict[str, dict[str, np.ndarray]]) -> int:
+    """How many seeds the figures are of."""
+    first = next(iter(figures.values()))
+    return len(first["bpb"])
+
+
+def numbers(name: str, function: Callable, figures: dict) -> dict[str, float]:
+    """{what it says: value} of a conclusion's function. Raises InputError for what is no number."""
+    sentence = f"the conclusion {name!r} ends in {{reason}}; allowed is figures -> number"
+    with user_errors(Exception, InputError, sentence):  # a study's function may raise anything
+        with np.errstate(all="ignore"):
+            given = function(figures)
+        if not isinstance(given, dict):
+            return {name: float(given)}
+        found = {}
+        for key, value in given.items():
+            found[f"{name}: {key}"] = float(value)
+        return found
+
+
+def bootstrapped(values: np.ndarray, shares: np.ndarray, n: int) -> float | None:
+    """Half a 95 % interval by the values [r] of resamples of n seeds, and their shares [r].
+
+    None for one seed, and where half of the values or more are not finite.
+    """
+    finite = np.isfinite(values)
+    if n == 1 or shares[finite].sum() <= 0.5:
+        return None
+    values, shares = values[finite], shares[finite]
+    mean = np.average(values, weights=shares)
+    variance = np.average((values - mean) ** 2, weights=shares)
+    return half_width(n) * math.sqrt(variance / (n - 1) * n)
 
 
 # -------------------------------------------------------------------------------- rates to try

@@ -264,6 +264,8 @@ def test_complete_run_leaves_every_file(complete):
         "train/flops",
         "train/tokens",
         "model/params",
+        "model/trained",
+        "model/opt_bytes",
     } <= summary.keys()
     assert {"jax", "python", "orbax-checkpoint"} <= summary["versions"].keys() and summary["step"] == TOTAL
     for found in (summary, held):

@@ -830,6 +830,8 @@ def test_rows_hold_what_the_design_names(plain):
             "data/truncated",
             "phase",
             "model/params",
+            "model/trained",
+            "model/opt_bytes",
             "matrix/grad_norm",
         } <= row.keys()
     course = course_of(

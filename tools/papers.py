@@ -189,11 +189,20 @@ def describe(entry: Entry) -> str:
 # ----------------------------------------------------------------------------------------- cells
 
 def found(claim: dict) -> str:
-    """What came of a claim's difference."""
+    """What came of what is claimed about; a difference has its sign."""
     if claim["mean"] is None:
         return "–"
-    text = f"{claim['mean']:+.4f}"
+    sign = "+" if claim["control"] else ""
+    text = format(claim["mean"], f"{sign}.4f")
     return text if claim["half"] is None else f"{text} ± {claim['half']:.4f}"
+
+
+def about(claim: dict) -> str:
+    """What a claim is about: a measure of an arm, less a control's, or a conclusion."""
+    if not claim["arm"]:
+        return claim["measure"]
+    less = f" less {claim['control']}" if claim["control"] else ""
+    return f"{claim['measure']}: {claim['arm']}{less}"
 
 
 def bound(claim: dict) -> str:
@@ -243,8 +252,9 @@ def by_chapter(entries: list[Entry]) -> dict[str, list[Entry]]:
 def ledger(entries: list[Entry]) -> str:
     """results/README.md: a row for each claim of each recorded study."""
     lines = ["# Results", "", GENERATED, "",
-             "Each row is a claim that was written before its study was run. A difference is an "
-             f"arm less its control over paired seeds, and {PLUS_MINUS}. A claim is confirmed "
+             "Each row is a claim that was written before its study was run. A figure is an arm less "
+             "its control over paired seeds, or an arm alone, or a conclusion from all arms, and "
+             f"{PLUS_MINUS}. A claim is confirmed "
              "where the whole interval is on the side claimed, reversed where it is on the other, "
              "else undecided. The JSON files beside this page have each seed's figures.", ""]
     recorded = [entry for entry in entries if entry.record]
@@ -253,10 +263,10 @@ def ledger(entries: list[Entry]) -> str:
         for entry in own:
             record = entry.record
             for claim, now in zip(record["claims"], entry.study.claims, strict=True):
-                about = f"{claim['measure']}: {claim['arm']} less {claim['control']}"
-                rows.append([link(entry, "results"), now.says, about, found(claim), bound(claim),
+                rows.append([link(entry, "results"), now.says, about(claim), found(claim),
+                             bound(claim),
                              claim["verdict"], f"`{record['command']}`"])
-        head = ["method", "claim", "difference", "found", "claimed", "verdict", "command"]
+        head = ["method", "claim", "figure", "found", "claimed", "verdict", "command"]
         lines += [f"## {chapter}", "", *table(head, rows)]
     missing = [entry.method for entry in entries if entry.study and not entry.record]
     lines += [f"{NOT_RECORDED.capitalize()}: {', '.join(missing) or 'none'}.", ""]

@@ -549,6 +549,8 @@ def overview_table(runs: list[Run], names: list[str]) -> str:
         head("dev", "bits per byte"),
         head("training loss", "nats per token"),
         head("parameters"),
+        head("trained", "parameters"),
+        head("optimiser", "bytes"),
         head("training", "tokens"),
         head("training", "FLOPs"),
         head("speed", "tokens per second"),
@@ -566,7 +568,7 @@ def overview_table(runs: list[Run], names: list[str]) -> str:
 
 
 def training_cells(run: Run) -> list[str]:
-    """The cells of a run's training: last dev figure, last loss, size, tokens, FLOPs, speed."""
+    """The cells of a run's training: last dev figure, last loss, sizes, tokens, FLOPs, speed."""
     steps = training_rows(run)
     end = steps[-1] if steps else {}
     last = steps[-max(1, len(steps) // 50):]
@@ -577,6 +579,8 @@ def training_cells(run: Run) -> list[str]:
         figure(dev[-1] if dev else None),
         figure(mean_of([row["train/loss"] for row in last])),
         count(end.get("model/params")),
+        count(end.get("model/trained")),
+        count(end.get("model/opt_bytes")),
         count(end.get("train/tokens")),
         figure(end.get("train/flops"), ".2e"),
         count(statistics.median(speeds) if speeds else None),
@@ -737,10 +741,14 @@ def claim_of(claim: dict, quick: bool) -> str:
         verdict = NOT_JUDGED
     side = "above" if "above" in claim else "below"
     kind = verdict if verdict in VERDICTS else "unjudged"
+    whose, form = "", ".4f"
+    if claim["arm"]:
+        whose = f", {claim['arm']}"
+    if claim["control"]:
+        whose, form = f"{whose} less {claim['control']}", "+.4f"
     return (
-        f"<li>{span(kind, verdict)} {text(claim['says'])} <small>({text(claim['measure'])}, "
-        f"{text(claim['arm'])} less {text(claim['control'])}: "
-        f"{figure(claim['mean'], '+.4f', claim['half'])}; "
+        f"<li>{span(kind, verdict)} {text(claim['says'])} <small>({text(claim['measure'] + whose)}: "
+        f"{figure(claim['mean'], form, claim['half'])}; "
         f"claimed {side} {text(claim.get(side))})</small></li>"
     )
 
@@ -762,12 +770,26 @@ def measures_of(result: dict) -> str:
     return table(rows, "numbers")
 
 
+def conclusions_of(result: dict) -> str:
+    """What a study concludes from all of its arms."""
+    found = result.get("conclusions")
+    if not found:
+        return ""
+    rows = [[head("conclusion"), head("value")]]
+    rows += [[text(says), figure(one["value"], ".4g", one["half"])] for says, one in found.items()]
+    return table(rows, "numbers")
+
+
 def notes_of(result: dict) -> list[str]:
     """What one must know of a study before one reads its figures."""
     notes = []
     if result["quick"]:
         notes.append("--quick: too short to say anything of the question, so no claim is judged")
     notes += [f"{run} failed, {why}" for run, why in result["failed"].items()]
+    for name, arm in result["arms"].items():
+        if arm.get("needs"):
+            notes.append(f"{name}: its FLOPs are with those of the runs that it needs, "
+                         f"{', '.join(arm['needs'])}")
     if len(result["made_by"]) > 1:
         notes.append("not all runs were made by the same versions, commit and device")
     return notes
@@ -789,7 +811,7 @@ def study(path: Path, result: dict) -> str:
     claims = [claim_of(claim, bool(result["quick"])) for claim in result["claims"]]
     if claims:
         pieces.append(f"<ul class=claims>{''.join(claims)}</ul>")
-    pieces += [arms_of(result), measures_of(result)]
+    pieces += [arms_of(result), measures_of(result), conclusions_of(result)]
     picture = path / "study.png"
     if picture.is_file():
         image = base64.b64encode(picture.read_bytes()).decode()

@@ -12,6 +12,10 @@ is an end of the grid, the grid is extended for it by its own ratio, at most twi
 bracket the best, the table says so. Equal seeds mean equal data order and initial draws, so
 differences are paired. `±` is half a 95 % interval by Student's t.
 
+Runs that the study `needs` are made first, for each seed of an arm that needs them. Their FLOPs are
+added to the arm's. A run is made once for equal configs: what another study in RUNS made, or this
+one for another arm, by the same code, is linked to in the place of a new run.
+
 --quick takes the study's `quick` fields, the middle rate and two seeds. It shows that the study
 runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/.
 --json prints the same as one line, the last one.
@@ -37,10 +41,10 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from lib import results
+from lib import equal, results
 from lib.arguments import Arguments
-from lib.config import ROOT, flatten, load_module, to_json
-from lib.disk import finite, write
+from lib.config import ROOT, flatten, load_module, to_json, walk
+from lib.disk import digest, finite, write
 from lib.errors import InputError
 from lib.fields import allowed_names
 from lib.schedule import Schedule
@@ -49,13 +53,25 @@ from lib.statistics import (
     PLUS_MINUS,
     best_rate,
     compare,
+    conclude,
     interval,
     next_rate,
     run_figures,
+    stacked,
     value_of,
     verdict,
 )
-from lib.study import PAIRED, Claim, Study, every_phase
+from lib.study import (
+    NEED,
+    OF_RUN,
+    PAIRED,
+    Claim,
+    Study,
+    every_phase,
+    need_named,
+    needs_of,
+    path_rule,
+)
 from train import Config, check, parse
 
 # Fields of a config that change nothing of what a study reads of a run.
@@ -65,13 +81,14 @@ HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "s
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 QUICK_SEEDS = 2
+STARTED = ".needs.json"  # in a run's directory: how those ended that it needed
 NOT_RUN = "not run"  # the verdict of a claim about an arm that was left out
 
 
 class Job(NamedTuple):
     """One run of a study."""
 
-    arm: str
+    arm: str  # or the name of a run that arms need
     rate: float | None  # peak learning rate; None: the arm's own
     seed: int
 
@@ -94,12 +111,17 @@ class Request(NamedTuple):
     jobs: int  # runs at a time where there are no GPUs
 
     @property
+    def whole(self) -> bool:
+        """Do all arms run that the study has without --arms?"""
+        return set(self.study.default_arms or self.study.arms) <= set(self.arms)
+
+    @property
     def claims(self) -> list[Claim]:
-        """Those about arms that run."""
+        """Those about arms that run, and about conclusions where these are drawn."""
         known = []
         for claim in self.study.claims:
-            control = self.study.control_of(claim)
-            if claim.arm in self.arms and control in self.arms:
+            arms = {claim.arm, self.study.control_of(claim)} - {"", None}
+            if arms <= set(self.arms) and (arms or self.whole):
                 known.append(claim)
         return known
 
@@ -184,16 +206,33 @@ def schedules(config) -> dict[str, Schedule]:
     return {path: own for path, own in found.items() if isinstance(own, Schedule)}
 
 
-def command(request: Request, job: Job) -> list[str]:
-    """The arguments of `python train.py` that make a run."""
-    config = request.study.arms[job.arm]
+def needed_by(request: Request, job: Job) -> list[Job]:
+    """The runs that this one starts from or reads, of its own seed, each once."""
+    names = dict.fromkeys(needs_of(request.study.config_of(job.arm)).values())
+    return [Job(name, None, job.seed) for name in names]
+
+
+def command(request: Request, job: Job, keys: dict[str, str] | None = None) -> list[str]:
+    """The arguments of `python train.py` that make a run.
+
+    keys: {needed run: what it is known by}, in the place of its directory.
+    """
+    config = request.study.config_of(job.arm)
     fields = {"seed": job.seed}
     if job.rate is not None:
         for path, schedule in schedules(config).items():
             fields[f"{path}.peak"] = job.rate * (schedule.peak / config.schedule.peak)
     if request.quick:
         for path, value in request.study.quick.items():
-            fields |= dict.fromkeys(every_phase(path, len(config.phases)), value)
+            for one in every_phase(path, len(config.phases)):
+                if job.arm in request.study.arms or not path_rule(config, one, "")[0]:
+                    fields[one] = value
+    for path, value, _ in walk(config):
+        named = need_named(value)
+        if named:
+            name, step = named
+            directory = request.directory / Job(name, None, job.seed).name
+            fields[path] = f"{keys[name] if keys else directory}{step}"
     fields |= {"runs": request.directory, "name": job.name}
     words = [f"{request.path}:{job.arm}"]
     for path, value in fields.items():
@@ -201,28 +240,66 @@ def command(request: Request, job: Job) -> list[str]:
     return words
 
 
+def key_of(request: Request, job: Job, device: str) -> str:
+    """What a run is known by, whichever study makes it; those that it needs by their own keys."""
+    keys = {}
+    for need in needed_by(request, job):
+        keys[need.arm] = f"{NEED}{key_of(request, need, device)}"
+    return equal.key_of(parse(command(request, job, keys))[0], device)
+
+
 def complete(request: Request, job: Job) -> bool:
     """Has this run ended?
 
-    Raises InputError for a config that is refused, and for one that the run was not made by.
+    Raises InputError for a config that is refused, for one that the run was not made by, and where
+    a run that it needs was made anew since. A link to a run of another config is taken away.
     """
     config, _ = parse(command(request, job))
     check(config)
     run = request.directory / job.name
-    if not (run / "summary.json").exists():
-        return False
+    whole = (run / "summary.json").exists()
+    changed = changed_fields(run, config, request, job) if whole else []
+    if run.is_symlink():
+        if changed or not whole:
+            run.unlink()
+        return whole and not changed
+    if changed:
+        raise InputError(f"run {run} was made by another config ({', '.join(changed)}); delete it, "
+                         "or use another --runs")
+    started = run / STARTED
+    if whole and started.exists():
+        now = ends_of(request, job)
+        for name, end in json.loads(started.read_text()).items():
+            if now.get(name, end) != end:
+                raise InputError(f"run {run} needs {name}, which was made anew since; delete {run}, "
+                                 "or use another --runs")
+    return whole
+
+
+def ends_of(request: Request, job: Job) -> dict[str, str]:
+    """{run that this one needs: a digest of how it ended}, of those that have."""
+    found = {}
+    for need in needed_by(request, job):
+        end = request.directory / need.name / "summary.json"
+        if end.is_file():
+            found[need.name] = digest(end.read_text())
+    return found
+
+
+def changed_fields(run: Path, config: Config, request: Request, job: Job) -> list[str]:
+    """Fields in which a run's config is another one; where runs lie that it needs is none."""
     old = flatten(json.loads((run / "config.json").read_text()))
     now = flatten(json.loads(json.dumps(to_json(config))))
     now["model.vocab"] = now["model.vocab"] or old["model.vocab"]  # 0 becomes the tokenizer's
     given = ("model.", "data.tokenizer") if config.init_from else ()  # by the run it starts from
-    changed = [path for path in sorted(old.keys() | now.keys())
-               if old.get(path) != now.get(path)
-               and path.split(".")[0] not in HARMLESS
-               and not path.startswith(given)]
-    if changed:
-        raise InputError(f"run {run} was made by another config ({', '.join(changed)}); delete it, "
-                         "or use another --runs")
-    return True
+    places = tuple(str(request.directory / need.name) for need in needed_by(request, job))
+    changed = []
+    for path in sorted(old.keys() | now.keys()):
+        known = path.startswith(given) or path.split(".")[0] in HARMLESS
+        needed = places and isinstance(old.get(path), str) and str(now.get(path)).startswith(places)
+        if old.get(path) != now.get(path) and not known and not needed:
+            changed.append(path)
+    return changed
 
 
 def gpus() -> list[str]:
@@ -243,19 +320,40 @@ class Runner:
     def __init__(self, request: Request):
         self.request = request
         self.failed: dict[str, str] = {}  # run: why
+        self.needed: dict[Job, dict | None] = {}  # figures of runs that others need
+        self.keys: dict[Job, str] = {}  # what runs are known by
         self.running: set[subprocess.Popen] = set()
         self.stopping = False  # after a signal
         self.refused = False  # something is wrong with the study: no further run begins
         has_cores = hasattr(os, "sched_getaffinity")
         cores = sorted(os.sched_getaffinity(0)) if has_cores else []
         shares = [cores[i::request.jobs] for i in range(request.jobs)]
-        self.devices = gpus() or shares  # names of GPUs, or lists of cores
+        found = gpus()
+        self.kind = "gpu" if found else "cpu"
+        self.devices = found or shares  # names of GPUs, or lists of cores
         self.free: queue.SimpleQueue = queue.SimpleQueue()
         for device in self.devices:
             self.free.put(device)
 
     def make(self, jobs: list[Job]) -> dict[Job, dict]:
-        """The figures of runs, made where they are missing; those that fail are left out."""
+        """The figures of runs, made where they are missing; those that fail are left out.
+
+        First those that they need, then each that is equal to none before it, then the others.
+        """
+        needed = [need for job in jobs for need in needed_by(self.request, job)]
+        missing = [need for need in dict.fromkeys(needed) if need not in self.needed]
+        if missing:
+            made = self.make(missing)
+            self.needed |= {need: made.get(need) for need in missing}
+        first = {}
+        for job in jobs:
+            self.keys[job] = key_of(self.request, job, self.kind)
+            first.setdefault(self.keys[job], job)
+        again = [job for job in jobs if job not in first.values()]
+        return self.make_all([*first.values()]) | self.make_all(again)
+
+    def make_all(self, jobs: list[Job]) -> dict[Job, dict]:
+        """The figures of runs of which none is equal to another; those that fail are left out."""
         signals = signal.SIGTERM, signal.SIGINT
         before = {number: signal.signal(number, self.stop) for number in signals}
         begun = time.monotonic()
@@ -287,21 +385,46 @@ class Runner:
 
     def figures_of(self, job: Job) -> dict | None:
         """The figures of a run, made if need be; None where it fails."""
-        request = self.request
-        if not complete(request, job):
-            device = self.free.get()
-            code = self.run(job, device)
-            self.free.put(device)
-            if not self.succeeded(job, code):
-                return None
-        study = request.study
-        elsewhere = study.teacher_flops.get(job.arm, 0.0)
-        found = run_figures(request.directory / job.name, elsewhere, study.measures)
+        request, study = self.request, self.request.study
+        needed = [Job(name, None, job.seed) for name in study.needed_by(job.arm)]
+        without = [need.name for need in needed if not self.needed[need]]
+        if without:
+            self.failed[job.name] = f"it needs {', '.join(without)}"
+            return None
+        if not complete(request, job) and not self.provide(job):
+            return None
+        is_arm = job.arm in study.arms
+        of_needs = sum(self.needed[need]["flops"] for need in needed) if is_arm else 0.0
+        elsewhere = study.teacher_flops.get(job.arm, 0.0) + of_needs
+        measures = study.measures if is_arm else {}
+        found = run_figures(request.directory / job.name, elsewhere, measures)
+        found["needs_flops"] = of_needs
         check_claimed(request, job, found["last"])
         dev, test = show(found["dev"]), show(found["bpb"])
-        own = "".join(f"; {name} {show(found['last'][name])}" for name in study.measures)
+        own = "".join(f"; {name} {show(found['last'][name])}" for name in measures)
         print(f"{job.name}: {dev} bits per byte on dev, {test} on test{own}", flush=True)
         return found
+
+    def provide(self, job: Job) -> bool:
+        """Make a run, or link to an equal one that has been made; False where it fails."""
+        run, key = self.request.directory / job.name, self.keys[job]
+        begun = run.exists()  # perhaps by other code
+        made = equal.find(run.parent.parent, key)
+        if made and not begun:
+            equal.link(run, made)
+            if complete(self.request, job):
+                print(f"{job.name} is {made}, a run of an equal config", flush=True)
+                return True
+        device = self.free.get()
+        code = self.run(job, device)
+        self.free.put(device)
+        if not self.succeeded(job, code):
+            return False
+        if needed_by(self.request, job):
+            write(run / STARTED, json.dumps(ends_of(self.request, job)))
+        if not begun and key_of(self.request, job, self.kind) == key:
+            equal.remember(run.parent.parent, key, run)
+        return True
 
     def run(self, job: Job, device: str | list[int]) -> int:
         """Make a run on a GPU or on some cores; returns its exit code."""
@@ -346,7 +469,8 @@ def check_claimed(request: Request, job: Job, last: dict):
     """Refuse a claim by a metric that a run of its arms turns out not to have."""
     for claim in request.claims:
         about = claim.arm, request.study.control_of(claim)
-        if job.arm in about and claim.measure not in PAIRED and claim.measure not in last:
+        known = *PAIRED, *OF_RUN, *last
+        if job.arm in about and claim.measure not in known:
             raise InputError(f"{request.path}: the claim {claim.says!r} has the measure "
                              f"{claim.measure!r}, which run {job.name} does not have; "
                              f"{allowed_names(claim.measure, last)}")
@@ -396,7 +520,7 @@ def tune(request: Request, runner: Runner) -> tuple[dict[str, dict], list[dict]]
 
 # ------------------------------------------------------------------------------------ the result
 
-def conclude(request: Request) -> dict:
+def result_of(request: Request) -> dict:
     """What study.json holds: the runs, made where they are missing, and what follows from them."""
     study, runner = request.study, Runner(request)
     arms, tuned = tune(request, runner)
@@ -414,13 +538,40 @@ def conclude(request: Request) -> dict:
     measures = {}
     for name in study.measures:
         measures[name] = {arm: own_figures(own, control, name) for arm, own in runs.items()}
-    every = [*tuned, *found.values()]
+    needed = {job: figures for job, figures in runner.needed.items() if figures}
+    tuned += [figures for job, figures in needed.items() if job.seed == 0]
+    compared = [*found.values(), *(figures for job, figures in needed.items() if job.seed > 0)]
+    concluded = conclusions(request, runs)
     return dict(
         study=request.directory.name, control=study.first, seeds=request.seeds,
-        quick=request.quick, failed=runner.failed, measures=measures, made_by=makers(every),
-        cost=cost_of(request, tuned, list(found.values())),
-        claims=[judged(request, claim, runs) for claim in request.claims],
-        arms={arm: arms[arm] for arm in request.arms})
+        quick=request.quick, failed=runner.failed, measures=measures,
+        made_by=makers([*tuned, *compared]), cost=cost_of(request, tuned, compared),
+        claims=[judged(request, claim, runs, concluded) for claim in request.claims],
+        conclusions=concluded, needs=needs_figures(needed),
+        arms={arm: arms[arm] | {"needs": study.needed_by(arm)} for arm in request.arms})
+
+
+def needs_figures(needed: dict[Job, dict]) -> dict[str, dict]:
+    """{needed run: its tokens and FLOPs, and what its runs came to by seed}."""
+    found = {}
+    for job, figures in sorted(needed.items(), key=lambda one: one[0].seed):
+        own = found.setdefault(job.arm, dict(tokens=figures["tokens"], flops=figures["flops"],
+                                             runs={}))
+        own["runs"][job.seed] = {of: figures[of] for of in ("run", "bpb", "dev")}
+    return found
+
+
+def conclusions(request: Request, runs: dict[str, dict[int, dict]]) -> dict[str, dict]:
+    """{what it says: value, half its interval} of the study's conclusions.
+
+    There are none where --arms leaves out arms, or where no seed has a run of each arm.
+    """
+    if not request.whole or not set.intersection(*(set(own) for own in runs.values())):
+        return {}
+    figures, found = stacked(runs), {}
+    for name, function in request.study.conclusions.items():
+        found |= conclude(name, function, figures)
+    return found
 
 
 def arm_figures(own: dict[int, dict], control: dict[int, dict]) -> dict:
@@ -440,13 +591,29 @@ def own_figures(own: dict[int, dict], control: dict[int, dict], name: str) -> di
     return compare(own, control, name) | {"own": interval(values)}
 
 
-def judged(request: Request, claim: Claim, runs: dict[str, dict[int, dict]]) -> dict:
-    """A claim with what came of it."""
+def judged(request: Request, claim: Claim, runs: dict[str, dict[int, dict]],
+           concluded: dict[str, dict]) -> dict:
+    """A claim with what came of it; concluded: the study's conclusions."""
     control = request.study.control_of(claim)
-    found = compare(runs[claim.arm], runs[control], claim.measure)
+    if claim.arm:
+        other = None if control is None else runs[control]
+        found = compare(runs[claim.arm], other, claim.measure)
+    else:
+        found = found_of(request, claim, concluded)
     said = NOT_JUDGED if request.quick else verdict(found["mean"], found["half"], claim)
     about = dict(says=claim.says, arm=claim.arm, control=control) | claim.bound
     return about | found | {"verdict": said}
+
+
+def found_of(request: Request, claim: Claim, concluded: dict[str, dict]) -> dict:
+    """The conclusion that a claim is about, in the form of a difference."""
+    one = dict(value=None, half=None)
+    if concluded and claim.measure not in concluded:
+        raise InputError(f"{request.path}: the claim {claim.says!r} has the measure "
+                         f"{claim.measure!r}, which no conclusion says; "
+                         f"{allowed_names(claim.measure, concluded)}")
+    one = concluded.get(claim.measure, one)
+    return dict(measure=claim.measure, values={}, mean=one["value"], half=one["half"])
 
 
 def makers(runs: list[dict]) -> list[dict]:
@@ -456,11 +623,14 @@ def makers(runs: list[dict]) -> list[dict]:
 
 
 def cost_of(request: Request, tuned: list[dict], compared: list[dict]) -> dict[str, float]:
-    """Tokens and FLOPs of the runs compared and of those that tuned the rates; seconds of all."""
+    """Tokens and FLOPs of the runs compared and of those that tuned the rates; seconds of all.
+
+    Runs that are needed are among them, and count once here.
+    """
     cost = {"seconds": add_seconds(request.directory, 0.0)}
-    for axis in ("tokens", "flops"):
-        cost[axis] = sum(run[axis] for run in compared)
-        cost[f"tuning_{axis}"] = sum(run[axis] for run in tuned)
+    for kind, runs in {"": compared, "tuning_": tuned}.items():
+        cost[f"{kind}tokens"] = sum(run["tokens"] for run in runs)
+        cost[f"{kind}flops"] = sum(run["flops"] - run["needs_flops"] for run in runs)
     return cost
 
 
@@ -487,6 +657,7 @@ def arm_record(arm: str, result: dict) -> dict:
         tuning=of["tuning"],
         tokens=of["tokens"],
         flops=of["flops"],
+        needs=of["needs"],
         bpb=ends(of["bpb"], of["runs"], "bpb"),
         measures={})
     if not is_control:
@@ -528,6 +699,8 @@ def make_record(root: Path, file: str, study: Study, result: dict, chosen: bool)
         quick=result["quick"],
         control=result["control"],
         arms={arm: arm_record(arm, result) for arm in result["arms"]},
+        needs={name: {of: own[of] for of in OF_RUN} for name, own in result["needs"].items()},
+        conclusions=result["conclusions"],
         claims=[claim_record(study, claim, result) for claim in study.claims],
         cost=result["cost"],
         failed=result["failed"],
@@ -585,9 +758,13 @@ def measure_row(name: str, by: dict, control: str) -> list[str]:
 def claim_line(claim: dict) -> str:
     """A claim, its verdict and its figures."""
     side = "above" if "above" in claim else "below"
-    found = show(claim["mean"], claim["half"], "+.4f")
-    return (f"{claim['verdict']}: {claim['says']} ({claim['measure']}, {claim['arm']} against "
-            f"{claim['control']}: {found}; claimed {side} {claim[side]})")
+    form = "+.4f" if claim["control"] else ".4f"
+    found = show(claim["mean"], claim["half"], form)
+    whose = f", {claim['arm']}" if claim["arm"] else ""
+    if claim["control"]:
+        whose += f" against {claim['control']}"
+    return (f"{claim['verdict']}: {claim['says']} ({claim['measure']}{whose}: {found}; "
+            f"claimed {side} {claim[side]})")
 
 
 def notes(result: dict) -> list[str]:
@@ -598,6 +775,10 @@ def notes(result: dict) -> list[str]:
     lines.append(f"the runs compared took {cost['flops']:.3g} FLOPs and {cost['tokens']:,} tokens, "
                  f"tuning took {cost['tuning_flops']:.3g} and {cost['tuning_tokens']:,}")
     for arm, f in result["arms"].items():
+        if f["needs"]:
+            spent = [f"{name} {result['needs'][name]['flops']:.3g}" for name in f["needs"]]
+            lines.append(f"{arm}: its FLOPs are with those of the runs that it needs: "
+                         f"{', '.join(spent)}")
         if f["bracketed"] is False:
             lines.append(f"(!) {arm}: its best rate is an end of those tried, "
                          f"{', '.join(f['tuning'])}: not bracketed")
@@ -623,6 +804,10 @@ def table(result: dict) -> str:
         lines.append("|---" * (len(arms) + 1) + "|")
     for name, by in result["measures"].items():
         lines.append(row(measure_row(name, by, control)))
+    if result["conclusions"]:
+        lines += ["", row(["conclusion", "value"]), "|---|---|"]
+    for says, found in result["conclusions"].items():
+        lines.append(row([says, show(found["value"], found["half"], ".4g")]))
     claims = [claim_line(claim) for claim in result["claims"]]
     return "\n".join([*lines, "", *notes(result), *claims])
 
@@ -750,8 +935,10 @@ def main(arguments: list[str]) -> dict:
     grid = request.study.peak_lrs
     for arm in request.arms:  # a mistake in the last one shows before the first one runs
         complete(request, Job(arm, grid[0] if grid else None, 0))
+        for name in request.study.needed_by(arm):
+            complete(request, Job(name, None, 0))
     request.directory.mkdir(parents=True, exist_ok=True)
-    result = conclude(request)
+    result = result_of(request)
     write(request.directory / "study.json", json.dumps(finite(result), indent=1))
     draw(result).savefig(request.directory / "study.png", dpi=110)
     print(f"\n{table(result)}\n\n{request.directory} has study.json and study.png")
