@@ -8,7 +8,6 @@
 Nothing here keeps a position, so nothing has to be saved.
 """
 import functools
-import inspect
 import io
 import math
 import threading
@@ -20,12 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.bind import bind, parameters
 from lib.cache import Cache
 from lib.disk import digest, write
 from lib.errors import InputError
 from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
-from lib.objectives import causal, declared_masks, stack  # noqa: F401  (causal: for config files)
+from lib.objectives import asks, declared_masks, objective_of, stack
+from lib.objectives import causal as causal  # for config files
 from lib.packing import (
     DOCUMENT,
     LENGTH,
@@ -35,13 +36,24 @@ from lib.packing import (
     START,
     concat_and_split,  # noqa: F401  (for config files)
     fill,
+    fill_marks,
     permute,
 )
-from lib.sources import SPLITS, Document, Skipped, Source, stdlib, text  # noqa: F401
+from lib.sources import (  # noqa: F401
+    SPLITS,
+    Document,
+    Skipped,
+    Source,
+    nothing,
+    stdlib,
+    text,
+)
 from lib.tokenizers import Tokenizer
 
-TRAIN = SPLITS.index("train")
-Losses = dict[str, float]  # by source, in nats, on dev: a decision of a steered mixture
+# What is known at a step of a phase with `steer`, of one evaluation before: its whole row, as
+# "eval/SOURCE/bpb" or what the config's own evals give, and {source: dev loss in nats a token}.
+Evaluation = dict[str, float]
+HELD_OUT = "dev", "test"  # what `Source.split` is of a source that no step draws
 
 
 @strict
@@ -50,7 +62,8 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})
-    tokenizer: str = "bpe"  # trained to model.vocab pieces; or "bytes", "hf:DIR", a file
+    # trained to model.vocab pieces; or "bytes", "numbers:N", "hf:DIR", a file, or a function
+    tokenizer: str | Callable = "bpe"  # [texts, vocab] -> tokenizer, see lib/tokenizers.py
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
     dev: Share = 0.05  # share of documents for steering, tuning and selection
     test: Share = 0.05  # share of documents for what is reported
@@ -70,7 +83,7 @@ class DataConfig:
 
 
 class Documents(NamedTuple):
-    """The training documents of a window of shards, permuted: what a packing may ask about."""
+    """The documents of a window of shards, permuted: what a packing may ask about."""
 
     cache: Cache
     shard: np.ndarray  # [documents]
@@ -99,6 +112,28 @@ class Documents(NamedTuple):
         start, end = shard.offsets[number:number + 2]
         return shard.tokens[start:end]
 
+    def marks(self, document: int) -> np.ndarray:
+        """1 for each marked token of a document, otherwise 0; uint8 [tokens], prefix included."""
+        shard = self.cache.shard(int(self.shard[document]))
+        number = int(self.number[document])
+        marked = np.zeros(shard.offsets[number + 1] - shard.offsets[number], np.uint8)
+        if shard.marks is None:
+            return marked
+        first, last = np.searchsorted(shard.marks[:, 0], (number, number + 1))
+        for _, start, end in shard.marks[first:last].tolist():
+            marked[start:end] = 1
+        return marked
+
+    def document(self, document: int, tokenizer: Tokenizer) -> Document:
+        """A document with its path, meta, and what its tokens say as its prefix and its text."""
+        shard = int(self.shard[document])
+        number = int(self.number[document])
+        facts = self.cache.described(shard)[number]
+        ids = self.ids(document)
+        quiet = int(self.cache.shard(shard).quiet[number])
+        prefix = tokenizer.decode(ids[:quiet])
+        return Document(facts["path"], tokenizer.decode(ids[quiet:]), facts["meta"], prefix=prefix)
+
 
 class Window(NamedTuple):
     """Some shards of a source, whose documents are permuted and packed together."""
@@ -114,13 +149,15 @@ class Row(NamedTuple):
     arrays: dict[str, np.ndarray]  # [seq] each, see `lib.packing.fill`
     pieces: int  # of documents
     cut: int  # pieces that end before their document does
+    document: Callable[[], Document]  # the first of them
 
 
 def shuffled(draw: int, rows: int, progress: float, key: tuple[int, ...]) -> int:
     """The plain order: a permutation of a window's rows, another one in each epoch.
 
     An order gives the place in the window's plan of the row that is drawn after `draw` others.
-    rows: of the window. progress: of the phase, 0 to 1. key: of the window, for random numbers.
+    rows: of the window. progress: of the phase, 0 to 1. key: of the window, for random numbers. An
+    order may also ask for `log`, see `Evaluation`.
     """
     epoch, place = divmod(draw, rows)
     permuted = permute(place, rows, *key, 1 + epoch)
@@ -128,10 +165,11 @@ def shuffled(draw: int, rows: int, progress: float, key: tuple[int, ...]) -> int
 
 
 class Rows:
-    """The training rows of one source under one packing, length and order: 0, 1, 2, ... for ever.
+    """The rows of one source's split under one packing, length and order: 0, 1, 2, ... for ever.
 
     A window of shards is planned when its first row is asked for, since later shards may still be
-    on their way. Plans are kept on disk, beside the shards.
+    on their way. Plans are kept on disk, beside the shards. marks: whether rows have `marks`, see
+    `lib.packing.fill_marks`. may_be_empty: no rows are no error.
     """
 
     def __init__(
@@ -143,6 +181,9 @@ class Rows:
         window: int,
         tokenizer: Tokenizer,
         key: tuple[int, ...],
+        split: str = "train",
+        marks: bool = False,
+        may_be_empty: bool = False,
     ):
         self.cache = cache
         self.seq = seq
@@ -151,16 +192,24 @@ class Rows:
         self.shards = window  # in a window
         self.tokenizer = tokenizer
         self.key = key  # of all permutations
-        plans = digest([function_key(packing), seq, window, key])
+        self.split = split
+        self.marks = marks
+        parts = [function_key(packing), seq, window, key]
+        if split != "train":
+            parts.append(split)
+        plans = digest(parts)
         self.plans = cache.directory / "plans" / plans
         self.window = lru_cache(4)(self.open_window)
         self.lock = threading.RLock()
         self.ends = [0]  # window i has the rows ends[i] to ends[i + 1] of an epoch
         while not self.ends[-1]:
-            if not self.grow():
-                raise InputError(
-                    f"source {cache.name!r} has no document in its train split that is packed"
-                )
+            if self.grow():
+                continue
+            if may_be_empty:
+                break
+            raise InputError(
+                f"source {cache.name!r} has no document in its {split} split that is packed"
+            )
 
     def open_window(self, number: int) -> Window:
         """A window with its plan. `window` does the same and remembers the last ones."""
@@ -176,28 +225,27 @@ class Rows:
         return Window(documents, lengths, plan.astype(np.int64))
 
     def permuted_documents(self, number: int) -> Documents:
-        """The training documents of a window, in the order in which they are packed."""
+        """The documents of a window, in the order in which they are packed."""
+        wanted = SPLITS.index(self.split)
         first = number * self.shards
         end = min(first + self.shards, self.cache.sealed)
-        training = []
+        found = []
         for shard in range(first, end):
             split = self.cache.shard(shard).split
-            training.append(np.flatnonzero(split == TRAIN))
-        sizes = [len(numbers) for numbers in training]
+            found.append(np.flatnonzero(split == wanted))
+        sizes = [len(numbers) for numbers in found]
         shard = np.repeat(np.arange(first, end), sizes)
         total = len(shard)
         order = permute(np.arange(total), total, *self.key, number)
-        numbers = np.concatenate(training)
+        numbers = np.concatenate(found)
         return Documents(self.cache, shard[order], numbers[order])
 
     def pack(self, documents: Documents, lengths: np.ndarray) -> np.ndarray:
         """The plan of a window. The prefix of a document carries no loss."""
         if not len(lengths):
             return np.zeros((0, len(PLAN)), np.int64)
-        more = {}
-        if "documents" in inspect.signature(self.packing).parameters:
-            more["documents"] = documents
-        plan = self.packing(lengths, self.seq, **more)
+        packing = bind(self.packing, documents=documents, tokenizer=self.tokenizer)
+        plan = packing(lengths, self.seq)
         plan = np.array(plan, np.int64)
         plan = plan.reshape(-1, len(PLAN))
         prefix = documents.of(lambda shard: shard.quiet)
@@ -224,8 +272,8 @@ class Rows:
             pass
         return self.ends[-1]
 
-    def get(self, draw: int, progress: float = 0.0) -> Row:
-        """The row that is drawn after `draw` others; `progress` is for the order."""
+    def get(self, draw: int, progress: float = 0.0, log: Sequence[Evaluation] = ()) -> Row:
+        """The row that is drawn after `draw` others; `progress` and `log` are for the order."""
         while draw >= self.ends[-1] and self.grow():
             pass
         epoch, place = divmod(draw, self.ends[-1])
@@ -233,7 +281,13 @@ class Rows:
         first, end = self.ends[number:number + 2]
         rows = end - first
         earlier = epoch * rows + place - first  # rows drawn from this window before
-        row = self.order(earlier, rows, progress, (*self.key, number))
+        order = bind(self.order, log=list(log))
+        row = order(earlier, rows, progress, (*self.key, number))
+        if not 0 <= row < rows:
+            raise InputError(
+                f"the order of source {self.cache.name!r} gives the row {row}; allowed are 0 to "
+                f"{rows - 1}"
+            )
         documents, lengths, plan = self.window(number)
         arrays = fill(plan, np.array([row]), self.seq, documents.ids, self.tokenizer)
         del arrays["document"]
@@ -242,7 +296,19 @@ class Rows:
         ends = pieces[:, START] + pieces[:, LENGTH]
         cut = np.sum(ends < lengths[pieces[:, DOCUMENT]])
         arrays = {key: value[0] for key, value in arrays.items()}
-        return Row(arrays, len(pieces), int(cut))
+        if self.marks:
+            arrays["marks"] = fill_marks(pieces, self.seq, documents.marks)
+
+        def document() -> Document:
+            return documents.document(pieces[0, DOCUMENT], self.tokenizer)
+
+        return Row(arrays, len(pieces), int(cut), document)
+
+
+def reads_log(phase) -> bool:
+    """Whether the mixture of a phase, its order or an objective may read the log of evaluations."""
+    ordered = "log" in parameters(phase.order)
+    return callable(phase.mixture) or ordered or asks(phase.objective, "log")
 
 
 def row_lengths(phase) -> list[int]:
@@ -310,7 +376,7 @@ class Draws:
         self.lock = threading.Lock()
         self.restart([])
 
-    def restart(self, log: list[Losses]):
+    def restart(self, log: list[Evaluation]):
         """Forget what was drawn, and go on from these decisions."""
         shape = len(self.lengths), len(self.sources)
         self.log = list(log)
@@ -355,6 +421,12 @@ class Draws:
                 f"not all 0, for the sources {', '.join(self.sources)}"
             )
         shares = [mixture.get(name, 0) for name in self.sources]
+        for name, source in self.sources.items():
+            if mixture.get(name) and source.split in HELD_OUT:
+                raise InputError(
+                    f"phases.{self.number}.mixture gives the source {name} a share, but its split "
+                    f'is "{source.split}"; allowed is 0'
+                )
         shares = np.array(shares, float)
         return shares / shares.sum()
 
@@ -365,14 +437,15 @@ class Draws:
             return mixture(step / self.phase.steps, self.decisions(step))
         if mixture is not None:
             return mixture
-        if len(self.sources) == 1:  # whose size need not be known
-            return dict.fromkeys(self.sources, 1.0)
+        trained = [name for name, source in self.sources.items() if source.split not in HELD_OUT]
+        if len(trained) == 1:  # whose size need not be known
+            return dict.fromkeys(trained, 1.0)
         rows = self.rows[self.picks[step]]
         sizes = [each.epoch for each in rows]
         return dict(zip(self.sources, sizes, strict=True))
 
-    def decisions(self, step: int) -> list[Losses]:
-        """The decisions that the mixture of a step may know."""
+    def decisions(self, step: int) -> list[Evaluation]:
+        """The log that mixture, order and objective of a step may know."""
         if not self.phase.steer:
             return []
         number = step // self.phase.steer
@@ -466,14 +539,20 @@ class Loader:
         self.start = [0] * len(caches)  # positions of each source that another run drew before
         self.rows = []  # of each phase: Rows [lengths][sources]
         self.draws = []  # of each phase
+        self.tokenizer = tokenizer
         sources = {name: config.sources[name] for name in caches}
+        marks = any(source.marks for source in sources.values())
         before = self.started
         for number, phase in enumerate(phases):
             shared = phase.packing, phase.order, config.window, tokenizer
-            rows = [
-                [Rows(cache, seq, *shared, (seed, i)) for i, cache in enumerate(caches.values())]
-                for seq in row_lengths(phase)
-            ]
+            rows = []
+            for seq in row_lengths(phase):
+                of_length = []
+                for i, (name, cache) in enumerate(caches.items()):
+                    none = sources[name].split in HELD_OUT
+                    made = Rows(cache, seq, *shared, (seed, i), marks=marks, may_be_empty=none)
+                    of_length.append(made)
+                rows.append(of_length)
             draws = Draws(number, phase, sources, rows, before)
             self.rows.append(rows)
             self.draws.append(draws)
@@ -483,7 +562,7 @@ class Loader:
         """Positions [sources] drawn before the first phase."""
         return np.array(self.start, np.int64)
 
-    def restore(self, start: list[int], log: list[list[Losses]]):
+    def restore(self, start: list[int], log: list[list[Evaluation]]):
         """Go on from a checkpoint, whose loader had this `start` and `log`.
 
         Phases that have no log there have decided nothing yet.
@@ -493,13 +572,17 @@ class Loader:
             draws.restart(log[number] if number < len(log) else [])
 
     @property
-    def log(self) -> list[list[Losses]]:
-        """The decisions of each phase: the dev losses at every `steer` of its steps so far."""
+    def log(self) -> list[list[Evaluation]]:
+        """The log of each phase: an evaluation at every `steer` of its steps so far."""
         return [draws.log for draws in self.draws]
 
-    def decide(self, phase: int, losses: Losses):
-        """Add a decision to the log of a phase."""
-        self.draws[phase].log.append(losses)
+    def decide(self, phase: int, row: dict[str, float]):
+        """Add an evaluation to the log of a phase; row: its figures, as metrics.jsonl has them."""
+        figures = {name: float(value) for name, value in row.items()}
+        for name in self.names:
+            if f"eval/{name}/loss" in row:
+                figures[name] = figures[f"eval/{name}/loss"]
+        self.draws[phase].log.append(figures)
 
     def decided(self) -> int:
         """The last step whose batch the log determines; the last of all where none is steered."""
@@ -530,7 +613,8 @@ class Loader:
         number, _ = self.within(step)
         lengths = np.array(self.draws[number].lengths)
         rows = [[each.epoch for each in sources] for sources in self.rows[number]]
-        epochs = self.positions(step) / (lengths @ np.array(rows))
+        size = np.maximum(1, lengths @ np.array(rows))  # a source may be held out as a whole
+        epochs = self.positions(step) / size
         return dict(zip(self.names, epochs.tolist(), strict=True))
 
     def batch(self, step: int, own: Callable = np.arange) -> Batch:
@@ -541,16 +625,18 @@ class Loader:
         number, steps = self.within(step)
         phase = self.phases[number]
         length, sources, draws = self.draws[number].batch(steps - 1)
+        progress = (steps - 1) / phase.steps
+        log = self.draws[number].decisions(steps - 1)
         mine = own(len(sources))
-        masks = declared_masks(phase.objective)
+        masks = declared_masks(objective_of(phase.objective, name) for name in self.names)
         needed = mine if masks else range(len(sources))  # undeclared masks show in all rows alone
         rows, made = {}, {}
         for r in needed:
-            source = self.rows[number][length][sources[r]]
-            row = source.get(draws[r], (steps - 1) / phase.steps)
+            row = self.rows[number][length][sources[r]].get(draws[r], progress, log)
             row.arrays["source"] = np.full_like(row.arrays["tokens"], sources[r])
             rng = np.random.default_rng([self.seed, step, r])
-            made[r] = phase.objective(row.arrays, rng)
+            objective = objective_of(phase.objective, self.names[sources[r]])
+            made[r] = self.told(objective, row, progress, log)(row.arrays, rng)
             rows[r] = row
         arrays, mask = stack(made, mine, masks, f"phases.{number}.objective")
         metrics = packing_metrics([rows[r] for r in mine], arrays)
@@ -558,6 +644,15 @@ class Loader:
             for source, name in enumerate(self.names):
                 metrics[f"data/{name}/rows"] = sources.count(source)
         return Batch(arrays, mask, metrics, len(sources))
+
+
+    def told(self, objective: Callable, row: Row, progress: float,
+             log: list[Evaluation]) -> Callable:
+        """An objective with what it asks for."""
+        given = {"tokenizer": self.tokenizer, "progress": progress, "log": log}
+        if "document" in parameters(objective):  # which is read and decoded only then
+            given["document"] = row.document()
+        return bind(objective, **given)
 
 
 def packing_metrics(rows: list[Row], arrays: dict[str, np.ndarray]) -> dict[str, float]:

@@ -30,7 +30,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from data import Batch, DataConfig, Loader, batch_lengths, causal, shuffled
+from data import Batch, DataConfig, Loader, batch_lengths, causal, reads_log, shuffled
 from lib import command
 from lib import config as config_files
 from lib.banner import banner
@@ -128,10 +128,10 @@ class Phase:
     edits: tuple[Callable, ...] = ()  # applied to the model on entering: model, context -> Edited
     repeat: tuple[Edit, ...] = ()  # edits that recur within the phase
     mixture: dict[str, NotNegative] | Callable | None = None  # or progress, log -> it
-    steer: Whole = 0  # steps between evaluations whose dev losses go into that log; 0 is none
+    steer: Whole = 0  # steps between evaluations that go into that log; 0 is none
     packing: Callable = concat_and_split  # lengths, seq (, documents) -> plan
     order: Callable = shuffled  # draw, rows, progress, key -> place in the plan
-    objective: Callable = causal  # row, rng -> row, mask
+    objective: Callable | dict[str, Callable] = causal  # row, rng -> row, mask; or by source
     schedule: Schedule | None = None  # over the phase's own budget, in place of the run's
     # of an optimiser group: a schedule of its own, or a factor on the phase's; 0 freezes it
     lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)
@@ -204,7 +204,7 @@ def check(config: Config) -> None:
     """Raise InputError for a wrong type or an impossible combination, before anything is built."""
     check_value(config, Config, "")
     check_rules(config)
-    for rules in start_rules, evaluation_rules, mixture_rules, tracker_rules:
+    for rules in start_rules, evaluation_rules, mixture_rules, objective_rules, tracker_rules:
         require(rules(config))
 
 
@@ -245,15 +245,29 @@ def mixture_rules(config: Config) -> Rules:
             f"for the sources {', '.join(sources)}",
         )
         yield (
-            phase.steer and not (callable(mixture) and config.data.dev),
-            f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function "
-            "and there is a dev split to steer by",
+            phase.steer and not (reads_log(phase) and (config.data.dev or config.evals)),
+            f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function, "
+            "or order or objective ask for the log, and there is a dev split to steer by",
         )
         by_size = mixture is None and len(sources) > 1
         yield (
             config.data.stream and (by_size or limited),
             f"data.stream is true, but phases.{i}.mixture or a source's epochs ask how large a "
             "source is; allowed are weights, and epochs of 0",
+        )
+
+
+def objective_rules(config: Config) -> Rules:
+    """Which sources the objectives of the phases may name."""
+    sources = config.data.sources
+    for i, phase in enumerate(config.phases):
+        if callable(phase.objective):
+            continue
+        unknown = sorted(phase.objective.keys() - sources)
+        yield (
+            unknown,
+            f"phases.{i}.objective names {', '.join(unknown)}; allowed are the sources "
+            f"{', '.join(sources)}",
         )
 
 
@@ -747,8 +761,7 @@ def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
         run.mesh,
     )
     if step in run.plan.steers:
-        found = {name: dev[f"eval/{name}/loss"] for name in run.caches}
-        run.loader.decide(run.plan.steers[step], found)
+        run.loader.decide(run.plan.steers[step], dev | own)
     run.own_figures = step, own
     return dev | own
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from lib.bind import parameters
 from lib.disk import FORMAT, cache_home, digest, locked, read_rows, write
 from lib.errors import InputError
 from lib.keys import function_key
@@ -31,9 +32,9 @@ from lib.sources import (
     Source,
     describe_skipped,
     path_hash,
-    split_of,
+    split_in,
 )
-from lib.tokenizers import Tokenizer
+from lib.tokenizers import Tokenizer, marked_tokens
 
 CHOSEN = ("deselected", "duplicate", "near-duplicate")  # kinds that are skipped, but no damage
 GROUP = 256  # documents that are tokenized together
@@ -49,9 +50,11 @@ class Shard(NamedTuple):
     offsets: np.ndarray  # int64 [documents + 1]
     bytes: np.ndarray  # int64 [documents], of the text as tokenized, UTF-8
     split: np.ndarray  # uint8 [documents], index into SPLITS
-    score: np.ndarray  # float32 [documents], NaN without a score function
+    score: np.ndarray  # float32 [documents] or [documents k], NaN without a score function
     quiet: np.ndarray  # int32 [documents], tokens of the prefix: they are read without loss
     directory: Path
+    # int32 [spans 3], by document: its number, first token and end; None if the source has no marks
+    marks: np.ndarray | None = None
 
     def documents(self) -> list[dict]:
         """`path` and `meta` of each document."""
@@ -71,6 +74,7 @@ class Cache:
         self.builder = builder
         self.sealed = 0  # shards that were there when it was last looked
         self.shard = lru_cache(64)(self.open)
+        self.described = lru_cache(16)(lambda number: self.shard(number).documents())
 
     def wait(self, shards: float = math.inf) -> int:
         """The number of sealed shards, once there are `shards` or the cache is complete."""
@@ -150,10 +154,14 @@ def cache_directory(name: str, config, tokenizer: Tokenizer, seed: int) -> Path:
     """The directory of a source's token cache; its name ends with the key of what it depends on."""
     source = config.sources[name]
     functions = [function_key(f) for f in (source.documents, source.prepare, source.score)]
-    key = digest([
+    parts = [
         FORMAT, functions, config.dev, config.test, config.shard_tokens,
-        seed if source.prepare else 0, hashlib.sha256(tokenizer.model).hexdigest()])
-    return cache_home() / "tokens" / f"{name.replace('.', '_')}-{key}"
+        seed if source.prepare else 0, hashlib.sha256(tokenizer.model).hexdigest()]
+    if source.split:
+        parts.append({"split": source.split})
+    if source.marks:
+        parts.append("marks")
+    return cache_home() / "tokens" / f"{name.replace('.', '_')}-{digest(parts)}"
 
 
 def build(name: str, config, tokenizer: Tokenizer, seed: int) -> Cache:
@@ -177,8 +185,9 @@ class Row(NamedTuple):
     document: Document
     ids: np.ndarray  # uint32, prefix included
     split: int  # index into SPLITS
-    score: float  # NaN without a score function
+    score: float | np.ndarray  # a number or a vector [k]; NaN without a score function
     quiet: int  # tokens of the prefix
+    marks: np.ndarray | None  # int32 [spans 2]: first token and end; None if the source has none
 
 
 class Unsealed:
@@ -194,8 +203,11 @@ class Unsealed:
         self.rows += rows
         self.counts.update(counts)
         for row in rows:
-            content = json.dumps(astuple(row.document), sort_keys=True, default=str)
-            self.hash.update(content.encode())
+            *content, split, marks = astuple(row.document)
+            if split or marks:
+                content.append({"split": split, "marks": marks})
+            said = json.dumps(content, sort_keys=True, default=str)
+            self.hash.update(said.encode())
 
 
 def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed: int):
@@ -274,19 +286,64 @@ def tokenize(documents: list[Document], config, name: str, tokenizer: Tokenizer,
     prepared = prepare(documents, config, source, seed, counts)
     prefixes = tokenizer.encode_batch([document.prefix for document, _ in prepared])
     texts = tokenizer.encode_batch([document.text for document, _ in prepared])
+    full = [n for n, ids in enumerate(texts) if len(ids)]
+    scores = scored(source.score, [prepared[n][0] for n in full], [texts[n] for n in full], name)
+    scores = iter(scores)
     for (document, split), prefix, ids in zip(prepared, prefixes, texts, strict=True):
-        score = float(source.score(document, ids)) if source.score else math.nan
         if not len(ids):
             counts["skipped: empty"] += 1
             continue
-        if score == -math.inf and SPLITS[split] == "train":  # all are measured on the same text
+        score = next(scores)
+        out = np.all(np.equal(score, -math.inf))
+        if out and SPLITS[split] == "train":  # all are measured on the same text
             counts["skipped: deselected"] += 1
             continue
         whole = np.concatenate([prefix, ids]).astype(np.uint32)
         size = len(document.text.encode("utf-8"))
         counts.update(documents=1, tokens=len(whole), bytes=size)
         counts[f"{SPLITS[split]} documents"] += 1
-        yield Row(document, whole, split, score, len(prefix))
+        if document.split:
+            counts["documents of a split of their own"] += 1
+        marks = marked(document, len(ids), len(prefix), tokenizer, source, name)
+        yield Row(document, whole, split, score, len(prefix), marks)
+
+
+def scored(score: Callable | None, documents: list[Document], tokens: list,
+           name: str) -> Sequence[float | np.ndarray]:
+    """The score of each document, a number or a vector [k]; NaN without a score function."""
+    if not score:
+        return [math.nan] * len(documents)
+    if "documents" not in parameters(score):
+        pairs = zip(documents, tokens, strict=True)
+        return [np.asarray(score(document, ids), np.float32) for document, ids in pairs]
+    found = []
+    for first in range(0, len(documents), GROUP):
+        group, ids = (every[first:first + GROUP] for every in (documents, tokens))
+        values = np.asarray(score(group, ids), np.float32)
+        if values.ndim not in (1, 2) or len(values) != len(group):
+            raise InputError(
+                f"data.sources.{name}.score gives an array of the shape {values.shape} for "
+                f"{len(group)} documents; allowed are ({len(group)},) and ({len(group)}, k)")
+        found += list(values)
+    return found
+
+
+def marked(document: Document, tokens: int, prefix: int, tokenizer: Tokenizer, source: Source,
+           name: str) -> np.ndarray | None:
+    """The tokens [spans 2] that a document's marks mean, counted with its prefix; see `Row`."""
+    if document.marks and not source.marks:
+        raise InputError(f"document {document.path!r} has marks, but data.sources.{name}.marks is "
+                         "false; allowed is true, or a document without")
+    if not source.marks:
+        return None
+    for start, end in document.marks:
+        if not 0 <= start <= end <= len(document.text):
+            raise InputError(
+                f"document {document.path!r} has the mark {(start, end)}; allowed are (start, end) "
+                f"with 0 <= start <= end <= {len(document.text)}, the length of its text")
+    if not document.marks:
+        return np.zeros((0, 2), np.int32)
+    return prefix + marked_tokens(tokenizer, document.text, document.marks, tokens)
 
 
 def prepare(documents: list[Document], config, source: Source, seed: int,
@@ -294,7 +351,7 @@ def prepare(documents: list[Document], config, source: Source, seed: int,
     """[(document, split)] after the source's `prepare`, without what cannot be encoded."""
     prepared = []
     for document in documents:
-        split = split_of(document.group or document.path, config.dev, config.test)
+        split = split_in(document, source, config.dev, config.test)
         made = document
         if source.prepare and SPLITS[split] == "train":
             rng = np.random.default_rng([seed, path_hash(document.path)])
@@ -323,6 +380,24 @@ def check_damage(name: str, config, total: Counter, ended: bool):
                          f"{describe_skipped(skipped, config.sources[name])}")
 
 
+def scores_of(name: str, rows: list[Row]) -> np.ndarray:
+    """The scores of documents, float32 [documents] or [documents k]."""
+    shapes = {np.shape(row.score) for row in rows}
+    if len(shapes) > 1:
+        raise InputError(f"the score of {name} gives documents the shapes "
+                         f"{', '.join(map(str, sorted(shapes)))}; allowed is the same for all")
+    return np.array([row.score for row in rows], np.float32)
+
+
+def marks_of(rows: list[Row]) -> dict[str, np.ndarray]:
+    """{"marks": see `Shard`} of documents, or {} where their source has none."""
+    if not rows or rows[0].marks is None:
+        return {}
+    numbers = np.repeat(np.arange(len(rows)), [len(row.marks) for row in rows])
+    spans = np.concatenate([row.marks for row in rows])
+    return {"marks": np.column_stack([numbers, spans]).astype(np.int32)}
+
+
 def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, facts: dict):
     """Write a shard beside its place, force it to disk, and rename it into place."""
     dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
@@ -336,8 +411,9 @@ def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, fa
         offsets=np.cumsum([0] + [len(row.ids) for row in rows], dtype=np.int64),
         bytes=np.array([len(row.document.text.encode("utf-8")) for row in rows], np.int64),
         split=np.array([row.split for row in rows], np.uint8),
-        score=np.array([row.score for row in rows], np.float32),
+        score=scores_of(directory.name, rows),
         quiet=np.array([row.quiet for row in rows], np.int32),
+        **marks_of(rows),
     )
     with open(partial / "documents.jsonl", "w", encoding="utf-8") as file:
         for row in rows:

@@ -12,6 +12,7 @@ from lib.cache import Cache, build, cache_directory
 from lib.config import ROOT, to_json
 from lib.disk import write
 from lib.errors import InputError
+from lib.help import short
 from lib.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 
@@ -34,7 +35,7 @@ def assemble(config, tokenizer_file: Path | None = None):
         for kind in counts:
             if kind.startswith("skipped"):
                 print(f"source {name}: {counts[kind]} documents {kind}")
-        check_splits(name, counts, config.data)
+        check_splits(name, counts, config.data, config.data.sources[name].split)
     return config, tokenizer, caches
 
 
@@ -45,13 +46,18 @@ def set_vocab(config, tokenizer: Tokenizer):
         return replace(config, model=replace(config.model, vocab=tokenizer.vocab))
     if asked != tokenizer.vocab and not config.init_from:  # a model that was read may have more
         raise InputError(
-            f"model.vocab is {asked}, but the tokenizer {config.data.tokenizer!r} has "
+            f"model.vocab is {asked}, but the tokenizer {short(config.data.tokenizer)!r} has "
             f"{tokenizer.vocab} pieces; allowed is that, or 0 for as many as it has")
     return config
 
 
-def check_splits(name: str, counts: Counter, data):
-    """Raise InputError unless a source has documents in each split that has a share."""
+def check_splits(name: str, counts: Counter, data, own: str):
+    """Raise InputError unless a source has documents in each split that has a share.
+
+    own: its `split`. Where that, or every document, says which split it is, no other is missed.
+    """
+    if own or counts["documents of a split of their own"] == counts["documents"]:
+        return
     for split, share in {"train": 1, "dev": data.dev, "test": data.test}.items():
         if share and not counts.get(f"{split} documents"):
             raise InputError(

@@ -366,6 +366,8 @@ def test_figures(
     for documents in held.values():
         texts += documents.texts()
         paths += documents.paths
+    if not texts:  # all sources are for training alone
+        return {}
     found |= compressed(texts)
     show_test(found, held)
     return found | {"held_out_paths": paths}

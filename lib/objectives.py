@@ -2,12 +2,16 @@
 
 An objective takes a row's arrays [seq] and random numbers of the row's own. It returns the arrays,
 changed or with others added, and the mask that the row is attended with: the arguments of
-`lib.kernels.Mask`.
+`lib.kernels.Mask`. Arrays that it adds are [seq ...], of any dtype.
+
+It may ask for more by the names of its parameters: `tokenizer`, `progress` (of the phase, 0 to 1),
+`log` (see `data.Evaluation`) and `document`, the row's first one (see `data.Documents.document`).
 """
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from lib.bind import parameters
 from lib.errors import InputError
 
 CAUSAL = {"kind": "causal", "window": 0}
@@ -29,14 +33,33 @@ def one_segment(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
 causal.masks = one_segment.masks = (CAUSAL,)
 
 
-def declared_masks(objective: Callable) -> tuple[dict, ...]:
-    """All masks that an objective gives, if it has an attribute `masks` that says so; else ().
+def objective_of(objective: Callable | dict[str, Callable], source: str) -> Callable:
+    """The objective of a source's rows; causal where a dictionary does not name the source."""
+    if callable(objective):
+        return objective
+    return objective.get(source, causal)
+
+
+def asks(objective: Callable | dict[str, Callable], name: str) -> bool:
+    """Whether an objective, or one of a dictionary of them, has a parameter of this name."""
+    every = [objective] if callable(objective) else objective.values()
+    return any(name in parameters(each) for each in every)
+
+
+def declared_masks(objectives: Iterable[Callable]) -> tuple[dict, ...]:
+    """All masks that objectives give, if each has an attribute `masks` that says so; else ().
 
     A batch has one mask. Where masks are declared, it follows from the declaration. Elsewhere it
     follows from all rows of the batch, so that each process of a run makes those of the others too.
     """
-    function = getattr(objective, "func", objective)  # of a partial
-    return getattr(function, "masks", ())
+    found = []
+    for objective in objectives:
+        function = getattr(objective, "func", objective)  # of a partial
+        masks = getattr(function, "masks", ())
+        if not masks:
+            return ()
+        found += [mask for mask in masks if mask not in found]
+    return tuple(found)
 
 
 def join_masks(masks: Sequence[dict], name: str) -> dict:
@@ -80,7 +103,9 @@ def stack(
     """(arrays [rows, seq] of the rows `own`, mask of the batch), from what an objective gave.
 
     made: {row: (arrays, mask)}, of all rows of the batch unless the objective has `declared` masks.
-    Raises InputError, which names the objective, where rows of one batch do not go together.
+    Raises InputError, which names the objective, where rows of one batch do not go together: an
+    array that one has, all must have. Nobody could fill it in for the others, since a process may
+    see none that has it.
     """
     rows = {r: row for r, (row, _) in made.items()}
     masks = {r: mask for r, (_, mask) in made.items()}

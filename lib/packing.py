@@ -7,7 +7,8 @@ anywhere.
 A packing takes the positions of each document [documents] and the length of a row. It returns a
 plan: an integer array [pieces, 6], ordered by row, with the columns ROW, SEGMENT, DOCUMENT, START,
 LENGTH and QUIET. Segments count from 1 in each row. The first QUIET positions of a piece carry no
-loss. A packing with a third parameter `documents` is told more about them, see `data.Documents`.
+loss. A packing with a parameter `documents` is told more about them, see `data.Documents`; with a
+parameter `tokenizer` it is told the tokenizer.
 """
 from collections.abc import Callable
 
@@ -204,6 +205,22 @@ def fill_row(
         row["weights"][at + quiet:end] = 1
         row["document"][at:end] = document
         at = end
+
+
+def fill_marks(
+    pieces: np.ndarray, seq: int, marks_of: Callable[[int], np.ndarray]
+) -> np.ndarray:
+    """The marks [seq] of one row's targets, int32: 1 where a target is a marked token, else 0.
+
+    pieces: of the row, as its plan has them. marks_of: gives 0 or 1 for each token of a document.
+    """
+    row = np.zeros(seq, np.int32)
+    at = 0
+    for _, _, document, start, length, _ in pieces.tolist():
+        marks = marks_of(document)[start:start + length]  # the end of a document is not marked
+        row[at:at + len(marks)] = marks
+        at += length
+    return row
 
 
 def predictions(

@@ -13,6 +13,7 @@ from lib.disk import digest
 from lib.errors import InputError
 from lib.hf import read_params, read_shape
 from lib.keys import run_step
+from lib.objectives import asks
 from lib.optim import State
 from lib.schedule import Plan
 from model import ModelConfig
@@ -41,6 +42,7 @@ def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
             continue
         del written["schedule"], written["lr"]  # their effect, the rates, is compared below
         by_progress = callable(phase.mixture) or phase.lengths or phase.order is not shuffled
+        by_progress = by_progress or asks(phase.objective, "progress")
         if end >= step and not by_progress:
             del written["steps"]  # the phase may become longer
         phases.append(written)

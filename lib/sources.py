@@ -29,6 +29,10 @@ class Document:
     meta: dict = field(default_factory=dict)
     group: str = ""  # documents of one group are in one split: its hash decides, not the path's
     prefix: str = ""  # read before the text, but not predicted: no loss on it
+    split: str = ""  # "train", "dev" or "test": the split it is in, whatever any hash says
+    # (start, end) of spans of the text, in characters: they become row["marks"], where the source
+    # says that it has marks. A token is marked if it holds a character of a span.
+    marks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,13 @@ class Source:
 
     documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...) ...
     prepare: Callable | None = None  # (document, rng) -> document or list; training documents only
-    # (document, tokens) -> float, kept in the cache. -inf leaves a training document out; dev and
-    # test documents stay, so that runs with and without a score are measured on the same text.
+    # (document, tokens) -> float or vector [k], kept in the cache; with a parameter `documents`
+    # (documents, tokens) -> [n] or [n k], for at most 256 at once. -inf, or a vector of it, leaves
+    # a training document out; dev and test documents stay, so that runs with and without a score
+    # are measured on the same text.
     score: Callable | None = None
+    split: Literal["", "train", "dev", "test"] = ""  # of all its documents; "": by their hashes
+    marks: bool = False  # its documents have marks, which rows then hold; see `Document`
     epochs: NotNegative = 0.0  # passes that a run may make over it; 0 is any number
     after: Literal["stop", "renormalise"] = "stop"  # then: refuse, or leave its share to the others
 
@@ -68,6 +76,26 @@ def split_of(path: str, dev: float, test: float) -> int:
     if position < test + dev:
         return 1
     return 0
+
+
+def split_in(document: Document, source: Source, dev: float, test: float) -> int:
+    """Index into SPLITS of a source's document: as it says, as the source says, or by its hash."""
+    split = document.split or source.split
+    if not split:
+        return split_of(document.group or document.path, dev, test)
+    if split not in SPLITS:
+        raise InputError(f"document {document.path!r} has the split {split!r}; allowed are "
+                         f'"" and {", ".join(SPLITS)}')
+    return SPLITS.index(split)
+
+
+def nothing(documents: int = 1) -> Iterator[Document]:
+    """Documents of one token or so, for an objective that fills rows itself, from its `rng`.
+
+    They can be encoded by "bytes" and "numbers:N" alike, and all are for training.
+    """
+    for number in range(documents):
+        yield Document(f"nothing/{number}", "0", split="train")
 
 
 def files(path: str) -> tuple[Any, list[tuple[str, str]]]:

@@ -1,21 +1,34 @@
 """Tokenizers: text to ids and back."""
+import base64
 import heapq
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from lib.bind import bind, parameters
+from lib.config import function_of, to_json
 from lib.disk import FORMAT, cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
-from lib.keys import function_key
-from lib.sources import SURROGATE, Skipped, Source, describe_skipped, path_hash, split_of
+from lib.keys import function_key, source_above
+from lib.sources import (
+    SPLITS,
+    SURROGATE,
+    Skipped,
+    Source,
+    describe_skipped,
+    path_hash,
+    split_in,
+)
 
+NUMBERS = b"coppice numbers "  # how the file of such a tokenizer begins
+OWN = "vocab", "bos", "eos", "model", "encode", "decode"  # what a tokenizer of a config has
 LEAST_PIECES = 260  # of SentencePiece with byte fallback: 256 bytes, unknown, bos, eos and one more
 
 # SentencePiece decodes U+2581 as a space, and it drops training texts with U+2585, which marks what
@@ -33,6 +46,12 @@ def escape(text: str) -> str:
 def unescape(text: str) -> str:
     """The inverse of `escape`."""
     return re.sub("\x10[ebc]", lambda match: UNESCAPES[match[0]], text)
+
+
+def char_of_byte(chars: list[str]) -> np.ndarray:
+    """The number of the character that each byte of their UTF-8 is of [bytes]."""
+    sizes = [len(char.encode("utf-8")) for char in chars]
+    return np.repeat(np.arange(len(chars)), sizes)
 
 
 class SentencePiece:
@@ -60,6 +79,26 @@ class SentencePiece:
         """The text of ids; bos and eos are left out, and part of a character is U+FFFD."""
         return unescape(self.processor.decode([int(i) for i in ids]))
 
+    def spans(self, text: str) -> np.ndarray:
+        """(start, end) of each token in characters of a text [tokens 2]; see `marked_tokens`."""
+        ids = self.encode(text)
+        chars = char_of_byte([escape(char) for char in text])
+        ends = np.cumsum([self.size(i) for i in ids], dtype=np.int64)
+        extra = ends[-1] - len(chars) if len(ids) else 0  # of a space that a model adds in front
+        if extra not in (0, 1):
+            raise InputError("the SentencePiece model changes the text that it reads, so marks "
+                             "have no place in it; allowed is one that does not normalise")
+        starts = np.maximum(0, np.append(0, ends[:-1]) - extra)
+        ends = np.maximum(1, ends - extra)
+        return np.stack([chars[starts], chars[ends - 1] + 1], axis=1)
+
+    def size(self, token: int) -> int:
+        """The bytes of UTF-8 that a token stands for."""
+        if self.processor.is_byte(token):
+            return 1
+        piece = self.processor.id_to_piece(token)
+        return len(piece.replace("\u2581", " ").encode("utf-8"))
+
 
 class Bytes:
     """UTF-8 bytes 0..255, bos 256, eos 257."""
@@ -78,6 +117,41 @@ class Bytes:
     def decode(self, ids) -> str:
         """The text of ids; bos and eos are left out, and part of a character is U+FFFD."""
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
+
+    def spans(self, text: str) -> np.ndarray:
+        """(start, end) of each token in characters of a text [tokens 2]; see `marked_tokens`."""
+        chars = char_of_byte(list(text))
+        return np.stack([chars, chars + 1], axis=1)
+
+
+class Numbers:
+    """Ids 0 to n - 1, which a text writes as numbers with spaces between, bos n, eos n + 1."""
+
+    def __init__(self, n: int):
+        self.vocab, self.bos, self.eos = n + 2, n, n + 1
+        self.model = NUMBERS + b"%d\n" % n
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos or eos. Raises InputError for what is no such number."""
+        words = text.split()
+        for word in words:
+            if not (word.isascii() and word.isdigit() and int(word) < self.bos):
+                raise InputError(f"the tokenizer numbers:{self.bos} reads {word!r}; allowed are "
+                                 f"numbers from 0 to {self.bos - 1} with spaces between them")
+        return [int(word) for word in words]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids) -> str:
+        """The numbers of ids with a space between them; bos and eos are left out."""
+        return " ".join(str(int(i)) for i in ids if i < self.bos)
+
+    def spans(self, text: str) -> np.ndarray:
+        """(start, end) of each token in characters of a text [tokens 2]; see `marked_tokens`."""
+        found = [match.span() for match in re.finditer(r"\S+", text)]
+        return np.array(found, np.int64).reshape(-1, 2)
 
 
 class HuggingFace:
@@ -120,14 +194,101 @@ class HuggingFace:
         """The text of ids; special and unknown ones are left out, part of a character is U+FFFD."""
         return self.processor.decode([int(i) for i in ids])
 
+    def spans(self, text: str) -> np.ndarray:
+        """(start, end) of each token in characters of a text [tokens 2]; see `marked_tokens`."""
+        encoding = self.processor.encode(text, add_special_tokens=False)
+        return np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
-Tokenizer = SentencePiece | Bytes | HuggingFace
+
+class Own:
+    """A tokenizer of a class that a config file defines, as JSON {class, source, model}.
+
+    The class is at the top level of its file. It is made of bytes that it has as its attribute
+    `model`: `Class(tokenizer.model)` is the same tokenizer again. It has vocab, bos, eos (each an
+    integer), encode(text) -> ids and decode(ids) -> text. It may have encode_batch(texts), and
+    spans(text), which documents with marks need; see `marked_tokens`.
+    """
+
+    def __init__(self, model: bytes):
+        self.model = model
+        facts = json.loads(model)
+        made = function_of({"function": facts["class"], "arguments": {}})
+        self.inner = made(base64.b64decode(facts["model"]))
+        self.vocab, self.bos, self.eos = self.inner.vocab, self.inner.bos, self.inner.eos
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos or eos."""
+        return list(self.inner.encode(text))
+
+    def encode_batch(self, texts: list[str]) -> list:
+        """Ids of each text."""
+        if hasattr(self.inner, "encode_batch"):
+            return self.inner.encode_batch(texts)
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids) -> str:
+        """The text of ids; bos and eos are left out."""
+        return self.inner.decode([int(i) for i in ids])
+
+    def spans(self, text: str) -> np.ndarray:
+        """(start, end) of each token in characters of a text [tokens 2]; see `marked_tokens`."""
+        if not hasattr(self.inner, "spans"):
+            raise InputError(f"a document has marks, but the tokenizer {type(self.inner).__name__} "
+                             "has no method spans; give it one, see lib/tokenizers.py")
+        return np.asarray(self.inner.spans(text), np.int64).reshape(-1, 2)
+
+
+Tokenizer = SentencePiece | Bytes | Numbers | HuggingFace | Own
+
+
+def own_model(tokenizer) -> bytes:
+    """What `Own` is made of, for a tokenizer of a class in a config file. Raises InputError.
+
+    It depends on the class's source and on its file's up to the config, as caches must.
+    """
+    made = type(tokenizer)
+    lacking = [name for name in OWN if not hasattr(tokenizer, name)]
+    if lacking or not isinstance(tokenizer.model, bytes):
+        raise InputError(f"data.tokenizer gives a {made.__name__}, which lacks "
+                         f"{', '.join(lacking) or 'bytes as its model'}; allowed is one with "
+                         f"{', '.join(OWN)}")
+    written = to_json(made)
+    facts = {
+        "class": written["function"],
+        "source": digest([written["source"], source_above(made)]),
+        "model": base64.b64encode(tokenizer.model).decode(),
+    }
+    return json.dumps(facts).encode()
+
+
+def marked_tokens(tokenizer: Tokenizer, text: str, marks: Sequence[tuple[int, int]],
+                  tokens: int) -> np.ndarray:
+    """int32 [spans 2]: the first token and the end of what holds a character of each mark.
+
+    marks: (start, end) in characters of the text, which has so many tokens. They come from
+    `tokenizer.spans`: what each token covers of the whole text as it is encoded, in rising order.
+    """
+    spans = tokenizer.spans(text)
+    if len(spans) != tokens:
+        raise InputError(f"the tokenizer has {tokens} tokens for a text with marks and says where "
+                         f"{len(spans)} of them stand; allowed is a place for each")
+    wanted = np.array(marks, np.int64).reshape(-1, 2)
+    empty = wanted[:, 0] == wanted[:, 1]
+    wanted = wanted[~empty]
+    first = np.searchsorted(spans[:, 1], wanted[:, 0], side="right")
+    end = np.searchsorted(spans[:, 0], wanted[:, 1], side="left")
+    end = np.maximum(first, end)
+    return np.stack([first, end], axis=1).astype(np.int32)
 
 
 def make_tokenizer(config, vocab: int) -> Tokenizer:
     """The tokenizer that the data config names; "bpe" with `vocab` pieces is trained and cached."""
+    if callable(config.tokenizer):
+        return call_tokenizer(config, vocab)
     if config.tokenizer == "bytes":
         return Bytes()
+    if config.tokenizer.startswith("numbers:"):
+        return Numbers(number_of(config.tokenizer))
     if config.tokenizer.startswith("hf:"):
         return read_hf_tokenizer(config.tokenizer)
     if config.tokenizer != "bpe":
@@ -136,13 +297,55 @@ def make_tokenizer(config, vocab: int) -> Tokenizer:
         raise InputError(
             "model.vocab is 0, but a tokenizer that is to be trained needs a number of pieces; set "
             'model.vocab, or data.tokenizer to "bytes" or a SentencePiece file')
-    documents = [[name, function_key(s.documents)] for name, s in config.sources.items()]
-    key = digest([FORMAT, "bpe", vocab, config.sample_mib, config.dev, config.test, documents])
-    path = cache_home() / "tokenizers" / f"{key}.model"
+    key = ["bpe", vocab, *texts_key(config)]
+    return kept_tokenizer(key, lambda: train_bpe(tokenizer_texts(config), vocab))
+
+
+def kept_tokenizer(key: list, make: Callable[[], bytes]) -> Tokenizer:
+    """The tokenizer whose file `make` gives, made once for a key and kept in the cache."""
+    path = cache_home() / "tokenizers" / f"{digest([FORMAT, *key])}.model"
     with locked(path.with_suffix(".lock")):
         if not path.exists():
-            write(path, train_bpe(tokenizer_texts(config), vocab))
+            write(path, make())
     return load_tokenizer(path)
+
+
+def texts_key(config) -> list:
+    """What `tokenizer_texts` depends on, as JSON."""
+    documents = [[name, function_key(s.documents)] for name, s in config.sources.items()]
+    splits = {name: s.split for name, s in config.sources.items() if s.split}
+    more = [splits] if splits else []
+    return [config.sample_mib, config.dev, config.test, documents, *more]
+
+
+def call_tokenizer(config, vocab: int) -> Tokenizer:
+    """The tokenizer that a function `[texts, vocab] -> tokenizer` makes, once; it is then cached.
+
+    texts: as many training texts as "bpe" would get. vocab: `model.vocab`, 0 where that is open. It
+    gives a tokenizer of this file, or one as `Own` says. Raises InputError for what is neither.
+    """
+    function = config.tokenizer
+    asked = parameters(function)
+    key = ["function", function_key(function)]
+    if "vocab" in asked:
+        key.append(vocab)
+    if "texts" in asked:
+        key += texts_key(config)
+
+    def make() -> bytes:
+        texts = tokenizer_texts(config) if "texts" in asked else []
+        made = bind(function, texts=texts, vocab=vocab)()
+        return made.model if isinstance(made, Tokenizer) else own_model(made)
+
+    return kept_tokenizer(key, make)
+
+
+def number_of(name: str) -> int:
+    """N of "numbers:N"."""
+    number = name.removeprefix("numbers:")
+    if not (number.isascii() and number.isdigit() and int(number)):
+        raise InputError(f"data.tokenizer is {name!r}; allowed is numbers:N with N from 1")
+    return int(number)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -152,9 +355,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise InputError(
             f"data.tokenizer is {str(path)!r}, which cannot be read ({error.strerror}); allowed "
-            'are "bpe", "bytes", the path of a SentencePiece model and "hf:DIRECTORY"') from None
+            'are "bpe", "bytes", "numbers:N", the path of a SentencePiece model, "hf:DIRECTORY" '
+            "and a function") from None
     if model == Bytes.model:
         return Bytes()
+    if model.startswith(NUMBERS):
+        return Numbers(int(model.removeprefix(NUMBERS)))
+    if model.startswith(b'{"class":'):
+        return Own(model)
     if model.startswith(b'{"bos":'):
         return HuggingFace(model)
     try:
@@ -229,7 +437,7 @@ def sample_texts(source: Source, most: int, config) -> tuple[list[str], Counter]
     heap = []  # by falling hash: the largest is dropped first
     left_out, held, seen = Counter(), 0, 0
     for number, document in enumerate(source.documents()):
-        kind = why_left_out(document, config)
+        kind = why_left_out(document, source, config)
         if kind:
             left_out[kind] += 1
             continue
@@ -243,13 +451,13 @@ def sample_texts(source: Source, most: int, config) -> tuple[list[str], Counter]
     return [text[:most] for _, _, text in sorted(heap, reverse=True)], left_out
 
 
-def why_left_out(document, config) -> str:
+def why_left_out(document, source: Source, config) -> str:
     """Why a tokenizer does not learn from a document; "" if it does."""
     if isinstance(document, Skipped):
         return document.kind
     if SURROGATE.search(document.text):
         return "lone surrogates"
-    if split_of(document.group or document.path, config.dev, config.test) != 0:
+    if SPLITS[split_in(document, source, config.dev, config.test)] != "train":
         return "held out"
     return "" if document.text else "empty"
 

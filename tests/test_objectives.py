@@ -92,5 +92,5 @@ def test_only_objectives_that_say_so_have_declared_masks():
     def silent(row, rng):
         return row, mask("causal")
 
-    assert declared_masks(silent) == ()
-    assert declared_masks(causal) == declared_masks(one_segment) == (mask("causal"),)
+    assert declared_masks([silent]) == declared_masks([causal, silent]) == ()
+    assert declared_masks([causal]) == declared_masks([one_segment, causal]) == (mask("causal"),)

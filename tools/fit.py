@@ -35,13 +35,15 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data import batch_lengths
+from data import Document, batch_lengths
 from lib.arguments import Arguments
 from lib.banner import grid
+from lib.bind import bind
 from lib.disk import cache_home
 from lib.errors import InputError, user_errors
 from lib.hardware import hardware
 from lib.kernels import Mask
+from lib.objectives import declared_masks, objective_of, stack
 from lib.optim import state_like
 from lib.schedule import make_plan
 from lib.sharding import MeshConfig, by_row, make_mesh
@@ -248,8 +250,11 @@ def memory_limit(kind: str) -> int:
 # ---------------------------------------------------------------------------------------- programs
 
 
-def rows_like(phase, seq: int, mesh) -> tuple[dict, Mask]:
-    """(shapes of a batch's arrays on a mesh, its mask), as the objective makes them."""
+def rows_like(phase, sources: dict, seq: int, mesh) -> tuple[dict, Mask]:
+    """(shapes of a batch's arrays on a mesh, its mask), as the objectives of the sources make them.
+
+    They are told of a document without text, and the tokenizer of bytes.
+    """
     zeros = np.zeros(seq, np.int32)
     plain = {
         "tokens": zeros,
@@ -259,7 +264,14 @@ def rows_like(phase, seq: int, mesh) -> tuple[dict, Mask]:
         "weights": np.ones(seq, np.float32),
         "source": zeros,
     }
-    row, mask = phase.objective(plain, np.random.default_rng(0))
+    if any(source.marks for source in sources.values()):
+        plain["marks"] = zeros
+    given = dict(tokenizer=Bytes(), progress=0.0, log=[], document=Document("fit", ""))
+    made, objectives = {}, [objective_of(phase.objective, name) for name in sources]
+    for i, objective in enumerate(objectives):
+        made[i] = bind(objective, **given)(dict(plain), np.random.default_rng(0))
+    arrays, mask = stack(made, np.array([0]), declared_masks(objectives), "the objective")
+    row = {name: x[0] for name, x in arrays.items()}
     rows = phase.batch * phase.seq // seq
     where = by_row(mesh, rows)
     shapes = {}
@@ -314,7 +326,7 @@ def inspect(
     """Compile one step of a phase for a mesh; frozen: optimiser groups at rate 0."""
     p = config.phases[phase]
     like = state_like(shape, config.optimizer, mesh)
-    arrays, mask = rows_like(p, seq, mesh)
+    arrays, mask = rows_like(p, config.data.sources, seq, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     lr = {g: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for g in groups(shape)}
     kind, devices = mesh.devices.flat[0].device_kind, mesh.devices.size
@@ -354,7 +366,7 @@ def programs(config: Config, mesh) -> Iterator[Program]:
             frozen = plan.frozen(i)
             tokens = phase.batch * phase.seq
             for seq in batch_lengths(phase)[0]:
-                how = phase.accumulate, phase.objective, phase.token_loss, phase.reduce
+                how = phase.accumulate, str(phase.objective), phase.token_loss, phase.reduce
                 key = shape, tokens, seq, how, frozen
                 if key not in seen:
                     yield inspect(config, mesh, i, shape, seq, frozen)
