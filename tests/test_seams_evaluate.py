@@ -86,6 +86,16 @@ def made(params, config, **more):
     return generate_ids(weights, PROMPTS, seeds=[*range(4)], how=how, config=config, **more)
 
 
+def mesh_of(devices: int):
+    """A mesh of so many devices, all for rows."""
+    return make_mesh(MeshConfig(), jax.devices()[:devices])
+
+
+def on_mesh(params, config, devices: int = 1):
+    """Parameters as a run of a config on such a mesh has them."""
+    return jax.device_put(params, shardings(model.table(config), mesh_of(devices)))
+
+
 # ------------------------------------------------------------------------------------------------- generation
 
 
@@ -118,20 +128,20 @@ def test_without_a_cache_on_eight_devices(tiny):
     equal(found, made(params, tiny))
 
 
-def test_stored_rows_that_become_a_llama_keep_the_cache(tiny, monkeypatch):
+def test_stored_rows_that_become_a_llama_keep_the_cache(tiny):
     """What `reparam` makes is read by the plain table's names; the rows that it leaves are not."""
     config = Config(model=replace(tiny, rows=low_rank), reparam=multiplied)
     params = model.init(config.model, jax.random.key(0))
     assert computes_llama(config.model)
     plain = {n: x for n, x in multiplied(params, 0, None).items() if n in model.plain_table(tiny)}
     how = sampling(0.7)
-    found = [continue_prompts(p, c, Bytes(), 3, ["def f", "x"], how, 24, 5)
+    found = [continue_prompts(on_mesh(p, c.model), c, Bytes(), 3, ["def f", "x"], how, 24, 5)
              for p, c in ((params, config), (plain, Config(model=tiny)))]
     assert found[0] == found[1] and len({one.text for one in found[0]}) == 2
 
 
 def test_prompts_are_texts_or_ids(tiny):
-    params, config = strong(tiny), Config(model=tiny)
+    params, config = on_mesh(strong(tiny), tiny), Config(model=tiny)
     setting = Setting(config, config.phases[0], {}, Bytes(), None)
     ids = [Bytes.bos, *b"tree"]
     texts = generate(params, 1, setting, ["tree", ids, np.array(ids)], tokens=9)
@@ -170,11 +180,6 @@ def test_what_predicts_no_pieces_is_not_sampled_or_measured(tiny, cache, data_co
 # ------------------------------------------------------------------------------------------ what evals are told
 
 
-def mesh_of(devices: int):
-    """A mesh of so many devices, all for rows."""
-    return make_mesh(MeshConfig(), jax.devices()[:devices])
-
-
 @pytest.mark.parametrize("devices", [1, 8])
 def test_apply_takes_ids_batches_and_masks(tiny, devices):
     """Rows that the mesh does not divide are filled up; a mask and segments change what is seen."""
@@ -182,7 +187,7 @@ def test_apply_takes_ids_batches_and_masks(tiny, devices):
     ids = rng.integers(0, 256, (3, 12)).astype(np.int32)
     mesh = mesh_of(devices)
     apply = sharded_apply(evaluators(None, tiny, mesh)[1], 1, mesh)
-    placed = jax.device_put(params, shardings(model.table(tiny), mesh))
+    placed = on_mesh(params, tiny, devices)
     plain = model.apply(params, ids, tiny)
     close(apply(placed, ids), plain)
     close(apply(placed, ids.tolist()), plain)
@@ -217,7 +222,7 @@ def test_evals_are_told_what_they_ask_for(tiny, cache, corpus, data_config):
                     evals=(asks, lambda params, apply: {"plain": 1.0}))
     mesh = mesh_of(1)
     setting = Setting(config, config.phases[0], {"corpus": cache}, Bytes(), mesh)
-    params = jax.device_put(strong(tiny), shardings(model.table(tiny), mesh))
+    params = on_mesh(strong(tiny), tiny)
     found = own_evals(evaluators(None, tiny, mesh)[1], params, 2, setting)
     dev = held_out(setting, "corpus")
     sizes = [(corpus / path).stat().st_size + 1 for path in dev.paths]
@@ -269,7 +274,7 @@ def trained(data_config, tiny, devices: int = 1, caches=None, **phase):
     setting = Setting(config, config.phases[0], caches, tokenizer, mesh)
     loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
     loss = train.loss_of(config, config.model, setting.phase)
-    params = jax.device_put(strong(tiny), shardings(model.table(tiny), mesh))
+    params = on_mesh(strong(tiny), tiny, devices)
     if is_plain(loss, setting.phase, caches):
         return {}, [], setting, params
     own = own_losses(summing(loss, mesh), params, 3, 3, setting, loader)
