@@ -203,11 +203,12 @@ class Rows:
         self.window = lru_cache(4)(self.open_window)
         self.lock = threading.RLock()
         self.ends = [0]  # window i has the rows ends[i] to ends[i + 1] of an epoch
-        while not self.ends[-1] and not empty:
-            if not self.grow():
-                raise InputError(
-                    f"source {cache.name!r} has no document in its {split} split that is packed"
-                )
+        while not self.ends[-1] and self.grow():
+            pass
+        if not self.ends[-1] and not empty and split == "train":
+            raise InputError(
+                f"source {cache.name!r} has no document in its train split that is packed"
+            )
 
     def open_window(self, number: int) -> Window:
         """A window with its plan. `window` does the same and remembers the last ones."""

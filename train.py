@@ -42,14 +42,8 @@ from lib.corpus import assemble
 from lib.curves import draw
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
-from lib.evaluate import (
-    evaluation,
-    evaluators,
-    own_evals,
-    sharded_apply,
-    test_figures,
-    write_figures,
-)
+from lib.evals import own_evals, sharded_apply
+from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
 from lib.fields import (
     Count,
     NotNegative,
@@ -77,6 +71,7 @@ from lib.optim import (
     trained_groups,
     update_ratios,
 )
+from lib.own_loss import is_plain, own_losses, summing
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
@@ -177,7 +172,8 @@ class Config:
     # in jit: gradient, params, batch, step -> what gradient(params, batch) gives, which is
     # ((numerator, (denominator, metrics)), gradient of the numerator); of each part of a batch
     gradient: Callable | None = None
-    evals: tuple[Callable, ...] = ()  # params, apply -> {metric: value}, at every evaluation
+    # params, apply (, tokenizer, config, generate, held_out) -> {metric: value}, see lib/evals.py
+    evals: tuple[Callable, ...] = ()
     eval_every: Count = 200  # steps between evaluations on dev; one ends each phase too
     eval_at: tuple[Whole, ...] = ()  # steps after which there is one besides; 0 is before the first
     eval_tokens: Count = 65_536  # of dev documents, per source, in an evaluation during the run
@@ -525,7 +521,7 @@ class Run:
     compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     programs: dict = field(default_factory=dict)  # steps being compiled, by what they depend on
     begun: set[int] = field(default_factory=set)  # phases that took a step in this process
-    evaluators: dict = field(default_factory=dict)  # compiled, by the shape of the model
+    evaluators: dict = field(default_factory=dict)  # compiled, by the shape of the model or `Loss`
     checkpoints: Checkpoints | None = None
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset
     summary: dict[str, Any] | None = None  # of a run that has ended
@@ -752,21 +748,28 @@ def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
     losses, scores = held_out_programs(run, step)
     config = replace(run.config, model=run.plan.model_after(step))
     phase = config.phases[run.plan.phase_of(step)]
-    dev, own = evaluation(
-        losses,
-        scores,
-        state.params,
-        state.step,
-        config,
-        phase,
-        run.caches,
-        run.tokenizer,
-        run.mesh,
-    )
-    if step in run.plan.steers:
-        run.loader.decide(run.plan.steers[step], dev | own)
+    setting = Setting(config, phase, run.caches, run.tokenizer, run.mesh)
+    found = dev_figures(losses, state.params, state.step, setting)
+    found |= trained_losses(run, state, step, setting)
+    own = own_evals(scores, state.params, state.step, setting)
     run.own_figures = step, own
-    return dev | own
+    found |= own
+    if step in run.plan.steers:
+        run.loader.decide(run.plan.steers[step], found)
+    return found
+
+
+def trained_losses(run: Run, state: State, step: int, setting: Setting) -> dict[str, float]:
+    """What the phase trains on, measured on dev, where bits per byte do not say it already."""
+    model, phase = setting.config.model, setting.phase
+    loss = loss_of(run.config, model, phase)
+    entered = model == run.plan.models[run.plan.phase_of(step)]  # else its edits are still to come
+    if not entered or is_plain(loss, phase, run.caches):
+        return {}
+    if loss not in run.evaluators:
+        run.evaluators[loss] = summing(loss, run.mesh)
+    sums = run.evaluators[loss]
+    return own_losses(sums, state.params, state.step, step, setting, run.loader)
 
 
 def held_out_programs(run: Run, step: int) -> tuple[Callable, Callable]:
@@ -936,15 +939,18 @@ def final_figures(run: Run, params: dict, config: Config, step: int) -> dict:
     found = test_figures(losses, run.caches, config, run.tokenizer, run.mesh)
     evaluated, own = run.own_figures
     if step != evaluated:
-        own = own_evals(config, run.tokenizer, params, sharded_apply(scores, step, run.mesh))
+        last = config.phases[-1]
+        setting = Setting(config, last, run.caches, run.tokenizer, run.mesh)
+        own = own_evals(scores, params, step, setting)
     return found | own
 
 
 def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     """(params, config, tokenizer, apply) of a run's checkpoint.
 
-    apply(params, ids [b t]) -> logits [b t v]. `config.model` is the shape of that checkpoint. For
-    the step see `find_checkpoint`. mesh: fields unlike those of the run's mesh; without them, one
+    apply(params, ids [b t] or batch [, mask]) -> logits [b t v], see `sharded_apply`.
+    `config.model` is the shape of that checkpoint. For the step see `find_checkpoint`.
+    mesh: fields unlike those of the run's mesh; without them, one
     device where there is one process.
     """
     checkpoints, step, meta = find_checkpoint(run, step)
@@ -959,11 +965,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     params = checkpoints.params(step, state_like(config.model, config.optimizer, devices))
     tokenizer = load_tokenizer(directory / "tokenizer.model")
     _, scores = evaluators(config.reparam, config.model, devices)
-
-    def apply(params, ids):
-        return scores(params, step, jnp.asarray(ids))
-
-    return params, config, tokenizer, apply
+    return params, config, tokenizer, sharded_apply(scores, step, devices)
 
 
 # --------------------------------------------------------------------------------- the command line

@@ -1,6 +1,5 @@
 """How well a model predicts held-out text: bits per byte, beside what gzip and xz need."""
 import gzip
-import inspect
 import json
 import lzma
 import math
@@ -8,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import model
 from lib.cache import Cache
 from lib.disk import digest, finite, write
-from lib.kernels import Mask
+from lib.generate import predicts_text
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
 from lib.processes import is_main_process
 from lib.sharding import put
 from lib.sources import SPLITS
 from lib.tokenizers import Tokenizer
-from model import ModelConfig, reparametrised
+from model import CAUSAL, ModelConfig, reparametrised, whole
 
 HALF_95 = 1.96  # standard errors that make half of a 95 % interval
 
@@ -31,32 +30,33 @@ HALF_95 = 1.96  # standard errors that make half of a 95 % interval
 def evaluators(
     reparam: Callable | None, config: ModelConfig, mesh: Mesh
 ) -> tuple[Callable, Callable]:
-    """Two compiled functions of a causal model, `losses` and `scores`.
+    """Two compiled functions of a model, `losses` and `scores`.
 
-    losses(params, step, arrays) returns the nats [b t] of a batch's targets, float32 or wider. Its
-    rows are spread over the mesh. scores(params, step, ids [b t]) returns logits [b t v]. Each
-    process gets all of both results. reparam: a config's own `reparam(params, step, batch)`, or
-    None.
+    losses(params, step, arrays) returns the nats [b t] of a batch's targets under a causal mask,
+    float32 or wider. Its rows are spread over the mesh. scores(params, step, ids or batch [, mask])
+    returns logits [b t v], see `model.apply`. Each process gets all of both results. reparam: a
+    config's own, or None.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     @partial(jax.jit, out_shardings=everywhere)
     def jitted_losses(params, step, arrays):
         used = reparametrised(reparam, params, step, arrays, config)
-        return model.losses(used, arrays, Mask("causal", 0), config)
+        return model.losses(used, arrays, CAUSAL, config)
 
-    @partial(jax.jit, out_shardings=everywhere)
-    def jitted_scores(params, step, ids):
-        used = reparametrised(reparam, params, step, {"tokens": ids}, config)
-        return model.apply(used, ids, config)
+    @partial(jax.jit, out_shardings=everywhere, static_argnames="mask")
+    def jitted_scores(params, step, batch, mask):
+        batch = whole(batch)
+        used = reparametrised(reparam, params, step, batch, config)
+        return model.apply(used, batch, config, mask)
 
     def losses(params, step, arrays):
         with jax.set_mesh(mesh):
             return jitted_losses(params, step, put(arrays, mesh))
 
-    def scores(params, step, ids):
+    def scores(params, step, batch, mask=CAUSAL):
         with jax.set_mesh(mesh):
-            return jitted_scores(params, step, ids)
+            return jitted_scores(params, step, batch, mask=mask)
 
     return losses, scores
 
@@ -230,21 +230,30 @@ def bits_per_byte(losses: Callable, held: HeldOut) -> dict[str, float]:
     return {"loss": float(nats.sum()) / tokens} | per_byte(nats, held.bytes)
 
 
-def open_split(
-    split: str,
-    caches: dict[str, Cache],
-    config,
-    phase,
-    tokenizer: Tokenizer,
-    most: int | None = None,
-) -> dict[str, HeldOut]:
-    """The documents of a split by source, in rows and batches like those of a phase.
+class Setting(NamedTuple):
+    """What an evaluation reads, beside the state that it is of."""
 
-    config: a `train.Config`. Of a streamed source the documents of the first window alone.
+    config: Any  # the `train.Config`, with the present shape as its `model`
+    phase: Any  # the `train.Phase` in whose rows and batches held-out text is read
+    caches: dict[str, Cache]  # by source
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+
+def open_source(setting: Setting, source: str, split: str, most: int | None = None) -> HeldOut:
+    """The documents of a split of a source, in rows and batches like those of the phase.
+
+    Of a streamed source the documents of the first window alone.
     """
-    shards = config.data.window if config.data.stream else None
-    rows = (tokenizer, phase.seq, phase.batch, config.overlap)
-    return {name: held_out(cache, split, *rows, most, shards) for name, cache in caches.items()}
+    data, phase = setting.config.data, setting.phase
+    shards = data.window if data.stream else None
+    rows = setting.tokenizer, phase.seq, phase.batch, setting.config.overlap
+    return held_out(setting.caches[source], split, *rows, most, shards)
+
+
+def open_split(setting: Setting, split: str, most: int | None = None) -> dict[str, HeldOut]:
+    """The documents of a split by source; see `open_source`."""
+    return {name: open_source(setting, name, split, most) for name in setting.caches}
 
 
 def measure(losses: Callable, held: dict[str, HeldOut], name: str) -> dict[str, float]:
@@ -258,60 +267,16 @@ def measure(losses: Callable, held: dict[str, HeldOut], name: str) -> dict[str, 
     return found
 
 
-def sharded_apply(scores: Callable, step: int, mesh: Mesh) -> Callable:
-    """`apply` as an `evals` gets it: (params, ids [b t]) -> logits [b t v].
+def dev_figures(losses: Callable, params, step: int, setting: Setting) -> dict[str, float]:
+    """The figures of a part of dev, `eval/SOURCE/FIGURE`; none of a model that predicts no pieces.
 
-    The rows are spread over the mesh, filled up with rows of zeros where it does not divide them.
+    losses: of `evaluators`.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def apply(params, ids):
-        ids = np.asarray(ids, np.int32)
-        missing = -len(ids) % parts
-        rows = np.pad(ids, ((0, missing), (0, 0)))
-        placed = put({"tokens": rows}, mesh)["tokens"]
-        return scores(params, step, placed)[:len(ids)]
-
-    return apply
-
-
-def own_evals(config, tokenizer: Tokenizer, params, apply: Callable) -> dict[str, float]:
-    """What a config's own `evals` measure.
-
-    Each is called with params and apply, and with `tokenizer` and `config` where it has parameters
-    of these names.
-    """
-    offered = {"tokenizer": tokenizer, "config": config}
-    found = {}
-    for function in config.evals:
-        wanted = inspect.signature(function).parameters
-        given = {name: value for name, value in offered.items() if name in wanted}
-        found |= function(params, apply, **given)
-    return found
-
-
-def evaluation(
-    losses: Callable,
-    scores: Callable,
-    params,
-    step: int,
-    config,
-    phase,
-    caches: dict[str, Cache],
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """An evaluation during a run: (figures of a part of dev, those of the config's own `evals`).
-
-    losses, scores: of `evaluators`. config: the run's, with the present shape as its `model`.
-    phase: the phase whose step was taken last.
-    """
-    found = {}
-    if config.data.dev:
-        held = open_split("dev", caches, config, phase, tokenizer, config.eval_tokens)
-        found = measure(partial(losses, params, step), held, "eval/{}")
-    apply = sharded_apply(scores, step, mesh)
-    return found, own_evals(config, tokenizer, params, apply)
+    config = setting.config
+    if not predicts_text(config):
+        return {}
+    held = open_split(setting, "dev", config.eval_tokens)
+    return measure(partial(losses, params, step), held, "eval/{}")
 
 
 def xz_size(text: bytes) -> int:
@@ -351,7 +316,8 @@ def test_figures(
     """What a run is reported by: figures of the whole test split, printed too; empty without one.
 
     `eval/SOURCE.test/FIGURE`, the figures of `compressed`, and `held_out_paths`, the documents. The
-    config's own `evals` are not run. losses: a batch's arrays -> nats [b t].
+    config's own `evals` are not run. losses: a batch's arrays -> nats [b t]; it is not asked where
+    the model predicts no pieces.
     """
     if not config.data.test:
         return {}
@@ -359,8 +325,10 @@ def test_figures(
     phase = config.phases[-1]
     batches = math.ceil(phase.batch / parts)
     phase = replace(phase, batch=batches * parts)
-    held = open_split("test", caches, config, phase, tokenizer)
-    found = measure(losses, held, "eval/{}.test")
+    held = open_split(Setting(config, phase, caches, tokenizer, mesh), "test")
+    found = {}
+    if predicts_text(config):
+        found = measure(losses, held, "eval/{}.test")
     texts = []
     paths = []
     for documents in held.values():
@@ -376,7 +344,7 @@ def test_figures(
 def show_test(found: dict[str, float], held: dict[str, HeldOut]):
     """Print the figures of the test split, a line for each source and two for the compressors."""
     for source, documents in held.items():
-        if not documents.places:
+        if f"eval/{source}.test/bpb" not in found:
             continue
         bpb = found[f"eval/{source}.test/bpb"]
         half = HALF_95 * found[f"eval/{source}.test/bpb_se"]

@@ -1,4 +1,7 @@
-"""Generation: continuations of prompts, by a model with a cache of keys and values.
+"""Generation: continuations of prompts.
+
+A model that computes the plain Llama keeps a cache of keys and values. Of another one, all of a row
+is computed again for each token, which is right for causal models.
 
 Axis letters as in model.py, and: p position of a prompt, s place in the cache, n = b k.
 """
@@ -14,9 +17,21 @@ import numpy as np
 from jax import lax
 from jax.sharding import get_abstract_mesh
 
+from lib.errors import InputError
 from lib.kernels import Mask, attention
+from lib.plain import computes_llama, predicts_pieces
 from lib.sharding import ROWS, RULES, constrain
-from model import ModelConfig, block, blocks, dense, reparametrised, rms_norm, rope, table
+from model import (
+    ModelConfig,
+    apply,
+    block,
+    dense,
+    plain_table,
+    reparametrised,
+    rms_norm,
+    rope,
+    whole,
+)
 
 CHUNK = 16  # tokens that the devices make between two looks of the host at them
 ROOM = 256  # places of a cache that begins to grow
@@ -60,15 +75,22 @@ def split_even(x, axis: int, most: int) -> list:
     return jnp.split(x, parts, axis)
 
 
-def prepare(params, config: ModelConfig) -> tuple[dict, list[dict]]:
-    """Parameters as generation reads them: (embedding, norm and head; a dictionary for each block).
+def prepare(params, config: ModelConfig):
+    """Parameters as generation reads them: those of a model that keeps no cache as they are."""
+    if computes_llama(config):
+        return prepare_llama(params, config)
+    return params
+
+
+def prepare_llama(params, config: ModelConfig) -> tuple[dict, list[dict]]:
+    """Parameters of the plain Llama: (embedding, norm and head; a dictionary for each block).
 
     They are in the dtype of the computation and placed by the table's rules. Each block has arrays
     of its own, since XLA on CPU would copy a slice of the stack for each token. There a matrix is a
     list of parts of its outputs: one core alone multiplies a row with a matrix, but several cores
     several matrices. The head is [v d], as a tied one is, so that none has to be transposed.
     """
-    rows = table(config)
+    rows = plain_table(config)
     most = cpu_parts()
 
     def placed(x, axes):
@@ -91,13 +113,13 @@ def prepare(params, config: ModelConfig) -> tuple[dict, list[dict]]:
         others["head"] = split_even(head, 0, most)
     elif most > 1:  # otherwise the embedding itself is the head
         others["head"] = split_even(others["embed"], 0, most)
-    stacked = blocks(params, config)
+    stacked = [name for name in rows if rows[name].layered]
     layers = []
     for layer in range(config.layers):
         own = {}
-        for name, x in stacked.items():
+        for name in stacked:
             axes = rows[name].axes[1:]  # without "layers"
-            own[name] = parts(x[layer], axes)
+            own[name] = parts(params[name][layer], axes)
         layers.append(own)
     return others, layers
 
@@ -372,6 +394,113 @@ def key_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
+class WithCache:
+    """Rows of ids that grow by a cache, which grows by powers of two: all of it is read each time.
+
+    weights: of `prepare`. prompts: lists of one id or more. tokens: at most made. keys [b 2]: of
+    each row's draws.
+    """
+
+    def __init__(self, weights, prompts, tokens: int, keys, how: Sampling, eos: int, config):
+        ids, self.pad = padded(prompts, eos)
+        self.weights = weights
+        self.keys = keys
+        self.how = how
+        self.config = config
+        self.eos = np.int32(eos)
+        self.last = ids[:, -1]
+        self.width = ids.shape[1] - 1
+        room = min(tokens, max(ROOM - self.width, CHUNK))
+        self.size = power_of_two(self.width + room)
+        self.cache = prefill(weights, ids[:, :-1], self.pad, self.size, config)
+
+    def extend(self, done, made: int, n: int) -> np.ndarray:
+        """The next n <= CHUNK ids [b n] after `made`; eos in rows that are `done` [b]."""
+        if self.width + made + n > self.size:
+            self.size *= 2
+            self.cache = grow(self.cache, self.size)
+        counts = map(np.int32, (self.width, made, n))
+        rows = self.last, done, self.pad, self.keys
+        out, self.cache = extend(
+            self.weights,
+            self.cache,
+            *rows,
+            *counts,
+            self.how,
+            self.eos,
+            self.config,
+        )
+        out = np.asarray(out)[:, :n]
+        self.last = out[:, -1]
+        return out
+
+
+@partial(jax.jit, static_argnames="config")
+def extend_whole(params, ids, ends, done, keys, made, n, how, eos, config: ModelConfig):
+    """`extend` without a cache: ids [b s], of whose rows the first `ends` [b] are there.
+
+    What stands behind them is not read by a causal model.
+    """
+    rows = jnp.arange(len(ids))
+
+    def more(carry):
+        i, _, done = carry
+        return (i < n) & ~jnp.all(done)
+
+    def step(carry):
+        i, ids, done = carry
+        logits = apply(params, ids, config)
+        drawn = pick(logits[rows, ends + i - 1], keys, made + i, how)
+        last = jnp.where(done, eos, drawn)
+        ids = ids.at[rows, ends + i].set(last)
+        return i + 1, ids, done | (last == eos)
+
+    _, ids, _ = lax.while_loop(more, step, (0, ids, done))
+    return constrain(ids)
+
+
+class WithoutCache:
+    """Rows of ids that grow by a model that computes all of them for each token.
+
+    See `WithCache`. Prompts begin at the first position, and eos fills up the rows. Their length is
+    a power of two, so that few shapes are compiled.
+    """
+
+    def __init__(self, weights, prompts, tokens: int, keys, how: Sampling, eos: int, config):
+        self.weights = weights
+        self.keys = keys
+        self.how = how
+        self.config = config
+        self.eos = np.int32(eos)
+        self.ends = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest = int(self.ends.max())
+        self.ids = np.full((len(prompts), longest), eos, np.int32)
+        for row, prompt in enumerate(prompts):
+            self.ids[row, :len(prompt)] = prompt
+
+    def extend(self, done, made: int, n: int) -> np.ndarray:
+        """The next n <= CHUNK ids [b n] after `made`; eos in rows that are `done` [b]."""
+        needed = int(self.ends.max()) + n
+        size = max(SHORTEST, power_of_two(needed))
+        missing = max(0, size - self.ids.shape[1])
+        room = (0, 0), (0, missing)
+        ids = np.pad(self.ids, room, constant_values=self.eos)
+        counts = map(np.int32, (made, n))
+        rows = ids, self.ends, done, self.keys
+        ids = extend_whole(
+            self.weights,
+            *rows,
+            *counts,
+            self.how,
+            self.eos,
+            self.config,
+        )
+        self.ids = np.asarray(ids)
+        new = self.ends[:, None] + np.arange(n)
+        self.ends = self.ends + n
+        return np.take_along_axis(self.ids, new, 1)
+
+
 def generate(
     weights,
     prompts: list[list[int]],
@@ -386,31 +515,21 @@ def generate(
     """At most `tokens` ids [b n] after each of `prompts`, of one id or more; eos after an end.
 
     weights: of `prepare`. seeds: one for each row's draws. heed: called with the ids [b n] so far,
-    each `pace` of them; returns which rows [b] end there. The cache grows by powers of two, since
-    all of it is read for each token.
+    each `pace` of them; returns which rows [b] end there.
     """
-    ids, pad = padded(prompts, eos)
-    width = ids.shape[1] - 1
+    way = WithCache if computes_llama(config) else WithoutCache
     keys = np.stack([key_data(seed) for seed in seeds])
-    room = min(tokens, max(ROOM - width, CHUNK))
-    size = power_of_two(width + room)
-    cache = prefill(weights, ids[:, :-1], pad, size, config)
-    made = 0
-    done = np.zeros(len(ids), bool)
-    while made < tokens and not done.all():
-        n = min(pace, tokens - made)
-        if width + made + n > size:
-            size *= 2
-            cache = grow(cache, size)
-        counts = map(np.int32, (width, made, n))
-        rows = (ids[:, -1], done, pad, keys)
-        out, cache = extend(weights, cache, *rows, *counts, how, np.int32(eos), config)
-        ids = np.concatenate([ids, np.asarray(out)[:, :n]], 1)
-        made += n
+    rows = way(weights, prompts, tokens, keys, how, eos, config)
+    ids = np.zeros((len(prompts), 0), np.int32)
+    done = np.zeros(len(prompts), bool)
+    while ids.shape[1] < tokens and not done.all():
+        made = ids.shape[1]
+        out = rows.extend(done, made, min(pace, tokens - made))
+        ids = np.concatenate([ids, out], 1)
         done = ids[:, -1] == eos
         if heed:
-            done = done | heed(ids[:, width + 1:])
-    return ids[:, width + 1:]
+            done = done | heed(ids)
+    return ids
 
 
 # ------------------------------------------------------------------------------- generating text
@@ -450,16 +569,20 @@ def settled(text: str, stops: Sequence[str]) -> str:
     return text[:len(text) - held]
 
 
-def prepare_for(params, config, step: int, tokens):
-    """`prepare` of what a config's own `reparam` make of parameters, for tokens [b t]."""
+@partial(jax.jit, static_argnames=("reparam", "config"))
+def prepare_for(params, step, tokens, reparam: Callable | None, config: ModelConfig):
+    """`prepare` of what a config's own `reparam` makes of parameters, for tokens [b t]."""
+    used = reparametrised(reparam, params, step, whole(tokens), config)
+    return prepare(used, config)
 
-    @jax.jit
-    def prepared(params, tokens):
-        batch = {"tokens": tokens}
-        used = reparametrised(config.reparam, params, step, batch, config.model)
-        return prepare(used, config.model)
 
-    return prepared(params, tokens)
+def prompt_ids(prompt: str | Sequence[int], tokenizer) -> list[int]:
+    """The ids that a prompt begins with: bos and a text's, or those that it says itself."""
+    if isinstance(prompt, str):
+        return [tokenizer.bos, *tokenizer.encode(prompt)]
+    if not len(prompt):
+        raise InputError("a prompt has no ids; allowed are one and more, such as tokenizer.bos")
+    return [int(i) for i in prompt]
 
 
 def continue_prompts(
@@ -467,7 +590,7 @@ def continue_prompts(
     config,
     tokenizer,
     step: int,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     how: Sampling,
     tokens: int,
     seed: int = 0,
@@ -476,17 +599,16 @@ def continue_prompts(
 ) -> list[Continuation]:
     """What the model makes of prompts, all of them as one batch.
 
-    config: a `train.Config`. step: steps that made the parameters. tokens: of a continuation at
-    most. seed: of the first row's draws; each further row has one more. stops: texts before which a
-    continuation ends. watch: called after each token with what is certain of the first row's text.
-    A caller that hands over its only reference to `params` has them freed early.
+    config: a `train.Config`. step: steps that made the parameters. prompts: texts, which bos is put
+    in front of, or ids as they are. tokens: of a continuation at most. seed: of the first row's
+    draws; each further row has one more. stops: texts before which a continuation ends. watch:
+    called after each token with what is certain of the first row's text. A caller that hands over
+    its only reference to `params` has them freed early.
     """
-    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    seeds = range(seed, seed + len(ids))
+    check_predicts_text(config)
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     eos = tokenizer.eos
-
-    def read(row):
-        return read_text(row, tokenizer, stops)
+    read = partial(read_text, tokenizer=tokenizer, stops=stops)
 
     def heed(made):
         if watch:
@@ -494,14 +616,29 @@ def continue_prompts(
             watch(prompts[0] + settled(text, stops))
         return np.array([read(row)[1] == "stop" for row in made])
 
-    with jax.set_mesh(params["embed"].sharding.mesh):
-        weights = prepare_for(params, config, step, padded(ids, eos)[0])
+    with jax.set_mesh(next(iter(params.values())).sharding.mesh):
+        weights = prepare_for(params, step, padded(ids, eos)[0], config.reparam, config.model)
         del params
         looks = heed if watch or stops else None
         pace = 1 if watch else CHUNK
+        seeds = range(seed, seed + len(ids))
         made = generate(weights, ids, tokens, seeds, how, eos, config.model, looks, pace)
     pairs = zip(prompts, made, strict=True)
     return [Continuation(prompt, *read(row)) for prompt, row in pairs]
+
+
+def predicts_text(config) -> bool:
+    """Whether a `train.Config`'s model predicts pieces, see `predicts_pieces`."""
+    return predicts_pieces(config.reparam, config.model, config.phases[-1].seq)
+
+
+def check_predicts_text(config):
+    """Raise InputError for a model that cannot be sampled."""
+    if not predicts_text(config):
+        raise InputError(
+            "model.outputs gives no logits over the tokenizer's pieces for rows of tokens alone, "
+            "so that nothing can be sampled; allowed is a model that does"
+        )
 
 
 def as_text(found: list[Continuation]) -> str:
@@ -514,9 +651,10 @@ def as_text(found: list[Continuation]) -> str:
 def continuations(params, config, tokenizer, step: int, prompts: Sequence[str]) -> str:
     """Prompts, each with what the model makes of it: what `python train.py sample RUN` prints.
 
-    By the config's sample_tokens and sample_temperature; see `continue_prompts`.
+    By the config's sample_tokens and sample_temperature; see `continue_prompts`. Empty for a model
+    that predicts no pieces.
     """
-    if not prompts:
+    if not prompts or not predicts_text(config):
         return ""
     how = sampling(config.sample_temperature)
     tokens = config.sample_tokens

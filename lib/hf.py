@@ -10,9 +10,9 @@ import numpy as np
 
 from lib.errors import InputError, user_errors
 from lib.tokenizers import read_hf_json
-from model import ModelConfig, Param, table
+from model import ModelConfig, Param, plain_table
 
-# Parameters of `model.table` by their names in a Llama checkpoint; {} is the layer.
+# Parameters of `model.plain_table` by their names in a Llama checkpoint; {} is the layer.
 NAMES = {
     "embed": "model.embed_tokens.weight",
     "norm": "model.norm.weight",
@@ -60,7 +60,7 @@ def safetensors_package() -> ModuleType:
 def tensors(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
     """{name of a tensor in a checkpoint: (parameter, layer)}; the layer is None outside blocks."""
     found = {}
-    for name, p in table(config).items():
+    for name, p in plain_table(config).items():
         for layer in layers_of(p):
             found[NAMES[name].format(layer)] = (name, layer)
     return found
@@ -142,17 +142,18 @@ def read_params(
     config: ModelConfig,
     like: dict[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """The parameters of hf:DIR in the dtypes and places of `like`; each device reads its own part.
+    """The plain model's parameters of hf:DIR, in the dtypes and places that `like` has for them.
 
-    Raises InputError for tensors that are missing, unknown, or not of the shape that config.json
-    says.
+    Each device reads its own part. Raises InputError for tensors that are missing, unknown, or not
+    of the shape that config.json says.
     """
     views = open_tensors(name, config)
-    rows = table(config)
+    rows = plain_table(config)
     check_shapes(name, config, views)
     params = {}
-    for parameter, x in like.items():
-        read = functools.partial(read_part, views, parameter, rows[parameter], x.dtype)
+    for parameter, row in rows.items():
+        x = like[parameter]
+        read = functools.partial(read_part, views, parameter, row, x.dtype)
         params[parameter] = jax.make_array_from_callback(x.shape, x.sharding, read)
     return params
 
@@ -195,7 +196,7 @@ def check_names(name: str, wanted: set[str], found: set[str]):
 
 def check_shapes(name: str, config: ModelConfig, views: dict[str, Any]):
     """Raise InputError for a tensor that is not of the shape that config.json says."""
-    rows = table(config)
+    rows = plain_table(config)
     for tensor, (parameter, _) in tensors(config).items():
         inputs, outputs = sides(rows[parameter])
         size = list(inputs)

@@ -35,14 +35,8 @@ from jax.sharding import Mesh
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.corpus import open_caches
-from lib.evaluate import (
-    HALF_95,
-    evaluators,
-    own_evals,
-    sharded_apply,
-    test_figures,
-    write_figures,
-)
+from lib.evals import ask_for, own_evals, sharded_apply
+from lib.evaluate import HALF_95, Setting, evaluators, test_figures, write_figures
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tasks import json_lines, minimal_pairs, tasks
 from model import table
@@ -101,15 +95,16 @@ def main(arguments: list[str]) -> dict:
     params, config, tokenizer, _ = load(a.run, step)
     mesh = fitting_mesh(config)
     if jax.process_count() > 1:
-        mesh = params["embed"].sharding.mesh
+        mesh = next(iter(params.values())).sharding.mesh
     params = jax.device_put(params, shardings(table(config.model), mesh))
     losses, scores = evaluators(config.reparam, config.model, mesh)
-    result = {}
-    if config.data.test:
+    caches = {}
+    if config.data.test or ask_for("held_out", config):
         caches = open_caches(config, tokenizer)
-        result = test_figures(partial(losses, params, step), caches, config, tokenizer, mesh)
+    result = test_figures(partial(losses, params, step), caches, config, tokenizer, mesh)
+    setting = Setting(config, config.phases[-1], caches, tokenizer, mesh)
+    found = own_evals(scores, params, step, setting)
     apply = sharded_apply(scores, step, mesh)
-    found = own_evals(config, tokenizer, params, apply)
     if a.blimp:
         found |= minimal_pairs(params, apply, tokenizer, a.blimp)
     for path in a.tasks:

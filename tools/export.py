@@ -30,7 +30,7 @@ from lib.config import to_json
 from lib.errors import InputError, user_errors
 from lib.hf import PLAIN, ROPE, safetensors_package, sides, tensors
 from lib.tokenizers import ESCAPES, Bytes, HuggingFace, SentencePiece, Tokenizer
-from model import ModelConfig, count, reparametrised, table
+from model import ModelConfig, head_logits, llama, plain_table, reparametrised, table
 from train import Config, load
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
@@ -266,7 +266,7 @@ def known_scores(run: Path) -> dict[str, float]:
 
 def card(run: Path, config: Config, meta: dict, ends: dict[str, str]) -> str:
     """README.md: what the model is, what it was trained on, its scores, its config."""
-    facts = {"parameters": f"{count(config.model):,}", "checkpoint": f"step {meta['step']}"}
+    facts = {"parameters": f"{size_of(config.model):,}", "checkpoint": f"step {meta['step']}"}
     for name, fingerprint in meta["fingerprints"].items():
         shards = meta["sealed"][name]
         facts[f"text of {name}"] = f"fingerprint {fingerprint} of the first {shards} shards"
@@ -335,7 +335,35 @@ def llama_params(config: Config, params: dict, step: int) -> dict:
 
     Raises InputError if none does.
     """
-    m = config.model
+    check_model(config.model)
+    if config.reparam:
+        sentence = (
+            "reparam is a function of the batch, which no Llama is ({reason}); allowed is one of "
+            "the parameters and the step"
+        )
+        with user_errors((KeyError, TypeError, IndexError), InputError, sentence):
+            params = reparametrised(config.reparam, params, jnp.int32(step), {}, config.model)
+    check_rows(config, params)
+    return {name: params[name] for name in plain_table(config.model)}
+
+
+def size_of(config: ModelConfig) -> int:
+    """Number of parameters that a Llama of this shape has; a run may store others."""
+    return sum(param.size for param in plain_table(config).values())
+
+
+def check_model(m: ModelConfig):
+    """Raise InputError for a model that computes something else than a Llama does."""
+    for name, function, plain in (
+        ("forward", m.forward, llama),
+        ("outputs", m.outputs, head_logits),
+    ):
+        if function != plain:
+            own = getattr(function, "func", function).__name__
+            raise InputError(
+                f"model.{name} is {own}, for which Llama's layout has no place; allowed is "
+                f"model.{plain.__name__}"
+            )
     if m.qk_norm:
         raise InputError(
             "model.qk_norm is true, for which Llama's layout has no place; allowed is false"
@@ -345,25 +373,33 @@ def llama_params(config: Config, params: dict, step: int) -> dict:
             f"model.embed is {m.embed}, which transformers refuses for {m.heads} heads; allowed is "
             "a multiple of model.heads"
         )
-    if not config.reparam:
-        return params
-    sentence = (
-        "reparam is a function of the batch, which no Llama is ({reason}); allowed is one of the "
-        "parameters and the step"
-    )
-    with user_errors((KeyError, TypeError, IndexError), InputError, sentence):
-        params = reparametrised(config.reparam, params, jnp.int32(step), {}, config.model)
+
+
+def check_rows(config: Config, params: dict):
+    """Raise InputError unless parameters, through `reparam` if there is one, are those of a Llama.
+
+    A `reparam` may leave stored rows that the Llama does not read, such as those of an adapter that
+    it has merged; without one, a row besides the plain ones is refused.
+    """
+    plain = {name: row.shape for name, row in plain_table(config.model).items()}
     given = {name: x.shape for name, x in params.items()}
-    if given != {name: p.shape for name, p in table(m).items()}:
+    if config.reparam:
+        read = given.keys() - (table(config.model).keys() - plain)
+        said = "reparam gives"
+    else:
+        read = given.keys()
+        said = "model.rows stores"
+    odd = sorted(name for name in read | plain.keys() if given.get(name) != plain.get(name))
+    if odd:
         raise InputError(
-            "reparam gives other parameters than model.table names; allowed are all of these"
+            f"{said} other parameters than model.plain_table names ({', '.join(odd)}); allowed are "
+            "all of these in their shapes, or a reparam that turns model.rows into them"
         )
-    return params
 
 
 def shards_of(config: ModelConfig, dtype: str, most: float) -> tuple[list[list[str]], int]:
     """(the tensors of each file, of at most so many bytes or one tensor; bytes of all of them)."""
-    rows = table(config)
+    rows = plain_table(config)
     width = jnp.dtype(dtype).itemsize
     shards: list[list[str]] = [[]]
     held = total = 0
@@ -389,7 +425,7 @@ def as_tensor(x, outputs: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def write_params(directory: Path, params: dict, config: ModelConfig, dtype: str, most: float):
     """Safetensors of at most so many bytes each, or one tensor; an index for several."""
-    rows = table(config)
+    rows = plain_table(config)
     wanted = tensors(config)
     shards, total = shards_of(config, dtype, most)
     where = {}
@@ -449,5 +485,5 @@ def main(arguments: list[str]):
         (partly / "tokenizer.model").write_bytes(tokenizer.model)
     (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
     partly.rename(a.directory)
-    parameters = count(config.model)
+    parameters = size_of(config.model)
     print(f"{a.directory}: step {step} of {a.run}, {parameters:,} parameters in {a.dtype}")
