@@ -24,7 +24,7 @@ from lib.cache import build
 from lib.config import ROOT, from_json, load_file, to_json
 from lib.corpus import assemble
 from lib.errors import InputError
-from lib.evaluate import evaluation
+from lib.evaluate import Setting, dev_figures
 from lib.packing import one_per_row
 from lib.sources import nothing, split_in, split_of
 from lib.tokenizers import Bytes, Numbers, Own, load_tokenizer, make_tokenizer, marked_tokens
@@ -445,8 +445,9 @@ def test_a_source_for_training_alone_has_nothing_to_evaluate(home):
     assert not made.batch(2).arrays["source"].any()
     assert made.epochs(2)["v"] == 0 < made.epochs(2)["a"]
     losses = lambda params, step, arrays: np.ones(arrays["tokens"].shape)  # noqa: E731
-    dev, own = evaluation(losses, None, {}, 0, config, PLAIN, caches, tokenizer, train.make_mesh(config.mesh))
-    assert set(dev) == {"eval/v/loss", "eval/v/bpb", "eval/v/bpb_se"} and own == {}
+    setting = Setting(config, PLAIN, caches, tokenizer, train.make_mesh(config.mesh))
+    dev = dev_figures(losses, {}, 0, setting)
+    assert set(dev) == {"eval/v/loss", "eval/v/bpb", "eval/v/bpb_se"}
     made.decide(0, dev)
     assert made.log[0][0]["v"] == 1.0 and "a" not in made.log[0][0]
     drawn = data.Loader(caches, [replace(PLAIN, mixture=dict(a=1, v=1))], config.data, tokenizer, 0)

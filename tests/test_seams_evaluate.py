@@ -359,8 +359,8 @@ def run(tmp_path_factory, tiny, data_config):
     phase = Phase(steps=4, batch=8, seq=32, objective=every_third, mixture=steered, steer=2, reduce=squares)
     config = Config(
         name="own", runs=str(tmp_path_factory.mktemp("runs")), model=replace(tiny, forward=wrapped),
-        overlap=8, data=data_config, phases=(phase,), eval_every=2, eval_tokens=600, evals=(asks,), sample_tokens=6,
-        eval_at=(0,), prompts=("a",), save_every=2)
+        overlap=8, data=data_config, phases=(phase,), eval_every=2, eval_tokens=600, evals=(asks,),
+        sample_tokens=6, eval_at=(0,), prompts=("a",), save_every=2)
     train.check(config)
     train.train(config, __file__)
     return config
