@@ -8,7 +8,7 @@ import jax
 
 from lib.optim import init_opt_state, trained_groups
 from lib.schedule import Plan
-from model import ModelConfig, init
+from model import ModelConfig, dtype_of, table
 
 
 def sizes_of(plan: Plan, optimizer: Callable) -> dict[int, dict[str, int]]:
@@ -25,8 +25,9 @@ def sizes(model: ModelConfig, optimizer: Callable, frozen: frozenset[str]) -> di
     optimizer: table -> {group: optax transformation}; a group that it leaves out is not trained and
     has no state. frozen: groups that are not trained either, though their state is there.
     """
-    draw = partial(init, model)
-    params = jax.eval_shape(draw, jax.random.key(0))
+    params = {}
+    for name, param in table(model).items():
+        params[name] = jax.ShapeDtypeStruct(param.shape, dtype_of(param, model))
     begin = partial(init_opt_state, config=model, optimizer=optimizer)
     trained = 0
     for names in trained_groups(model, optimizer, frozen).values():
