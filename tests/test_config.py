@@ -248,7 +248,8 @@ def test_json_names_functions_by_file_and_arguments():
     """A function is its `file:name`, all its settings, and a hash of its source, which changes with it."""
     written = to_json(everything())
     assert written["optimizer"]["function"] == "lib/optim.py:adamw"
-    assert written["optimizer"]["arguments"] == dict(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
+    assert written["optimizer"]["arguments"] == dict(
+        b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, frozen=[])
     assert written["phases"][1]["edits"][0]["function"] == "tests/test_train.py:silence"
     assert len({json.dumps(to_json(f)["source"]) for f in (silence, bad_policy, answer)}) == 3
 
