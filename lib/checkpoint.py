@@ -46,8 +46,9 @@ class Loan(NamedTuple):
     def read(cls, written: dict, directory: Path) -> "Loan":
         """The inverse of `written`, wherever the run in `directory` is now."""
         near = os.path.normpath(directory.resolve() / written["near"])
-        run = near if is_run(near) else written["run"]
-        return cls(run, written["step"], written["name"], written["checksum"])
+        step = written["step"]
+        there = os.path.isdir(os.path.join(near, "checkpoints", str(step)))
+        return cls(near if there else written["run"], step, written["name"], written["checksum"])
 
 
 def reading() -> dict:
