@@ -40,15 +40,17 @@ class Loan(NamedTuple):
         Its path is known from there too: both runs may be moved together.
         """
         near = os.path.relpath(self.run, directory.resolve())
-        return self._asdict() | {"near": near}
+        return dict(self._asdict(), near=near)
 
     @classmethod
     def read(cls, written: dict, directory: Path) -> "Loan":
         """The inverse of `written`, wherever the run in `directory` is now."""
-        near = os.path.normpath(directory.resolve() / written["near"])
-        step = written["step"]
-        there = os.path.isdir(os.path.join(near, "checkpoints", str(step)))
-        return cls(near if there else written["run"], step, written["name"], written["checksum"])
+        given = dict(written)
+        near = directory.resolve() / given.pop("near")
+        checkpoint = near / "checkpoints" / str(given["step"])
+        if checkpoint.is_dir():
+            given["run"] = os.path.normpath(near)
+        return cls(**given)
 
 
 def reading() -> dict:
@@ -166,8 +168,9 @@ class Checkpoints:
 
     def loans(self, step: int) -> dict[str, Loan]:
         """The parameters that a checkpoint does not hold itself."""
+        home = self.root.parent
         written = self.meta(step).get("borrowed", {})
-        return {name: Loan.read(loan, self.root.parent) for name, loan in written.items()}
+        return {name: Loan.read(loan, home) for name, loan in written.items()}
 
     def params(self, step: int, like: State) -> dict[str, jax.Array]:
         """Parameters alone, placed as `like` says. InputError where one is borrowed and gone."""
@@ -177,7 +180,8 @@ class Checkpoints:
         """The parameters of a checkpoint, also those that are borrowed, and other items of it."""
         loans = self.loans(step)
         own = {name: x for name, x in params.items() if name not in loans}
-        found = dict(self.restore(step, params=ocp.args.StandardRestore(own), **items))
+        items["params"] = ocp.args.StandardRestore(own)
+        found = dict(self.restore(step, **items))
         if loans:
             owed = {name: params[name] for name in loans}
             lent = borrowed(f"checkpoint {self.root / str(step)}", loans, owed)
@@ -273,7 +277,11 @@ def unchanged(loans: dict[str, Loan], params: dict) -> dict[str, Loan]:
     """Those of the loans whose parameters are still what was borrowed."""
     there = {name: params[name] for name in loans if name in params}
     sums = jax.device_get(checksums(there))
-    return {name: loans[name] for name in there if sums[name] == loans[name].checksum}
+    same = {}
+    for name in there:
+        if sums[name] == loans[name].checksum:
+            same[name] = loans[name]
+    return same
 
 
 def borrowed(by: str, loans: dict[str, Loan], like: dict) -> dict[str, jax.Array]:
@@ -283,8 +291,11 @@ def borrowed(by: str, loans: dict[str, Loan], like: dict) -> dict[str, jax.Array
     or has changed.
     """
     found = {}
-    for run, step in dict.fromkeys((loan.run, loan.step) for loan in loans.values()):
-        names = {n: loan.name for n, loan in loans.items() if (loan.run, loan.step) == (run, step)}
+    places: dict[tuple[str, int], dict[str, str]] = {}
+    for name, loan in loans.items():
+        names = places.setdefault((loan.run, loan.step), {})
+        names[name] = loan.name
+    for (run, step), names in places.items():
         needs = f"{by} takes {', '.join(names)} from run {run} at step {step}"
         if not is_run(run):
             raise InputError(f"{needs}, and that run is gone; put it back, or move both together")

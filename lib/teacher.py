@@ -39,7 +39,6 @@ from model import (
 )
 
 PREFIX = "teacher"
-POINTS = "rows", "forward", "flops"  # fields of a model's config that a teacher adds to
 HOW = "dtype", "param_dtype", "attention"  # a teacher is computed as its student is
 
 
@@ -47,37 +46,56 @@ HOW = "dtype", "param_dtype", "attention"  # a teacher is computed as its studen
 
 
 def beside_rows(
-    config: ModelConfig, rows: dict[str, Param], teacher: dict, prefix: str, own: dict | None
+    config: ModelConfig,
+    rows: dict[str, Param],
+    teacher: dict,
+    prefix: str,
+    own: dict | None,
 ) -> dict[str, Param]:
     """A model's `rows`: its own, and those of a teacher.
 
     teacher: its ModelConfig as JSON. own: the `rows` that the model had, as JSON.
     """
-    rows = of_json(own)(config, rows) if own else rows
+    if own:
+        rows = of_json(own)(config, rows)
+    inner = teacher_config(teacher, config)
     theirs = {}
-    for name, param in table(teacher_config(teacher, config)).items():
+    for name, param in table(inner).items():
         axes = tuple(f"{prefix}/{axis}" for axis in param.axes)
         theirs[f"{prefix}/{name}"] = replace(param, axes=axes, group=prefix)
     return rows | theirs
 
 
 def beside_forward(
-    params: Params, batch, mask, config: ModelConfig, teacher: dict, prefix: str, own: dict
+    params: Params,
+    batch,
+    mask,
+    config: ModelConfig,
+    teacher: dict,
+    prefix: str,
+    own: dict,
 ):
     """A model's `forward`: its states and what it gives, and {prefix: the teacher's states}."""
     student = replace(config, forward=of_json(own))
     states, given = forward(params, batch, mask, student)
-    theirs, _ = forward(part(params, prefix), batch, mask, teacher_config(teacher, config))
+    inner = teacher_config(teacher, config)
+    theirs, _ = forward(part(params, prefix), batch, mask, inner)
     return states, given | {prefix: lax.stop_gradient(theirs)}
 
 
 def beside_flops(config: ModelConfig, seq: int, teacher: dict, prefix: str, own: dict) -> float:
     """A model's `flops`: its own, and the teacher's forward pass, a third of its training."""
-    theirs = teacher_config(teacher, config)
-    return of_json(own)(config, seq) + theirs.flops(theirs, seq) / 3
+    inner = teacher_config(teacher, config)
+    ours = of_json(own)(config, seq)
+    return ours + inner.flops(inner, seq) / 3
 
 
-BESIDE = dict(zip(POINTS, (beside_rows, beside_forward, beside_flops), strict=True))
+# The fields of a model's config that a teacher adds to, and by what.
+BESIDE = {
+    "rows": beside_rows,
+    "forward": beside_forward,
+    "flops": beside_flops,
+}
 
 
 def of_json(written: dict) -> Callable:
@@ -94,7 +112,8 @@ def config_of(text: str) -> ModelConfig:
 def teacher_config(teacher: dict, student: ModelConfig) -> ModelConfig:
     """The ModelConfig of a teacher, given as JSON, inside a student."""
     how = {field: getattr(student, field) for field in HOW}
-    return replace(config_of(json.dumps(teacher)), **how)
+    config = config_of(json.dumps(teacher))
+    return replace(config, **how)
 
 
 # ------------------------------------------------------------------------------- what a loss asks
@@ -103,7 +122,11 @@ def teacher_config(teacher: dict, student: ModelConfig) -> ModelConfig:
 def part(params: Params, prefix: str = PREFIX) -> Params:
     """The parameters of the model inside, by their own names."""
     begin = f"{prefix}/"
-    return {n.removeprefix(begin): x for n, x in params.items() if n.startswith(begin)}
+    found = {}
+    for name, x in params.items():
+        if name.startswith(begin):
+            found[name.removeprefix(begin)] = x
+    return found
 
 
 def teacher_logits(extras: dict, batch=None, prefix: str = PREFIX) -> jax.Array:
@@ -113,7 +136,9 @@ def teacher_logits(extras: dict, batch=None, prefix: str = PREFIX) -> jax.Array:
     """
     config = inside(extras["config"], prefix)
     params = part(extras["params"], prefix)
-    return lax.stop_gradient(config.outputs(params, extras[prefix], batch, config))
+    states = extras[prefix]
+    logits = config.outputs(params, states, batch, config)
+    return lax.stop_gradient(logits)
 
 
 def divergence(logits, batch, extras, temperature: float = 1.0, prefix: str = PREFIX):
@@ -121,9 +146,11 @@ def divergence(logits, batch, extras, temperature: float = 1.0, prefix: str = PR
 
     Hinton et al. 2015. At a high temperature the gradient is that of matching logits.
     """
-    theirs = jax.nn.log_softmax(teacher_logits(extras, batch, prefix) / temperature)
+    theirs = teacher_logits(extras, batch, prefix)
+    theirs = jax.nn.log_softmax(theirs / temperature)
     ours = jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), -1)
+    nats = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1)
+    return temperature**2 * nats
 
 
 # --------------------------------------------------------------------------- configs with teachers
@@ -141,9 +168,9 @@ def taught(config: ModelConfig, teacher: ModelConfig, prefix: str) -> ModelConfi
     given = {"teacher": to_json(teacher), "prefix": prefix}
     fields = {}
     for field, function in BESIDE.items():
-        own = getattr(config, field)
-        written = to_json(functools.partial(function, **given, own=to_json(own) if own else None))
-        fields[field] = of_json(written)  # one object for the same arguments
+        own = to_json(getattr(config, field))
+        made = functools.partial(function, **given, own=own)
+        fields[field] = of_json(to_json(made))  # one object for the same arguments
     return replace(config, **fields)
 
 
@@ -154,7 +181,8 @@ def inside(config: ModelConfig, prefix: str = PREFIX) -> ModelConfig:
         raise ValueError(f"the model has no teacher {prefix!r}; allowed is one that was adopted")
     if given["prefix"] == prefix:
         return teacher_config(given["teacher"], config)
-    return inside(replace(config, forward=of_json(given["own"])), prefix)
+    below = replace(config, forward=of_json(given["own"]))
+    return inside(below, prefix)
 
 
 def teachers(config: ModelConfig) -> list[str]:
@@ -173,14 +201,20 @@ def without(config: ModelConfig, prefix: str = PREFIX) -> ModelConfig:
         raise ValueError(f"the model has no teacher {prefix!r}; allowed is one that was adopted")
     outer = teacher_of(config.forward)
     fields = {}
-    for field in POINTS:
-        own = teacher_of(getattr(config, field))["own"]
-        fields[field] = of_json(own) if own else None
+    for field in BESIDE:
+        given = teacher_of(getattr(config, field))
+        if given is None:
+            raise ValueError(
+                f"the model's {field} was replaced while it had a teacher; "
+                "allowed is to release it before"
+            )
+        fields[field] = from_json(Callable, given["own"])
     below = replace(config, **fields)
     if found[0] == prefix:
         return below
     teacher = teacher_config(outer["teacher"], config)
-    return taught(without(below, prefix), teacher, found[0])
+    rest = without(below, prefix)
+    return taught(rest, teacher, found[0])
 
 
 def alone(config: ModelConfig) -> ModelConfig:
@@ -194,7 +228,11 @@ def alone(config: ModelConfig) -> ModelConfig:
 
 
 def with_teacher(
-    model: Model, prefix: str, teacher: ModelConfig, params: Params, borrowed: dict | None = None
+    model: Model,
+    prefix: str,
+    teacher: ModelConfig,
+    params: Params,
+    borrowed: dict | None = None,
 ) -> Edited:
     """The model and a teacher beside it. Raises ValueError for a prefix or vocabulary in use."""
     config = model.config
@@ -206,8 +244,8 @@ def with_teacher(
             "teacher with the same tokenizer"
         )
     theirs = {f"{prefix}/{name}": params[name] for name in table(teacher)}
-    new = taught(config, teacher, prefix)
-    return Edited(Model(new, model.params | theirs), {}, True, borrowed or {})
+    new = Model(taught(config, teacher, prefix), model.params | theirs)
+    return Edited(new, {}, preserves=True, borrowed=borrowed or {})
 
 
 def adopt(model: Model, context: Context, run: str, prefix: str = PREFIX) -> Edited:
@@ -219,14 +257,15 @@ def adopt(model: Model, context: Context, run: str, prefix: str = PREFIX) -> Edi
     place, step = run_step(run)
     checkpoints, step, _ = find_checkpoint(place, step)
     params, config, *_ = context.load(place, step)
-    teacher = alone(teacher_config(to_json(config.model), model.config))
-    same = teacher.param_dtype == config.model.param_dtype and not config.reparam
-    borrowed = {}
-    if same:
-        home = checkpoints.root.parent
-        borrowed = {f"{prefix}/{name}": f"{home}@{step}:{name}" for name in table(teacher)}
+    written = to_json(alone(config.model))
+    teacher = teacher_config(written, model.config)
     used = reparametrised(config.reparam, params, step, {}, config.model)
-    cast = {n: used[n].astype(dtype_of(row, teacher)) for n, row in table(teacher).items()}
+    home = checkpoints.root.parent
+    cast, borrowed = {}, {}
+    for name, row in table(teacher).items():
+        cast[name] = used[name].astype(dtype_of(row, teacher))
+        if used[name] is params[name] and cast[name].dtype == params[name].dtype:
+            borrowed[f"{prefix}/{name}"] = f"{home}@{step}:{name}"
     return with_teacher(model, prefix, teacher, cast, borrowed)
 
 
@@ -238,11 +277,15 @@ def adopt_self(model: Model, context: Context, prefix: str = PREFIX) -> Edited:
 
 
 def adopt_random(
-    model: Model, context: Context, prefix: str = PREFIX, shape: dict[str, int] | None = None
+    model: Model,
+    context: Context,
+    prefix: str = PREFIX,
+    shape: dict[str, int] | None = None,
 ) -> Edited:
     """Put a newly drawn model beside this one; shape: fields of its ModelConfig that are others."""
     teacher = replace(alone(model.config), **shape or {})
-    return with_teacher(model, prefix, teacher, init(teacher, context.key))
+    drawn = init(teacher, context.key)
+    return with_teacher(model, prefix, teacher, drawn)
 
 
 def release(model: Model, context: Context, prefix: str = PREFIX) -> Edited:

@@ -15,6 +15,7 @@ import train
 from lib.checkpoint import Checkpoints
 from lib.edits import stack
 from lib.errors import InputError
+from lib.generate import continuations
 from lib.kernels import Mask
 from lib.optim import adamw
 from lib.schedule import Schedule
@@ -272,6 +273,15 @@ def test_a_run_that_starts_from_one_that_borrows(runs, taught, tmp_path):
     params, shape, *_ = train.load(str(tmp_path / "freed"))
     assert not teachers(shape.model) and not part(params)
     assert shape.model.forward is model.llama and shape.model.rows is None
+
+
+def test_a_student_is_sampled_as_if_it_were_alone(taught):
+    params, config, tokenizer, _ = train.load(str(taught / "taught"))
+    config = replace(config, sample_tokens=3, sample_temperature=0.0)
+    student = replace(config, model=alone(config.model))
+    own = {name: params[name] for name in model.table(student.model)}
+    texts = [continuations(p, c, tokenizer, 4, ("the tree",)) for p, c in ((params, config), (own, student))]
+    assert texts[0] == texts[1]
 
 
 def test_a_teacher_is_charged_its_forward_pass(taught):

@@ -1,4 +1,4 @@
-"""The seams of model and step, each tested at the seam: rows, stream, losses, gradient, optimiser, schedule."""
+"""The seams of model and step, each tested at the seam: rows, stream, losses, gradient, optimiser."""
 import json
 import os
 import signal
@@ -32,6 +32,7 @@ CAUSAL = Mask("causal", 0)
 TINY = ModelConfig(
     layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258, unroll=1)
 BATCH = random_rows(batch=8)
+PLAIN = train.Phase()
 
 # --------------------------------------------------------------------- the functions of the configs below
 
@@ -96,7 +97,7 @@ def plain_descent(table):
     return {group: optax.identity() for group in dict.fromkeys(p.group for p in table.values())}
 
 
-# ------------------------------------------------------------------------------------ rows: a run's whole life
+# ----------------------------------------------------------------------------- rows: a run's whole life
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +326,7 @@ def test_a_mixer_stands_in_the_place_of_attention(streamed, end):
 # --------------------------------------------------------------------------------------------------- the step
 
 
-def step_of(config, phase=train.Phase(), shape=None, mask=CAUSAL):
+def step_of(config, phase=PLAIN, shape=None, mask=CAUSAL):
     """(a step of it, its first state)."""
     shape = shape or config.model
     one = make_mesh(MeshConfig(), jax.devices()[:1])
