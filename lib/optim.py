@@ -163,6 +163,8 @@ def update_ratios(before: Params, after: Params, config: ModelConfig) -> dict[st
 
     ratios = {}
     for group, names in groups(config).items():
+        if not all(jnp.issubdtype(before[name].dtype, jnp.floating) for name in names):
+            continue
         moved = norm(after[name] - before[name] for name in names)
         size = norm(before[name] for name in names)
         ratios[f"{group}/update_ratio"] = moved / size

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import rows as random_rows
 
 import model
@@ -33,6 +34,7 @@ from lib.teacher import (
     teachers,
 )
 from model import Context, Model
+from tools import export
 
 CAUSAL = Mask("causal", 0)
 FROZEN = partial(adamw, frozen=("teacher",))
@@ -282,6 +284,14 @@ def test_a_student_is_sampled_as_if_it_were_alone(taught):
     own = {name: params[name] for name in model.table(student.model)}
     texts = [continuations(p, c, tokenizer, 4, ("the tree",)) for p, c in ((params, config), (own, student))]
     assert texts[0] == texts[1]
+
+
+def test_a_student_is_exported_alone(taught, tmp_path):
+    export.main([str(taught / "taught"), str(tmp_path / "out")])
+    written = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
+    assert len([name for name in written if name.endswith("q_proj.weight")]) == 4
+    config = train.load(str(taught / "taught"))[1].model
+    assert sum(x.size for x in written.values()) == model.count(alone(config))
 
 
 def test_a_teacher_is_charged_its_forward_pass(taught):
