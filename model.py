@@ -571,8 +571,11 @@ class Edited(NamedTuple):
     Its tree is {name: array}, shaped like the group's parameters, and the moment is the name of
     the field that holds it: for Adam "mu" or "nu".
     preserves: whether the new model computes the same function as the old one.
+    borrowed: {parameter: "RUN@STEP:NAME"}, those that are another run's, unchanged. While they are
+    frozen, checkpoints name that run in their place.
     """
 
     model: Model
     policy: dict[str, str | Callable[[dict, str], dict]]
     preserves: bool
+    borrowed: dict[str, str] = {}

@@ -36,7 +36,7 @@ from lib import config as config_files
 from lib.banner import banner
 from lib.bind import bind
 from lib.cache import Cache
-from lib.checkpoint import Checkpoints, Damaged, find_checkpoint
+from lib.checkpoint import Checkpoints, Damaged, Loan, borrow, find_checkpoint, unchanged
 from lib.config import ROOT, from_json, load_file, to_json
 from lib.corpus import assemble
 from lib.curves import draw
@@ -473,8 +473,12 @@ def apply_edits(
     optimizer: Callable,
     mesh: Mesh,
     context: Context,
-) -> tuple[State, ModelConfig]:
-    """State and shape after edits in turn; their policies say what becomes of the optimiser."""
+) -> tuple[State, ModelConfig, dict[str, str]]:
+    """State and shape after edits in turn; their policies say what becomes of the optimiser.
+
+    Gives what these edits have borrowed too, see `model.Edited`.
+    """
+    borrowed = {}
     for i, edit in enumerate(edits):
         own = context._replace(key=jax.random.fold_in(context.key, i))
         edited = edit(Model(model, state.params), own)
@@ -483,7 +487,8 @@ def apply_edits(
         state = state.replace(params=params, opt=opt)
         state = jax.device_put(state, places(state_like(new, optimizer, mesh)))
         model = new
-    return state, model
+        borrowed |= edited.borrowed
+    return state, model, borrowed
 
 
 def edit_model(run: "Run", state: State, step: int) -> State:
@@ -494,9 +499,10 @@ def edit_model(run: "Run", state: State, step: int) -> State:
         key=key, step=step, batches=functools.partial(next_batches, run.loader, step)
     )
     with user_errors():
-        state, model = apply_edits(
+        state, model, borrowed = apply_edits(
             edits, state, run.plan.model_after(step), run.config.optimizer, run.mesh, context
         )
+    run.borrowed = unchanged(run.borrowed | borrow(borrowed), state.params)
     names = ", ".join(getattr(edit, "func", edit).__name__ for edit in edits)
     say(f"step {step}: {names}; now {model.layers} layers, {count(model):,} parameters")
     return state
@@ -526,6 +532,7 @@ class Run:
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset
     summary: dict[str, Any] | None = None  # of a run that has ended
     own_figures: tuple[int, dict] = (-1, {})  # of its own evals, and the step that they are of
+    borrowed: dict[str, Loan] = field(default_factory=dict)  # parameters that are another run's
 
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed. (Data is drawn from the seed by numpy.)"""
@@ -567,7 +574,7 @@ def prepare(config: Config, file: str = "") -> Run:
     config, tokenizer, caches = assemble(config, own)
     loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
     batches = functools.partial(next_batches, loader, 0)
-    context = Context(jax.random.key(0), 0, tokenizer, batches, load)
+    context = Context(jax.random.key(0), 0, tokenizer, batches, load_beside)
     with user_errors():
         plan = make_plan(config, context)
         for model in plan.models:
@@ -649,6 +656,7 @@ def restore(run: Run, step: int) -> State:
     state = run.checkpoints.state(step, like)
     run.loader.restore(meta["start"], meta["log"])
     run.resumed = step, meta["since_reset"]
+    run.borrowed = run.checkpoints.loans(step)
     return state
 
 
@@ -659,7 +667,7 @@ def first(run: Run) -> State:
     if not run.config.init_from:
         return state
     start = start_from(run.config, model, state, state_like(model, optimizer, run.mesh))
-    run.resumed = 0, start.since_reset
+    run.resumed, run.borrowed = (0, start.since_reset), start.borrowed
     if start.positions:
         run.loader.restore([start.positions.get(name, 0) for name in run.caches], [])
     return start.state
@@ -786,12 +794,14 @@ def save(run: Run, state: State, step: int, log: Log):
     begun = time.monotonic()
     sealed = {name: cache.sealed for name, cache in run.caches.items()}
     positions = run.loader.positions(step).tolist()
+    model = run.plan.model_after(step)
+    trained = set().union(*trained_groups(model, run.config.optimizer).values())
     run.checkpoints.save(
         step,
         state,
         {
             "step": step,
-            "model": to_json(run.plan.model_after(step)),
+            "model": to_json(model),
             **run.plan.spent(step),
             "since_reset": run.plan.since_reset(step, *run.resumed),
             "sealed": sealed,
@@ -801,6 +811,7 @@ def save(run: Run, state: State, step: int, log: Log):
             "past": resume_key(run.config, run.plan, step),
             "positions": dict(zip(run.caches, positions, strict=True)),
         },
+        {name: loan for name, loan in run.borrowed.items() if name not in trained},
     )
     log.save_s = time.monotonic() - begun
 
@@ -954,7 +965,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     device where there is one process.
     """
     checkpoints, step, meta = find_checkpoint(run, step)
-    directory = Path(run).expanduser()
+    directory = checkpoints.root.parent
     config = from_json(Config, json.loads((directory / "config.json").read_text()))
     config = replace(config, model=from_json(ModelConfig, meta["model"]))
     enable_float64(config)
@@ -966,6 +977,14 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     tokenizer = load_tokenizer(directory / "tokenizer.model")
     _, scores = evaluators(config.reparam, config.model, devices)
     return params, config, tokenizer, sharded_apply(scores, step, devices)
+
+
+def load_beside(run: str, step: int | None = None):
+    """`load` for an edit: the run that is trained goes on with float64, or without, as before."""
+    wide = jax.config.jax_enable_x64
+    found = load(run, step)
+    jax.config.update("jax_enable_x64", wide)
+    return found
 
 
 # --------------------------------------------------------------------------------- the command line

@@ -1,10 +1,15 @@
-"""Checkpoints of a run, by Orbax: whole or absent, checked when they are read."""
+"""Checkpoints of a run, by Orbax: whole or absent, checked when they are read.
+
+A frozen parameter that came from another run's checkpoint is not written again: see `Loan`.
+"""
 
 import contextlib
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +17,40 @@ import orbax.checkpoint as ocp
 from jax import lax
 
 from lib.errors import InputError, user_errors
+from lib.keys import is_run, run_step
 from lib.optim import State
 from lib.processes import all_gather, is_main_process
 
 
 class Damaged(InputError):
     """A checkpoint that cannot be read, or is not what was written."""
+
+
+class Loan(NamedTuple):
+    """A parameter that is another run's, and that checkpoints leave out while it is frozen."""
+
+    run: str  # directory of the run whose checkpoint holds it, absolute
+    step: int  # of that checkpoint
+    name: str  # of the parameter there
+    checksum: int  # see `checksums`
+
+    def written(self, directory: Path) -> dict:
+        """The loan as the meta of a checkpoint of the run in `directory` has it.
+
+        Its path is known from there too: both runs may be moved together.
+        """
+        near = os.path.relpath(self.run, directory.resolve())
+        return dict(self._asdict(), near=near)
+
+    @classmethod
+    def read(cls, written: dict, directory: Path) -> "Loan":
+        """The inverse of `written`, wherever the run in `directory` is now."""
+        given = dict(written)
+        near = directory.resolve() / given.pop("near")
+        checkpoint = near / "checkpoints" / str(given["step"])
+        if checkpoint.is_dir():
+            given["run"] = os.path.normpath(near)
+        return cls(**given)
 
 
 def reading() -> dict:
@@ -71,18 +104,27 @@ class Checkpoints:
         """Steps that are complete on disk, ascending."""
         return sorted(int(p.name) for p in self.root.glob("*") if p.name.isdigit())
 
-    def save(self, step: int, state: State, meta: dict):
+    def save(self, step: int, state: State, meta: dict, loans: dict[str, Loan] | None = None):
         """Begin to save; returns when the state may change again.
 
+        loans: of frozen parameters. Those that are still what was borrowed are not written.
         Raises InputError for what the save before met.
         """
         self.wait()
         sums = {name: int(value) for name, value in jax.device_get(checksums(state)).items()}
+        meta = meta | {"checksums": sums}
+        lent = unchanged(loans or {}, state.params)
+        if len(lent) == len(state.params):  # Orbax writes no item without arrays
+            lent = {}
+        if lent:
+            home = self.root.parent
+            meta["borrowed"] = {name: loan.written(home) for name, loan in lent.items()}
+        own = {name: x for name, x in state.params.items() if name not in lent}
         rest = dict(opt=state.opt, step=state.step, skipped=state.skipped)
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
+            params=ocp.args.StandardSave(own),
             opt=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave(meta | {"checksums": sums}),
+            meta=ocp.args.JsonSave(meta),
         )
         with self.writing():
             self.manager.save(step, force=True, args=items)
@@ -124,17 +166,43 @@ class Checkpoints:
         """What is known of a checkpoint before its arrays are read."""
         return self.restore(step, meta=ocp.args.JsonRestore())["meta"]
 
+    def loans(self, step: int) -> dict[str, Loan]:
+        """The parameters that a checkpoint does not hold itself."""
+        home = self.root.parent
+        written = self.meta(step).get("borrowed", {})
+        return {name: Loan.read(loan, home) for name, loan in written.items()}
+
     def params(self, step: int, like: State) -> dict[str, jax.Array]:
-        """Parameters alone, placed as `like` says."""
-        return self.restore(step, params=ocp.args.StandardRestore(like.params))["params"]
+        """Parameters alone, placed as `like` says. InputError where one is borrowed and gone."""
+        return self.read(step, like.params)["params"]
+
+    def read(self, step: int, params: dict, **items) -> dict:
+        """The parameters of a checkpoint, also those that are borrowed, and other items of it."""
+        loans = self.loans(step)
+        own = {name: x for name, x in params.items() if name not in loans}
+        items["params"] = ocp.args.StandardRestore(own)
+        found = dict(self.restore(step, **items))
+        if loans:
+            owed = {name: params[name] for name in loans}
+            lent = borrowed(f"checkpoint {self.root / str(step)}", loans, owed)
+            both = found["params"] | lent
+            found["params"] = {name: both[name] for name in params}
+        return found
+
+    def some_params(self, step: int, like: dict) -> dict[str, jax.Array]:
+        """Some of the parameters that a checkpoint holds itself, placed as `like` says."""
+        how = ocp.checkpoint_utils.construct_restore_args(like)
+        part = ocp.args.PyTreeRestore(item=like, restore_args=how, partial_restore=True)
+        return self.restore(step, params=part)["params"]
 
     def state(self, step: int, like: State) -> State:
-        """The whole state, onto any mesh; raises Damaged where it is not what was written."""
+        """The whole state, onto any mesh; raises Damaged where it is not what was written.
+
+        Raises InputError where a parameter is borrowed, and its run is gone or has changed.
+        """
         written = self.meta(step).get("checksums")
         rest = dict(opt=like.opt, step=like.step, skipped=like.skipped)
-        found = self.restore(
-            step, params=ocp.args.StandardRestore(like.params), opt=ocp.args.StandardRestore(rest)
-        )
+        found = self.read(step, like.params, opt=ocp.args.StandardRestore(rest))
         state = State(found["params"], **found["opt"])
         if written:
             sums = jax.device_get(checksums(state))
@@ -181,8 +249,78 @@ def find_checkpoint(run: str, step: int | None = None) -> tuple[Checkpoints, int
     return checkpoints, best, metas[best]
 
 
+def borrow(sources: dict[str, str]) -> dict[str, Loan]:
+    """Loans of parameters named {parameter: "RUN@STEP:NAME"}, as `model.Edited.borrowed` has them.
+
+    What that run has borrowed itself is borrowed from where it is. Raises InputError for a run, a
+    step or a parameter that is not there.
+    """
+    by_place: dict[str, dict[str, str]] = {}
+    for name, source in sources.items():
+        place, _, theirs = source.rpartition(":")
+        by_place.setdefault(place, {})[name] = theirs
+    found = {}
+    for place, names in by_place.items():
+        checkpoints, step, meta = find_checkpoint(*run_step(place))
+        home = checkpoints.root.parent
+        sums, again = meta.get("checksums", {}), meta.get("borrowed", {})
+        for name, theirs in names.items():
+            if f"params/{theirs}" not in sums:
+                raise InputError(f"{place} has no parameter {theirs!r} for {name} to be borrowed")
+            found[name] = Loan(str(home), step, theirs, sums[f"params/{theirs}"])
+            if theirs in again:
+                found[name] = Loan.read(again[theirs], home)
+    return found
+
+
+def unchanged(loans: dict[str, Loan], params: dict) -> dict[str, Loan]:
+    """Those of the loans whose parameters are still what was borrowed."""
+    there = {name: params[name] for name in loans if name in params}
+    sums = jax.device_get(checksums(there))
+    same = {}
+    for name in there:
+        if sums[name] == loans[name].checksum:
+            same[name] = loans[name]
+    return same
+
+
+def borrowed(by: str, loans: dict[str, Loan], like: dict) -> dict[str, jax.Array]:
+    """The parameters of loans, read from the runs that have them, and placed as `like` says.
+
+    by: the checkpoint that needs them, for what is said. Raises InputError for a run that is gone
+    or has changed.
+    """
+    found = {}
+    places: dict[tuple[str, int], dict[str, str]] = {}
+    for name, loan in loans.items():
+        names = places.setdefault((loan.run, loan.step), {})
+        names[name] = loan.name
+    for (run, step), names in places.items():
+        needs = f"{by} takes {', '.join(names)} from run {run} at step {step}"
+        if not is_run(run):
+            raise InputError(f"{needs}, and that run is gone; put it back, or move both together")
+        checkpoints = Checkpoints(Path(run) / "checkpoints")
+        there = checkpoints.steps()
+        if step not in there:
+            raise InputError(f"{needs}, and that checkpoint is gone; there are {there}")
+        wanted = {theirs: like[name] for name, theirs in names.items()}
+        with user_errors(Damaged):
+            lent = checkpoints.some_params(step, wanted)
+        for name, theirs in names.items():
+            if loans[name].checksum != checksum(lent[theirs]):
+                raise InputError(f"{needs}, and {theirs} has changed since; put back what it was")
+            found[name] = lent[theirs]
+    return found
+
+
+def checksum(x: jax.Array) -> int:
+    """The sum of the bits of an array, see `checksums`."""
+    with jax.ensure_compile_time_eval():  # an edit may load a run while shapes are traced
+        return int(checksums({"x": x})["x"])
+
+
 @jax.jit
-def checksums(state: State) -> dict[str, jax.Array]:
+def checksums(state: State | dict) -> dict[str, jax.Array]:
     """The sum of the bits of each array of a state, uint32: the same on any mesh."""
 
     def bits(x):

@@ -255,7 +255,17 @@ def make(made: type, value: dict):
 
 
 def function_of(written: dict) -> Callable:
-    """The function that JSON names, a partial where settings are not its defaults."""
+    """The function that JSON names, a partial where settings are not its defaults.
+
+    It is the same object for the same JSON, so that configs made of it are equal.
+    """
+    return function_of_text(json.dumps(written))
+
+
+@functools.cache
+def function_of_text(text: str) -> Callable:
+    """The same for a text of JSON."""
+    written = json.loads(text)
     file, name = written["function"].rsplit(":", 1)
     if not (ROOT / file).is_file():
         raise InputError(f"the config has the function {name} of {file}, a file that is gone")

@@ -60,7 +60,7 @@ def stack(
 def writes_stream(param: Param) -> bool:
     """Whether a parameter of blocks is a matrix whose outputs are the residual stream."""
     inner = param.axes[1:]  # without `layers`
-    return inner[-1] == "embed" and inner[0] != "embed"
+    return inner[-1:] == ("embed",) and inner[0] != "embed"
 
 
 def check_layers(order: list[int], layers: int) -> None:
@@ -88,7 +88,7 @@ def in_order(
     index = jnp.array(order)
     out = dict(tree)
     for name, x in tree.items():
-        if rows[name].axes[0] != "layers":
+        if not rows[name].layered:
             continue
         out[name] = x[jnp.maximum(index, 0)]
         if -1 in order:

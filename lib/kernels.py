@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
-from lib.sharding import ROWS, RULES, constrain
+from lib.sharding import FREE, ROWS, RULES, constrain, rule
 
 
 def float32_or_wider(dtype):
@@ -337,12 +337,14 @@ def residual(x, update) -> jax.Array:
 def dense(x, w, axes: tuple[str, ...], out=None) -> jax.Array:
     """x [b t i...] times w [i... o...]: [b t o...], in the dtype `out` or else that of x.
 
-    axes: names of those of w. If the first is `embed`, it is the input; else all but the last are.
+    axes: names of those of w. If the first is `embed` or a free axis such as `rank`, it is the
+    input; else all but the last are.
     The result has the checkpoint name "product".
     """
     # One two-dimensional product. From one with two batch axes XLA on CPU would get the gradient
     # of w by writing a transposed copy of the activations.
-    inputs = 1 if axes[0] == "embed" else len(axes) - 1
+    first = axes[0] == "embed" or axes[0] in FREE
+    inputs = 1 if first else len(axes) - 1
     outputs = w.shape[inputs:]
     b, t = x.shape[:2]
     if out is None:
@@ -381,7 +383,7 @@ def matmul_backward(axes, out, residuals, dy):
     dw = jnp.einsum("ni,no->io", x, padded, preferred_element_type=w.dtype)
     dw = dw[:, : dy.shape[1]]
     dw = dw.reshape(w.shape)
-    places = [RULES[axis] for axis in axes]
+    places = [rule(axis, "of a product") for axis in axes]
     return dx, constrain(dw, *places)
 
 
@@ -390,7 +392,7 @@ matmul.defvjp(matmul_forward, matmul_backward)
 
 def gathered(x, w, axes) -> jax.Array:
     """w as a matrix that x [n i] can be multiplied with: in its dtype, whole but for `tensor`."""
-    places = [RULES[axis] for axis in axes]
+    places = [rule(axis, "of a product") for axis in axes]
     places = [None if place == "fsdp" else place for place in places]
     w = w.astype(x.dtype)
     w = constrain(w, *places)

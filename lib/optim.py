@@ -20,16 +20,19 @@ def adamw(
     b2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, optax.GradientTransformation]:
     """AdamW (Loshchilov & Hutter 2019) for each optimiser group of the table.
 
     Matrices and the head decay, embeddings and gains do not. Returns unscaled descent directions;
-    the step multiplies each group's by its learning rate.
+    the step multiplies each group's by its learning rate. frozen: groups that it leaves out.
     """
     decay = {"matrix": weight_decay, "head": weight_decay}
     transforms = {}
     for param in table.values():
         group = param.group
+        if group in frozen:
+            continue
         transforms[group] = optax.chain(
             optax.scale_by_adam(b1, b2, eps),
             optax.add_decayed_weights(decay.get(group, 0.0)),
@@ -160,6 +163,8 @@ def update_ratios(before: Params, after: Params, config: ModelConfig) -> dict[st
 
     ratios = {}
     for group, names in groups(config).items():
+        if not all(jnp.issubdtype(before[name].dtype, jnp.floating) for name in names):
+            continue
         moved = norm(after[name] - before[name] for name in names)
         size = norm(before[name] for name in names)
         ratios[f"{group}/update_ratio"] = moved / size

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import shuffled
-from lib.checkpoint import find_checkpoint
+from lib.checkpoint import Loan, borrow, find_checkpoint, unchanged
 from lib.config import flatten, from_json, to_json
 from lib.disk import digest
 from lib.errors import InputError
@@ -107,6 +107,7 @@ class Start(NamedTuple):
     state: State
     since_reset: int | None = None  # steps since its embeddings were drawn anew, None if never
     positions: dict[str, int] | None = None  # of each source, that another run has drawn
+    borrowed: dict[str, Loan] = {}  # parameters that are another run's
 
 
 def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
@@ -119,12 +120,15 @@ def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
         params = read_params(name, model, like.params)
         return Start(state.replace(params=params))
     checkpoints, step, meta = find_checkpoint(*run_step(name))
+    home = checkpoints.root.parent
+    loans = borrow({n: f"{home}@{step}:{n}" for n in like.params}) if "checksums" in meta else {}
     if config.init_with == "params":
         params = checkpoints.params(step, like)
-        return Start(state.replace(params=params), meta["since_reset"])
-    written = json.loads((checkpoints.root.parent / "config.json").read_text())["optimizer"]
+        loans = unchanged(loans, params)
+        return Start(state.replace(params=params), meta["since_reset"], borrowed=loans)
+    written = json.loads((home / "config.json").read_text())["optimizer"]
     if to_json(from_json(Callable, written)) != to_json(config.optimizer):
         raise InputError(f'init_with is "all", but {name} has another optimizer')
     taken = checkpoints.state(step, like)
     state = state.replace(params=taken.params, opt=taken.opt)
-    return Start(state, meta["since_reset"], meta["positions"])
+    return Start(state, meta["since_reset"], meta["positions"], unchanged(loans, taken.params))

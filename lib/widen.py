@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lib.edits import check_options
+from lib.sharding import FREE
 from model import (
     Context,
     Edited,
@@ -213,14 +214,14 @@ def value_factor(growth: Growth, name: str, axis: str):
 def fan_in(param: Param) -> tuple[str, ...]:
     """The axes that a parameter sums over; none for a gain.
 
-    A matrix's inputs stand before its outputs, and one side is the residual stream, `embed`.
+    A matrix's inputs stand before its outputs, and one side is the residual stream, `embed`, or a
+    free axis such as `rank`. What has no such side sums over nothing.
     """
     axes = [axis for axis in param.axes if axis != "layers"]
-    if len(axes) == 1:
+    sides = [i for i, axis in enumerate(axes) if axis == "embed" or axis in FREE]
+    if len(axes) == 1 or not sides:
         return ()
-    if axes[0] == "embed":
-        return ("embed",)
-    return tuple(axes[: axes.index("embed")])
+    return tuple(axes[: max(1, sides[0])])
 
 
 def shares(growth: Growth, name: str, axis: str):
@@ -229,7 +230,7 @@ def shares(growth: Growth, name: str, axis: str):
     if growth.split == "even":
         return 1 / grows.copies
     param = growth.rows[name]
-    layers = param.shape[0] if param.axes[0] == "layers" else 1
+    layers = param.shape[0] if param.layered else 1
     key = jax.random.fold_in(grows.key, zlib.crc32(name.encode()))
     dtype = grows.copies.dtype
     drawn = jax.random.uniform(key, (layers, grows.new), dtype, 0.5, 1.5)
@@ -254,6 +255,8 @@ def in_corner(growth: Growth, name: str, x, kind: Kind):
     square. Moments of what is new are zero.
     """
     param = growth.rows[name]
+    if not growth.axes.keys() & set(param.axes):
+        return x
     factor = 1.0
     rest = jnp.zeros(param.shape, x.dtype)
     if param.group == "vector":
@@ -273,7 +276,7 @@ def from_above(growth: Growth, name: str, x):
     Only matrices of blocks, and only along what they write, are concerned.
     """
     param = growth.rows[name]
-    if param.axes[0] != "layers" or param.group == "vector":
+    if not param.layered or param.group == "vector":
         return x
     is_new = jnp.zeros((), bool)
     for axis, grows in growth.axes.items():

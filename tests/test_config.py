@@ -248,7 +248,8 @@ def test_json_names_functions_by_file_and_arguments():
     """A function is its `file:name`, all its settings, and a hash of its source, which changes with it."""
     written = to_json(everything())
     assert written["optimizer"]["function"] == "lib/optim.py:adamw"
-    assert written["optimizer"]["arguments"] == dict(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
+    assert written["optimizer"]["arguments"] == dict(
+        b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, frozen=[])
     assert written["phases"][1]["edits"][0]["function"] == "tests/test_train.py:silence"
     assert len({json.dumps(to_json(f)["source"]) for f in (silence, bad_policy, answer)}) == 3
 
@@ -513,7 +514,7 @@ def test_settings_of_plain_functions_can_be_set():
     assert config.optimizer.func is adamw and config.optimizer.keywords == {"weight_decay": 0.05}
     assert config.data.sources["stdlib"].documents.keywords == {"unit": "definition"}
     assert to_json(config)["optimizer"]["arguments"] == dict(
-        b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05
+        b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, frozen=[]
     )
     assert to_json(shipped())["data"]["sources"]["stdlib"]["documents"]["arguments"] == {
         "unit": "module"
@@ -772,7 +773,7 @@ def test_help_lists_verbs_fields_and_functions(capsys, monkeypatch):
         "blocks (default:",
         "--optimizer FUNCTION",
         "--eval_at",
-        "lib/optim.py: adamw(table, *, b1=0.9, b2=0.95, eps=1e-08, weight_decay=0.1)",
+        "lib/optim.py: adamw(table, *, b1=0.9, b2=0.95, eps=1e-08, weight_decay=0.1, frozen=())",
         "phases.0.packing, phases.1.packing",
         "lib/sources.py: stdlib(*, unit='module')",
         "phases.0.schedule",

@@ -151,7 +151,7 @@ def calibration(n):
 
 def with_silent_layers(before):
     """Layers after the first and the last that add nothing."""
-    (config, params), _, _ = stack(before, context(), layers=(0, 0, 1, 1))
+    (config, params), *_ = stack(before, context(), layers=(0, 0, 1, 1))
     silent = {n: params[n].at[jnp.array([1, 3])].set(0) for n in ("o", "down")}
     return Model(config, params | silent)
 

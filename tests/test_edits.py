@@ -44,7 +44,7 @@ def adam_moments(opt):
     (dict(layers=(0, 0, 1, 1)), [0, 0, 1, 1]), (dict(layers=(1,)), [1])], ids=str)
 def test_stack_is_its_layer_list_bit_for_bit(tiny, params, arguments, order):
     old = used(tiny, params)
-    (config, new), policy, _ = stack(Model(tiny, old), context(), **arguments)
+    (config, new), policy, *_ = stack(Model(tiny, old), context(), **arguments)
     assert config == replace(tiny, layers=len(order)) and set(policy) == set(model.groups(tiny))
     assert {n: x.shape for n, x in new.items()} == {n: p.shape for n, p in model.table(config).items()}
     for name, row in model.table(tiny).items():
@@ -94,7 +94,7 @@ def test_policy_that_does_not_fit_is_refused(tiny, params):
 def test_reset_embeddings_draws_the_vocabulary_again(tiny, params, tied, head, gone):
     config = replace(tiny, tied=tied)
     old = used(config, params)
-    (shape, new), policy, _ = reset_embeddings(Model(config, old), context(), head=head)
+    (shape, new), policy, *_ = reset_embeddings(Model(config, old), context(), head=head)
     assert shape == config and set(new) == set(old) and policy == dict.fromkeys(gone, "reset")
     for name, row in model.table(config).items():
         assert ("vocab" in row.axes) == (name in {"embed", "head"})
@@ -160,7 +160,7 @@ def test_edits_say_truly_whether_they_preserve_the_function(tiny, params, edit, 
 def test_identity_layers_change_nothing(tiny, params, layers, preserves):
     """New blocks with zero output projections; what an edit says of itself is true."""
     old = used(tiny, params)
-    (config, new), _, says = stack(Model(tiny, old), context(), layers=layers, new="identity")
+    (config, new), _, says, _ = stack(Model(tiny, old), context(), layers=layers, new="identity")
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 258, (2, 12)))
     gap = float(jnp.abs(model.apply(new, ids, config) - model.apply(old, ids, tiny)).max())
     assert says == preserves and (gap < 1e-5) == preserves

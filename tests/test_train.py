@@ -196,7 +196,9 @@ def first_state(config: Config, mesh=None) -> State:
 
 def edit(edits, state: State, config: Config, mesh=None, seed: int = 0) -> tuple[State, ModelConfig]:
     """State and shape after edits."""
-    return train.apply_edits(edits, state, config.model, config.optimizer, mesh or single(), context(seed))
+    state, shape, _ = train.apply_edits(
+        edits, state, config.model, config.optimizer, mesh or single(), context(seed))
+    return state, shape
 
 
 def stepper(config: Config, shape: ModelConfig = TINY, frozen: frozenset[str] = frozenset()):

@@ -141,7 +141,7 @@ def test_widen_is_the_same_on_eight_devices(tiny):
               make_mesh(MeshConfig(fsdp=2, tensor=2))]
     states = [train.apply_edits(edits, first_state(tiny, adamw, mesh, jax.random.key(0)), tiny,
                                 adamw, mesh, context()) for mesh in meshes]
-    (one, config), (eight, _) = states
+    (one, config, _), (eight, *_) = states
     assert (config.layers, config.embed, config.heads, config.kv_heads, config.mlp) == (4, 64, 8, 4, 96)
     for name in one.params:
         np.testing.assert_allclose(one.params[name], eight.params[name], rtol=1e-6, atol=0)

@@ -17,6 +17,7 @@ tokenizer has tokens.
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lib.checkpoint import find_checkpoint
 from lib.config import to_json
 from lib.errors import InputError, user_errors
 from lib.hf import PLAIN, ROPE, safetensors_package, sides, tensors
+from lib.teacher import alone
 from lib.tokenizers import ESCAPES, Bytes, HuggingFace, SentencePiece, Tokenizer
 from model import ModelConfig, head_logits, llama, plain_table, reparametrised, table
 from train import Config, load
@@ -473,6 +475,8 @@ def main(arguments: list[str]):
     safetensors_package()
     _, step, meta = find_checkpoint(a.run, a.step)
     params, config, tokenizer, _ = load(a.run, step)
+    config = replace(config, model=alone(config.model))  # a teacher is not exported
+    params = {name: params[name] for name in table(config.model)}
     params = llama_params(config, params, step)
     files, ends = text_files(config, tokenizer, a.dtype)
     partly = a.directory.with_name(f"{a.directory.name}.partial")
