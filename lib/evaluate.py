@@ -310,6 +310,12 @@ def compressed(texts: list[bytes]) -> dict[str, float]:
     }
 
 
+def has_test(config) -> bool:
+    """Whether a `train.Config` holds documents out for the test split."""
+    sources = config.data.sources.values()
+    return config.data.test > 0 or any(source.split == "test" for source in sources)
+
+
 def test_figures(
     losses: Callable, caches: dict[str, Cache], config, tokenizer: Tokenizer, mesh: Mesh
 ) -> dict:
@@ -319,7 +325,7 @@ def test_figures(
     config's own `evals` are not run. losses: a batch's arrays -> nats [b t]; it is not asked where
     the model predicts no pieces.
     """
-    if not config.data.test:
+    if not has_test(config):
         return {}
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     phase = config.phases[-1]

@@ -76,18 +76,19 @@ def batches(
     size = phase.batch // phase.accumulate
     number = max(1, there // size)
     every = np.arange(size)
-    objectives = [objective_of(phase.objective, name) for name in loader.names]
-    masks = declared_masks(objectives)
+    trained = loader.draws[loader.within(taken)[0]].trained
+    names = dict.fromkeys([*trained, loader.names[source]])
+    masks = declared_masks(objective_of(phase.objective, name) for name in names)
     make = row_maker(setting, loader, source, rows, taken)
     for first in range(0, number * size, size):
-        made = {r: make(first + r) for r in every.tolist()}
+        made = {r: make((first + r) % there) for r in every.tolist()}
         arrays, mask = stack(made, every, masks, "the objective of a phase")
         yield arrays, Mask(**mask)
 
 
 def rows_there(rows: Rows, setting: Setting) -> int:
     """How many rows there are within `eval_tokens`; of a streamed source, of its first windows."""
-    most = setting.config.eval_tokens // setting.phase.seq
+    most = max(1, setting.config.eval_tokens // setting.phase.seq)
     if setting.config.data.stream:
         return min(most, rows.ends[-1])
     return min(most, rows.epoch)

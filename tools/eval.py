@@ -36,7 +36,7 @@ from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.corpus import open_caches
 from lib.evals import ask_for, own_evals, sharded_apply
-from lib.evaluate import HALF_95, Setting, evaluators, test_figures, write_figures
+from lib.evaluate import HALF_95, Setting, evaluators, has_test, test_figures, write_figures
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tasks import json_lines, minimal_pairs, tasks
 from model import table
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> dict:
     params = jax.device_put(params, shardings(table(config.model), mesh))
     losses, scores = evaluators(config.reparam, config.model, mesh)
     caches = {}
-    if config.data.test or ask_for("held_out", config):
+    if has_test(config) or ask_for("held_out", config):
         caches = open_caches(config, tokenizer)
     result = test_figures(partial(losses, params, step), caches, config, tokenizer, mesh)
     setting = Setting(config, config.phases[-1], caches, tokenizer, mesh)
