@@ -49,7 +49,8 @@ def stitched(params, batch, mask, config: ModelConfig, branches: tuple[str, ...]
 
     Gates are softmax(0 for the hub, hub G_i for branch i) into the hub, sigmoid(hub G_i) into i.
     """
-    models, stitches = [params, *(part(params, branch) for branch in branches)], len(params["stitch"])
+    models = [params, *(part(params, branch) for branch in branches)]
+    stitches = len(params["stitch"])
     xs = [model.embedded(each, batch, config) for each in models]
     for s in range(stitches):
         xs = [model.stream(each, x, batch, mask, config, s * every, (s + 1) * every)[0]
@@ -67,7 +68,7 @@ def stitched(params, batch, mask, config: ModelConfig, branches: tuple[str, ...]
 
 
 def stitch(hub: Model, context: Context, branches: tuple[str, ...], every: int = 1) -> Edited:
-    """Join a hub with branches that stand beside it, see `lib.teacher.adopt`; the function stays."""
+    """Join a hub with branches beside it, see `lib.teacher.adopt`; the function stays."""
     how = dict(branches=branches, every=every)
     config = replace(alone(hub.config), rows=partial(rows, **how), forward=partial(stitched, **how))
     new = {name: model.draw(name, p, context.key, config.param_dtype)
@@ -77,8 +78,8 @@ def stitch(hub: Model, context: Context, branches: tuple[str, ...], every: int =
 
 def average(hub: Model, context: Context, branches: tuple[str, ...]) -> Edited:
     """The mean of the parameters of a model and of other runs'."""
-    others = [context.load(run)[0] for run in branches]
-    mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), hub.params, *others)
+    every = hub.params, *(context.load(run)[0] for run in branches)
+    mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *every)
     return Edited(Model(hub.config, mean), {}, preserves=False)
 
 
@@ -109,12 +110,11 @@ study = Study(
           "bts": replace(hub, phases=(joint,), optimizer=partial(adamw, frozen=FROZEN)),
           "average": replace(hub, phases=(replace(still, edits=(mean,)),)), "hub": hub,
           **{domain: replace(hub, init_from=run) for domain, run in BRANCHES.items()}},
-    quick=base.quick({"model.layers": 2}, keep=("data.dev", "data.test")),
+    quick=base.quick({"model.layers": 2}, keep=("data.dev", "data.test")), seeds=3,
     claims=(
         claim(says="stitches beat the mean of parameters", control="average", below=0.0),
         claim(says="they beat the hub trained on, at equal FLOPs", below=0.0),
         *(claim(says=f"they keep {name}", control=arm, measure=f"eval/{name}.test/bpb", below=0.05)
           for name, arm in dict(code="code", math="math", wiki="hub").items()),
     ),
-    seeds=3,
 )

@@ -1,7 +1,7 @@
 """Encoder-decoder: is a decoder that was adapted into an encoder and a decoder ahead of one alone?
 
-Paper: Encoder-Decoder Gemma: Improving the Quality-Efficiency Trade-Off via Adaptation, Zhang et
-    al. 2025 (003:68)
+Paper: Encoder-Decoder Gemma: Improving the Quality-Efficiency Trade-Off via Adaptation,
+    Zhang et al. 2025 (003:68)
 Method: the encoder and the decoder both begin as a decoder-only model. The encoder's attention is
     bidirectional. Each block of the decoder gets cross-attention between self-attention and MLP,
     without rotary positions, copied from its self-attention. Where shapes forbid the copy, it is

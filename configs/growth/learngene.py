@@ -78,7 +78,7 @@ def expand(model: Model, context: Context, layers: int = 0, stages: tuple[int, .
 
 
 def soft(logits, batch, extras, share: float = 0.5):
-    """A `token_loss` [b t] in nats: soft distillation, `share` of it the divergence from a teacher."""
+    """A `token_loss` in nats: soft distillation, `share` of it the divergence from a teacher."""
     own = cross_entropy(logits, batch, extras)
     return (1 - share) * own + share * divergence(logits, batch, extras)
 

@@ -106,8 +106,8 @@ study = Study(
     question="Do maps that are learned from a small model to a large one beat plain copies?",
     paper=(Paper(title="Learning to Grow Pretrained Models for Efficient Transformer Training",
                  authors="Wang et al.", year=2023),
-           Paper(title="Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM "
-                 "Pre-Training", authors="Du et al.", year=2024, seeds=("001:65", "003:27"))),
+           Paper(title="Stacking Your Transformers: A Closer Look at Model Growth for Efficient "
+                 "LLM Pre-Training", authors="Du et al.", year=2024, seeds=("001:65", "003:27"))),
     arms={"scratch": scratch, "direct": arm(later, edits=(opened, multiply_out)),
           "ligo": arm(later - MAPS, replace(before, steps=MAPS, edits=(opened,)),
                       edits=(multiply_out,))},
