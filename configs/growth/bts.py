@@ -6,11 +6,10 @@ Method: train a hub; branches of it go on, each on one domain. Then all are froz
     hub's, weighed by a softmax gate, and the hub's into theirs, by a sigmoid one. The last goes
     into the hub, which predicts. Stitches alone train, on a small mix of all domains.
 Here: the hub reads English ("wiki" of TinyHelen's "leaner" text), branches code (Python's library)
-    and math, in bytes. A stitch adds to a state, its projection from zeros on, so that the start is
-    the hub; the paper takes a weighted mean. A step of it costs 3.3 of the hub's: three models and
-    0.06 M of stitches to 0.2 M. on: the hub goes on, on the mix, for all FLOPs of `bts`. average:
-    of all parameters. hub, code, math: each alone. These four do not train. The text lies in
-    ../shared/data; elsewhere, give `--data.sources.math.documents.path`.
+    and math, in bytes. Gates are made to be 0 at first, so that the start is the hub. A step of all
+    three and the stitches costs 3.3 of the hub's. on: the hub goes on, on the mix, for all FLOPs of
+    `bts`. average: of all parameters. hub, code, math: each alone. These four do not train. The
+    text lies in ../shared/data; elsewhere, give `--data.sources.math.documents.path`.
 Cost: 18 runs and 9 that they need, six minutes on two CPU cores.
 Run: in the directory of train.py,
     python train.py study configs/growth/bts.py --jobs 2
@@ -39,15 +38,16 @@ def rows(config: ModelConfig, plain: dict, branches: tuple[str, ...], every: int
             axes = tuple(f"{branch}/{axis}" for axis in p.axes)
             found[f"{branch}/{name}"] = replace(p, axes=axes, group=branch)
     shape = config.layers // every, len(branches), config.embed, config.embed
-    for name, init in ("stitch", 0.0), ("stitch_gate", config.embed**-0.5):
-        found[name] = Param(("state", "expert", "in", "out"), shape, init, "stitch")
-    return found
+    stitch = Param(("state", "expert", "in", "out"), shape, 0.0, "stitch")
+    return found | dict(stitch=stitch, stitch_gate=stitch)
 
 
 def stitched(params, batch, mask, config: ModelConfig, branches: tuple[str, ...], every: int):
     """A `forward`: the hub's states [b t d], after every so many blocks of all models a stitch.
 
-    Gates are softmax(0 for the hub, hub G_i for branch i) into the hub, sigmoid(hub G_i) into i.
+    A state x takes up another one y by g: x + g (y + y W - x). Into the hub g is a branch's share
+    of softmax(0, hub G_1 .. hub G_n), made to end at 1 and to be 0 where all have even shares.
+    Into branch i it is tanh(hub G_i / 2), a sigmoid made so.
     """
     models = [params, *(part(params, branch) for branch in branches)]
     stitches = len(params["stitch"])
@@ -60,10 +60,11 @@ def stitched(params, batch, mask, config: ModelConfig, branches: tuple[str, ...]
         scores = jnp.einsum("btd,edf->ebtf", hub, gate)
         if (stitches - s) % 2:
             shares = jax.nn.softmax(jnp.pad(scores, ((1, 0), *[(0, 0)] * 3)), axis=0)[1:]
-            xs[0] = hub + jnp.einsum("ebtf,ebtd,edf->btf", shares, others, weight)
+            taken = others + jnp.einsum("ebtd,edf->ebtf", others, weight) - hub
+            xs[0] = hub + jnp.sum((len(xs) * shares - 1) * taken, 0) / len(branches)
         else:
-            told = jnp.einsum("btd,edf->ebtf", hub, weight)
-            xs = [hub, *(others + jax.nn.sigmoid(scores) * told)]
+            told = hub + jnp.einsum("btd,edf->ebtf", hub, weight) - others
+            xs = [hub, *(others + jnp.tanh(scores / 2) * told)]
     return model.rms_norm(xs[0], params["norm"], config.norm_eps)
 
 
@@ -71,8 +72,8 @@ def stitch(hub: Model, context: Context, branches: tuple[str, ...], every: int =
     """Join a hub with branches beside it, see `lib.teacher.adopt`; the function stays."""
     how = dict(branches=branches, every=every)
     config = replace(alone(hub.config), rows=partial(rows, **how), forward=partial(stitched, **how))
-    new = {name: model.draw(name, p, context.key, config.param_dtype)
-           for name, p in model.table(config).items() if p.group == "stitch"}
+    shape = model.table(config)["stitch"].shape
+    new = {name: jnp.zeros(shape, config.param_dtype) for name in ("stitch", "stitch_gate")}
     return Edited(Model(config, hub.params | new), {}, preserves=True)
 
 
@@ -83,8 +84,7 @@ def average(hub: Model, context: Context, branches: tuple[str, ...]) -> Edited:
     return Edited(Model(hub.config, mean), {}, preserves=False)
 
 
-LEANER = "../shared/data/leaner/train"
-BRANCHES = {"code": "needs:to_code", "math": "needs:to_math"}
+LEANER, BRANCHES = "../shared/data/leaner/train", dict(code="needs:to_code", math="needs:to_math")
 seed = replace(
     base.small, model=base.shape(4, 64, 258), prompts=(), eval_every=100,
     phases=(replace(base.small.phases[0], mixture={"wiki": 1.0}),),
