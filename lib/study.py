@@ -333,7 +333,7 @@ def metrics_of(config: Any) -> list[str]:
         names += PAIRED[:1]
         splits.append(".test")
     if config.data.dev:
-        names += PAIRED[1:]
+        names += [*PAIRED[1:], *(f"eval/{name}/own" for name in sources)]
         splits.append("")
     names += [f"eval/{name}{end}/{of}" for end in splits for name in sources for of in OF_EVAL]
     for kind, of_kind in {"train": OF_STEP, "perf": OF_SPEED, "data": OF_BATCH}.items():
