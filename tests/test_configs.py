@@ -37,6 +37,7 @@ LONGER = {
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
