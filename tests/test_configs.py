@@ -37,6 +37,7 @@ LONGER = {
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
     "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
 }
