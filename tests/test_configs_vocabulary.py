@@ -10,6 +10,7 @@ import model
 from lib.config import ROOT, load_file
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tokenizers import load_tokenizer, train_bpe
+from lib.vocabulary import piece_names
 from model import Model
 
 vocabulary = load_file(ROOT / "configs/forgetting/vocabulary.py")
@@ -30,7 +31,7 @@ def swapped(config, tokenizers, seed=0, **arguments):
     old, file, new = tokenizers
     before = Model(replace(config, vocab=old.vocab), some(replace(config, vocab=old.vocab)))
     edited = vocabulary.swap_vocabulary(before, context(seed, tokenizer=new), old=file, **arguments)
-    names, place = vocabulary.piece_names(new), vocabulary.piece_names(old)
+    names, place = piece_names(new), piece_names(old)
     pairs = np.array([(i, place.index(n)) for i, n in enumerate(names) if n in place]).T
     return edited, before.params, pairs
 
