@@ -89,8 +89,7 @@ def syntax(params, apply, config: Config, held_out, n: int = 128) -> dict[str, f
     """R2 of tree distances, and of control's, by block, on the second half of n functions."""
     ids, pairs = neighbours(held_out("stdlib", "test").texts(), n, config.phases[0].seq)
     x, seen = np.asarray(states(params, ids, config.model)), pairs[:, 0] < len(ids) // 2
-    gaps, found = pairs[:, 5], {}
-    labels = {"tree": gaps, "control": gaps[pairs[:, 6] % len(gaps)]}
+    labels, found = {"tree": pairs[:, 5], "control": pairs[pairs[:, 6] % len(pairs), 5]}, {}
     one, two = (over_spans(x, pairs[:, [0, i, i + 1]] + [0, 1, 1]) for i in (1, 3))
     for block, moved in enumerate(two - one):
         for name, y in labels.items():
