@@ -31,12 +31,17 @@ LINES, EXPERIMENT = 120, 40  # the most of a file, and of its experiment
 LONGER = {
     "context/in_context_pretraining": (162, 32),  # nearest neighbours, until D4 needs them too
     "forgetting/dual_process": (197, 45),  # a process of its own, and its probe
-    "forgetting/vocabulary": (173, 40),  # five ways to begin a row, and a run to plain bytes
     "selection/climb": (154, 29),  # scores of documents, until a second file needs them
 }
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
+        "base", "early", "larger", "swap", "swap_vocabulary")},
+    "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
+    "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
+    "understanding/word_classes": {
+        f"configs.understanding.probes.{name}" for name in ("trained", "untrained")},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
@@ -176,7 +181,7 @@ def test_the_arms_of_a_study_have_the_budget_and_the_decay_that_it_says(name):
     shapes = {replace(course.models[-1], norm_eps=0.0) for course in courses}
     assert len(shapes) == 1
 
-    for config, course in zip(arms.values(), courses, strict=True):
+    for config, course in zip(free.values(), courses, strict=True):
         schedule = config.schedule
         rate = course.lr["matrix"]
         share = getattr(course, budget) / max(spent)

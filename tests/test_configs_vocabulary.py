@@ -11,6 +11,7 @@ import model
 from lib.config import ROOT, load_file
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from lib.vocabulary import piece_names
 from model import Edited, Model
 
 vocabulary = load_file(ROOT / "configs/forgetting/vocabulary.py")
@@ -49,8 +50,8 @@ def swapped(before: Model, tokenizers: Pair, seed=0, **arguments) -> Edited:
 
 def shared_pieces(tokenizers: Pair) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the pieces that both vocabularies have, in the new and in the old one."""
-    old = vocabulary.piece_names(tokenizers.old)
-    new = vocabulary.piece_names(tokenizers.new)
+    old = piece_names(tokenizers.old)
+    new = piece_names(tokenizers.new)
     shared = [name for name in new if name in old]
     now = np.array([new.index(name) for name in shared])
     then = np.array([old.index(name) for name in shared])
