@@ -14,7 +14,7 @@ import train
 from configs.parameters import low_rank, relora, sltrain
 from lib.edits import stack
 from lib.kernels import Mask
-from lib.lora import add_lora, adapted, lora_rows, unfrozen
+from lib.lora import adapted, add_lora, lora_rows, unfrozen
 from lib.matrices import flat, matrices, sides
 from lib.optim import first_state
 from lib.sharding import MeshConfig, make_mesh
