@@ -23,3 +23,9 @@ def sides(param: Param) -> tuple[int, int]:
 def flat(x, param: Param):
     """A stacked parameter, or what is shaped like it, as [layers, inputs, outputs]."""
     return x.reshape(len(x), *sides(param))
+
+
+def smaller_first(x, param: Param):
+    """A matrix [layers inputs outputs] with its smaller side first, or one turned so as it was."""
+    inputs, outputs = sides(param)
+    return x if inputs <= outputs else x.swapaxes(1, 2)

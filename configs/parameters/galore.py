@@ -1,20 +1,18 @@
 """GaLore and Fira: can Adam's moments live in the few directions in which a gradient is largest?
 
 Paper: Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, Chen et al. 2024
-    (001:187); GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, Zhao et al.
-    2024 (arXiv 2403.03507)
-Method: of each matrix's gradient G, P holds the first r singular vectors of its smaller side, found
-    anew every so many steps. Adam runs on R = P'G, the moments are kept when P changes, and the
-    update is P Adam(R) (GaLore). Fira adds what P leaves out, G - P R, each column scaled by
-    |Adam(R)| / |R| of that column; where its norm grows by more than 1 % in a step it is cut back.
+    (001:187); GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, Zhao et al. 2024
+Method: P holds the first r singular vectors of a matrix's gradient G, of its smaller side, found
+    anew every so many steps. Adam runs on R = P'G, whose moments are kept; the update is P Adam(R)
+    (GaLore). Fira adds what P leaves out, G - P R, each column scaled by |Adam(R)| / |R| of that
+    column; where its norm grows by more than 1 % in a step it is cut back.
 Here: r 24 of 96, a new P every 50 steps, the scale of P Adam(R) is 1 where the papers have 0.25,
-    so that arms share their grid of rates. Norms are those of Adam's step with its bias corrected.
-    A matrix whose smaller side is no more than r keeps P = 1, which is Adam. Weight decay is that
-    of the control, 0.1. Embeddings, gains and the head have AdamW.
-Cost: eighteen runs at most of 200 steps, a quarter of a minute each: five minutes on two CPU cores.
+    so that arms share their grid of rates. Norms are of Adam's step with its bias corrected. Where
+    the smaller side is no more than r, P is 1: that is Adam. Weight decay is the control's, 0.1.
+    Embeddings, gains and the head have AdamW.
+Cost: some fifteen runs of 200 steps, a quarter of a minute each: four minutes on two CPU cores.
 Run:
     python train.py study configs/parameters/galore.py --jobs 2
-    python train.py configs/parameters/galore.py:fira               one arm by hand
 """
 from dataclasses import replace
 from functools import partial
@@ -26,81 +24,71 @@ import optax
 from jax import lax
 
 from configs import base
-from lib.matrices import flat, sides
+from lib.matrices import flat, smaller_first
 from lib.optim import adamw
+from lib.sharding import constrain
 from lib.study import Claim, Paper, Study
 from model import Param
 
 
 class Low(NamedTuple):
-    """The state of `projected`: of each matrix {name: array}, and the steps taken."""
+    """What `projected` holds for a matrix, of each layer."""
 
-    count: jax.Array
-    p: dict  # [layers small r]
-    mu: dict  # [layers r large]
-    nu: dict  # [layers r large]
-    norm: dict  # [layers 1 1], of the last update outside P; 0 before the first
+    p: jax.Array  # [layers small r]
+    mu: jax.Array  # [layers r large]
+    nu: jax.Array  # [layers r large]
+    norm: jax.Array  # [layers 1 1], of the last update outside P; 0 before the first
 
 
 def projected(rows: dict[str, Param], rank: int, every: int, residual: bool, b1: float, b2: float,
               eps: float = 1e-8, growth: float = 1.01) -> optax.GradientTransformation:
-    """Adam on r directions of each layer's matrix, as a transformation; residual: Fira."""
+    """Adam on r directions of each layer's matrix; its state is (steps taken, {name: Low})."""
+    def begin(name, x):
+        layers, small, large = smaller_first(flat(x, rows[name]), rows[name]).shape
+        r = min(rank, small)
+        p = jnp.broadcast_to(jnp.eye(small, r, dtype=x.dtype), (layers, small, r))
+        zeros = jnp.zeros((layers, r, large), x.dtype)
+        return Low(p, zeros, zeros, jnp.zeros((layers, 1, 1), x.dtype))
 
-    def wide(name: str) -> bool:
-        n, m = sides(rows[name])
-        return n <= m
-
-    def turned(name, x):  # [layers small large]
-        x = flat(x, rows[name])
-        return x if wide(name) else x.swapaxes(1, 2)
-
-    def back(name, x):
-        x = x if wide(name) else x.swapaxes(1, 2)
-        return x.reshape(rows[name].shape)
-
-    def init(params):
-        state = Low(jnp.zeros((), jnp.int32), {}, {}, {}, {})
-        for name, x in params.items():
-            layers, small, large = turned(name, x).shape
-            r = min(rank, small)
-            state.p[name] = jnp.broadcast_to(jnp.eye(small, r, dtype=x.dtype), (layers, small, r))
-            state.mu[name] = state.nu[name] = jnp.zeros((layers, r, large), x.dtype)
-            state.norm[name] = jnp.zeros((layers, 1, 1), x.dtype)
-        return state
-
-    def directions(g, p):
-        r = p.shape[2]
-        return jnp.linalg.svd(g, full_matrices=False)[0][..., :r]
-
-    def outside(g, p, low, step, before):
-        """(Fira's update outside P, its norm): g, p, R, Adam(R) and the last norm."""
+    def outside(g, p, low, step, before):  # Fira's update outside P, and its norm
         gain = norms(step, 1) / (norms(low, 1) + eps)
         rest = (g - p @ low) * gain
-        limit = jnp.maximum(norms(rest, (1, 2)) / (before + eps), growth) / growth
-        limit = jnp.where(before > 0, limit, 1.0)
-        rest = rest / limit
+        over = jnp.maximum(norms(rest, (1, 2)) / (before + eps), growth) / growth
+        rest = rest / jnp.where(before > 0, over, 1.0)
         return rest, norms(rest, (1, 2))
 
+    def one(g, old: Low, count):
+        p, norm, t = old.p, old.norm, count + 1
+        if p.shape[2] < p.shape[1]:
+            p = lax.cond(count % every == 0, directions, lambda g, p: p, g, p)
+        low = p.swapaxes(1, 2) @ g
+        mu = b1 * old.mu + (1 - b1) * low
+        nu = b2 * old.nu + (1 - b2) * low**2
+        step = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
+        made = p @ step
+        if residual:
+            rest, norm = outside(g, p, low, step, norm)
+            made = made + rest
+        return made, Low(p, mu, nu, norm)
+
+    def init(params):
+        return jnp.zeros((), jnp.int32), {name: begin(name, x) for name, x in params.items()}
+
     def update(grads, state, params=None):
-        made, new = {}, Low(state.count + 1, {}, {}, {}, {})
+        (count, old), made, new = state, {}, {}
         for name, g in grads.items():
-            g, p = turned(name, g), state.p[name]
-            if p.shape[2] < p.shape[1]:
-                p = lax.cond(state.count % every == 0, directions, lambda g, p: p, g, p)
-            low = p.swapaxes(1, 2) @ g
-            mu = b1 * state.mu[name] + (1 - b1) * low
-            nu = b2 * state.nu[name] + (1 - b2) * low**2
-            step = mu / (1 - b1**new.count)
-            step = step / (jnp.sqrt(nu / (1 - b2**new.count)) + eps)
-            whole, norm = p @ step, state.norm[name]
-            if residual:
-                rest, norm = outside(g, p, low, step, norm)
-                whole = whole + rest
-            made[name] = back(name, whole)
-            new.p[name], new.mu[name], new.nu[name], new.norm[name] = p, mu, nu, norm
-        return made, new
+            row = rows[name]
+            g = constrain(smaller_first(flat(g, row), row), None, None, None)  # gathered, for svd
+            out, new[name] = one(g, old[name], count)
+            made[name] = smaller_first(out, row).reshape(row.shape)
+        return made, (count + 1, new)
 
     return optax.GradientTransformation(init, update)
+
+
+def directions(g, p):
+    """The first singular vectors of the rows of g [l small large], in the shape of p."""
+    return jnp.linalg.svd(g, full_matrices=False)[0][..., :p.shape[2]]
 
 
 def norms(x, axis):
@@ -111,8 +99,8 @@ def norms(x, axis):
 def galore(table: dict[str, Param], rank: int = 24, every: int = 50, residual: bool = False,
            b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1) -> dict:
     """An `optimizer`: `projected` for the matrices, AdamW for the rest; residual: Fira."""
-    matrices = projected(table, rank, every, residual, b1, b2)
-    decayed = optax.chain(matrices, optax.add_decayed_weights(weight_decay))
+    low = projected(table, rank, every, residual, b1, b2)
+    decayed = optax.chain(low, optax.add_decayed_weights(weight_decay))
     return adamw(table, b1, b2, weight_decay=weight_decay) | {"matrix": decayed}
 
 
@@ -125,8 +113,7 @@ study = Study(
                  authors="Zhao et al.", year=2024)),
     arms={"adamw": adam, "galore": replace(adam, optimizer=galore),
           "fira": replace(adam, optimizer=partial(galore, residual=True))},
-    peak_lrs=(4e-3, 8e-3),
-    quick=base.quick(),
+    peak_lrs=(4e-3, 8e-3), quick=base.quick(),
     claims=(
         Claim(says="GaLore is behind AdamW", arm="galore", above=0.0),
         Claim(says="Fira beats GaLore", arm="fira", control="galore", below=0.0),
