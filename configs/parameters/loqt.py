@@ -78,8 +78,8 @@ def merge(model: Model, context: Context, rank: int = 24, alpha: float = 0.5, tu
 
     It begins with a plain model's matrices, too. After `every` steps times 1, 2, 4, 8, ...
     """
-    intervals = context.step // every
-    if intervals & (intervals - 1):
+    first, intervals = model.config.rows is None, context.step // every
+    if not first and intervals & (intervals - 1):
         return Edited(model, {}, preserves=True)
     plain = replace(model.config, rows=None)
     whole, (batch,) = dequantised(model.params, 0, {}, plain, alpha), context.batches(1)
@@ -97,7 +97,6 @@ def merge(model: Model, context: Context, rank: int = 24, alpha: float = 0.5, tu
         made = share(w, restored(*held, p.shape), alpha, turns)
         params |= zip((f"{name}/q", f"{name}/q_scale", f"{name}/b"), made, strict=True)
     new = Model(replace(plain, rows=partial(loqt_rows, rank=rank)), params)
-    first = model.config.rows is None
     return Edited(new, {"matrix": "reset"} if first else {}, preserves=False)
 
 

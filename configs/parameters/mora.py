@@ -51,8 +51,8 @@ def memory(params, apply, tokenizer) -> dict[str, float]:
 # --------------------------------------------------------------------------------- the square matrix
 
 def side_of(n: int, m: int, rank: int) -> int:
-    """The side of a square matrix with as many entries as factors of a rank; even."""
-    return int(math.sqrt((n + m) * rank) + 0.5) // 2 * 2
+    """The side, even, of a square matrix with no more entries than factors of a rank."""
+    return math.isqrt((n + m) * rank) // 2 * 2
 
 
 def compress(x, side: int):
