@@ -50,8 +50,13 @@ def restored(codes, scales, shape: tuple[int, ...]):
 def stored(name: str, layers: int, size: int) -> dict[str, Param]:
     """The rows NAME and NAME_scale that hold `size` numbers a layer; they do not train."""
     blocks = layers, -(-size // BLOCK)
-    return {name: Param(("layers", "in", "out"), (*blocks, BLOCK // 2), 0.0, FROZEN, "uint8"),
-            f"{name}_scale": Param(("layers", "in"), blocks, 0.0, FROZEN)}
+    return {name: Param(("layers", "in", "out"), (*blocks, BLOCK // 2), zeros, FROZEN, "uint8"),
+            f"{name}_scale": Param(("layers", "in"), blocks, zeros, FROZEN)}
+
+
+def zeros(key, shape: tuple[int, ...], dtype):
+    """An `init`: nothing yet, since codes are no normal draw."""
+    return jnp.zeros(shape, dtype)
 
 
 def four_bit_rows(config, rows: dict[str, Param], rank: int = 8) -> dict[str, Param]:
