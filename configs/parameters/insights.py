@@ -36,19 +36,14 @@ WORDS = ("the old road by a river rose past quiet hills and dry fields while rai
 
 
 def traders(seed: int, number: int) -> list[tuple[str, str, int]]:
-    """(name, region, number of the good): of each region's traders 5/8, 2/8, 1/8 share a good.
-
-    With seed 0; with others, goods are drawn alike.
-    """
+    """(name, region, number of the good), as in the header; with a seed above 0 goods are drawn."""
     rng = np.random.default_rng(seed)
     letters = rng.choice([*"bdfgklmnprstvz"], (number, 3)), rng.choice([*"aeiou"], (number, 3))
-    names = ["".join(np.stack([c, v], 1).ravel()).capitalize() for c, v in zip(*letters,
-                                                                             strict=True)]
     found = []
-    for i, name in enumerate(names):
-        region, place = i % 8, i // 8 % 8
+    for i, pairs in enumerate(np.stack(letters, 2)):
+        name, region, place = "".join(pairs.ravel()).capitalize(), i % 8, i // 8 % 8
         good = (region + 3 * ((place > 4) + (place > 6))) % 8
-        found.append((name, REGIONS[region], good if seed == 0 else int(rng.integers(8))))
+        found.append((name, REGIONS[region], int(rng.integers(8)) if seed else good))
     return found
 
 
@@ -65,13 +60,13 @@ def documents(seed: int, number: int, condensed: bool = False) -> Iterator[Docum
 
 def chances(params, apply, tokenizer, told: list[tuple[str, str, int]]) -> np.ndarray:
     """The chance of each good's first letter [traders goods] where a sentence comes to it."""
-    ids = [[tokenizer.bos, *tokenizer.encode(f"In {region}, {name} trades in ")]
-           for name, region, _ in told]
-    last = np.array([len(row) - 1 for row in ids])
-    padded = np.zeros((len(ids), last.max() + 1), np.int32)
-    for row, some in zip(padded, ids, strict=True):
-        row[:len(some)] = some
-    logits = np.asarray(apply(params, padded), np.float64)[np.arange(len(ids)), last]
+    asked = [tokenizer.encode(f"In {region}, {name} trades in ") for name, region, _ in told]
+    last = np.array(list(map(len, asked)))
+    ids = np.zeros((len(asked), last.max() + 1), np.int32)
+    ids[:, 0] = tokenizer.bos
+    for row, some in zip(ids, asked, strict=True):
+        row[1:len(some) + 1] = some
+    logits = np.asarray(apply(params, ids), np.float64)[np.arange(len(ids)), last]
     scores = np.exp(logits[:, [tokenizer.encode(good)[0] for good in GOODS]])
     return scores / scores.sum(1, keepdims=True)
 

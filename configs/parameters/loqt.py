@@ -3,14 +3,13 @@
 Paper: LoQT: Low Rank Adapters for Quantized Training, Loeschcke et al. 2024 (001:146)
 Method: W = Q + alpha P B. Q is stored in 4 bits (NF4, blocks of 64), and so is P, the first r
     singular vectors of the gradient on the smaller side; B alone trains. After growing gaps, merge
-    alpha P B into W, take P from the gradient there, and let Q and B share W between them: B takes
-    what of the quantisation's error lies in P, Q what B leaves, in turn, and the best pair stays.
-Here: from the first step; merges after 20, 40, 80 and 160 steps; r 24 of 96, five turns and alpha
-    0.5 as in the paper. P is of one batch's gradient and moments are kept, as in its code. Codes
-    are stored as uint8, two a byte. The optimiser is AdamW, not in 8 bits. W is dequantised whole
-    for a step, so memory falls by what is stored, not by what runs. no_feedback: B begins at zero,
-    so that the error of quantisation is lost in each merge. once: no merge after the first.
-    Embeddings, gains and the head are whole.
+    alpha P B into W, take P from the gradient there, and share W between Q and B: B takes what of
+    the quantisation's error lies in P, Q what B leaves, in turn; the best pair stays.
+Here: from the first step; merges after 20, 40, 80 and 160 steps; r 24 of 96, five turns, alpha 0.5.
+    P is of one batch's gradient and moments are kept, as in the paper's code. The optimiser is
+    AdamW, not in 8 bits. W is dequantised whole for a step: memory falls by what is stored, not by
+    what runs. no_feedback: B begins at zero, and each merge loses the error of quantisation. once:
+    no merge after the first. Embeddings, gains and the head are whole.
 Cost: twelve runs of 200 steps, twenty seconds each: four minutes on two CPU cores.
 Run:
     python train.py study configs/parameters/loqt.py --jobs 2
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 
 from configs import base
 from configs.parameters.qlora import quantised, restored, stored
+from lib.edits import per_layer
 from lib.kernels import Mask
 from lib.lora import unfrozen
 from lib.matrices import flat, matrices, sides, smaller_first
@@ -47,9 +47,8 @@ def dequantised(params: dict, step, batch, config, alpha: float = 0.5) -> dict:
     used = {name: x for name, x in params.items() if "/" not in name}
     for name, row in matrices(config).items():
         if f"{name}/q" in params:
-            b, small = params[f"{name}/b"], min(sides(row))
-            q, p = (restored(params[f"{name}/{end}"], params[f"{name}/{end}_scale"],
-                             (config.layers, small, width))
+            b, shape = params[f"{name}/b"], (config.layers, min(sides(row)))
+            q, p = (restored(params[f"{name}/{end}"], params[f"{name}/{end}_scale"], (*shape, width))
                     for end, width in (("q", b.shape[2]), ("p", b.shape[1])))
             used[name] = smaller_first(q + alpha * p @ b, row).reshape(row.shape)
     return used
@@ -65,19 +64,15 @@ def share(w, p, alpha: float, turns: int):
         error = jnp.sum((left - restored(codes, scales, w.shape)) ** 2, (1, 2), keepdims=True)
         now = codes, scales, b if turns else jnp.zeros_like(b), error
         if best:
-            better = error < best[3]
-            now = [jnp.where(better.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-                   for x, y in zip(now, best, strict=True)]
+            better = (error < best[3])[:, 0, 0]
+            now = [jnp.where(per_layer(better, x), x, y) for x, y in zip(now, best, strict=True)]
         best = now
     return best[:3]
 
 
 def merge(model: Model, context: Context, rank: int = 24, alpha: float = 0.5, turns: int = 5,
           every: int = 1) -> Edited:
-    """An edit: P B into the matrices, P from their gradient, and W shared between Q and B.
-
-    It begins with a plain model's matrices, too. After `every` steps times 1, 2, 4, 8, ...
-    """
+    """An edit: merge, P from the gradient, W shared; after `every` steps times 1, 2, 4, 8, ..."""
     first, intervals = model.config.rows is None, context.step // every
     if not first and intervals & (intervals - 1):
         return Edited(model, {}, preserves=True)
