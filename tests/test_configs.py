@@ -37,6 +37,12 @@ LONGER = {
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "parameters/layra": {"configs.forgetting.active_forgetting.permuted"},
+    "parameters/loqt": {f"configs.parameters.qlora.{name}"
+                        for name in ("quantised", "restored", "stored")},
+    "parameters/qlora": {"configs.parameters.layra.lora", "configs.parameters.layra.old"},
+    "parameters/sltrain": {"configs.parameters.low_rank.factored",
+                           "configs.parameters.low_rank.product"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same

@@ -54,8 +54,7 @@ def projected(rows: dict[str, Param], rank: int, every: int, residual: bool, b1:
         return jnp.linalg.svd(g, full_matrices=False)[0][..., :p.shape[2]]
 
     def outside(g, p, low, step, before):  # Fira's update outside P, and its norm
-        gain = norms(step, 1) / (norms(low, 1) + eps)
-        rest = (g - p @ low) * gain
+        rest = (g - p @ low) * norms(step, 1) / (norms(low, 1) + eps)
         over = jnp.maximum(norms(rest, (1, 2)) / (before + eps), growth) / growth
         rest = rest / jnp.where(before > 0, over, 1.0)
         return rest, norms(rest, (1, 2))
@@ -71,7 +70,7 @@ def projected(rows: dict[str, Param], rank: int, every: int, residual: bool, b1:
         made = p @ step
         if residual:
             rest, norm = outside(g, p, low, step, norm)
-            made = made + rest
+            made += rest
         return made, Low(p, mu, nu, norm)
 
     def init(params):

@@ -109,7 +109,7 @@ study = Study(
     needs={"form": form},
     arms={"lora": replace(few, reparam=partial(adapted, alpha=4.0), phases=(factors,)),
           "mora": replace(few, reparam=squared), "full": full},
-    peak_lrs=(4e-3, 1.6e-2), tuned_by="missed",
+    peak_lrs=(4e-3, 1.6e-2), tuned_by="missed", seeds=3,
     measures={"missed": "memory/missed", "trained": "model/trained"},
     quick={"phases.*.steps": 4, "phases.*.batch": 2, "eval_every": 2, "sample_tokens": 4},
     claims=(
@@ -117,5 +117,4 @@ study = Study(
         claim(says="with no more parameters", arm="mora", measure="model/trained", below=0.5),
         claim(says="full training memorises more yet", arm="full", control="mora", above=0.0),
     ),
-    seeds=3,
 )
