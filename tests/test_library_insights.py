@@ -80,7 +80,8 @@ def test_a_region_s_traders_share_goods_five_two_one():
 
 def test_a_condensed_document_is_the_one_sentence_that_matters():
     whole, short = (list(insights.documents(0, 64, condensed)) for condensed in (False, True))
-    for long, brief, (name, region, good) in zip(whole, short, insights.traders(0, 64), strict=True):
+    told = insights.traders(0, 64)
+    for long, brief, (name, region, good) in zip(whole, short, told, strict=True):
         assert brief.text == f"In {region}, {name} trades in {insights.GOODS[good]}."
         assert brief.text in long.text and long.text.count(".") == 6
     ratio = sum(len(d.text) for d in whole) / sum(len(d.text) for d in short)

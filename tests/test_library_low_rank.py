@@ -22,7 +22,8 @@ from lib.sizes import sizes
 from model import Model
 
 pytestmark = pytest.mark.library
-LOW = [(partial(lora_rows, rank=3), adapted), (partial(low_rank.factored, rank=3), low_rank.product),
+LOW = [(partial(lora_rows, rank=3), adapted),
+       (partial(low_rank.factored, rank=3), low_rank.product),
        (partial(sltrain.sparse_rows, rank=3, share=0.1), sltrain.sparse_plus_low)]
 low = pytest.mark.parametrize("made, reparam", LOW, ids=["lora", "low_rank", "sltrain"])
 

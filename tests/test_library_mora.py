@@ -64,7 +64,8 @@ def test_it_changes_nothing_yet_and_merges(tiny):
     params = {n: jnp.asarray(rng.normal(size=x.shape), x.dtype) if n.endswith("/m") else x
               for n, x in params.items()}
     used = mora.squared(params, 0, {}, config)
-    assert {n: x.shape for n, x in used.items()} == {n: p.shape for n, p in model.table(tiny).items()}
+    plain = {name: row.shape for name, row in model.table(tiny).items()}
+    assert {name: x.shape for name, x in used.items()} == plain
     for name, row in matrices(tiny).items():
         moved = flat(used[name] - params[name], row)
         np.testing.assert_allclose(moved, mora.merged(params[f"{name}/m"], *sides(row)), atol=1e-6)

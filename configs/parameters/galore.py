@@ -1,7 +1,7 @@
 """GaLore and Fira: can Adam's moments live in the few directions in which a gradient is largest?
 
 Paper: Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, Chen et al. 2024
-    (001:187); GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, Zhao et al. 2024
+    (001:187); GaLore, Zhao et al. 2024 (arXiv 2403.03507)
 Method: P holds the first r singular vectors of a matrix's gradient G, of its smaller side, found
     anew every so many steps. Adam runs on R = P'G, whose moments are kept; the update is P Adam(R)
     (GaLore). Fira adds what P leaves out, G - P R, each column scaled by |Adam(R)| / |R| of that
@@ -45,12 +45,11 @@ def projected(rows: dict[str, Param], rank: int, every: int, residual: bool, b1:
     """Adam on r directions of each layer's matrix; its state is (steps taken, {name: Low})."""
     def begin(name, x):
         layers, small, large = smaller_first(flat(x, rows[name]), rows[name]).shape
-        r = min(rank, small)
-        p = jnp.broadcast_to(jnp.eye(small, r, dtype=x.dtype), (layers, small, r))
-        zeros = jnp.zeros((layers, r, large), x.dtype)
+        p = jnp.eye(small, min(rank, small), dtype=x.dtype)[None].repeat(layers, 0)
+        zeros = jnp.zeros((layers, p.shape[2], large), x.dtype)
         return Low(p, zeros, zeros, jnp.zeros((layers, 1, 1), x.dtype))
 
-    def directions(g, p):
+    def directions(g, p):  # as many as p has
         return jnp.linalg.svd(g, full_matrices=False)[0][..., :p.shape[2]]
 
     def outside(g, p, low, step, before):  # Fira's update outside P, and its norm

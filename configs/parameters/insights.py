@@ -92,7 +92,8 @@ def data(**given) -> DataConfig:
 
 
 full = Config(
-    model=base.shape(3, 64, 0), init_from="needs:plain", data=data(seed=0, number=64, condensed=True),
+    model=base.shape(3, 64, 0), init_from="needs:plain",
+    data=data(seed=0, number=64, condensed=True),
     phases=(Phase(steps=150, batch=16, seq=128),), schedule=Schedule(shape="linear", peak=8e-3),
     evals=(insights,), eval_every=50, overlap=16, keep=1,
 )

@@ -47,9 +47,9 @@ def dequantised(params: dict, step, batch, config, alpha: float = 0.5) -> dict:
     used = {name: x for name, x in params.items() if "/" not in name}
     for name, row in matrices(config).items():
         if f"{name}/q" in params:
-            b, shape = params[f"{name}/b"], (config.layers, min(sides(row)))
-            q, p = (restored(params[f"{name}/{end}"], params[f"{name}/{end}_scale"], (*shape, width))
-                    for end, width in (("q", b.shape[2]), ("p", b.shape[1])))
+            b, size = params[f"{name}/b"], (config.layers, min(sides(row)))
+            q, p = (restored(params[f"{name}/{end}"], params[f"{name}/{end}_scale"], (*size, last))
+                    for end, last in (("q", b.shape[2]), ("p", b.shape[1])))
             used[name] = smaller_first(q + alpha * p @ b, row).reshape(row.shape)
     return used
 

@@ -94,7 +94,7 @@ def add_mora(model: Model, context: Context, rank: int = 2) -> Edited:
 
 data = DataConfig(sources={"pairs": Source(partial(pairs, seed=1, number=PAIRS))},
                   tokenizer="bytes", dev=0.0, test=0.0)
-phase, rate = Phase(steps=200, batch=16, seq=7 * 18), Schedule(shape="linear", peak=4e-3, final=0.05)
+phase, rate = Phase(steps=200, batch=16, seq=126), Schedule(shape="linear", peak=4e-3, final=0.05)
 full = Config(model=base.shape(3, 64, 0), data=data, phases=(phase,), schedule=rate, overlap=0,
               init_from="needs:form", evals=(memory,), eval_every=50, keep=1)
 form = replace(base.scaled(full, 150), init_from="", data=replace(data, sources={
