@@ -7,8 +7,11 @@ from model import ModelConfig, Param, plain_table
 
 def matrices(config: ModelConfig) -> dict[str, Param]:
     """The rows of the plain Llama that are matrices of its blocks."""
-    rows = plain_table(config)
-    return {name: row for name, row in rows.items() if row.layered and row.group == "matrix"}
+    found = {}
+    for name, row in plain_table(config).items():
+        if row.layered and row.group == "matrix":
+            found[name] = row
+    return found
 
 
 def sides(param: Param) -> tuple[int, int]:
@@ -16,8 +19,10 @@ def sides(param: Param) -> tuple[int, int]:
     inner = param.shape[1:]  # without `layers`
     size = math.prod(inner)
     if writes_stream(param):
-        return size // inner[-1], inner[-1]
-    return inner[0], size // inner[0]
+        outputs = inner[-1]
+        return size // outputs, outputs
+    inputs = inner[0]
+    return inputs, size // inputs
 
 
 def flat(x, param: Param):
@@ -28,4 +33,6 @@ def flat(x, param: Param):
 def smaller_first(x, param: Param):
     """A matrix [layers inputs outputs] with its smaller side first, or one turned so as it was."""
     inputs, outputs = sides(param)
-    return x if inputs <= outputs else x.swapaxes(1, 2)
+    if inputs <= outputs:
+        return x
+    return x.swapaxes(1, 2)
