@@ -109,7 +109,7 @@ study = Study(
                 authors="Loeschcke et al.", year=2024, seeds=("001:146",)),
     arms={"full": full, "loqt": arm(merge), "no_feedback": arm(partial(merge, turns=0)),
           "once": arm(merge, again=False)},
-    peak_lrs=(8e-3, 1.6e-2), quick=base.quick(),
+    peak_lrs=(8e-3, 1.6e-2), quick=base.quick(), measures={"bytes": "model/opt_bytes"},
     claims=(
         Claim(says="LoQT is behind full training", arm="loqt", above=0.0),
         Claim(says="by less than a tenth of a bit", arm="loqt", below=0.1),

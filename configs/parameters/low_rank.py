@@ -90,6 +90,7 @@ study = Study(
                 authors="Glentis et al.", year=2025, seeds=("001:107",)),
     arms={"full": full, "low_rank": low, "refactored": every(refactor)},
     peak_lrs=(4e-3, 8e-3),
+    measures={"stored": "model/params", "trained": "model/trained", "bytes": "model/opt_bytes"},
     quick=base.quick(),
     claims=(
         Claim(says="factors alone are behind full matrices", arm="low_rank", above=0.0),

@@ -71,6 +71,7 @@ study = Study(
            Paper(title="LoRA: Low-Rank Adaptation of Large Language Models",
                  authors="Hu et al.", year=2021)),
     arms={"full": full, "lora": lora, "relora": replace(lora, phases=(first, merged))},
+    measures={"trained": "model/trained", "bytes": "model/opt_bytes"},
     quick=base.quick({"phases.0.steps": 2}),
     claims=(
         Claim(says="one pair of factors is behind full training", arm="lora", above=0.0),

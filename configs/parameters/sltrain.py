@@ -88,6 +88,7 @@ study = Study(
           "lora": arm(partial(lora_rows, rank=16), adapted),
           "sltrain": arm(sparse_rows, sparse_plus_low)},
     peak_lrs=(4e-3, 8e-3),
+    measures={"stored": "model/params", "trained": "model/trained", "bytes": "model/opt_bytes"},
     quick=base.quick(),
     claims=(
         Claim(says="sparse plus low rank beats low rank", arm="sltrain", control="low_rank",
