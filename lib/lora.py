@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -69,10 +70,16 @@ def adapted(
         change = alpha / a.shape[-1] * (a @ b)
         change = change.reshape(len(a), *row.shape[1:])
         if layers:
-            used[name] = used[name].at[jnp.array(layers)].add(change)
-        else:
-            used[name] = used[name] + change
+            change = spread(change, layers, config.layers)
+        used[name] = used[name] + change
     return used
+
+
+def spread(x, layers: tuple[int, ...], number: int):
+    """What is given for some of a number of layers [some ...], and zeros for the others."""
+    places = [layer % number for layer in layers]
+    chosen = jax.nn.one_hot(jnp.array(places), number, axis=0, dtype=x.dtype)
+    return jnp.tensordot(chosen, x, 1)  # a scatter here ends XLA 0.10.2 on a CPU
 
 
 def unfrozen(table: dict[str, Param], **adam: float) -> dict[str, optax.GradientTransformation]:
