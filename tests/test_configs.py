@@ -42,6 +42,12 @@ BORROWS = {
     "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "understanding/word_classes": {
         f"configs.understanding.probes.{name}" for name in ("trained", "untrained")},
+    "parameters/layra": {"configs.forgetting.active_forgetting.permuted"},
+    "parameters/loqt": {f"configs.parameters.qlora.{name}"
+                        for name in ("quantised", "restored", "stored")},
+    "parameters/qlora": {"configs.parameters.layra.lora", "configs.parameters.layra.old"},
+    "parameters/sltrain": {"configs.parameters.low_rank.factored",
+                           "configs.parameters.low_rank.product"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
