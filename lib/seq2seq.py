@@ -13,6 +13,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from lib.kernels import Mask, attend
+from lib.teacher import part
 from model import (
     ModelConfig,
     Param,
@@ -55,7 +56,7 @@ def paired_rows(config: ModelConfig, plain: dict[str, Param]) -> dict[str, Param
 
 def encoded(params: Params, batch, config: ModelConfig):
     """The encoder's normalised states [b s d] of a source, each segment of which sees all of it."""
-    own = {name: params[f"encoder/{name}"] for name in plain_table(config) if name != "head"}
+    own = part(params, "encoder")
     x = embedded(own, batch, config)
     x, _ = stream(own, x, batch, Mask("bidirectional", 0), config)
     return rms_norm(x, own["norm"], config.norm_eps)
@@ -69,24 +70,30 @@ def seq2seq(params: Params, batch, mask: Mask, config: ModelConfig, source: int)
     given = {name: x[:, :source] for name, x in batch.items()}
     own = {name: x[:, source:] for name, x in batch.items()}
     memory = encoded(params, given, config)
-    see = own["segments"][:, :, None] == given["segments"][:, None, :]
+    sources = given["segments"][:, None, :]
+    targets = own["segments"][:, :, None]
+    see = targets == sources
     any_source = jnp.any(see, -1, keepdims=True)
     angles = rope(own["positions"], config)
     causal = plain_attend(own, Mask("causal", 0), config)
 
     def mixer(n, w, times, before):
         x, _ = attention_mixer(n, w, times, angles, causal, config)
-        n = rms_norm(before + x, w["cross_attn_norm"], config.norm_eps)
+        x_before = before + x
+        n = rms_norm(x_before, w["cross_attn_norm"], config.norm_eps)
         q = times(n, "cross_q")
         k = times(memory, "cross_k")
         v = times(memory, "cross_v")
-        heard = times(attend(q, k, v, see), "cross_o")
-        return x + jnp.where(any_source, heard, 0), None
+        means = attend(q, k, v, see)
+        heard = times(means, "cross_o")
+        heard = jnp.where(any_source, heard, 0)
+        return x + heard, None
 
     x = embedded(params, own, config)
     x, _ = stream(params, x, own, mask, config, mixer=mixer)
     states = rms_norm(x, params["norm"], config.norm_eps)
-    return jnp.pad(states, ((0, 0), (source, 0), (0, 0)))
+    whole = (0, 0)
+    return jnp.pad(states, (whole, (source, 0), whole))
 
 
 def paired_flops(config: ModelConfig, seq: int, source: int) -> float:
@@ -97,8 +104,12 @@ def paired_flops(config: ModelConfig, seq: int, source: int) -> float:
     rows = plain_table(config)
     target = seq - source
     stack = sum(param.size for param in rows.values() if param.group == "matrix")
-    products = (stack + config.vocab * config.embed) * seq
-    products += 2 * rows["q"].size * target + 2 * rows["k"].size * source
-    pairs = 2 * source**2 + target**2 + 2 * source * target
+    head = config.vocab * config.embed
+    products = (stack + head) * seq
+    products += 2 * rows["q"].size * target  # with "o", of cross-attention
+    products += 2 * rows["k"].size * source  # with "v"
+    pairs = 2 * source**2
+    pairs += target**2
+    pairs += 2 * source * target
     attended = config.layers * config.heads * config.head_dim * pairs
     return 6 * (products + attended) / seq
