@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from edit_cases import context, some
+from edit_cases import context, random_params
 
 from lib.config import ROOT, load_file
 from lib.tokenizers import load_tokenizer, train_bpe
@@ -30,7 +30,7 @@ def test_new_rows_lie_in_the_convex_hull_and_shared_ones_stay(tiny, corpus, piec
     file.write_bytes(train_bpe(texts, 310))
     old = load_tokenizer(file)
     config = replace(tiny, vocab=old.vocab, tied=tied, embed=8)
-    before = Model(config, some(config))
+    before = Model(config, random_params(config))
     ids = np.array(pieces.encode("".join(texts))[:1_600], np.int32).reshape(2, 8, -1)
     batches = [{"tokens": rows, "segments": np.ones_like(rows)} for rows in ids]
     given = context(tokenizer=pieces, batches=lambda n: batches[:n])

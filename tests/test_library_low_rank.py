@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows, strong
-from edit_cases import context, scores
+from edit_cases import context, logits
 
 import model
 import train
@@ -95,8 +95,8 @@ def test_adapters_change_nothing_yet_and_alone_train_alone(tiny, alone):
     edited = add_lora(Model(tiny, plain), context(), rank=2, alone=alone)
     config = edited.model.config
     assert edited.preserves
-    got = scores(adapted(edited.model.params, 0, {}, config), tiny)
-    np.testing.assert_array_equal(got, scores(plain, tiny))
+    got = logits(adapted(edited.model.params, 0, {}, config), tiny)
+    np.testing.assert_array_equal(got, logits(plain, tiny))
     before, after = trained(config, adapted, unfrozen)
     moved = {name for name in before.params if np.any(before.params[name] != after.params[name])}
     factors = {name for name in before.params if "/" in name}
@@ -123,8 +123,8 @@ def test_relora_merges_without_a_change_and_begins_its_factors_anew(tiny):
     edited = relora.merge(Model(config, params), context())
     new = edited.model.params
     assert edited.preserves and new.keys() == params.keys()
-    got = scores(adapted(new, 0, {}, config), tiny)
-    np.testing.assert_allclose(got, scores(adapted(params, 0, {}, config), tiny), atol=1e-6)
+    got = logits(adapted(new, 0, {}, config), tiny)
+    np.testing.assert_allclose(got, logits(adapted(params, 0, {}, config), tiny), atol=1e-6)
     for name in matrices(config):
         assert not np.any(new[f"{name}/b"]) and np.all(new[f"{name}/a"] != params[f"{name}/a"])
         assert np.any(new[name] != params[name])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import strong
-from edit_cases import context, scores
+from edit_cases import context, logits
 
 import model
 from configs.parameters import mora
@@ -58,8 +58,8 @@ def test_it_has_a_higher_rank_and_no_more_parameters_than_factors(tiny):
 def test_it_changes_nothing_yet_and_merges(tiny):
     edited = mora.add_mora(Model(tiny, strong(tiny)), context(), rank=3)
     config, params = edited.model
-    np.testing.assert_array_equal(scores(mora.squared(params, 0, {}, config), tiny),
-                                  scores(strong(tiny), tiny))
+    np.testing.assert_array_equal(logits(mora.squared(params, 0, {}, config), tiny),
+                                  logits(strong(tiny), tiny))
     rng = np.random.default_rng(0)
     params = {n: jnp.asarray(rng.normal(size=x.shape), x.dtype) if n.endswith("/m") else x
               for n, x in params.items()}

@@ -220,8 +220,8 @@ def test_growth_in_width_and_depth_is_the_same_on_eight_devices_and_on_shapes_al
         state = first_state(tiny, adamw, mesh, jax.random.key(0))
         return train.apply_edits(WIDER_AND_DEEPER, state, tiny, adamw, mesh, context())
 
-    one, config = grown(make_mesh(MeshConfig(), jax.devices()[:1]))
-    eight, _ = grown(make_mesh(MeshConfig(fsdp=2, tensor=2)))
+    one, config, *_ = grown(make_mesh(MeshConfig(), jax.devices()[:1]))
+    eight, *_ = grown(make_mesh(MeshConfig(fsdp=2, tensor=2)))
 
     assert config.layers == 4
     assert (config.embed, config.mlp) == (64, 96)
