@@ -44,7 +44,7 @@ BORROWS = {
         f"configs.understanding.probes.{name}" for name in ("trained", "untrained")},
     "parameters/layra": {"configs.forgetting.active_forgetting.permuted"},
     "parameters/loqt": {f"configs.parameters.qlora.{name}"
-                        for name in ("quantised", "restored", "stored")},
+                        for name in ("quantised", "restored", "stored", "weight_bytes")},
     "parameters/qlora": {"configs.parameters.layra.lora", "configs.parameters.layra.old"},
     "parameters/sltrain": {"configs.parameters.low_rank.factored",
                            "configs.parameters.low_rank.product"},

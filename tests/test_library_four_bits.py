@@ -177,3 +177,5 @@ def test_codes_stay_while_b_trains_and_the_bytes_are_as_counted(tiny):
     assert sum(x.nbytes for x in adam.mu.values()) == 4 * tiny.layers * 4 * larger
     held = sum(state.params[f"{name}/q"].nbytes for name in matrices(tiny))
     assert held == sum(row.size for row in matrices(tiny).values()) / 2
+    size = qlora.weight_bytes(state.params, None)["stored/bytes"]
+    assert size < 0.6 * qlora.weight_bytes(model.init(tiny, jax.random.key(0)), None)["stored/bytes"]

@@ -86,6 +86,11 @@ def quantise(model: Model, context: Context) -> Edited:
     return edited._replace(preserves=False)
 
 
+def weight_bytes(params, apply) -> dict[str, float]:
+    """An `evals`: the bytes that a model's parameters take as they are stored."""
+    return {"stored/bytes": float(sum(x.nbytes for x in params.values()))}
+
+
 four = replace(lora, reparam=four_bit, phases=(replace(lora.phases[0], edits=(quantise,)),))
 study = Study(
     question="Does LoRA lose anything where the matrices beside it are stored in 4 bits?",
