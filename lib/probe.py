@@ -60,11 +60,3 @@ def ridge(x: np.ndarray, y: np.ndarray, alpha: float = 1e-3) -> tuple[np.ndarray
     weights /= size[:, None]
     bias = middle - center @ weights
     return weights, bias
-
-
-def r2(y: np.ndarray, predicted: np.ndarray) -> float:
-    """The share of the variance of y that predictions explain; below 0 where the mean is better."""
-    left = np.square(y - predicted)
-    around = np.square(y - y.mean(0))
-    share = left.sum() / around.sum()
-    return float(1 - share)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows, strong
+from scipy.stats import spearmanr
 
 import model
 from lib import probe
@@ -37,7 +38,6 @@ def test_ridge_finds_a_planted_map():
     weights, bias = probe.ridge(x, x @ w + [5, -5], alpha=1e-12)
     np.testing.assert_allclose(weights, w, atol=1e-6)
     np.testing.assert_allclose(bias, [5, -5], atol=1e-5)
-    assert probe.r2(x[:, 0], x[:, 0]) == 1 and probe.r2(x[:, 0], np.full(400, x[:, 0].mean())) == 0
 
 
 def test_leaves_are_the_nodes_that_hold_no_other():
@@ -82,10 +82,10 @@ def test_a_planted_tree_metric_is_found_and_noise_is_not():
     x = rng.normal(size=(600, 12)).astype(np.float32)
     y = np.sum((x @ rng.normal(size=(12, 3)))**2, 1).astype(np.float32) / 4 + 2
     seen = np.arange(600) < 300
-    said = np.asarray(probes.projected(x, y, seen, steps=2_000))
-    assert probe.r2(y[~seen], said[~seen]) > 0.95
+    said = np.asarray(probes.projected(x, y, seen, steps=2_000, decay=0.0))
+    assert np.mean(np.abs(said - y)[~seen]) < 0.1 * y.std()
     noise = rng.permutation(y)
-    assert probe.r2(noise[~seen], np.asarray(probes.projected(x, noise, seen))[~seen]) < 0.1
+    assert abs(spearmanr(noise[~seen], np.asarray(probes.projected(x, noise, seen))[~seen])[0]) < 0.2
 
 
 def test_neighbours_have_their_rows_spans_and_hashes_of_texts():

@@ -4,10 +4,10 @@ Paper: Lexinvariant Language Models, Huang et al. 2023 (003:67)
 Method: no embeddings are learnt. In each row each token id has a random Gaussian vector of its own,
     the same within the row and new in every other. It is what the model reads and, as the tied
     head, what it compares its states with. So what a token means must be read off the context.
-Here: bytes of Python's library in rows of 256; the paper has 512 on the Pile, and larger models.
+Here: bytes of Python's library in rows of 128; the paper has 512 on the Pile, and larger models.
     The vectors have our table's deviation, 1/sqrt(width); held-out rows draw by their place in the
     batch. cipher: the same documents with permuted ASCII characters; nobody trains on it. place/i:
-    loss of new batches in the i-th quarter of 256 positions of a text. lookup: 16 pairs of random
+    loss of new batches in the i-th quarter of 128 positions of a text. lookup: 16 pairs of random
     bytes, then a key again; the share of right values.
 Cost: 6 runs, 9 minutes on two CPU cores.
 Run:
@@ -95,11 +95,12 @@ def ciphered(rows: list[dict]) -> float:
     return last["eval/cipher/bpb"] - last["eval/stdlib/bpb"]
 
 
-phase = Phase(steps=400, batch=8, seq=256, mixture={"stdlib": 1.0})
+phase = Phase(steps=1_200, batch=8, seq=128, mixture={"stdlib": 1.0})
 sources = {"stdlib": Source(partial(stdlib, unit="definition")),
            "cipher": Source(partial(permuted, seed=0))}
 plain = replace(
     base.small, model=base.shape(3, 96, 0), phases=(phase,), reduce=by_place, evals=(lookup,),
+    eval_every=300, schedule=replace(base.small.schedule, peak=4e-3),
     data=replace(base.small.data, sources=sources, tokenizer="bytes", test=0.01), prompts=())
 own = replace(plain.model, rows=bodies, forward=looked_up, outputs=compared)
 lexinvariant = replace(plain, model=own, phases=(replace(phase, objective=seeded),))
