@@ -35,6 +35,10 @@ LONGER = {
 }
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
+    "growth/pruning_value": {
+        f"configs.growth.minitron.{name}"
+        for name in ("SIZES", "large", "plain", "small", "tuned", "wide")
+    },
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
