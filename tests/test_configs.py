@@ -43,6 +43,7 @@ BORROWS = {
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
     "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
+    "understanding/bursty": {f"configs.understanding.mixers.{name}" for name in ("gru", "gru_rows")},
     "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "understanding/word_classes": {
         f"configs.understanding.probes.{name}" for name in ("trained", "untrained")},
