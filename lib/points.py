@@ -3,6 +3,7 @@
 A model reads each vector by a matrix and gives numbers at each position: rows, `forward` and
 `outputs` of a ModelConfig. What the best possible reader would say is Bayesian regression.
 """
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -104,3 +105,34 @@ def averaged(means, logs) -> np.ndarray:
     """Bayesian model averaging [n k]: predictions [m n k], by the evidence `logs` [m n k] of each."""
     share = np.exp(logs - np.max(logs, 0))
     return np.sum(share * means, 0) / np.sum(share, 0)
+
+
+# What maps points x [n k d] to features [n k p], in which functions of a family are linear.
+Family = Callable[[np.ndarray], np.ndarray]
+
+
+def values(families: Sequence[Family], x, noise: float, rng) -> np.ndarray:
+    """y [n k] of points: each row's function is of one of these families.
+
+    Its weights are normal of variance 1 / p, so that features of variance 1 give y about that.
+    """
+    which = rng.integers(len(families), size=len(x))
+    found = []
+    for family in families:
+        features = family(x)
+        size = features.shape[-1]
+        w = rng.normal(size=(len(x), size)) / np.sqrt(size)
+        found.append(np.einsum("nkp,np->nk", features, w))
+    clean = np.choose(which[:, None], found)
+    return clean + noise * rng.normal(size=clean.shape)
+
+
+def exact(families: Sequence[Family], x, y, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """(Bayesian predictions of such y [n k], those of each family alone [m n k])."""
+    means, logs = [], []
+    for family in families:
+        features = family(x)
+        found = regression(features, y, noise, 1 / features.shape[-1])
+        means.append(found[0])
+        logs.append(evidence(y, *found))
+    return averaged(np.stack(means), np.stack(logs)), np.stack(means)

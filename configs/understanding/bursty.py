@@ -40,9 +40,9 @@ def accuracies(params, apply, known: int, zipf: float, n: int = 1024) -> dict[st
     return found
 
 
-def recurrent_rows(config: ModelConfig, rows: dict) -> dict:
-    """A `rows`: a GRU for attention, that reads vectors."""
-    return vectors(config, gru_rows(config, rows), WIDTH, LABELS)
+def recurrent_rows(config: ModelConfig, rows: dict, width: int, outputs: int = 1) -> dict:
+    """A `rows`: a GRU for attention, that reads vectors and gives numbers."""
+    return vectors(config, gru_rows(config, rows), width, outputs)
 
 
 def recurrent(params, batch, mask, config: ModelConfig):
@@ -63,7 +63,8 @@ def arm(known: int = KNOWN, zipf: float = 0.0, burst: int = 3, share: float = 1.
 
 
 bursty = arm()
-gru_model = replace(bursty.model, rows=recurrent_rows, forward=recurrent)
+gru_model = replace(bursty.model, forward=recurrent, rows=partial(
+    recurrent_rows, width=WIDTH, outputs=LABELS))
 study = Study(
     question="When does a model read a label off its context, and when from its weights?",
     paper=Paper(title="Data Distributional Properties Drive Emergent In-Context Learning in "

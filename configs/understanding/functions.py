@@ -72,14 +72,20 @@ def compare(params, apply, tasks: int, n: int = 1024) -> dict[str, float]:
             "icl/regret": float(regrets[0] / regrets[1])}
 
 
+def in_context(objective, evaluation, width: int, seq: int, layers: int = 3,
+               steps: int = 1_500) -> Config:
+    """A run on rows of `seq` vectors of this width that an objective makes, loss squared."""
+    return Config(
+        model=reader(width, layers=layers, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=172),
+        data=PROCESS, phases=(Phase(steps=steps, batch=64, seq=seq, objective=objective),),
+        token_loss=squared, prompts=(), overlap=0, evals=(evaluation,), eval_every=500, keep=1,
+        schedule=Schedule(shape="linear", peak=3e-3, warmup=100, final=0.0), save_every=5_000)
+
+
 def arm(tasks: int, layers: int = 2) -> Config:
     """A pool of so many tasks, 0 for a new one each time."""
-    phase = Phase(steps=1_500, batch=64, seq=2 * K, objective=partial(lines, tasks=tasks))
-    return Config(
-        model=reader(D + 1, layers=layers, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=172),
-        data=PROCESS, phases=(phase,), token_loss=squared, prompts=(), overlap=0,
-        schedule=Schedule(shape="linear", peak=3e-3, warmup=100, final=0.0),
-        evals=(partial(compare, tasks=tasks),), eval_every=500, save_every=1_500, keep=1)
+    given = partial(lines, tasks=tasks), partial(compare, tasks=tasks)
+    return in_context(*given, D + 1, 2 * K, layers)
 
 
 study = Study(
