@@ -82,11 +82,11 @@ def mean_square(x, *kept: int) -> jax.Array:
     return jnp.mean(jnp.square(x), axis=others)
 
 
-def activity(params: Params, batch: dict, config: ModelConfig) -> Scores:
-    """{axis: mean square of a unit on a batch}, as `magnitude` has them.
+def each_layer(params: Params, batch: dict, config: ModelConfig, summary: Callable) -> dict:
+    """{name: [layers ...]} what `summary` says of each layer on a batch; causal.
 
-    A layer's is the share that it adds to the stream: mean square of output less input, over that
-    of the input. Padding counts as all else does.
+    It is called with the stream before the layer and after it [b t d], the means of v that `o`
+    reads [b t k g h], and the units that `down` reads [b t f], and gives {name: array}.
     """
     plain = plain_attend(batch, CAUSAL, config)
 
@@ -103,6 +103,23 @@ def activity(params: Params, batch: dict, config: ModelConfig) -> Scores:
         gate = dense(n, w["gate"], MLP)
         up = dense(n, w["up"], MLP)
         units = jax.nn.silu(gate) * up
+        return summary(before, after, mixed, units)
+
+    first = embedded(params, batch, config)
+    _, (mixed, after) = stream(params, first, batch, CAUSAL, config, attend=attend, visit=visit)
+    before = jnp.concatenate([first[None], after[:-1]])
+    layers = before, mixed, after, blocks(params, config)
+    return jax.lax.map(lambda layer: of_layer(*layer), layers)
+
+
+def activity(params: Params, batch: dict, config: ModelConfig) -> Scores:
+    """{axis: mean square of a unit on a batch}, as `magnitude` has them.
+
+    A layer's is the share that it adds to the stream: mean square of output less input, over that
+    of the input. Padding counts as all else does.
+    """
+
+    def summary(before, after, mixed, units):
         added = mean_square(after - before)
         return dict(
             kv_heads=mean_square(mixed, 2),
@@ -111,11 +128,8 @@ def activity(params: Params, batch: dict, config: ModelConfig) -> Scores:
             layers=added / mean_square(before),
         )
 
+    found = each_layer(params, batch, config, summary)
     first = embedded(params, batch, config)
-    _, (mixed, after) = stream(params, first, batch, CAUSAL, config, attend=attend, visit=visit)
-    before = jnp.concatenate([first[None], after[:-1]])
-    layers = before, mixed, after, blocks(params, config)
-    found = jax.lax.map(lambda layer: of_layer(*layer), layers)
     units = jnp.sum(found["embed"], 0)
     units = units + mean_square(first, 2)
     return found | {"embed": units, "energy": units}

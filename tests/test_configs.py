@@ -35,10 +35,23 @@ LONGER = {
 }
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
+    "growth/pruning_value": {
+        f"configs.growth.minitron.{name}"
+        for name in ("SIZES", "large", "plain", "small", "tuned", "wide")
+    },
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
     "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
+    "understanding/discrete_functions": {"configs.understanding.functions.in_context"} | {
+        f"configs.understanding.bursty.{name}" for name in ("recurrent", "recurrent_rows")},
+    "understanding/function_classes": {"configs.understanding.functions.in_context"},
+    "understanding/representations": {"configs.understanding.functions.in_context"},
+    "understanding/sequential_functions": {"configs.understanding.functions.in_context"},
+    "understanding/teaching_sequences": {
+        f"configs.understanding.discrete_functions.{name}"
+        for name in ("arm", "draw", "hypotheses", "labels")},
+    "understanding/bursty": {f"configs.understanding.mixers.{name}" for name in ("gru", "gru_rows")},
     "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "understanding/word_classes": {
         f"configs.understanding.probes.{name}" for name in ("trained", "untrained")},
