@@ -1,4 +1,4 @@
-"""configs/objectives/preferences.py, awr.py and real_toxicity.py: losses in closed form, and what is counted."""
+"""configs/objectives: preferences.py, awr.py and real_toxicity.py: losses in closed form, what is counted."""
 import math
 from dataclasses import replace
 
@@ -75,8 +75,8 @@ def test_the_value_of_awr_is_regressed_on_rewards_and_leaves_the_policy_alone(ti
 
 def test_lines_are_marked_told_and_filtered():
     text = 'a = 1\nb = "x"\n\nc = 2'
-    marked = [text[begin:end] for document in [next(
-        d for d in preferences.judged() if d.marks)] for text in [document.text] for begin, end in document.marks]
+    document = next(document for document in preferences.judged() if document.marks)
+    marked = [document.text[begin:end] for begin, end in document.marks]
     assert marked and all('"' in line and line.count("\n") <= 1 for line in marked)
     told = preferences.told(Document("p", text), np.random.default_rng(0), drop=0.0)
     assert told.text == '\x01a = 1\n\x02b = "x"\n\x01\n\x01c = 2'
