@@ -104,7 +104,7 @@ study = Study(
     paper=Paper(title="Pretraining Language Models with Human Preferences",
                 authors="Korbak et al.", year=2023, seeds=("000:5", "001:73", "002:38")),
     arms={"mle": mle,
-          "conditional": replace(mle, data=sourced(prepare=told, marks=False)),
+          "conditional": replace(mle, data=sourced(prepare=told)),
           "filtering": replace(mle, data=sourced(score=clean)),
           "unlikelihood": replace(mle, token_loss=unlikelihood),
           "rwr": replace(mle, token_loss=rwr)},
