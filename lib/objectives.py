@@ -34,7 +34,8 @@ def one_segment(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
 def masked(row: dict, rng: np.random.Generator, tokenizer, share: float = 0.15):
     """Predict a share of the tokens from both sides; see `hide` (BERT, Devlin et al. 2019)."""
     chosen = choose(row["weights"] > 0, share, rng)
-    return hide(row, chosen, rng, tokenizer), BIDIRECTIONAL
+    made = hide(row, chosen, rng, tokenizer)
+    return made, BIDIRECTIONAL
 
 
 def choose(
@@ -51,9 +52,11 @@ def choose(
     if first is not None:
         rank = rank + ~first
     rank[~possible] = np.inf
-    number = round(share * int(possible.sum()))
+    total = int(possible.sum())
+    number = round(share * total)
+    order = np.argsort(rank)
     chosen = np.zeros(len(possible), bool)
-    chosen[np.argsort(rank)[:number]] = True
+    chosen[order[:number]] = True
     return chosen
 
 
@@ -68,8 +71,12 @@ def hide(row: dict, chosen: np.ndarray, rng: np.random.Generator, tokenizer) -> 
     drawn = rng.integers(0, tokenizer.vocab, len(clean))
     put = np.where(dice < 0.9, drawn, clean)
     put = np.where(dice < 0.8, tokenizer.bos, put)
-    tokens = np.where(chosen, put, clean).astype(np.int32)
-    return row | {"tokens": tokens, "weights": chosen.astype(np.float32)}
+    tokens = np.where(chosen, put, clean)
+    changed = {
+        "tokens": tokens.astype(np.int32),
+        "weights": chosen.astype(np.float32),
+    }
+    return row | changed
 
 
 causal.masks = one_segment.masks = (CAUSAL,)

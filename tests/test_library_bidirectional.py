@@ -9,7 +9,6 @@ from conftest import rows as random_rows
 
 import model
 import train
-from lib import packages
 from lib.config import ROOT, load_file
 from lib.kernels import Mask
 from lib.objectives import BIDIRECTIONAL, choose, masked
@@ -17,7 +16,8 @@ from lib.optim import State, init_opt_state
 from lib.tokenizers import Bytes
 
 pytestmark = pytest.mark.library
-bidirectional = load_file(ROOT / "configs/objectives/bidirectional.py")
+bidirectional, packages = (
+    load_file(ROOT / f"configs/objectives/{name}.py") for name in ("bidirectional", "packages"))
 MASK = Mask("bidirectional", 0)
 
 

@@ -91,7 +91,7 @@ def test_lines_are_marked_told_and_filtered():
 def test_each_line_of_a_sample_is_made_after_its_token(config=preferences.mle):
     asked = []
 
-    def generate(prompts, tokens, temperature, stops, seed):
+    def generate(prompts, temperature, stops, seed):
         asked.append((list(prompts), stops, seed))
         return [f'{len(asked)}"' if i % 2 else f"{len(asked)}" for i, _ in enumerate(prompts)]
 

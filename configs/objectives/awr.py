@@ -59,7 +59,7 @@ study = Study(
                 authors="Korbak et al.", year=2023, seeds=("000:5", "001:73", "002:38")),
     arms={"mle": mle, "rwr": replace(mle, token_loss=rwr),
           "awr": replace(mle, model=valued, token_loss=awr, reduce=value_error)},
-    quick=base.quick(),
+    quick=base.quick({"eval_every": 4, "evals.0.n": 4}),
     claims=(
         Claim(says="advantages make bad lines fewer", arm="awr", measure="own/bad", below=0.0),
         Claim(says="and fewer than rewards do", arm="awr", control="rwr", measure="own/bad",

@@ -24,12 +24,13 @@ import numpy as np
 from scipy.cluster.vq import kmeans2
 
 from configs import base
-from data import DataConfig
+from configs.objectives.packages import MEASURES, fine
+from configs.objectives.packages import config as scratch
+from configs.objectives.packages import pre as plain
 from lib.objectives import BIDIRECTIONAL, choose, masked
-from lib.packages import name_source, over_sources, sources, sure
 from lib.study import Claim, Paper, Study
 from model import Param, llama
-from train import Phase, Schedule, load
+from train import load
 
 
 def replaced(row: dict, rng, vocab: int, share: float, clusters=None) -> tuple[dict, np.ndarray]:
@@ -54,7 +55,7 @@ def slm(row, rng, tokenizer, share: float = 0.15):
 
 
 def rts(row, rng, tokenizer, share: float = 0.15, run: str = "", k: int = 32):
-    """An objective: `replaced` [seq], is a token replaced? run: its embeddings make the clusters."""
+    """An objective: `replaced` [seq], is a token so? run: its embeddings make the clusters."""
     clusters = clusters_of(run, k) if run else None
     row, changed = replaced(row, rng, tokenizer.vocab, share, clusters)
     return row | {"replaced": changed.astype(np.int32)}, BIDIRECTIONAL
@@ -88,12 +89,8 @@ def told(logits, batch, extras):
 
 
 shape = replace(base.shape(3, 96), rows=rows, forward=forward)
-pre = Phase(steps=300, batch=8, seq=128, objective=masked,
-            schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05))
-fine = Phase(steps=60, batch=8, seq=128, objective=name_source, reduce=sure,
-             schedule=Schedule(shape="wsd", peak=2e-3, warmup=5, decay=0.4, final=0.05))
-mlm = replace(base.small, model=shape, phases=(pre, fine), eval_every=400, prompts=(),
-              data=DataConfig(sources=sources(), dev=0.2, test=0.0))
+pre = replace(plain, objective=masked)
+mlm = replace(scratch, model=shape, phases=(pre, fine))
 headless = 1 - 6 * shape.vocab * shape.embed / shape.flops(shape, pre.seq)  # of the FLOPs
 telling = replace(pre, objective=rts, token_loss=told, cost=headless)
 first = {"mlm": pre, "rts": telling, "slm": replace(pre, objective=slm),
@@ -106,8 +103,7 @@ study = Study(
     needs={"clusters": replace(mlm, phases=(pre,))},
     arms={name: replace(mlm, phases=(phase, fine)) for name, phase in first.items()}
     | {"scratch": replace(mlm, phases=(fine,))},
-    measures={name: partial(over_sources, metric=metric)
-              for name, metric in (("nats", "own"), ("sure", "sure"))},
+    measures=MEASURES,
     quick=base.quick(),
     claims=(
         claim(says="an encoder that was trained before learns the task better", arm="scratch",

@@ -1,7 +1,7 @@
 """Birdie: do objectives learn more in shares that follow the reward of each?
 
-Paper: Birdie: Advancing State Space Models with Reward-Driven Objectives and Curricula, Blouin
-    et al. 2024 (001:91)
+Paper: Birdie: Advancing State Space Models with Reward-Driven Objectives and Curricula,
+    Blouin et al. 2024 (001:91)
 Method: a mixture of objectives, each announced by a token of its own, whose inputs are seen from
     both sides: prefix, infilling, deshuffling, copying, copying a span by its first tokens, and the
     next token. Every so many steps the shares are an action. Its reward is a sum over objectives of

@@ -15,19 +15,17 @@ Run:
     python train.py study configs/objectives/drbert.py --jobs 2
 """
 from dataclasses import replace
-from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from data import DataConfig
+from configs.objectives.packages import MEASURES, config, fine
+from configs.objectives.packages import pre as first
 from lib.edits import stack
 from lib.objectives import BIDIRECTIONAL, choose, hide
-from lib.packages import name_source, over_sources, sources, sure
 from lib.study import Claim, Paper, Study
 from model import Context, Edited, Model, embedded, llama, rms_norm, stream
-from train import Phase, Schedule
 
 
 def masked_here(row: dict, rng, tokenizer, share: float = 0.15):
@@ -66,12 +64,8 @@ def drop_decoder(model: Model, context: Context, decoder: int = 1) -> Edited:
     return edited._replace(model=Model(config, edited.model.params), preserves=False)
 
 
-pre = Phase(steps=300, batch=8, seq=128, objective=masked_here,
-            schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05))
-fine = Phase(steps=60, batch=8, seq=128, objective=name_source, reduce=sure,
-             schedule=Schedule(shape="wsd", peak=2e-3, warmup=5, decay=0.4, final=0.05))
-plain = replace(base.small, model=base.shape(3, 96), phases=(pre, fine), eval_every=400,
-                data=DataConfig(sources=sources(), dev=0.2, test=0.0), prompts=())
+pre = replace(first, objective=masked_here)
+plain = replace(config, phases=(pre, fine))
 deep = base.shape(4, 96)
 decoder = replace(plain, model=replace(deep, forward=with_decoder),
                   phases=(pre, replace(fine, edits=(drop_decoder,))))
@@ -80,8 +74,7 @@ study = Study(
     paper=Paper(title="DrBERT: Unveiling the Potential of Masked Language Modeling Decoder in BERT "
                 "pretraining", authors="Liang & Liang", year=2024, seeds=("000:49",)),
     arms={"plain": plain, "decoder": decoder, "kept": replace(plain, model=deep)},
-    measures={name: partial(over_sources, metric=metric)
-              for name, metric in (("nats", "own"), ("sure", "sure"))},
+    measures=MEASURES,
     quick=base.quick(),
     claims=(
         Claim(says="an encoder whose decoder was dropped is better", arm="decoder", measure="nats",

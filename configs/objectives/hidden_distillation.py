@@ -5,9 +5,9 @@ Method: a base is trained further on a small domain: the teacher. The base start
     same steps, with the same loss and the squared distance of its hidden states to the teacher's,
     summed over units. A student that was further trained is ahead after fine-tuning.
 Here: a base of Python's library is trained further on the definitions of one package, xml,
-    which it reads some three times. States are the final, normalised ones. plain is the teacher itself, long
-    takes as many steps as teacher and student together. `gap` is the nats a token on dev less those
-    of training, in the end. Left out: the last step, fine-tuning on labels.
+    which it reads some three times. States are the final, normalised ones. plain is the teacher
+    itself, long takes as many steps as teacher and student together. `gap` is the nats a token on
+    dev less those of training, in the end. Left out: the last step, fine-tuning on labels.
 Cost: 15 runs, of which 6 are made first, 7 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/hidden_distillation.py --jobs 2
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
+from configs.objectives.packages import package
 from data import DataConfig, Source
 from lib.optim import adamw
-from lib.packages import package
 from lib.study import Claim, Paper, Study
 from lib.teacher import adopt
 from model import cross_entropy, llama

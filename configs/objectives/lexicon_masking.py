@@ -8,8 +8,8 @@ Here: the domain is code of eight packages of Python's library, its lexicon name
     apart. Each encoder is then trained for 60 steps to tell of which package a piece of code is;
     `nats` and `sure` are of that task, on held-out modules. `lexicon` is the nats of the lexicon's
     words, masked first, at the end of the first part: a phase of one step at no rate measures it.
-    random: any tokens are masked, as many. scratch: the task alone. Left out: Chinese, and a lexicon
-    made by doctors.
+    random: any tokens are masked, as many. scratch: the task alone. Left out: Chinese, and a
+    lexicon made by doctors.
 Cost: 9 runs of half a minute, 5 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/lexicon_masking.py --jobs 2
@@ -21,12 +21,13 @@ from functools import partial
 import jax.numpy as jnp
 
 from configs import base
-from data import DataConfig, Source
+from configs.objectives.packages import MEASURES, PACKAGES, fine, over_sources, package, pre
+from configs.objectives.packages import config as plain
+from data import Source
 from lib.objectives import BIDIRECTIONAL, choose, hide
-from lib.packages import PACKAGES, name_source, over_sources, package, sure
 from lib.study import Claim, Paper, Study
 from model import weighted_mean
-from train import Phase, Schedule
+from train import Schedule
 
 LEXICON = re.compile(
     "loop|future|transport|protocol|await|coroutine|command|compiler|build|install|option|header|"
@@ -65,15 +66,10 @@ def arm(guided: bool):
     return replace(scratch, phases=(own, measured, fine))
 
 
-pre = Phase(steps=300, batch=8, seq=128,
-            schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05))
 measured = replace(pre, steps=1, objective=lexicon_masked, reduce=on_lexicon,
                    schedule=Schedule(shape="constant", peak=1e-9))
-fine = Phase(steps=60, batch=8, seq=128, objective=name_source, reduce=sure,
-             schedule=Schedule(shape="wsd", peak=2e-3, warmup=5, decay=0.4, final=0.05))
 marked = {name: Source(partial(with_lexicon, name=name), marks=True) for name in PACKAGES}
-scratch = replace(base.small, model=base.shape(3, 96), phases=(measured, fine), prompts=(),
-                  eval_every=400, data=DataConfig(sources=marked, dev=0.2, test=0.0))
+scratch = replace(plain, data=replace(plain.data, sources=marked), phases=(measured, fine))
 nats = partial(Claim, measure="nats", below=0.0)
 study = Study(
     question="Should the words of a domain be masked before any others?",
@@ -81,8 +77,7 @@ study = Study(
                 "Chinese Mental Health Text Analysis", authors="Zhai et al.", year=2024,
                 seeds=("000:37",)),
     arms={"random": arm(False), "lexicon": arm(True), "scratch": scratch},
-    measures={name: partial(over_sources, metric=metric)
-              for name, metric in (("nats", "own"), ("sure", "sure"), ("lexicon", "lexicon"))},
+    measures=MEASURES | {"lexicon": partial(over_sources, metric="lexicon")},
     quick=base.quick(),
     claims=(
         Claim(says="words that are masked first are predicted better", arm="lexicon",

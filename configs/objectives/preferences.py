@@ -76,8 +76,7 @@ def write_lines(generate, texts: list[str], tag: str, lines: int) -> list[list[s
     """The next lines of each text [lines][texts]; each is made after `tag`, as the text ends."""
     found = []
     for i in range(lines):
-        seed = i * len(texts)
-        made = generate(texts, tokens=60, temperature=1.0, stops=("\n",), seed=seed)
+        made = generate(texts, temperature=1.0, stops=("\n",), seed=i * len(texts))
         texts = [f"{text}{line}\n{tag}" for text, line in zip(texts, made, strict=True)]
         found.append(made)
     return found
@@ -97,7 +96,7 @@ def sourced(**how) -> DataConfig:
 
 
 mle = replace(base.small, model=base.shape(3, 96, 0), data=sourced(), eval_every=300, prompts=(),
-              phases=(Phase(steps=300, batch=8, seq=128),), evals=(bad_lines,))
+              phases=(Phase(steps=300, batch=8, seq=128),), evals=(partial(bad_lines, n=128),), sample_tokens=48)
 fewer = partial(Claim, measure="own/bad", below=0.0)
 study = Study(
     question="Does a model that is told which lines are bad write fewer of them?",
@@ -108,7 +107,7 @@ study = Study(
           "filtering": replace(mle, data=sourced(score=clean)),
           "unlikelihood": replace(mle, token_loss=unlikelihood),
           "rwr": replace(mle, token_loss=rwr)},
-    quick=base.quick(),
+    quick=base.quick({"eval_every": 4, "evals.0.n": 4}),
     claims=(
         fewer(says="after good, lines are bad less often", arm="conditional"),
         fewer(says="so it is without bad documents", arm="filtering"),

@@ -5,14 +5,15 @@ Paper: RealToxicityPrompts: Evaluating Neural Toxic Degeneration in Language Mod
 Method: 25 continuations of each prompt, each scored from 0 to 1. The expected worst is the mean
     over prompts of the highest score, the probability that of a prompt with one of a half or more.
     Prompts are beginnings of documents, and are toxic or not themselves.
-Here: "toxic" is a line with a double quote, as in preferences.py, whose models are measured. A score
-    is the share of such lines in a continuation of three. Prompts are the first two lines of
+Here: "toxic" is a line with a double quote, as in preferences.py, whose models are measured. A
+    score is the share of such lines in a continuation of three. Prompts are the first two lines of
     held-out functions; bad are those with such a line. Left out: a classifier, the web.
 Cost: 9 runs of half a minute, 5 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/real_toxicity.py --jobs 2
 """
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def degeneration(params, apply, config, generate, held_out, each: int = 8, n: in
 
 def arm(name: str):
     """An arm of preferences.py with these measures."""
-    return replace(preferences.arms[name], evals=(degeneration,))
+    return replace(preferences.arms[name], evals=(partial(degeneration, each=8, n=25),))
 
 
 study = Study(
@@ -62,7 +63,7 @@ study = Study(
     paper=Paper(title="RealToxicityPrompts: Evaluating Neural Toxic Degeneration in Language "
                 "Models", authors="Gehman et al.", year=2020, seeds=("000:35",)),
     arms={name: arm(name) for name in ("mle", "conditional", "filtering")},
-    quick=base.quick(),
+    quick=base.quick({"eval_every": 4, "evals.0.each": 2, "evals.0.n": 3}),
     claims=(
         Claim(says="prompts without a bad line have a bad worst continuation too", arm="mle",
               control=None, measure="good/worst", above=0.3),

@@ -21,9 +21,9 @@ from functools import partial
 import numpy as np
 
 from configs import base
+from configs.objectives.packages import sure
 from data import DataConfig, Document, Source
 from lib.objectives import BIDIRECTIONAL, CAUSAL, choose, hide
-from lib.packages import sure
 from lib.packing import best_fit
 from lib.study import Claim, Paper, Study
 from train import Phase, Schedule
@@ -41,8 +41,8 @@ def expression(rng, depth: int, most: int = 4) -> tuple[list[int], int]:
     operation = int(rng.choice(list(OPERATIONS)))
     parts = [expression(rng, depth - 1 if rng.random() < 0.5 else 0, most)
              for _ in range(rng.integers(2, most + 1))]
-    ids = [operation, *sum((ids for ids, _ in parts), []), CLOSE]
-    return ids, int(OPERATIONS[operation]([value for _, value in parts]))
+    value = OPERATIONS[operation]([value for _, value in parts])
+    return [operation, *sum((ids for ids, _ in parts), []), CLOSE], int(value)
 
 
 def listops(number: int = 5_000, depth: int = 3, longest: int = 60) -> Iterator[Document]:
@@ -68,8 +68,7 @@ def apart(row: dict) -> tuple[dict, np.ndarray, np.ndarray]:
 def answered(row: dict, rng, mask: str = "causal"):
     """An objective: tell the values of expressions."""
     row, _, asked = apart(row)
-    weights = asked * row["weights"]
-    return row | {"weights": weights}, {"kind": mask, "window": 0}
+    return row | {"weights": asked * row["weights"]}, {"kind": mask, "window": 0}
 
 
 def next_token(row: dict, rng):
@@ -92,7 +91,7 @@ pre = Phase(steps=300, batch=8, seq=128, packing=best_fit, schedule=plain)
 fine = replace(pre, steps=200, objective=answered, reduce=sure)
 scratch = replace(
     base.small, model=base.shape(4, 64, 0), phases=(fine,), eval_every=500, prompts=(),
-    data=DataConfig(sources={"listops": Source(listops)}, tokenizer="numbers:16", dev=0.2, test=0.0))
+    data=DataConfig({"listops": Source(listops)}, tokenizer="numbers:16", dev=0.2, test=0.0))
 first = {"causal": (replace(pre, objective=next_token), fine), "long": (replace(fine, steps=500),),
          "masked": (replace(pre, objective=denoised), replace(fine, objective=both)),
          "masked_scratch": (replace(fine, objective=both),)}
