@@ -96,7 +96,8 @@ def sourced(**how) -> DataConfig:
 
 
 mle = replace(base.small, model=base.shape(3, 96, 0), data=sourced(), eval_every=300, prompts=(),
-              phases=(Phase(steps=300, batch=8, seq=128),), evals=(partial(bad_lines, n=128),), sample_tokens=48)
+              phases=(Phase(steps=300, batch=8, seq=128),), evals=(partial(bad_lines, n=128),),
+              sample_tokens=48)
 fewer = partial(Claim, measure="own/bad", below=0.0)
 study = Study(
     question="Does a model that is told which lines are bad write fewer of them?",
