@@ -60,6 +60,8 @@ BORROWS = {
         "MEASURES", "fine", "config", "pre")},
     "objectives/lexicon_masking": {f"configs.objectives.packages.{name}" for name in (
         "MEASURES", "PACKAGES", "fine", "over_sources", "package", "pre", "config")},
+    "objectives/structural": {f"configs.objectives.packages.{name}" for name in (
+        "MEASURES", "config", "fine", "pre")},
     "objectives/hidden_distillation": {"configs.objectives.packages.package"},
     "objectives/self_pretraining": {"configs.objectives.packages.sure"},
     "objectives/birdie": {f"configs.objectives.codegen2.{name}" for name in (

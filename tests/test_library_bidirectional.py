@@ -13,11 +13,12 @@ from lib.config import ROOT, load_file
 from lib.kernels import Mask
 from lib.objectives import BIDIRECTIONAL, choose, masked
 from lib.optim import State, init_opt_state
+from lib.packing import fill
 from lib.tokenizers import Bytes
 
 pytestmark = pytest.mark.library
-bidirectional, packages = (
-    load_file(ROOT / f"configs/objectives/{name}.py") for name in ("bidirectional", "packages"))
+bidirectional, packages, structural = (load_file(ROOT / f"configs/objectives/{name}.py") for name in (
+    "bidirectional", "packages", "structural"))
 MASK = Mask("bidirectional", 0)
 
 
@@ -117,3 +118,24 @@ def test_what_telling_costs():
     plain = model.flops_per_token(arm.model, 128)
     head = 6 * arm.model.vocab * arm.model.embed
     assert arm.phases[0].cost * plain == pytest.approx(plain - head)
+
+
+def test_pairs_of_spans_and_what_they_tell():
+    """Every other row is of two documents; each span is half a row; labels are those of the plan."""
+    lengths = np.array([300, 64, 128, 127, 200])
+    plan = structural.pairs(lengths, 128)
+    assert plan.tolist() == [
+        [0, 1, 0, 0, 64, 0], [0, 1, 0, 64, 64, 0], [1, 2, 0, 128, 64, 0], [1, 2, 2, 64, 64, 0],
+        [2, 1, 2, 0, 64, 0], [2, 1, 2, 64, 64, 0], [3, 2, 4, 0, 64, 0], [3, 2, 0, 64, 64, 0]]
+    assert structural.pairs(np.array([256]), 128)[:, 1].tolist() == [1, 1, 1, 1]  # there is no other one
+    assert structural.pairs(np.array([5]), 128).shape == (0, 6)
+    texts = [np.full(length - 1, 10 + i, np.int32) for i, length in enumerate(lengths)]
+    arrays = fill(plan, np.arange(4), 128, lambda i: texts[i], Bytes())
+    for number in range(4):
+        one = {name: x[number] for name, x in arrays.items() if name != "document"}
+        made, mask = structural.same(one, None)
+        assert mask == BIDIRECTIONAL and np.flatnonzero(made["weights"]).tolist() == [0]
+        assert made["targets"][0] == (number + 1) % 2 and (made["segments"] == 1).all()
+        inside = made["tokens"][made["tokens"] < 256]
+        assert (len(np.unique(inside)) == 1) == (number % 2 == 0)
+        assert made["positions"].tolist() == list(range(128))
