@@ -15,6 +15,7 @@ from lib.bind import parameters
 from lib.errors import InputError
 
 CAUSAL = {"kind": "causal", "window": 0}
+BIDIRECTIONAL = {"kind": "bidirectional", "window": 0}
 KINDS = {"causal", "prefix", "bidirectional"}
 
 
@@ -30,7 +31,56 @@ def one_segment(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
     return row | {"segments": real, "positions": positions}, CAUSAL
 
 
+def masked(row: dict, rng: np.random.Generator, tokenizer, share: float = 0.15):
+    """Predict a share of the tokens from both sides; see `hide` (BERT, Devlin et al. 2019)."""
+    chosen = choose(row["weights"] > 0, share, rng)
+    made = hide(row, chosen, rng, tokenizer)
+    return made, BIDIRECTIONAL
+
+
+def choose(
+    possible: np.ndarray,
+    share: float,
+    rng: np.random.Generator,
+    first: np.ndarray | None = None,
+) -> np.ndarray:
+    """A share of the possible positions, bool [seq], drawn at random.
+
+    possible: bool [seq]. first: of these those that are taken before any other, bool [seq].
+    """
+    rank = rng.random(len(possible))
+    if first is not None:
+        rank = rank + ~first
+    rank[~possible] = np.inf
+    total = int(possible.sum())
+    number = round(share * total)
+    order = np.argsort(rank)
+    chosen = np.zeros(len(possible), bool)
+    chosen[order[:number]] = True
+    return chosen
+
+
+def hide(row: dict, chosen: np.ndarray, rng: np.random.Generator, tokenizer) -> dict:
+    """The row with tokens hidden as BERT hides them, and weights on these alone.
+
+    Inputs are the row's targets: a position predicts itself. Of 10 that are chosen, 8 become bos,
+    which no target is, 1 a piece drawn from all, and 1 stays.
+    """
+    clean = row["targets"]
+    dice = rng.random(len(clean))
+    drawn = rng.integers(0, tokenizer.vocab, len(clean))
+    put = np.where(dice < 0.9, drawn, clean)
+    put = np.where(dice < 0.8, tokenizer.bos, put)
+    tokens = np.where(chosen, put, clean)
+    changed = {
+        "tokens": tokens.astype(np.int32),
+        "weights": chosen.astype(np.float32),
+    }
+    return row | changed
+
+
 causal.masks = one_segment.masks = (CAUSAL,)
+masked.masks = (BIDIRECTIONAL,)
 
 
 def objective_of(objective: Callable | dict[str, Callable], source: str) -> Callable:

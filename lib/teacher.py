@@ -75,12 +75,18 @@ def beside_forward(
     prefix: str,
     own: dict,
 ):
-    """A model's `forward`: its states and what it gives, and {prefix: the teacher's states}."""
+    """A model's `forward`: its states and what it gives, and what the teacher's gives.
+
+    That is {prefix: its states} and, where its own `forward` gives x besides, {"prefix/x": x}.
+    """
     student = replace(config, forward=of_json(own))
     states, given = forward(params, batch, mask, student)
     inner = teacher_config(teacher, config)
-    theirs, _ = forward(part(params, prefix), batch, mask, inner)
-    return states, given | {prefix: lax.stop_gradient(theirs)}
+    theirs, beside = forward(part(params, prefix), batch, mask, inner)
+    found = {prefix: theirs}
+    for name, x in beside.items():
+        found[f"{prefix}/{name}"] = x
+    return states, given | lax.stop_gradient(found)
 
 
 def beside_flops(config: ModelConfig, seq: int, teacher: dict, prefix: str, own: dict) -> float:

@@ -62,6 +62,23 @@ BORROWS = {
     "parameters/sltrain": {"configs.parameters.low_rank.factored",
                            "configs.parameters.low_rank.product"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
+    "objectives/awr": {"configs.objectives.preferences.mle", "configs.objectives.preferences.rwr"},
+    "objectives/real_toxicity": {"configs.objectives.preferences.GOOD",
+                                 "configs.objectives.preferences.is_bad",
+                                 "configs.objectives.preferences.write_lines",
+                                 "configs.objectives.preferences.study"},
+    "objectives/bidirectional": {f"configs.objectives.packages.{name}" for name in (
+        "MEASURES", "fine", "config", "pre")},
+    "objectives/drbert": {f"configs.objectives.packages.{name}" for name in (
+        "MEASURES", "fine", "config", "pre")},
+    "objectives/lexicon_masking": {f"configs.objectives.packages.{name}" for name in (
+        "MEASURES", "PACKAGES", "fine", "over_sources", "package", "pre", "config")},
+    "objectives/structural": {f"configs.objectives.packages.{name}" for name in (
+        "MEASURES", "config", "fine", "pre")},
+    "objectives/hidden_distillation": {"configs.objectives.packages.package"},
+    "objectives/self_pretraining": {"configs.objectives.packages.sure"},
+    "objectives/birdie": {f"configs.objectives.codegen2.{name}" for name in (
+        "PREFIX", "SENTINELS", "asked", "infill", "prefix")},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
 # last part of it.
