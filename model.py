@@ -191,6 +191,8 @@ def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
     """
     if param.init is None:
         return jnp.ones(param.shape, dtype)
+    if param.init == 0:
+        return jnp.zeros(param.shape, dtype)
     own = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if callable(param.init):
         return param.init(own, param.shape, dtype).astype(dtype)

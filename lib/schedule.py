@@ -89,7 +89,7 @@ class Plan:
     flops: np.ndarray  # model FLOPs consumed, float64 [steps + 1]
     lr: dict[str, np.ndarray]  # learning rate of each optimiser group [steps + 1]
     edits: dict[int, list[Callable]]  # to apply after so many steps, before the next one
-    resets: np.ndarray  # steps after which an edit recurs within its phase, ascending
+    resets: np.ndarray  # steps after which an edit within a phase forgets, ascending
     steers: dict[int, int]  # step after which a mixture is decided anew: its phase
     eval_steps: frozenset[int]  # evaluations besides those of each `eval_every` steps
     eval_every: int
@@ -153,23 +153,33 @@ def models_of(config, context: Context) -> list[ModelConfig]:
     found, current = [], config.model
     for phase in config.phases:
         for edit in phase.edits:
-            current = shape_after(edit, current, context)
+            current, _ = on_shapes(edit, current, context)
         found.append(current)
     return found
 
 
-def shape_after(edit: Callable, config: ModelConfig, context: Context) -> ModelConfig:
-    """The shape that an edit gives, worked out without computing its parameters."""
-    shapes = []
+def on_shapes(edit: Callable, config: ModelConfig, context: Context) -> tuple[ModelConfig, bool]:
+    """(the shape that an edit gives, whether it preserves the function), worked out on shapes."""
+    found = []
 
     def abstract(key):
-        edited = edit(Model(config, init(config, key)), context).model
-        shapes.append(edited.config)
-        return edited.params
+        edited = edit(Model(config, init(config, key)), context)
+        found.append((edited.model.config, edited.preserves))
+        return edited.model.params
 
     params = jax.eval_shape(abstract, jax.random.key(0))
-    check_declared(params, shapes[0], getattr(edit, "func", edit).__name__)
-    return shapes[0]
+    shape, preserves = found[0]
+    check_declared(params, shape, getattr(edit, "func", edit).__name__)
+    return shape, preserves
+
+
+def forgetting(config, models: list[ModelConfig], context: Context) -> list[set[Callable]]:
+    """Of each phase the edits that recur and do not preserve the function: those that forget."""
+    found = []
+    for phase, model in zip(config.phases, models, strict=True):
+        edits = {edit.apply for edit in phase.repeat}
+        found.append({edit for edit in edits if not on_shapes(edit, model, context)[1]})
+    return found
 
 
 def check_declared(params: dict, config: ModelConfig, edit: str):
@@ -227,10 +237,12 @@ def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dic
     return lr
 
 
-def edits_of(config, ends: np.ndarray) -> tuple[dict[int, list[Callable]], np.ndarray]:
-    """({step: edits due after it}, the steps of those that recur within a phase)."""
+def edits_of(
+    config, ends: np.ndarray, forgets: list[set[Callable]]
+) -> tuple[dict[int, list[Callable]], np.ndarray]:
+    """({step: edits due after it}, the steps within a phase after which one of `forgets` is due)."""
     edits, resets = {}, []
-    for phase, end in zip(config.phases, ends.tolist(), strict=True):
+    for i, (phase, end) in enumerate(zip(config.phases, ends.tolist(), strict=True)):
         begin = end - phase.steps
         if phase.edits:
             edits[begin] = list(phase.edits)
@@ -240,6 +252,7 @@ def edits_of(config, ends: np.ndarray) -> tuple[dict[int, list[Callable]], np.nd
             due = [edit.apply for edit in phase.repeat if recurs(edit, step - begin)]
             if due:
                 edits[step] = due
+            if forgets[i].intersection(due):
                 resets.append(step)
     return edits, np.array(resets, np.int64)
 
@@ -276,7 +289,7 @@ def make_plan(config, context: Context) -> Plan:
     costs = [flops_of(phase, model) for phase, model in zip(phases, models, strict=True)]
     flops = running_sum(np.concatenate(costs))
     names = list(dict.fromkeys(group for model in models for group in groups(model)))
-    edits, resets = edits_of(config, ends)
+    edits, resets = edits_of(config, ends, forgetting(config, models, context))
     return Plan(
         ends=ends,
         start=config.model,

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import course_of, strong
 from conftest import rows as random_rows
-from conftest import strong
+from edit_cases import context
 
 import model
 import train
@@ -531,3 +532,21 @@ def test_this_file_s_functions_are_known_by_name():
     written = json.loads(json.dumps(to_json(shape)))
     assert written["rows"]["function"].endswith(f"{Path(__file__).name}:with_adapter")
     assert from_json(ModelConfig, written) == from_json(ModelConfig, written)
+
+
+def merged_again(model, context):
+    """A repeated edit that changes nothing, as one that merges adapters."""
+    return Edited(model, {}, preserves=True)
+
+
+def drawn_again(model, context):
+    """A repeated edit that forgets."""
+    return Edited(model, {}, preserves=False)
+
+
+@pytest.mark.parametrize("edit,resets", [(merged_again, []), (drawn_again, [2])])
+def test_only_an_edit_that_changes_the_function_counts_as_a_reset(tiny, edit, resets):
+    phase = train.Phase(steps=4, repeat=(train.Edit(edit, every=2),))
+    plan = course_of(train.Config(model=tiny, phases=(phase,)), context())
+    assert plan.edits == {2: [edit]}
+    assert plan.resets.tolist() == resets
