@@ -102,3 +102,13 @@ def rows_of(kind: str, known: int, zipf: float, n: int, rng) -> tuple[np.ndarray
     labels = np.where(labels == heart[:, None], other[:, None], heart[:, None])
     rows[:, 1::2, D:] = np.eye(LABELS)[labels]
     return rows, other
+
+
+def new_rows(n: int, burst: int, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, the query's label [n], whether a pair is of its class [n PAIRS]) of new classes."""
+    points = rng.normal(size=(64, D)) * D**-0.5
+    labels = rng.integers(LABELS, size=(n, 64))
+    what = classes(n, 64, 0.0, burst, 1.0, rng)
+    given = np.take_along_axis(labels, what, 1)
+    same = what[:, :-1] == what[:, -1:]
+    return pairs_and_query(items(points[what], rng), given), given[:, -1], same
