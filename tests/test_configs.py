@@ -43,6 +43,9 @@ BORROWS = {
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
     "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
+    "understanding/circuit": {"configs.understanding.bursty.bursty"},
+    "understanding/icl_and_descent": {
+        "configs.understanding.bursty.bursty", "configs.understanding.circuit.untrained"},
     "understanding/discrete_functions": {"configs.understanding.functions.in_context"} | {
         f"configs.understanding.bursty.{name}" for name in ("recurrent", "recurrent_rows")},
     "understanding/function_classes": {"configs.understanding.functions.in_context"},

@@ -4,9 +4,8 @@ Paper: The mechanistic basis of data dependence and abrupt learning in an in-con
     task, Reddy 2024 (003:25)
 Method: bursty rows, and the least network that can do both: two layers of attention alone, one head
     each, and a classifier. Reading forms abruptly, as an induction head: labels attend to the item
-    before them, the query to labels whose item is like it. Three numbers have the same course,
-    each the logit of a choice that weighs as much as the one before is made. More classes and more
-    burstiness make it come earlier.
+    before them, the query to labels whose item is like it. Three nested logits have that course.
+    More classes and more burstiness make it come earlier.
 Here: as in bursty.py, with 1, 2 or 4 items of the query's class. new: accuracy on new classes with
     new labels. onset: the share of the run after which it is above a half. rise: that in which it
     goes from .3 to .9, 1 if it does not. induction: the query's attention to labels of its class in
