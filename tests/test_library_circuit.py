@@ -8,9 +8,9 @@ import pytest
 
 import model
 import train
-from lib.bursty import LABELS, LENGTH, PAIRS, WIDTH, D, new_rows
+from configs.bursty import LABELS, LENGTH, PAIRS, WIDTH, D, new_rows
+from configs.points import reader
 from lib.config import ROOT, load_file
-from lib.points import reader
 from model import CAUSAL, whole
 
 pytestmark = pytest.mark.library

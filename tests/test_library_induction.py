@@ -8,8 +8,8 @@ import pytest
 
 import model
 import train
-from lib import nested_logits
-from lib.bursty import LENGTH, new_rows
+from configs import bursty as nested_logits
+from configs.bursty import LENGTH, new_rows
 from lib.config import ROOT, load_file
 from model import CAUSAL, whole
 

@@ -20,9 +20,9 @@ from functools import partial
 
 import numpy as np
 
+from configs.bursty import LABELS, LENGTH, WIDTH, burstiness, rows_of
+from configs.points import PROCESS, read_vectors, reader, vectors
 from configs.understanding.mixers import gru, gru_rows
-from lib.bursty import LABELS, LENGTH, WIDTH, burstiness, rows_of
-from lib.points import PROCESS, read_vectors, reader, vectors
 from lib.study import Claim, Paper, Study
 from model import ModelConfig
 from train import Config, Phase, Schedule

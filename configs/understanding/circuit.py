@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.bursty import LENGTH, PAIRS, new_rows
 from configs.understanding.bursty import bursty
-from lib.bursty import LENGTH, PAIRS, new_rows
 from lib.optim import adamw
 from lib.study import Claim, Paper, Study
 from model import CAUSAL, ModelConfig, rms_norm, stream, whole
@@ -98,7 +98,7 @@ study = Study(
     quick={"phases.*.steps": 4, "model.embed": 16, "model.mlp": 16, "eval_every": 4},
     claims=(
         Claim(says="trained, it answers", arm="trained", measure="whole", above=0.5),
-        Claim(says="not without the query's attention to labels", measure="lost: no_copy", above=0.5),
+        Claim(says="not without that of query to label", measure="lost: no_copy", above=0.5),
         Claim(says="nor without that of labels to items", measure="lost: no_merge", above=0.5),
         Claim(says="as many other edges do not matter", measure="lost: random_copy", below=0.05),
         Claim(says="nor those", measure="lost: random_merge", below=0.05),

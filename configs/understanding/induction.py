@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib.bursty import LABELS, LENGTH, WIDTH, burstiness, new_rows
-from lib.nested_logits import distance
-from lib.points import PROCESS, reader, vectors
+from configs.bursty import LABELS, LENGTH, WIDTH, burstiness, distance, new_rows
+from configs.points import PROCESS, reader, vectors
 from lib.study import Claim, Paper, Study
 from model import CAUSAL, ModelConfig, Param, plain_table, rms_norm, stream, whole
 from train import Config, Phase, Schedule
