@@ -7,8 +7,10 @@ WRITERS = "o", "down"  # the matrices that write the stream, in a block's order
 
 def biases(config: ModelConfig, rows: dict[str, Param]) -> dict[str, Param]:
     """A `rows`: the plain ones and "o_bias" and "down_bias" [layers, embed], which begin as 0."""
-    bias = Param(("layers", "embed"), (config.layers, config.embed), 0.0, "bias")
-    return rows | {f"{name}_bias": bias for name in WRITERS}
+    shape = config.layers, config.embed
+    bias = Param(("layers", "embed"), shape, 0.0, "bias")
+    more = {f"{name}_bias": bias for name in WRITERS}
+    return rows | more
 
 
 def biased(params: model.Params, batch, mask, config: ModelConfig):
@@ -17,12 +19,25 @@ def biased(params: model.Params, batch, mask, config: ModelConfig):
     attend = model.plain_attend(batch, mask, config)
 
     def mixer(x, w, times):
-        mixed, kept = model.attention_mixer(x, w, times, angles, attend, config)
-        return mixed + w["o_bias"].astype(x.dtype), kept
+        mixed, kept = model.attention_mixer(
+            x, w, times, angles, attend, config
+        )
+        return plus(mixed, w["o_bias"]), kept
 
     def visit(x, layer, w):
-        return x + w["down_bias"].astype(x.dtype), None
+        return plus(x, w["down_bias"]), None
 
     first = model.embedded(params, batch, config)
-    x, _ = model.stream(params, first, batch, mask, config, mixer=mixer, visit=visit)
-    return model.rms_norm(x, params["norm"], config.norm_eps)
+    x, _ = model.stream(
+        params, first, batch, mask, config, mixer=mixer, visit=visit
+    )
+    return model.rms_norm(
+        x,
+        params["norm"],
+        config.norm_eps,
+    )
+
+
+def plus(x, bias):
+    """x [b t d] and a bias [d], in the dtype of x."""
+    return x + bias.astype(x.dtype)

@@ -33,6 +33,8 @@ LONGER = {
     "forgetting/dual_process": (197, 45),  # a process of its own, and its probe
     "selection/climb": (154, 29),  # scores of documents, until a second file needs them
 }
+# What studies share, besides configs/base.py: processes that make rows.
+SHARED = "configs.bursty", "configs.points"
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "growth/pruning_value": {
@@ -43,6 +45,9 @@ BORROWS = {
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
     "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
+    "understanding/circuit": {"configs.understanding.bursty.bursty"},
+    "understanding/icl_and_descent": {
+        "configs.understanding.bursty.bursty", "configs.understanding.circuit.untrained"},
     "understanding/discrete_functions": {"configs.understanding.functions.in_context"} | {
         f"configs.understanding.bursty.{name}" for name in ("recurrent", "recurrent_rows")},
     "understanding/function_classes": {"configs.understanding.functions.in_context"},
@@ -162,7 +167,8 @@ def test_a_config_takes_from_another_one_no_more_than_a_paper_s_own_function(pat
     taken = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "configs":
-            taken |= {f"{node.module}.{alias.name}" for alias in node.names}
+            if node.module not in SHARED:
+                taken |= {f"{node.module}.{alias.name}" for alias in node.names}
     assert taken - {"configs.base"} == BORROWS.get(name_of(path), set())
 
 

@@ -24,7 +24,8 @@ SILENT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, token
           tokenize.ENDMARKER}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
-SHARED = {"configs.base", "configs.quickstart"}  # configs that others start from
+# Configs that others start from, and processes whose rows several studies share.
+SHARED = {"configs.base", "configs.quickstart", "configs.bursty", "configs.points"}
 
 
 def name_of(path: Path) -> str:

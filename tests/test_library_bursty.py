@@ -1,12 +1,12 @@
-"""lib/bursty.py and configs/understanding/bursty.py: what rows hold, by count."""
+"""configs/bursty.py and configs/understanding/bursty.py: what rows hold, by count."""
 import jax
 import numpy as np
 import pytest
 
 import model
 import train
-from lib import bursty
-from lib.bursty import LABELS, LENGTH, PAIRS, D
+from configs import bursty
+from configs.bursty import LABELS, LENGTH, PAIRS, D
 from lib.config import ROOT, load_file
 
 pytestmark = pytest.mark.library

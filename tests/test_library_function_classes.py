@@ -7,8 +7,8 @@ import pytest
 
 import model
 import train
+from configs.points import exact, reader, values
 from lib.config import ROOT, load_file
-from lib.points import exact, reader, values
 
 pytestmark = pytest.mark.library
 classes, sequential, represented = (

@@ -1,12 +1,12 @@
-"""configs/understanding/functions.py and lib/points.py: closed forms against sampling, and what is read."""
+"""functions.py and configs/points.py: closed forms against sampling, and what is read."""
 import jax
 import numpy as np
 import pytest
 
 import model
 import train
+from configs.points import answers, averaged, evidence, in_turn, reader, regression
 from lib.config import ROOT, load_file
-from lib.points import answers, averaged, evidence, in_turn, reader, regression
 
 pytestmark = pytest.mark.library
 functions = load_file(ROOT / "configs/understanding/functions.py")

@@ -10,7 +10,7 @@ Here: a fifth of heads and MLP units, by parameters, is set to 0, as unlike laye
     stacked; its FLOPs are counted still. Nothing is trained after that. magnitude: by the squared
     norm of weights. norm: times the mean square of the input, as Wanda. no_bias: by fluctuation,
     like these without a bias. flap: with it. uncut: nothing goes.
-Cost: three runs of half a minute, perp.py's too, and 15 of one step, three minutes on two CPU cores.
+Cost: three runs of half a minute, perp.py's too, and 15 of one step; three minutes on two cores.
 Run:
     python train.py study configs/growth/flap.py --jobs 2
 """
@@ -113,7 +113,7 @@ study = Study(
     claims=(
         Claim(says="the paper's method loses less than weights do", arm="flap", below=0.0),
         Claim(says="and less than without a bias", arm="flap", control="no_bias", below=0.0),
-        Claim(says="fluctuation chooses better than norms", arm="no_bias", control="norm", below=0.0),
+        Claim(says="fluctuation, rather than norms", arm="no_bias", control="norm", below=0.0),
         Claim(says="a fifth costs under 0.1 bits", arm="flap", control="uncut", below=0.1),
     ),
     seeds=3,

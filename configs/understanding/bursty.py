@@ -1,7 +1,7 @@
 """Bursty rows: when does a model read a label off its context, and when does it know it by heart?
 
-Paper: Data Distributional Properties Drive Emergent In-Context Learning in Transformers, Chan et
-    al. 2022 (003:30)
+Paper: Data Distributional Properties Drive Emergent In-Context Learning in Transformers,
+    Chan et al. 2022 (003:30)
 Method: a row is 8 pairs of an item and its label, and a query. Items are noisy and of many classes,
     each with a label for good. In a bursty row the query's class comes three times among the pairs,
     and so does another. Burstiness, many classes and noise within a class make a transformer read
@@ -20,9 +20,9 @@ from functools import partial
 
 import numpy as np
 
+from configs.bursty import LABELS, LENGTH, WIDTH, burstiness, rows_of
+from configs.points import PROCESS, read_vectors, reader, vectors
 from configs.understanding.mixers import gru, gru_rows
-from lib.bursty import LABELS, LENGTH, WIDTH, burstiness, rows_of
-from lib.points import PROCESS, read_vectors, reader, vectors
 from lib.study import Claim, Paper, Study
 from model import ModelConfig
 from train import Config, Phase, Schedule

@@ -19,9 +19,9 @@ from itertools import combinations, product
 
 import numpy as np
 
+from configs.points import answers, point_row
 from configs.understanding.bursty import recurrent, recurrent_rows
 from configs.understanding.functions import in_context
-from lib.points import answers, point_row
 from lib.study import Claim, Paper, Study
 from train import Config
 
@@ -113,8 +113,8 @@ study = Study(
         *(Claim(says=f"{name}: better than the nearest example", arm=name, control=None,
                 measure="lead", above=0.0) for name in SIMPLE),
         Claim(says="nearly exact", arm="conjunction", control=None, measure="behind", below=0.05),
-        Claim(says="parities not at all", arm="parity", control=None, measure="accuracy", below=0.6),
-        Claim(says="nearly as well without attention", arm="recurrent", measure="accuracy", above=-0.05),
+        Claim(says="parities are not", arm="parity", control=None, measure="accuracy", below=0.6),
+        Claim(says="as well without attention", arm="recurrent", measure="accuracy", above=-0.05),
     ),
     seeds=3,
 )

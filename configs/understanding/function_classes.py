@@ -17,8 +17,8 @@ from functools import partial
 
 import numpy as np
 
+from configs.points import answers, exact, point_row, values
 from configs.understanding.functions import in_context
-from lib.points import answers, exact, point_row, values
 from lib.study import Claim, Paper, Study
 from train import Config
 

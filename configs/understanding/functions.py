@@ -6,7 +6,7 @@ Paper: Pretraining task diversity and the emergence of non-Bayesian in-context l
     Generalization, Zhang et al. 2023 (003:17)
 Method: rows x1 y1 .. xK yK with y = w x + noise, w one of a pool of M tasks. Who knows the pool
     predicts by its posterior mean over it (dMMSE), which is Bayesian model averaging; who does not,
-    by ridge regression. Raventós et al.: from some M on a model regresses, also on new tasks. Zhang
+    by ridge regression. Raventós et al.: from some M on a model regresses on new tasks too. Zhang
     et al. bound the regret of the average by log M / T, and what more layers err less by.
 Here: 2 dimensions and 8 points (theirs: 8 and 16), pools of 4 and 1,024 tasks, or a new task for
     each row. gap: squared distance of the answers to dMMSE's on new tasks, less that to ridge's.
@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 
-from lib.points import PROCESS, answers, averaged, point_row, reader, regression, squared
+from configs.points import PROCESS, answers, averaged, point_row, reader, regression, squared
 from lib.study import Claim, Paper, Study
 from train import Config, Phase, Schedule
 

@@ -19,8 +19,8 @@ from functools import cache, partial
 import jax
 import numpy as np
 
+from configs.points import answers, exact, in_turn, point_row, values
 from configs.understanding.functions import in_context
-from lib.points import answers, exact, in_turn, point_row, values
 from lib.study import Claim, Paper, Study
 from model import CAUSAL, stream, whole
 from train import Config
@@ -109,7 +109,7 @@ study = Study(
         Claim(says="within 30 % of ridge on f(x)", arm="fixed", control=None, measure="ratio",
               below=1.3),
         Claim(says="below ridge on x", arm="fixed", control=None, measure="wrong", below=1.0),
-        Claim(says="a middle layer has f(x)", arm="fixed", control=None, measure="probe", above=0.8),
+        Claim(says="a layer has f(x)", arm="fixed", control=None, measure="probe", above=0.8),
         Claim(says="more than where it is of no use", arm="plain", measure="probe", below=0.0),
         Claim(says="and than in a model as drawn", arm="untrained", measure="probe", below=0.0),
     ),

@@ -18,8 +18,8 @@ from functools import partial
 
 import numpy as np
 
+from configs.points import answers, exact, point_row, values
 from configs.understanding.functions import in_context
-from lib.points import answers, exact, point_row, values
 from lib.study import Claim, Paper, Study
 from train import Config
 
@@ -53,7 +53,8 @@ def compare(params, apply, length: int, n: int = 1024) -> dict[str, float]:
         return np.mean(np.square(said - y)[:, -1])
 
     def of(family, labels):
-        return error(answers(params, apply, x, labels)) / error(exact([family], x, labels, NOISE)[0])
+        best, _ = exact([family], x, labels, NOISE)
+        return error(answers(params, apply, x, labels)) / error(best)
 
     found = {"ratio": of(family, y), "shuffled": of(family, mixed),
              "blind": of(partial(window, length=1), y)}

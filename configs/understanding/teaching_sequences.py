@@ -17,8 +17,8 @@ from functools import partial
 
 import numpy as np
 
+from configs.points import answers, point_row
 from configs.understanding.discrete_functions import arm, draw, hypotheses, labels
-from lib.points import answers, point_row
 from lib.study import Claim, Paper, Study
 
 NAME = "conjunction"

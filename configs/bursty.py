@@ -1,12 +1,17 @@
-"""Bursty rows: pairs of an item and its label, and a query (Chan et al. 2022; Reddy 2024).
+"""Bursty rows, for studies that share them: pairs of an item and its label, and a query.
+
+The source is Chan et al. 2022, and Reddy 2024 for `courses` too.
 
 Items are noisy and of many classes. A class is a point, its label is fixed. In a bursty row the
 query's class comes several times among the pairs, and so does another one. The label can be read
 off the context, or known by heart.
 """
-from functools import lru_cache
+from functools import cache, lru_cache
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lib.objectives import CAUSAL
 
@@ -14,6 +19,8 @@ D, LABELS, PAIRS = 32, 16, 8  # dimensions of an item, labels, pairs of a row
 NOISE = 0.5  # of an item; a class's point has length 1
 LENGTH = 2 * PAIRS + 1
 WIDTH = D + LABELS  # of what is read at a position: an item, or which label
+CHOICES = PAIRS, PAIRS, LABELS  # of a label for its item, of the query for a label, of an answer
+EACH = 20  # steps of descent between two points of a course
 
 
 @lru_cache(16)
@@ -102,3 +109,52 @@ def rows_of(kind: str, known: int, zipf: float, n: int, rng) -> tuple[np.ndarray
     labels = np.where(labels == heart[:, None], other[:, None], heart[:, None])
     rows[:, 1::2, D:] = np.eye(LABELS)[labels]
     return rows, other
+
+
+def new_rows(n: int, burst: int, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, the query's label [n], whether a pair is of its class [n PAIRS]) of new classes."""
+    points = rng.normal(size=(64, D)) * D**-0.5
+    labels = rng.integers(LABELS, size=(n, 64))
+    what = classes(n, 64, 0.0, burst, 1.0, rng)
+    given = np.take_along_axis(labels, what, 1)
+    same = what[:, :-1] == what[:, -1:]
+    return pairs_and_query(items(points[what], rng), given), given[:, -1], same
+
+
+def right_by_three(numbers) -> jax.Array:
+    """How likely three numbers make the right label: each is the logit of a choice.
+
+    A label attends to its item, the query to such labels, and the classifier says what is there. A
+    choice weighs only as much as the one before is made.
+    """
+    share = jnp.float32(1)
+    for number, choices in zip(numbers, CHOICES, strict=True):
+        share = jax.nn.sigmoid(number * share - jnp.log(choices - 1.0))
+    return share
+
+
+@cache
+def courses(points: int) -> np.ndarray:
+    """[many, points] Courses of this by gradient descent, at many rates and from many starts."""
+
+    def loss(numbers):
+        return -jnp.log(right_by_three(numbers))
+
+    def course(rate, start):
+        def step(numbers, _):
+            moved = numbers - rate * jax.grad(loss)(numbers)
+            return moved, right_by_three(numbers)
+
+        begin = start * jnp.ones(len(CHOICES))
+        _, found = lax.scan(step, begin, None, length=EACH * points)
+        return found[::EACH]
+
+    rates, starts = jnp.meshgrid(jnp.logspace(-3, 0, 40), jnp.array([0.0, 0.1, 0.3, 1.0]))
+    found = jax.jit(jax.vmap(course))(rates.ravel(), starts.ravel())
+    return np.asarray(found)
+
+
+def distance(measured: np.ndarray) -> float:
+    """The least root mean square distance of a measured course [points] to one of these."""
+    squares = np.square(courses(len(measured)) - measured)
+    return float(np.sqrt(np.mean(squares, 1).min()))

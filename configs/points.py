@@ -1,4 +1,4 @@
-"""Rows of numbers in place of tokens: points x_1 y_1 .. x_k y_k whose function is known by them alone.
+"""Rows of numbers, for studies that share them: points x_1 y_1 .. x_k y_k of an unknown function.
 
 A model reads each vector by a matrix and gives numbers at each position: rows, `forward` and
 `outputs` of a ModelConfig. What the best possible reader would say is Bayesian regression.
@@ -58,7 +58,7 @@ def in_turn(x, y) -> np.ndarray:
 
 
 def point_row(row: dict, x, y) -> tuple[dict, dict]:
-    """What an objective returns: points x [k d] and y [k] in place of a row, loss where y is due."""
+    """What an objective returns: points x [k d] and y [k] for a row, with loss where y is due."""
     place = np.arange(2 * len(y), dtype=np.int32)
     made = dict(
         x=in_turn(x[None], y[None])[0],
@@ -102,7 +102,7 @@ def evidence(y, means, variances) -> np.ndarray:
 
 
 def averaged(means, logs) -> np.ndarray:
-    """Bayesian model averaging [n k]: predictions [m n k], by the evidence `logs` [m n k] of each."""
+    """Bayesian model averaging [n k]: of predictions [m n k], by the evidence `logs` of each."""
     share = np.exp(logs - np.max(logs, 0))
     return np.sum(share * means, 0) / np.sum(share, 0)
 
