@@ -1,6 +1,5 @@
 """configs/selection/: curricula, selection by a rating, mixtures."""
 import itertools
-import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -216,20 +215,6 @@ def test_the_steered_rule_is_skill_it_s():
     assert rule([second, first, first, first]) == rule([first] * 3)  # a window of three
     alone = skill_it.steered(0.5, [dict(a=1.0, b=3.0)], ["a", "b"], eta=0.5)
     assert alone["b"] / alone["a"] == pytest.approx(math.e)
-
-
-def test_the_moving_mixture_goes_from_first_to_last():
-    moving = partial(skill_it.moving, log=[], first=dict(a=0.2, b=0.8), last=dict(a=0.6, b=0.4))
-    assert [moving(t)["a"] for t in (0, 0.5, 1)] == pytest.approx([0.2, 0.4, 0.6])
-    assert sum(moving(0.3).values()) == pytest.approx(1)
-
-
-def test_a_problem_is_a_document_with_its_hints(tmp_path):
-    lines = [json.dumps(dict(problem="1 + 1?", hints=["= 2", "done"])), "{", '{"problem": "no hints"}']
-    (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n")
-    assert list(skill_it.problems(str(tmp_path / "some.jsonl"))) == [
-        data.Document("some.jsonl#1", "1 + 1?\n= 2\ndone"), data.Skipped("some.jsonl#2", "malformed JSON"),
-        data.Skipped("some.jsonl#3", "missing key", "no key 'hints'; the record has the keys 'problem'")]
 
 
 def test_a_steered_loader_draws_by_its_log():
