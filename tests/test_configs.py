@@ -38,6 +38,10 @@ LONGER = {
 BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
+    "selection/d4": {"configs.selection.qurating.best", "configs.selection.qurating.pack"},
+    "selection/ingenious": {"configs.selection.d4.chance", "configs.selection.d4.embed",
+                            "configs.selection.qurating.best", "configs.selection.qurating.pack"},
+    "selection/miniplm": {"configs.selection.salt.highest", "configs.selection.salt.judged"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
 # last part of it.

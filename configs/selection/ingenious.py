@@ -15,6 +15,7 @@ Cost: six runs of 120 to 240 steps a seed, four minutes for three seeds on two C
 Run:
     python train.py study configs/selection/ingenious.py --jobs 2
 """
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -51,7 +52,7 @@ def facility(lengths, seq: int, documents: Documents, tokenizer: Tokenizer, run:
     x, rng = embed(documents, tokenizer, run), np.random.default_rng(seed)
     logits = np.zeros(len(x))
     for here in np.array_split(rng.permutation(len(x)), -(-len(x) // part)):
-        gain = gains(np.maximum(x[here] @ x[here].T, 0), -(-len(here) * share // 1).astype(int))
+        gain = gains(np.maximum(x[here] @ x[here].T, 0), math.ceil(share * len(here)))
         gain = gain / gain[gain > 0].mean()
         logits[here] = np.log(1 + gain + gain**2 / 2)
     return pack(best(logits + rng.gumbel(size=len(x)), lengths, share), lengths, seq, "concat")
