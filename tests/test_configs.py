@@ -39,6 +39,7 @@ BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
     "selection/d4": {"configs.selection.qurating.best", "configs.selection.qurating.pack"},
+    "selection/diversify": {"configs.selection.d4.k_means"},
     "selection/ingenious": {"configs.selection.d4.chance", "configs.selection.d4.embed",
                             "configs.selection.qurating.best", "configs.selection.qurating.pack"},
     "selection/miniplm": {"configs.selection.salt.highest", "configs.selection.salt.judged"},
