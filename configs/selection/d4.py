@@ -1,7 +1,7 @@
 """D4: does a quarter of the text, diverse and without near-copies, teach more than any quarter?
 
-Paper: D4: Improving LLM Pretraining via Document De-Duplication and Diversification, Tirumala et al.
-    2023 (001:112)
+Paper: D4: Improving LLM Pretraining via Document De-Duplication and Diversification,
+    Tirumala et al. 2023 (001:112)
 Method: embed each document by a trained model's last-layer state at its last token. Cluster by
     k-means; of pairs in a cluster whose cosine is above 1 - epsilon, one goes (SemDeDup). Cluster
     what is left again, and drop what is nearest to its centroid (SSL prototypes).
@@ -69,7 +69,7 @@ def k_means(x: np.ndarray, k: int, seed: int = 0, steps: int = 20) -> tuple[np.n
 def copies(x: np.ndarray, cluster: np.ndarray, near: np.ndarray) -> np.ndarray:
     """The largest cosine [n] of each vector to one of its cluster that comes before it; else -1.
 
-    What is farthest from the centroid comes first. Above 1 - epsilon it goes. near: to centroid [n].
+    What is farthest from the centroid comes first; above 1 - epsilon it goes. near: to centroids.
     """
     found = np.full(len(x), -1.0)
     for c in np.unique(cluster):

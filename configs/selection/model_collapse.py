@@ -81,7 +81,8 @@ def slope(figures: dict) -> dict[str, float]:
     found = {}
     for way in "replace", "accumulate":
         arms = ["real", *(f"{way}{n}" for n in GENERATIONS)]
-        found[way] = np.polyfit(np.arange(len(arms)), [figures[a]["bpb"].mean() for a in arms], 1)[0]
+        bits = [figures[arm]["bpb"].mean() for arm in arms]
+        found[way] = np.polyfit(np.arange(len(bits)), bits, 1)[0]
     return found
 
 
@@ -91,7 +92,8 @@ study = Study(
     paper=Paper(title="Is Model Collapse Inevitable? Breaking the Curse of Recursion by "
                 "Accumulating Real and Synthetic Data", authors="Gerstgrasser et al.", year=2024,
                 seeds=("003:69",)),
-    needs={"first": first} | {f"{way}{n}_before": generation(way, n) for way, n in ways if n < LAST},
+    needs={"first": first} | {f"{way}{n}_before": generation(way, n)
+                              for way, n in ways if n < LAST},
     arms={"real": first} | {f"{way}{n}": generation(way, n) for way, n in ways},
     quick=base.quick(keep=("data.dev", "data.test")),
     conclusions={"bits a generation": slope},
