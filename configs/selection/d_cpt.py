@@ -69,7 +69,7 @@ def surface(figures: dict, source: str, share: float) -> tuple[np.ndarray, np.nd
 
 
 def foretold(figures: dict) -> dict[str, float]:
-    """Of the law on unseen shares: R^2 by source, mean relative error, also less those of others."""
+    """Of the law on unseen shares: R^2 by source, relative error, and less others' errors."""
     found, errors = {}, []
     for source in SOURCES:
         seen = [surface(figures, source, share) for share in SHARES]
