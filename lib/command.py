@@ -197,12 +197,12 @@ def new_entry(hint):
 
 
 def with_part(value, name: str, part):
-    """A dataclass, dictionary (None is an empty one), tuple or function with a part set."""
+    """A dataclass, dictionary (None is an empty one), tuple, list or function with a part set."""
     if callable(value):
         given = getattr(value, "keywords", {}) | {name: part}
         return functools.partial(plain(value), **given)
-    if isinstance(value, tuple):
-        return tuple(part if str(i) == name else old for i, old in enumerate(value))
+    if isinstance(value, tuple | list):
+        return type(value)(part if str(i) == name else old for i, old in enumerate(value))
     if isinstance(value, dict) or value is None:
         return (value or {}) | {name: part}
     return replace(value, **{name: part})

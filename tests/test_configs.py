@@ -84,6 +84,11 @@ BORROWS = {
     "objectives/self_pretraining": {"configs.objectives.packages.sure"},
     "objectives/birdie": {f"configs.objectives.codegen2.{name}" for name in (
         "PREFIX", "SENTINELS", "asked", "infill", "prefix")},
+    "selection/d4": {"configs.selection.qurating.best", "configs.selection.qurating.pack"},
+    "selection/diversify": {"configs.selection.d4.k_means"},
+    "selection/ingenious": {"configs.selection.d4.chance", "configs.selection.d4.embed",
+                            "configs.selection.qurating.best", "configs.selection.qurating.pack"},
+    "selection/miniplm": {"configs.selection.salt.highest", "configs.selection.salt.judged"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
 # last part of it.

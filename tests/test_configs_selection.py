@@ -1,6 +1,5 @@
 """configs/selection/: curricula, selection by a rating, mixtures."""
 import itertools
-import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -383,32 +382,6 @@ def test_without_a_graph_the_steered_rule_follows_each_source_s_own_loss():
     losses = dict(a=1.0, b=3.0)
     weights = skill_it.steered(0.5, [losses], ["a", "b"], eta=0.5)
     assert weights["b"] / weights["a"] == pytest.approx(math.e)
-
-
-def test_the_moving_mixture_goes_from_first_to_last():
-    first = dict(a=0.2, b=0.8)
-    last = dict(a=0.6, b=0.4)
-    moving = partial(skill_it.moving, log=[], first=first, last=last)
-
-    shares = [moving(progress)["a"] for progress in (0, 0.5, 1)]
-    assert shares == pytest.approx([0.2, 0.4, 0.6])
-    assert sum(moving(0.3).values()) == pytest.approx(1)
-
-
-def test_a_problem_is_a_document_with_its_hints(tmp_path):
-    file = tmp_path / "some.jsonl"
-    problem = dict(problem="1 + 1?", hints=["= 2", "done"])
-    lines = [json.dumps(problem), "{", '{"problem": "no hints"}']
-    file.write_text("\n".join(lines) + "\n")
-
-    found = list(skill_it.problems(str(file)))
-
-    no_hints = "no key 'hints'; the record has the keys 'problem'"
-    assert found == [
-        data.Document("some.jsonl#1", "1 + 1?\n= 2\ndone"),
-        data.Skipped("some.jsonl#2", "malformed JSON"),
-        data.Skipped("some.jsonl#3", "missing key", no_hints),
-    ]
 
 
 @pytest.mark.parametrize("losses, rows", [

@@ -1,47 +1,59 @@
-"""Skill-it: in which shares should four genres be read, when each counts alike?
+"""Skill-it: does a graph of which skill helps which, estimated from runs, steer a mixture better?
 
 Paper: Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models,
     Chen et al. 2023 (000:11, 001:37)
-Method: what is still hard comes more often, by windowed multiplicative weights on dev losses, and
-    so does what helps that, by a graph that says what learning one thing does for another.
-Here: the genres of TinyHelen's "leaner" text, up to three times as much of one as of another, with
-    one budget of positions. uniform: a quarter each. proportional: by size. moving: from
-    conversation and math to textbook and wiki. steered: Skill-it's rule every 50 steps with no
-    graph, so each genre helps itself alone; without one its shares hardly leave the uniform ones.
-    The figure is the mean over genres of bits per byte. All arms evaluate every 50 steps, as
-    `steered` must. The text lies in ../shared/data; elsewhere, give
-    `--data.sources.GENRE.documents.path`. Left out: the graph estimated from runs.
-Cost: some 26 runs, a quarter of an hour on two CPU cores.
-Run: in the directory of train.py,
+Method: what is still hard comes more often, and so does what helps that, by windowed multiplicative
+    weights on dev losses and a graph A: A[i, j] is what training on skill i does for skill j,
+    estimated from short runs on one skill each.
+Here: the digits of sums of two numbers of three digits; skill i is to give digit i, from the right.
+    All runs go on from a base that knows the text's form. A[i, j] is how far j's dev loss falls on
+    i alone, over how far it falls on j alone, cut to [0, 1], and 0 below a tenth (the paper also
+    has a run for each pair). uniform: equal shares. identity: each skill helps itself. estimated:
+    the graph, its runs charged. paper: the one that the authors' code has for sums.
+Cost: four needed runs and four arms a seed of 8 to 20 seconds, six minutes for three seeds.
+Run:
     python train.py study configs/selection/skill_it.py --jobs 2
-    python train.py configs/selection/skill_it.py:steered --phases.0.mixture.eta 0.2    by hand
 """
+import json
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 
 from configs import base
-from data import DataConfig, Document, Skipped, Source
-from lib.readers import jsonl
+from data import DataConfig, Document, Source
+from lib.packing import one_per_row
 from lib.study import Claim, Paper, Study
 
-GENRES = ["textbook", "wiki", "conversation", "math"]
+NAMES = ["digit0", "digit1", "digit2"]
 
 
-def problems(path: str) -> Iterator[Document | Skipped]:
-    """Documents of JSON Lines: a `problem`, and its `hints` a line each."""
-    for made in jsonl(path, content="problem", meta=("hints",)):
-        if isinstance(made, Document):
-            text = "\n".join([made.text, *made.meta["hints"]])
-            made = replace(made, text=text, meta={})
-        yield made
+def sums(digit: int, documents: int = 20_000, seed: int = 0) -> Iterator[Document]:
+    """Documents "427+195|0?", read without loss, and "2": a digit of the sum, 0 the last one."""
+    rng = np.random.default_rng([seed, digit])
+    for i, (a, b) in enumerate(rng.integers(0, 1_000, (documents, 2)).tolist()):
+        answer = (a + b) // 10**digit % 10
+        yield Document(f"{digit}/{i}", str(answer), prefix=f"{a:03d}+{b:03d}|{digit}?")
 
 
-def moving(progress: float, log: list, first: dict, last: dict) -> dict[str, float]:
-    """Shares that go in a straight line from `first` to `last`."""
-    return {name: (1 - progress) * first[name] + progress * last[name] for name in first}
+def graph_of(falls: np.ndarray, weak: float = 0.1) -> np.ndarray:
+    """A [k k] of falls[i, j], by how much training on i alone lowers j's loss."""
+    edges = falls / np.maximum(np.diag(falls), 1e-9)
+    edges = np.where(edges < weak, 0, np.minimum(edges, 1))
+    return np.maximum(edges, np.eye(len(falls)))
+
+
+@lru_cache(8)
+def falls_of(runs: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray:
+    """[k k] By how much each run, on one name alone, lowers each name's dev loss, first to last."""
+    found = []
+    for run in runs:
+        lines = (Path(run).expanduser() / "metrics.jsonl").read_text("utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if f"eval/{names[0]}/loss" in row]
+        found.append([rows[0][f"eval/{n}/loss"] - rows[-1][f"eval/{n}/loss"] for n in names])
+    return np.array(found)
 
 
 def steered(progress: float, log: list, names: list, graph: list | None = None, eta: float = 0.1,
@@ -58,44 +70,51 @@ def steered(progress: float, log: list, names: list, graph: list | None = None, 
     return dict(zip(names, np.exp(power - power.max()).tolist(), strict=True))
 
 
-def source(genre: str) -> Source:
-    """A genre; held-out documents are drawn from the same file."""
-    read = problems if genre == "math" else jsonl
-    return Source(partial(read, path=f"../shared/data/leaner/train/{genre}.jsonl"))
+def estimated(progress: float, log: list, names: list, runs: list, eta: float = 0.1) -> dict:
+    """`steered` by the graph of short runs, one on each name alone."""
+    return steered(progress, log, names, graph_of(falls_of(tuple(runs), tuple(names))), eta)
 
 
-(phase,) = base.small.phases
-plain = replace(
+def mean_loss(rows: list[dict]) -> float:
+    """A measure: nats a token on the skills' test splits."""
+    return float(np.mean([rows[-1][f"eval/{name}.test/loss"] for name in NAMES]))
+
+
+phase = replace(base.small.phases[0], steps=100, batch=128, seq=16, packing=one_per_row)
+known = replace(
     base.small,
-    data=DataConfig(sources={genre: source(genre) for genre in GENRES}, dev=0.05,
-                    test=0.14),  # the least with one of the 25 conversations, which are long
-    eval_every=50,
-    eval_tokens=4_096,
-    prompts=("The ",),
-)
-start = dict(textbook=0.1, wiki=0.1, conversation=0.4, math=0.4)
-end = dict(textbook=0.4, wiki=0.4, conversation=0.1, math=0.1)
-rule = partial(steered, names=GENRES, graph=None, eta=0.1, window=3)
-phases = {
-    "uniform": replace(phase, mixture=dict.fromkeys(GENRES, 0.25)),
-    "proportional": phase,
-    "moving": replace(phase, mixture=partial(moving, first=start, last=end)),
-    "steered": replace(phase, mixture=rule, steer=50),
-}
+    model=base.shape(2, 64, 0),
+    data=DataConfig(sources={n: Source(partial(sums, digit=i)) for i, n in enumerate(NAMES)},
+                    tokenizer="bytes", dev=0.02, test=0.05),
+    phases=(replace(phase, mixture=dict.fromkeys(NAMES, 1.0)),),
+    eval_every=100, eval_at=(0,), overlap=0, eval_tokens=4_096, prompts=("427+195|0?",))
+
+
+def on(steps: int, mixture, steer: int = 0):
+    """A run that goes on from the base."""
+    own = replace(phase, steps=steps, mixture=mixture, steer=steer)
+    return replace(known, init_from="needs:known", phases=(own,))
+
+
+rule = partial(steered, names=NAMES, eta=0.3)
+helps = partial(estimated, names=NAMES, eta=0.3, runs=[f"needs:only_{name}" for name in NAMES])
 study = Study(
-    question="In which shares should four genres be read, when each counts alike?",
+    question="Does a graph of which skill helps which, estimated from runs, steer a mixture?",
     paper=Paper(title="Skill-it! A Data-Driven Skills Framework for Understanding and Training "
                 "Language Models", authors="Chen et al.", year=2023, seeds=("000:11", "001:37")),
-    arms={name: replace(plain, phases=(own,)) for name, own in phases.items()},
-    peak_lrs=base.RATES,
-    quick=base.quick({"phases.*.steps": 60, "model.layers": 1, "eval_tokens": 500},  # one decision
-                     keep=("data.dev", "data.test", "eval_every")),
+    needs={"known": known} | {f"only_{name}": on(200, {name: 1.0}) for name in NAMES},
+    arms={
+        "uniform": on(600, dict.fromkeys(NAMES, 1.0)),
+        "identity": on(600, rule, 100),
+        "estimated": on(600, helps, 100),
+        "paper": on(600, partial(rule, graph=[[1, 0, 0], [1, 1, 0], [0, 0, 1]]), 100),
+    },
+    measures={"loss": mean_loss},
+    quick=base.quick({"phases.*.steps": 110}, keep=("phases.*.seq", "overlap", "eval_every")),
     claims=(
-        Claim(says="shares steered by losses beat equal ones", arm="steered", below=0.0),
-        Claim(says="shares by size are behind equal ones where each genre counts alike",
-              arm="proportional", above=0.0),
-        Claim(says="an order of genres does not beat equal shares by 0.01", arm="moving",
-              above=-0.01),
+        Claim(says="a graph beats equal shares", arm="estimated", below=0.0, measure="loss"),
+        Claim(says="and no graph", arm="estimated", control="identity", below=0.0, measure="loss"),
+        Claim(says="no graph beats equal shares", arm="identity", below=0.0, measure="loss"),
     ),
     seeds=3,
 )

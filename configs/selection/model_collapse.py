@@ -1,0 +1,114 @@
+"""Model collapse: do models that learn from models grow worse, also where real text is kept?
+
+Paper: Is Model Collapse Inevitable? Breaking the Curse of Recursion by Accumulating Real and
+    Synthetic Data, Gerstgrasser et al. 2024 (003:69)
+Method: train a model on real text; sample as much text from it; train the next model, from scratch,
+    on that alone (replace) or on that and all text before it, the real one included (accumulate);
+    and so on. The paper: with replacing, test loss rises from one generation to the next; with
+    accumulating it stays bounded (for linear models, by a constant that no generation exceeds).
+Here: 3,000 speeches of Shakespeare, four generations of 2 layers of 64, at equal steps, so that
+    what is accumulated is seen less often (the paper trains for equal epochs, and for equal steps
+    as an ablation). Text is sampled at temperature 1, from the start of a document to its end or 96
+    tokens. Bits per byte are those of real held-out speeches. Sampling is not charged.
+Cost: seven runs of 10 to 20 seconds a seed, six minutes for three seeds on two CPU cores.
+Run: in the directory of train.py,
+    python train.py study configs/selection/model_collapse.py --jobs 2
+"""
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from configs import base
+from data import DataConfig, Document, Source, text
+from lib.generate import continue_prompts, sampling
+from lib.study import Claim, Paper, Study
+from train import Config, load
+
+GENERATIONS = 2, 3, 4  # those that learn from another one; the first is the real text's
+LAST = GENERATIONS[-1]
+
+
+def speeches(path: str, number: int = 3_000) -> Iterable[Document]:
+    """The first documents of a text that has an empty line between two."""
+    return itertools.islice(text(path, "\n\n"), number)
+
+
+def sampled(run: str, number: int = 2_600, tokens: int = 96, seed: int = 0,
+            batch: int = 520) -> Iterator[Document]:
+    """Documents that a run's model makes up, from their start to their end or so many tokens."""
+    params, config, tokenizer, _ = load(run)
+    for first in range(0, number, batch):
+        prompts = [""] * min(batch, number - first)
+        made = continue_prompts(params, config, tokenizer, 0, prompts, sampling(1.0), tokens,
+                                seed * number + first)
+        for i, one in enumerate(made, first):
+            yield Document(f"sampled/{i}", one.text, split="train")
+
+
+phase = replace(base.small.phases[0], steps=300, batch=16, seq=64)
+first = replace(
+    base.small,
+    model=base.shape(2, 64, 512),
+    data=DataConfig(sources={"real": Source(partial(
+        speeches, path="../shared/data/tinyshakespeare.txt"))}, dev=0.03, test=0.1),
+    phases=(phase,),
+    prompts=("",),
+)
+
+
+def made_of(config: Config, runs: dict[str, str], real: float | None) -> Config:
+    """A generation that also has what other ones have made, {source: run}; real: 0, or by size."""
+    sources = {name: Source(partial(sampled, run=run)) for name, run in runs.items()}
+    mixture = None if real is None else dict.fromkeys(sources, 1.0) | {"real": real}
+    data = replace(config.data, sources=config.data.sources | sources)
+    return replace(config, data=data, phases=(replace(phase, mixture=mixture),))
+
+
+def runs_of(way: str, generation: int) -> dict[str, str]:
+    """{source: run} of the generations before one: what they have made."""
+    earlier = ["needs:first", *(f"needs:{way}{n}_before" for n in GENERATIONS if n < generation)]
+    return {f"made{n}": run for n, run in enumerate(earlier, 1)}
+
+
+def generation(way: str, number: int) -> Config:
+    """A generation under "replace" or "accumulate"."""
+    runs = runs_of(way, number)
+    if way == "accumulate":
+        return made_of(first, runs, None)
+    newest = f"made{number - 1}"
+    return made_of(first, {newest: runs[newest]}, 0.0)
+
+
+def slope(figures: dict) -> dict[str, float]:
+    """Bits per byte that a generation adds, by a line through those of each way."""
+    found = {}
+    for way in "replace", "accumulate":
+        arms = ["real", *(f"{way}{n}" for n in GENERATIONS)]
+        bits = [figures[arm]["bpb"].mean() for arm in arms]
+        found[way] = np.polyfit(np.arange(len(bits)), bits, 1)[0]
+    return found
+
+
+ways = [(way, n) for way in ("replace", "accumulate") for n in GENERATIONS]
+study = Study(
+    question="Do models that learn from models grow worse, also where real text is kept?",
+    paper=Paper(title="Is Model Collapse Inevitable? Breaking the Curse of Recursion by "
+                "Accumulating Real and Synthetic Data", authors="Gerstgrasser et al.", year=2024,
+                seeds=("003:69",)),
+    needs={"first": first} | {f"{way}{n}_before": generation(way, n)
+                              for way, n in ways if n < LAST},
+    arms={"real": first} | {f"{way}{n}": generation(way, n) for way, n in ways},
+    quick=base.quick(keep=("data.dev", "data.test")),
+    conclusions={"bits a generation": slope},
+    claims=(
+        Claim(says="replaced text makes each generation worse", above=0.0,
+              measure="bits a generation: replace"),
+        Claim(says="four generations of it cost 0.05 bits", arm="replace4", above=0.05),
+        Claim(says="accumulated text is better", arm="accumulate4", control="replace4", below=0.0),
+        Claim(says="it is at most 0.05 bits behind real text", arm="accumulate4", below=0.05),
+    ),
+    seeds=3,
+)
