@@ -48,15 +48,14 @@ def gap(rows: list[dict]) -> float:
     return dev[-1] - float(np.mean(losses[-max(1, len(losses) // 10):]))
 
 
-first = replace(base.scaled(base.small, 300), model=base.shape(3, 96), eval_every=300, prompts=())
+shape = replace(base.shape(3, 96), forward=with_states)
+first = replace(base.scaled(base.small, 300), model=shape, eval_every=300, prompts=())
 (phase,) = first.phases
-own = DataConfig(sources={"xml": Source(partial(package, name="xml"))}, dev=0.2, test=0.2,
-                 tokenizer="needs:base/tokenizer.model")
+own = DataConfig(sources={"xml": Source(partial(package, name="xml"))}, dev=0.2, test=0.2)
 again = replace(first, data=own, init_from="needs:base",
                 schedule=Schedule(shape="wsd", peak=2e-3, warmup=20, decay=0.4, final=0.05))
 student = replace(
-    again, model=replace(first.model, forward=with_states), token_loss=held,
-    optimizer=partial(adamw, frozen=("teacher",)),
+    again, token_loss=held, optimizer=partial(adamw, frozen=("teacher",)),
     phases=(replace(phase, edits=(partial(adopt, run="needs:teacher"),)),))
 study = Study(
     question="Does a model overfit less that is held to its own states of a first attempt?",
