@@ -104,7 +104,7 @@ study = Study(
     arms={name: replace(mlm, phases=(phase, fine)) for name, phase in first.items()}
     | {"scratch": replace(mlm, phases=(fine,))},
     measures=MEASURES,
-    quick=base.quick(),
+    quick=base.quick(keep=("data.dev", "data.test")),
     claims=(
         claim(says="an encoder that was trained before learns the task better", arm="scratch",
               above=0.0),

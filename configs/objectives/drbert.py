@@ -75,7 +75,7 @@ study = Study(
                 "pretraining", authors="Liang & Liang", year=2024, seeds=("000:49",)),
     arms={"plain": plain, "decoder": decoder, "kept": replace(plain, model=deep)},
     measures=MEASURES,
-    quick=base.quick(),
+    quick=base.quick(keep=("data.dev", "data.test")),
     claims=(
         Claim(says="an encoder whose decoder was dropped is better", arm="decoder", measure="nats",
               below=0.0),

@@ -20,7 +20,7 @@ import numpy as np
 
 from configs import base
 from configs.objectives.packages import package
-from data import DataConfig, Source
+from data import Source
 from lib.optim import adamw
 from lib.study import Claim, Paper, Study
 from lib.teacher import adopt
@@ -48,15 +48,15 @@ def gap(rows: list[dict]) -> float:
     return dev[-1] - float(np.mean(losses[-max(1, len(losses) // 10):]))
 
 
-first = replace(base.scaled(base.small, 300), model=base.shape(3, 96), eval_every=300, prompts=())
+shape = replace(base.shape(3, 96), forward=with_states)
+data = replace(base.small.data, dev=0.2, test=0.2)  # the base saw nothing that is held out
+first = replace(base.scaled(base.small, 300), model=shape, data=data, eval_every=300, prompts=())
 (phase,) = first.phases
-own = DataConfig(sources={"xml": Source(partial(package, name="xml"))}, dev=0.2, test=0.2,
-                 tokenizer="needs:base/tokenizer.model")
-again = replace(first, data=own, init_from="needs:base",
+xml = {"xml": Source(partial(package, name="xml"))}
+again = replace(first, data=replace(data, sources=xml), init_from="needs:base",
                 schedule=Schedule(shape="wsd", peak=2e-3, warmup=20, decay=0.4, final=0.05))
 student = replace(
-    again, model=replace(first.model, forward=with_states), token_loss=held,
-    optimizer=partial(adamw, frozen=("teacher",)),
+    again, token_loss=held, optimizer=partial(adamw, frozen=("teacher",)),
     phases=(replace(phase, edits=(partial(adopt, run="needs:teacher"),)),))
 study = Study(
     question="Does a model overfit less that is held to its own states of a first attempt?",
@@ -65,7 +65,7 @@ study = Study(
     needs={"base": first, "teacher": again},
     arms={"plain": again, "long": base.scaled(again, 2 * phase.steps), "held": student},
     measures={"gap": gap},
-    quick=base.quick(),
+    quick=base.quick(keep=("data.dev", "data.test")),
     claims=(
         Claim(says="held to the states of a first attempt it predicts better", arm="held",
               below=0.0),

@@ -78,7 +78,7 @@ study = Study(
                 seeds=("000:37",)),
     arms={"random": arm(False), "lexicon": arm(True), "scratch": scratch},
     measures=MEASURES | {"lexicon": partial(over_sources, metric="lexicon")},
-    quick=base.quick(),
+    quick=base.quick(keep=("data.dev", "data.test")),
     claims=(
         Claim(says="words that are masked first are predicted better", arm="lexicon",
               measure="lexicon", below=0.0),

@@ -76,7 +76,7 @@ study = Study(
                 authors="Di Liello", year=2023, seeds=("000:44",)),
     arms={name: replace(config, phases=(first, phase, fine)) for name, phase in second.items()},
     measures=MEASURES,
-    quick=base.quick(keep=("phases.*.seq",)),
+    quick=base.quick(keep=("phases.*.seq", "data.dev", "data.test")),
     claims=(
         nats(says="pairs of spans after masked tokens help a task of spans", arm="same"),
         nats(says="so do pairs among masked tokens", arm="both"),
