@@ -37,6 +37,10 @@ LONGER = {
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "continual/infinite": {
+        "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
+        "configs.continual.rewarm.first", "configs.forgetting.active_forgetting.permuted"},
+    "continual/rewarm": {"configs.forgetting.active_forgetting.permuted"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
