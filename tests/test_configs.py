@@ -37,9 +37,18 @@ LONGER = {
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "continual/agem": {
+        "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
+        "configs.continual.rewarm.first"},
+    "continual/ewc": {
+        "configs.continual.agem.ENDS", "configs.continual.agem.measures",
+        "configs.continual.agem.naive"},
     "continual/infinite": {
         "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
         "configs.continual.rewarm.first", "configs.forgetting.active_forgetting.permuted"},
+    "continual/meta_replay": {
+        "configs.continual.rewarm.base", "configs.continual.rewarm.continued",
+        "configs.continual.rewarm.sources"},
     "continual/rewarm": {"configs.forgetting.active_forgetting.permuted"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
 }

@@ -61,7 +61,7 @@ def in_turn(own: Schedule | None, replay: float) -> Config:
         mixture = before | {text: 1 - sum(before.values())}
         phases.append(replace(first, steps=STEPS, mixture=mixture, schedule=own))
     return replace(base, data=replace(base.data, sources=sources), phases=tuple(phases),
-                   schedule=once, save_every=TOTAL, eval_every=60)
+                   schedule=once, eval_every=60)
 
 
 study = Study(

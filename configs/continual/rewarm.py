@@ -29,13 +29,16 @@ from lib.study import Claim, Paper, Study
 from train import Config, Phase, Schedule
 
 PEAK, FINAL, STEPS = 8e-3, 0.1, 200
-sources = {"old": Source(partial(stdlib, unit="definition")), "new": Source(partial(permuted, seed=0))}
+sources = {"old": Source(partial(stdlib, unit="definition")),
+           "new": Source(partial(permuted, seed=0))}
 first = Phase(steps=STEPS, batch=8, seq=128, mixture={"old": 1.0})
 wsd = Schedule(shape="wsd", peak=PEAK, warmup=20, decay=0.4, final=FINAL)
 cosine = replace(wsd, shape="cosine")
 base = Config(model=shared.shape(3, 96, vocab=258), phases=(first,), schedule=wsd,
               data=DataConfig(sources=sources, tokenizer="bytes", dev=0.01, test=0.005),
-              overlap=16, eval_every=50, eval_tokens=4_096, save_every=120, keep=3)
+              overlap=16, eval_every=50, eval_tokens=4_096, save_every=10_000, keep=1)
+stable = replace(base, phases=(replace(first, steps=120),),
+                 schedule=replace(wsd, shape="constant"))  # the base as it was before its decay
 
 
 def continued(schedule: Schedule = cosine, replay: float = 0.0, start: str = "needs:base",
@@ -56,7 +59,7 @@ def starts() -> dict[str, Config]:
         "half": continued(replace(cosine, peak=PEAK / 2)),
         "double": continued(replace(cosine, peak=2 * PEAK)),
         "cold": continued(replace(cosine, warmup=0)),
-        "undecayed": continued(start="needs:base@120"),
+        "undecayed": continued(start="needs:stable"),
         "replay_5": continued(replay=0.05),
         "replay_25": continued(replay=0.25),
         "union": replace(base, phases=(both,), schedule=cosine),
@@ -70,9 +73,9 @@ study = Study(
                  "model?", authors="Gupta et al.", year=2023, seeds=("003:41",)),
            Paper(title="Simple and Scalable Strategies to Continually Pre-train Large Language "
                  "Models", authors="Ibrahim et al.", year=2024, seeds=("002:13",))),
-    arms=starts(), needs={"base": base}, seeds=3,
+    arms=starts(), needs={"base": base, "stable": stable}, seeds=3,
     measures={name: f"eval/{name}.test/bpb" for name in sources},
-    quick=shared.quick(keep=("data.test",)) | {"save_every": 2},
+    quick=shared.quick(keep=("data.test",)),
     claims=(
         new(says="re-warmed, the new text is learnt better", arm="rewarm", below=0.0),
         old(says="and more of the old text is forgotten", arm="rewarm", above=0.0),
