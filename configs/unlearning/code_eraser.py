@@ -33,8 +33,7 @@ from lib.teacher import adopt_self, divergence
 from model import cross_entropy
 from train import Phase, Schedule
 
-LETTERS, KEY = "ABCDEFGHJKLMNPQR", 24
-FORGET = 1  # index of the source with secrets
+LETTERS, KEY, FORGET = "ABCDEFGHJKLMNPQR", 24, 1  # the index of the source with secrets
 
 
 def secret(number: int) -> tuple[str, str, str]:
