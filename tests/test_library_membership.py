@@ -58,8 +58,8 @@ def test_groups_are_of_different_modules_and_whole():
     modules = [{document.group for document in group} for group in groups.values()]
     assert not modules[0] & modules[1] and not modules[0] & modules[2] and not modules[1] & modules[2]
     assert {name: len(group) for name, group in groups.items()} == own.SIZES
-    assert {document.split for document in groups["other"]} == {"dev"}
-    assert {document.split for document in groups["member"]} == {"train"}
+    assert {name: source.split for name, source in own.sources.items()} == {
+        "member": "train", "other": "dev", "rest": "train"}
 
 
 def test_arms_read_the_members_as_often_as_they_say():

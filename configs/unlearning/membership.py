@@ -14,7 +14,6 @@ Run:
     python train.py study configs/unlearning/membership.py --jobs 2
 """
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -30,14 +29,13 @@ from train import Config, load
 SIZES = {"member": 150, "other": 150, "rest": 300}  # documents of groups of modules
 
 
-def functions(group: str, least: int = 200, most: int = 600) -> Iterator[Document]:
+def functions(group: str, least: int = 200, most: int = 600) -> list[Document]:
     """Definitions of `least` to `most` characters."""
     whole = [each for each in stdlib("definition") if isinstance(each, Document)]
     short = [each for each in whole if least <= len(each.text) <= most]
     place = [*SIZES].index(group)
     own = [each for each in short if path_hash(each.group) % len(SIZES) == place]
-    split = "dev" if group == "other" else "train"
-    return (replace(document, split=split) for document in own[:SIZES[group]])
+    return own[:SIZES[group]]
 
 
 def min_k(nats: np.ndarray, k: float = 0.2) -> float:
@@ -84,7 +82,8 @@ def area(rows: list[dict], index: int, score: str, less: str = "") -> float:
 
 
 (phase,) = shared.small.phases
-sources = {name: Source(partial(functions, group=name)) for name in SIZES}
+sources = {name: Source(partial(functions, group=name), split="train") for name in SIZES}
+sources["other"] = replace(sources["other"], split="dev")
 reference = replace(
     shared.small, model=shared.shape(3, 96, vocab=258),
     data=DataConfig(sources=sources, tokenizer="bytes", test=0.0), eval_every=10_000,
