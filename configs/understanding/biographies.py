@@ -34,7 +34,6 @@ SENTENCES = {  # of each attribute; {0} is the person, {1} the attribute
 }
 QUESTIONS = {"place": "Where was {0} born?", "work": "Who did {0} work for?",
              "subject": "What did {0} study?"}
-
 KNOWN = "by_heart", "taught", "asked"
 
 
@@ -45,9 +44,8 @@ def people(count: int = 100) -> list[dict[str, str]]:
     words = rng.permutation([a + b for a in syllables for b in syllables]).tolist()
     names = [a.capitalize() + b for a, b in zip(words[:count], words[-count:], strict=True)]
     values = np.reshape([word.capitalize() for word in words[count:count + 60]], (3, 20))
-    drawn = [[str(rng.choice(each)) for each in values] for _ in names]
-    kinds = "name", *SENTENCES
-    return [dict(zip(kinds, (n, *own), strict=True)) for n, own in zip(names, drawn, strict=True)]
+    drawn = [[name, *(str(rng.choice(each)) for each in values)] for name in names]
+    return [dict(zip(("name", *SENTENCES), own, strict=True)) for own in drawn]
 
 
 def biography(person: dict[str, str], telling: str, number: int) -> str:
@@ -85,8 +83,8 @@ def knows(params, apply, tokenizer, config) -> dict[str, float]:
     told, asked = [], []
     for person, kind in itertools.product(people(), SENTENCES):
         asked.append(question(person, kind))
-        answer, life = asked[-1][1], biography(person, "single", 0)
-        told.append((life[:life.index(answer)], answer))
+        life, _, _ = biography(person, "single", 0).partition(asked[-1][1])
+        told.append((life, asked[-1][1]))
     pairs = [([tokenizer.bos, *tokenizer.encode(a)], tokenizer.encode(b)) for a, b in told + asked]
     _, right = judged(params, apply, tokenizer, pairs, config.phases[-1].seq)
     parts = np.split(right, [len(told), len(told) * 3 // 2])
