@@ -49,6 +49,10 @@ BORROWS = {
         "configs.continual.rewarm.base", "configs.continual.rewarm.continued",
         "configs.continual.rewarm.sources"},
     "continual/rewarm": {"configs.forgetting.active_forgetting.permuted"},
+    "continual/stability_gap": {
+        "configs.continual.agem.package", "configs.continual.rewarm.base",
+        "configs.continual.rewarm.cosine", "configs.continual.rewarm.first"} | {
+            f"configs.selection.qurating.{name}" for name in ("documented", "sampled", "top")},
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
     "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
@@ -62,6 +66,7 @@ BORROWS = {
     "parameters/sltrain": {"configs.parameters.low_rank.factored",
                            "configs.parameters.low_rank.product"},
     "selection/climb": {"configs.selection.qurating.PACKINGS", "configs.selection.qurating.scores"},
+    "unlearning/who_is_harry_potter": {"configs.continual.agem.package"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
 # last part of it.
