@@ -42,6 +42,23 @@ BORROWS = {
         for name in ("SIZES", "large", "plain", "small", "tuned", "wide")
     },
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "continual/agem": {
+        "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
+        "configs.continual.rewarm.first"},
+    "continual/ewc": {
+        "configs.continual.agem.ENDS", "configs.continual.agem.measures",
+        "configs.continual.agem.naive"},
+    "continual/infinite": {
+        "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
+        "configs.continual.rewarm.first", "configs.forgetting.active_forgetting.permuted"},
+    "continual/meta_replay": {
+        "configs.continual.rewarm.base", "configs.continual.rewarm.continued",
+        "configs.continual.rewarm.sources"},
+    "continual/rewarm": {"configs.forgetting.active_forgetting.permuted"},
+    "continual/stability_gap": {
+        "configs.continual.agem.package", "configs.continual.rewarm.base",
+        "configs.continual.rewarm.cosine", "configs.continual.rewarm.first"} | {
+            f"configs.selection.qurating.{name}" for name in ("documented", "sampled", "top")},
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
     "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},
@@ -89,6 +106,7 @@ BORROWS = {
     "selection/ingenious": {"configs.selection.d4.chance", "configs.selection.d4.embed",
                             "configs.selection.qurating.best", "configs.selection.qurating.pack"},
     "selection/miniplm": {"configs.selection.salt.highest", "configs.selection.salt.judged"},
+    "unlearning/who_is_harry_potter": {"configs.continual.agem.package"},
 }
 # Studies whose arms have the same budget and shape in the end, and whose rates fall over the same
 # last part of it.
