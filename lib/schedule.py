@@ -177,8 +177,12 @@ def forgetting(config, models: list[ModelConfig], context: Context) -> list[set[
     """Of each phase the edits that recur and do not preserve the function: those that forget."""
     found = []
     for phase, model in zip(config.phases, models, strict=True):
-        edits = {edit.apply for edit in phase.repeat}
-        found.append({edit for edit in edits if not on_shapes(edit, model, context)[1]})
+        forget = set()
+        for edit in phase.repeat:
+            _, preserves = on_shapes(edit.apply, model, context)
+            if not preserves:
+                forget.add(edit.apply)
+        found.append(forget)
     return found
 
 
