@@ -244,7 +244,7 @@ def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dic
 def edits_of(
     config, ends: np.ndarray, forgets: list[set[Callable]]
 ) -> tuple[dict[int, list[Callable]], np.ndarray]:
-    """({step: edits due after it}, the steps within a phase that an edit of `forgets` is due at)."""
+    """({step: edits due after it}, the steps within a phase after which `forgets` are due)."""
     edits, resets = {}, []
     for i, (phase, end) in enumerate(zip(config.phases, ends.tolist(), strict=True)):
         begin = end - phase.steps
