@@ -315,8 +315,8 @@ def block(
 
     w: the block's parameters. angles: see `rope`. dense: (x, w, axes of w) -> their product.
     attend: q [b t k g h], k and v [b t k h] -> (means of v [b t k g h], anything to keep).
-    mixer: in place of attention, (normed x [b t d], w, times) -> ([b t d], anything to keep), where
-    times(x, name) is the product of x with one of w.
+    mixer: in place of attention, (normed x [b t d], w, times [, before]) -> ([b t d], anything to
+    keep), where times(x, name) is the product of x with one of w, and `before` is x itself.
     """
     rows = table(config) | plain_table(config)
 
@@ -326,7 +326,7 @@ def block(
 
     n = rms_norm(x, w["attn_norm"], config.norm_eps)
     if mixer:
-        mixed, kept = mixer(n, w, times)
+        mixed, kept = bind(mixer, before=x)(n, w, times)
     else:
         mixed, kept = attention_mixer(n, w, times, angles, attend, config)
     x = residual(x, mixed)
@@ -360,8 +360,9 @@ def stream(
 
     x: the residual stream before block `first`. batch: `segments` and `positions` [b t]; for a
     prefix mask `prefix` [b t] too. last: None goes to the end.
-    attend(q, k, v [, layer]) -> (means of v, anything to keep), mixer(x, w, times [, layer]): see
-    `block`. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream after a block.
+    attend(q, k, v [, layer]) -> (means of v, anything to keep), mixer(x, w, times [, layer,
+    before]): see `block`. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream
+    after a block.
     What attend or mixer, and visit, keep comes as a pair, each stacked over these blocks.
     """
     angles = rope(batch["positions"], config)

@@ -38,6 +38,7 @@ from lib.bind import bind
 from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, Loan, borrow, find_checkpoint, unchanged
 from lib.config import ROOT, from_json, load_file, to_json
+from lib.continuations import continuations
 from lib.corpus import assemble
 from lib.curves import draw
 from lib.disk import cache_home, digest, locked, write
@@ -56,7 +57,6 @@ from lib.fields import (
     require,
     strict,
 )
-from lib.generate import continuations
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
 from lib.log import Log, say

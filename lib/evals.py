@@ -6,9 +6,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lib.bind import bind, parameters
+from lib.continuations import continue_prompts
 from lib.errors import InputError
 from lib.evaluate import HeldOut, Setting, open_source
-from lib.generate import continue_prompts, sampling
+from lib.generate import sampling
 from lib.kernels import Mask
 from lib.sharding import ROWS, parts, put
 from lib.sources import SPLITS

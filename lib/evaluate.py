@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import model
 from lib.cache import Cache
+from lib.continuations import predicts_text
 from lib.disk import digest, finite, write
-from lib.generate import predicts_text
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
 from lib.processes import is_main_process
 from lib.sharding import put

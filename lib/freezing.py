@@ -49,14 +49,15 @@ def freeze(
 def asleep(
     table: dict[str, Param],
     weight_decay: float = 0.1,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, optax.GradientTransformation]:
     """An optimiser: AdamW, under which what has no gradient at all stays as it is, bit for bit.
 
     Plain AdamW moves a parameter whose gradient is zero: by weight decay and by old moments. Here
     neither moves a layer of a block that has no gradient, nor another parameter that has none.
-    Their moments stay too. The count belongs to the group and goes on.
+    Their moments stay too. The count belongs to the group and goes on. frozen: groups left out.
     """
-    transforms = adamw(table, weight_decay=weight_decay)
+    transforms = adamw(table, weight_decay=weight_decay, frozen=frozen)
     return {group: only_awake(transforms[group], table) for group in transforms}
 
 

@@ -65,6 +65,7 @@ OF_STEP = ("loss", "grad_norm", "lr", "tokens", "flops", "skipped")
 OF_SPEED = ("step_ms", "tokens_per_s", "host_stall", "mfu", "save_s")
 OF_BATCH = ("waste", "truncated", "segments")
 OF_MODEL = ("params", "trained", "opt_bytes")
+OF_KIND = {"train": OF_STEP, "perf": OF_SPEED, "data": OF_BATCH, "model": OF_MODEL}
 
 
 # ---------------------------------------------------------------------------------------- the types
@@ -333,12 +334,12 @@ def metrics_of(config: Any) -> list[str]:
         names += PAIRED[:1]
         splits.append(".test")
     if config.data.dev:
-        names += PAIRED[1:]
+        names += [*PAIRED[1:], *(f"eval/{name}/own" for name in sources)]
         splits.append("")
     names += [f"eval/{name}{end}/{of}" for end in splits for name in sources for of in OF_EVAL]
-    for kind, of_kind in {"train": OF_STEP, "perf": OF_SPEED, "data": OF_BATCH}.items():
+    for kind, of_kind in OF_KIND.items():
         names += [f"{kind}/{of}" for of in of_kind]
-    names += [*(f"model/{of}" for of in OF_MODEL), *group_names(config)]
+    names += group_names(config)
     if len(sources) > 1:
         names += [f"data/{source}/rows" for source in sources]
     return names

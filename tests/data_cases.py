@@ -11,27 +11,45 @@ PLAIN = train.Phase(steps=8, batch=4, seq=32)
 
 def load(documents, *phases, **fields) -> data.Loader:
     """A loader of one source in bytes, all of it for training; `fields` are those of the source."""
-    return load_all({"one": data.Source(documents, **fields)}, *phases)
+    source = data.Source(documents, **fields)
+    return load_all({"one": source}, *phases)
 
 
 def load_all(sources: dict, *phases, seed: int = 0, log=None) -> data.Loader:
     """A loader of several sources in bytes, all for training."""
-    config = data.DataConfig(sources=sources, tokenizer="bytes", dev=0.0, test=0.0, window=1_000_000,
-                             max_skipped=1.0)  # duplicates count as damage
+    config = data.DataConfig(
+        sources=sources,
+        tokenizer="bytes",
+        dev=0.0,
+        test=0.0,
+        window=1_000_000,
+        max_skipped=1.0,  # duplicates count as damage
+    )
     caches = {name: build(name, config, Bytes(), 0) for name in sources}
-    made = data.Loader(caches, phases, config, Bytes(), seed)
-    made.restore(made.start, log or [])
-    return made
+    loader = data.Loader(caches, phases, config, Bytes(), seed)
+    loader.restore(loader.start, log or [])
+    return loader
 
 
 def some(number: int = 40):
     """Documents whose text says how long it is, with metadata."""
     for i in range(number):
         text = prose(i, 10 + 7 * i)
-        yield data.Document(f"d{i}", text, dict(level=i % 5, domain=f"site{i % 3}"))
+        meta = dict(level=i % 5, domain=f"site{i % 3}")
+        yield data.Document(f"d{i}", text, meta)
+
+
+def only_rows(loader: data.Loader) -> data.Rows:
+    """The rows of a loader of one phase with one length and one source."""
+    return loader.rows[0][0][0]
+
+
+def only_window(loader: data.Loader) -> data.Window:
+    """(documents, their lengths, the plan) of the first window of such a loader."""
+    return only_rows(loader).window(0)
 
 
 def everything_of(documents) -> data.Documents:
     """What a packing is told of the documents of a one-window source."""
     loader = load(documents, PLAIN)
-    return loader.rows[0][0][0].window(0)[0]
+    return only_window(loader)[0]

@@ -1,5 +1,6 @@
 """configs/forgetting/dual_process.py: the process, its evaluation, and runs of all arms."""
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,81 +23,134 @@ forgetting = load_file(FILE)
 COPULA, FIRST, LENGTH = forgetting.COPULA, forgetting.FIRST, forgetting.LENGTH
 WORDS = 50  # 22 nouns, 22 adjectives, 6 new words
 NOUNS = 22
+FIRST_ADJECTIVE = FIRST + NOUNS
+FIRST_NEW = FIRST + 2 * NOUNS
 
 
 def row(n: int = 4_000, seed: int = 0, zipf: float = 1.0, ambiguous: int = 0) -> dict:
     """A row of n sentences."""
     empty = np.zeros(n * LENGTH, np.int32)
-    blank = dict(tokens=empty, targets=empty, segments=empty, positions=empty, weights=empty, source=empty)
-    made, mask = forgetting.part_of_speech(blank, np.random.default_rng(seed), WORDS, zipf, ambiguous)
+    keys = ("tokens", "targets", "segments", "positions", "weights", "source")
+    blank = dict.fromkeys(keys, empty)
+    rng = np.random.default_rng(seed)
+    made, mask = forgetting.part_of_speech(blank, rng, WORDS, zipf, ambiguous)
     assert mask == data.causal({}, None)[1]
     return made
 
 
-def words(made: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(noun, adjective, query) of each sentence of a row [n], by where its copula stands."""
-    x = made["tokens"].reshape(-1, LENGTH)
-    first = x[:, 1] == COPULA
-    return np.where(first, x[:, 0], x[:, 2]), np.where(first, x[:, 2], x[:, 1]), x[:, 3]
+class Sentences(NamedTuple):
+    """The words of sentences, as ids [n]."""
+
+    noun: np.ndarray
+    adjective: np.ndarray
+    query: np.ndarray
+
+
+def sentences(tokens) -> Sentences:
+    """The words of rows of tokens, by where the copula stands."""
+    x = np.asarray(tokens).reshape(-1, LENGTH)
+    noun_is_first = x[:, 1] == COPULA
+    noun = np.where(noun_is_first, x[:, 0], x[:, 2])
+    adjective = np.where(noun_is_first, x[:, 2], x[:, 1])
+    return Sentences(noun, adjective, x[:, 3])
+
+
+def values(*arrays) -> set[int]:
+    """The different numbers in arrays."""
+    return set(np.concatenate(arrays).tolist())
+
+
+# -------------------------------------------------------------------------------------- the process
 
 
 def test_each_answer_follows_from_the_place_of_the_query_in_its_context():
     made = row(ambiguous=2)
-    tokens, targets = (made[k].reshape(-1, LENGTH) for k in ("tokens", "targets"))
-    noun, adjective, query = words(made)
-    cases = {tuple(t[:4]): a for t, a in zip(tokens.tolist(), targets[:, 3:].tolist(), strict=True)}
-    for (*context, asked), answer in cases.items():
-        assert context.count(COPULA) == 1 and context[2] != COPULA
-        subject, predicate = (context[0], context[2]) if context[1] == COPULA else (context[2], context[1])
-        assert asked in (subject, predicate)
-        assert answer == [predicate, asked, asked]
+    tokens = made["tokens"].reshape(-1, LENGTH)
+    targets = made["targets"].reshape(-1, LENGTH)
+    cases = np.concatenate([tokens[:, :4], targets[:, 3:]], axis=1)
+
+    for one, two, three, query, *answer in np.unique(cases, axis=0).tolist():
+        assert [one, two, three].count(COPULA) == 1
+        assert three != COPULA
+        noun, adjective = (one, three) if two == COPULA else (three, two)
+        assert query in (noun, adjective)
+        assert answer == [adjective, query, query]
     assert np.all(tokens[:, 1:] == targets[:, :-1])
-    assert np.mean(query == noun) == pytest.approx(0.5, abs=0.03)
-    assert np.mean(tokens[:, 0] == COPULA) == pytest.approx(0.5, abs=0.03)
-    assert np.mean((tokens[:, 0] == COPULA) & (query == noun)) == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_two_orders_and_the_two_queries_are_equally_frequent():
+    made = row(ambiguous=2)
+    noun, adjective, query = sentences(made["tokens"])
+    copula_is_first = made["tokens"].reshape(-1, LENGTH)[:, 0] == COPULA
+    asks_noun = query == noun
+
+    assert np.mean(asks_noun) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(copula_is_first) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(copula_is_first & asks_noun) == pytest.approx(0.25, abs=0.03)
     assert np.mean(noun == adjective) < 0.2
 
 
-def test_a_row_is_sentences_apart_with_loss_on_answers_alone():
+def test_the_sentences_of_a_row_are_segments_with_loss_on_answers_alone():
     made = row(3)
+
     assert made["segments"].tolist() == [1] * 6 + [2] * 6 + [3] * 6
     assert made["positions"].tolist() == [*range(6)] * 3
     assert made["weights"].tolist() == [0, 0, 0, 1, 1, 1] * 3
-    assert made["weights"].dtype == np.float32 and "source" in made
-    assert {made[k].dtype for k in ("tokens", "targets", "segments", "positions")} == {np.dtype(np.int32)}
+    assert made["weights"].dtype == np.float32
+    assert "source" in made
+    for key in ("tokens", "targets", "segments", "positions"):
+        assert made[key].dtype == np.int32
 
 
 @pytest.mark.parametrize("vocabulary", [10, 50, 99, 250])
 def test_at_least_a_tenth_of_the_words_is_new_and_never_shown(vocabulary):
     nouns, new = forgetting.split(vocabulary)
-    assert 2 * nouns + new == vocabulary and new >= vocabulary // 10 and new <= vocabulary // 10 + 1
-    drawn = forgetting.draw_words(50_000, np.random.default_rng(0), vocabulary, 0.0, 3)
-    assert sorted({*drawn.ravel().tolist()}) == [*range(2 * nouns)]
+    tenth = vocabulary // 10
+    assert 2 * nouns + new == vocabulary
+    assert new in (tenth, tenth + 1)
+
+    rng = np.random.default_rng(0)
+    drawn = forgetting.draw_words(50_000, rng, vocabulary, 0.0, 3)
+    assert values(*drawn) == set(range(2 * nouns))
 
 
 def test_words_come_as_zipf_says_and_in_their_part_of_speech():
-    noun, adjective, _ = words(row(40_000, zipf=1.5))
+    noun, adjective, _ = sentences(row(40_000, zipf=1.5)["tokens"])
     chance = np.arange(1, NOUNS + 1) ** -1.5
-    for ids, start in ((noun, FIRST), (adjective, FIRST + NOUNS)):
-        found = np.bincount(ids - start, minlength=NOUNS) / len(ids)
-        assert len(found) == NOUNS and found == pytest.approx(chance / chance.sum(), abs=0.01)
+    chance /= chance.sum()
+
+    for ids, first in ((noun, FIRST), (adjective, FIRST_ADJECTIVE)):
+        counts = np.bincount(ids - first, minlength=NOUNS)
+        assert len(counts) == NOUNS
+        assert counts / len(ids) == pytest.approx(chance, abs=0.01)
 
 
-@pytest.mark.parametrize("ambiguous", [0, 4])
-def test_ambiguous_words_and_no_others_stand_in_the_other_place_half_of_the_time(ambiguous):
-    for ids, nouns in zip(words(row(20_000, zipf=0.0, ambiguous=ambiguous)), (True, False), strict=False):
-        number = ids - FIRST
-        rank, swapped = number % NOUNS, (number >= NOUNS) == nouns
-        may = rank % 4 == 3 if ambiguous else np.zeros(len(rank), bool)
+def ranks_and_swaps(ambiguous: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For nouns and for adjectives: (rank, whether the word is of the other part of speech)."""
+    noun, adjective, _ = sentences(row(20_000, zipf=0.0, ambiguous=ambiguous)["tokens"])
+    return [
+        ((noun - FIRST) % NOUNS, noun >= FIRST_ADJECTIVE),
+        ((adjective - FIRST) % NOUNS, adjective < FIRST_ADJECTIVE),
+    ]
+
+
+def test_without_ambiguous_words_none_stands_in_the_other_place():
+    for _, swapped in ranks_and_swaps(0):
+        assert not swapped.any()
+
+
+def test_every_fourth_word_stands_in_the_other_place_half_of_the_time():
+    for rank, swapped in ranks_and_swaps(4):
+        may = rank % 4 == 3
         assert not swapped[~may].any()
-        if ambiguous:
-            assert swapped[may].mean() == pytest.approx(0.5, abs=0.03)
-            assert {*rank[may].tolist()} == {3, 7, 11, 15, 19}
+        assert swapped[may].mean() == pytest.approx(0.5, abs=0.03)
+        assert values(rank[may]) == {3, 7, 11, 15, 19}
 
 
 def test_a_row_is_a_function_of_its_draw():
     one, same, other = row(50, 3), row(50, 3), row(50, 4)
-    assert all(np.array_equal(one[k], same[k]) for k in one)
+    for key in one:
+        assert np.array_equal(one[key], same[key])
     assert not np.array_equal(one["tokens"], other["tokens"])
 
 
@@ -104,125 +158,248 @@ def test_the_lexicon_gives_each_word_a_piece_of_its_own_from_first_on():
     config = forgetting.vanilla
     tokenizer = make_tokenizer(config.data, config.model.vocab)
     (document,) = config.data.sources["lexicon"].documents()
+
     ids = tokenizer.encode(document.text)
-    assert sorted(ids) == [*range(FIRST, config.model.vocab)] and len(ids) == len(document.text)
+
+    assert sorted(ids) == [*range(FIRST, config.model.vocab)]
+    assert len(ids) == len(document.text)
     assert tokenizer.bos == COPULA
 
 
-def answers(how: str, seen: list | None = None):
-    """An `apply` that knows how to answer: from the context, from the weights, with the query, or nothing."""
+# ----------------------------------------------------------------------------------- the evaluation
+
+
+def from_context(asked: Sentences) -> np.ndarray:
+    """The answers of a model that reads the sentence."""
+    return asked.adjective
+
+
+def from_weights(asked: Sentences) -> np.ndarray:
+    """The answers of one that knows each word's part of speech, and does not read."""
+    swapped = (asked.noun >= FIRST_ADJECTIVE) & (asked.noun < FIRST_NEW)
+    return np.where(swapped, asked.noun, asked.adjective)
+
+
+def from_query(asked: Sentences) -> np.ndarray:
+    """The answers of one that repeats the query."""
+    return asked.query
+
+
+def from_nothing(asked: Sentences) -> np.ndarray:
+    """The answers of one that always says the copula."""
+    return np.full_like(asked.noun, COPULA)
+
+
+def answering(how, seen: list):
+    """An `apply` of a model that answers so; `seen` gets what it was asked.
+
+    One that says the copula takes the right word to be the second likeliest.
+    """
     def apply(params, ids):
-        if seen is not None:
-            seen.append((params, ids))
+        seen.append((params, ids))
         x = np.asarray(ids)
-        first = x[:, 1] == COPULA
-        noun, adjective = np.where(first, x[:, 0], x[:, 2]), np.where(first, x[:, 2], x[:, 1])
-        swapped = (noun >= FIRST + NOUNS) & (noun < FIRST + 2 * NOUNS)
-        begin = dict(context=adjective, weights=np.where(swapped, noun, adjective), query=x[:, 3],
-                     copula=np.full(len(x), COPULA))[how]
+        asked = sentences(x)
+        every = np.arange(len(x))
         scores = np.zeros((*x.shape, FIRST + WORDS))
-        scores[np.arange(len(x)), :, adjective] = 1 if how == "copula" else 0
-        scores[np.arange(len(x)), 3, begin] = 2
+        if how is from_nothing:
+            scores[every, :, asked.adjective] = 1
+        scores[every, 3, how(asked)] = 2
         return jnp.asarray(scores)
+
     return apply
 
 
-def probe(how: str, ambiguous: int = 4, seen: list | None = None) -> dict:
-    """What the evaluation says of such a model; names without their prefix."""
+def probe(how, seen: list | None = None) -> dict[str, float]:
+    """What the evaluation says of a model that answers so; names without their prefix."""
     params = {"embed": jnp.zeros((FIRST + WORDS, 8))}
-    found = forgetting.probe(params, answers(how, seen), WORDS, ambiguous)
-    assert all(k.startswith("pos/") for k in found)
-    return {k.removeprefix("pos/"): v for k, v in found.items()}
+    seen = [] if seen is None else seen
+    found = forgetting.probe(params, answering(how, seen), WORDS, 4)
+    assert all(name.startswith("pos/") for name in found)
+    return {name.removeprefix("pos/"): value for name, value in found.items()}
 
 
 def test_the_evaluation_tells_context_from_weights():
-    reader, knower, parrot, other = map(probe, ("context", "weights", "query", "copula"))
-    assert reader == dict.fromkeys(reader, 1.0) | {"head/weights": 0.0, "tail/weights": 0.0}
-    assert knower == reader | {"head/weights": 1.0, "tail/weights": 1.0, "head/context": 0.0,
-                               "tail/context": 0.0}
+    reader = probe(from_context)
+    knower = probe(from_weights)
+    parrot = probe(from_query)
+    other = probe(from_nothing)
+
+    all_right = dict.fromkeys(reader, 1.0)
+    not_by_weights = {"head/weights": 0.0, "tail/weights": 0.0}
+    not_by_context = {"head/context": 0.0, "tail/context": 0.0}
+    assert reader == all_right | not_by_weights
+    assert knower == all_right | not_by_context
     assert parrot == pytest.approx(dict.fromkeys(reader, 0.5), abs=0.07)
     assert other == dict.fromkeys(reader, 0.0) | {"new_choice": 1.0}
 
 
-def test_the_evaluation_asks_about_the_words_it_says_and_draws_new_embeddings():
+def test_the_evaluation_asks_about_the_words_it_says():
     seen = []
-    probe("context", seen=seen)
-    (params, ids), n = seen[0], 512
+    probe(from_context, seen)
+    _, ids = seen[0]
     new, known, head, tail = np.split(ids, 4)
-    is_new = np.arange(FIRST + 2 * NOUNS, FIRST + WORDS)
-    noun, adjective, _ = words(dict(tokens=new))
-    assert len(new) == n and {*noun.tolist()} == {*adjective.tolist()} == {*is_new.tolist()}
+    assert len(new) == 512
+
+    noun, adjective, _ = sentences(new)
+    assert values(noun) == set(range(FIRST_NEW, FIRST + WORDS))
+    assert values(adjective) == values(noun)
     assert not np.any(noun == adjective)
-    unambiguous = [r for r in range(NOUNS) if r % 4 != 3]
-    noun, adjective, _ = words(dict(tokens=known))
-    assert {*(noun - FIRST).tolist()} == {*(adjective - FIRST - NOUNS).tolist()} == {*unambiguous}
+
+    noun, adjective, _ = sentences(known)
+    unambiguous = {rank for rank in range(NOUNS) if rank % 4 != 3}
+    assert values(noun - FIRST) == unambiguous
+    assert values(adjective - FIRST_ADJECTIVE) == unambiguous
+
     for part, ranks in ((head, {0, 1, 2}), (tail, {20, 21})):
-        noun, adjective, _ = words(dict(tokens=part))
-        assert {*(noun - FIRST - NOUNS).tolist()} == {*(adjective - FIRST).tolist()} == ranks
-    drawn = np.asarray(params["embed"][is_new])
-    assert 0.6 < drawn.std() * 8**0.5 < 1.4 and len(np.unique(drawn)) == drawn.size
-    assert not np.any(np.delete(np.asarray(params["embed"]), is_new, 0))
-    again = []
-    probe("context", seen=again)
-    assert np.array_equal(again[0][1], ids) and np.array_equal(again[0][0]["embed"], params["embed"])
+        noun, adjective, _ = sentences(part)
+        assert values(noun - FIRST_ADJECTIVE) == ranks
+        assert values(adjective - FIRST) == ranks
+
+
+def test_the_evaluation_draws_embeddings_for_new_words_alone():
+    seen = []
+    probe(from_context, seen)
+    params, _ = seen[0]
+    embeddings = np.asarray(params["embed"])
+    new = np.arange(FIRST_NEW, FIRST + WORDS)
+
+    drawn = embeddings[new]
+    others = np.delete(embeddings, new, 0)
+    assert 0.6 < drawn.std() * 8**0.5 < 1.4
+    assert len(np.unique(drawn)) == drawn.size
+    assert not np.any(others)
+
+
+def test_the_evaluation_is_the_same_each_time():
+    seen = []
+    probe(from_context, seen)
+    probe(from_context, seen)
+    (params, ids), (params_again, ids_again) = seen
+    assert np.array_equal(ids, ids_again)
+    assert np.array_equal(params["embed"], params_again["embed"])
+
+
+# ----------------------------------------------------------------------------------------- the arms
+
+NEW = [{"pos/new": value} for value in (0.5, 1.0, 0.25, 0.5, 0.0)]
+ROWS = [{"train/loss": 1.0}, *NEW, {"train/loss": 0.0}]
+
+
+def test_late_is_the_mean_of_the_last_three_values_and_lost_is_the_best_less_it():
+    assert forgetting.late(ROWS, "pos/new") == 0.25
+    assert forgetting.lost(ROWS, "pos/new") == 0.75
 
 
 def test_measures_are_means_of_the_last_three_values_and_what_was_lost_on_the_way():
-    rows = [{"train/loss": 1.0}, *({"pos/new": v} for v in (0.5, 1.0, 0.25, 0.5, 0.0)), {"train/loss": 0.0}]
-    assert forgetting.late(rows, "pos/new") == 0.25 and forgetting.lost(rows, "pos/new") == 0.75
-    ends = [{f"pos/{k}": sign * i for i, k in enumerate(probe("context"))} for sign in (1, -1, -1)]
-    found = {name: measure(ends + rows) for name, measure in forgetting.study.measures.items()}
-    expected = {k: -i / 3 for i, k in enumerate(probe("context"))} | {"new": 0.25, "new_lost": 0.75}
-    assert found == pytest.approx(expected)
-    assert {c.measure for c in forgetting.study.claims} <= {*forgetting.study.measures}
+    names = list(probe(from_context))
+    numbers = {f"pos/{name}": i for i, name in enumerate(names)}
+    negative = {name: -i for name, i in numbers.items()}
+    rows = [numbers, negative, negative, *ROWS]
+
+    found = {name: measure(rows) for name, measure in forgetting.study.measures.items()}
+
+    means = {name: -i / 3 for i, name in enumerate(names)}
+    assert found == pytest.approx(means | {"new": 0.25, "new_lost": 0.75})
+    claimed = {claim.measure for claim in forgetting.study.claims}
+    assert claimed <= set(forgetting.study.measures)
 
 
-def course(arm: str) -> tuple[train.Config, Plan]:
-    """An arm, and what each of its steps is to be."""
-    config = load_config(f"{FILE}:{arm}")
-    train.check(config)
-    context = model.Context(jax.random.key(0), 0, None, None, None)
-    return config, course_of(config, context)
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Plan]:
+    """What each step of each arm is to be."""
+    found = {}
+    for arm in forgetting.study.arms:
+        config = load_config(f"{FILE}:{arm}")
+        train.check(config)
+        context = model.Context(jax.random.key(0), 0, None, None, None)
+        found[arm] = course_of(config, context)
+    return found
 
 
-def test_arms_differ_in_when_embeddings_are_reset_and_in_their_rate_until_then():
-    plans = {arm: course(arm) for arm in forgetting.study.arms}
-    control, every = plans[forgetting.study.first][1], forgetting.EVERY
+def test_arms_differ_in_when_embeddings_are_reset(plans):
+    every = forgetting.EVERY
+    control = plans[forgetting.study.first]
     steps = int(control.ends[-1])
-    resets = {arm: [s for s in range(steps + 1) if s in plan[1].edits] for arm, plan in plans.items()}
-    end = int(plans["temporary"][1].ends[0])
-    assert resets == dict(vanilla=[], active=[*range(every, steps, every)],
-                          temporary=[*range(every, end, every)])
-    assert end % every == steps % every == forgetting.vanilla.eval_every % every == 0  # whole episodes
-    for arm, (_, found) in plans.items():
-        assert np.array_equal(found.flops, control.flops)
-        assert all(np.allclose(found.lr[g], control.lr[g]) for g in ("matrix", "vector")), arm
-    embed = {arm: found.lr["embed"] for arm, (_, found) in plans.items()}
-    assert np.allclose(embed["temporary"][1:end + 1], embed["active"][1:end + 1])
-    assert np.allclose(embed["temporary"][end + 1:], embed["vanilla"][end + 1:])
-    episodes = embed["active"][1:].reshape(-1, every)
-    assert np.allclose(episodes, episodes[0]) and episodes[0].max() > control.lr["embed"].max()
+    end = int(plans["temporary"].ends[0])
+
+    resets = {}
+    for arm, plan in plans.items():
+        resets[arm] = [step for step in range(steps + 1) if step in plan.edits]
+    assert resets == dict(
+        vanilla=[],
+        active=[*range(every, steps, every)],
+        temporary=[*range(every, end, every)],
+    )
+    for whole_episodes in (end, steps, forgetting.vanilla.eval_every):
+        assert whole_episodes % every == 0
+
+
+def test_arms_have_the_same_cost_and_the_same_rates_but_for_embeddings(plans):
+    control = plans[forgetting.study.first]
+    for arm, plan in plans.items():
+        assert np.array_equal(plan.flops, control.flops)
+        for group in ("matrix", "vector"):
+            assert np.allclose(plan.lr[group], control.lr[group]), arm
+
+
+def test_the_rate_of_embeddings_comes_in_cycles_until_resets_end(plans):
+    vanilla, active, temporary = (
+        plans[arm].lr["embed"] for arm in ("vanilla", "active", "temporary"))
+    after = int(plans["temporary"].ends[0]) + 1
+
+    assert np.allclose(temporary[1:after], active[1:after])
+    assert np.allclose(temporary[after:], vanilla[after:])
+    episodes = active[1:].reshape(-1, forgetting.EVERY)
+    assert np.allclose(episodes, episodes[0])
+    control = plans[forgetting.study.first]
+    assert episodes[0].max() > control.lr["embed"].max()
 
 
 @pytest.fixture
 def one_device(monkeypatch):
     """One device."""
-    whole = make_mesh
-    monkeypatch.setattr(train, "make_mesh", lambda config, devices=None: whole(config, jax.devices()[:1]))
+    def mesh_of_one(config, devices=None):
+        return make_mesh(config, jax.devices()[:1])
+
+    monkeypatch.setattr(train, "make_mesh", mesh_of_one)
+
+
+def short_run() -> list[str]:
+    """Words of a command line that make an arm two phases of four steps, a reset every two."""
+    fields = forgetting.study.quick | {
+        "eval_every": 2,
+        "phases.0.repeat.0.every": 2,
+        "model.layers": 1,
+        "phases.0.lr.embed.cycle": 2,
+        "sample_tokens": 1,
+    }
+    words = []
+    for field, value in fields.items():
+        phases = range(2 if "*" in field else 1)
+        for phase in phases:
+            words += ["--" + field.replace("*", str(phase)), str(value)]
+    return words
 
 
 def test_a_run_forgets_for_a_while_and_a_study_reads_its_measures(tmp_path, capsys, one_device):
-    fields = forgetting.study.quick | {"eval_every": 2, "phases.0.repeat.0.every": 2, "model.layers": 1,
-                                 "phases.0.lr.embed.cycle": 2, "sample_tokens": 1}
-    words = [w for k, v in fields.items() for i in range(2 if "*" in k else 1)
-             for w in ("--" + k.replace("*", str(i)), str(v))]
-    assert train.main([f"{FILE}:temporary", "--runs", str(tmp_path), "--name", "run", *words]) == 0
+    run = tmp_path / "run"
+    line = [f"{FILE}:temporary", "--runs", str(tmp_path), "--name", "run"]
+
+    assert train.main([*line, *short_run()]) == 0
+
     said = capsys.readouterr().out
-    assert [s for s in range(9) if f"step {s}: reset_embeddings" in said] == [2]  # of 4 and 4 steps
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    evals = [r for r in rows if "pos/new" in r]
-    assert [r["step"] for r in evals] == [2, 4, 6, 8]
-    assert len([r for r in rows if 0 < r.get("train/loss", 0) < 10]) == 8
-    last = run_figures(tmp_path / "run", measures=forgetting.study.measures)["last"]
-    assert last["head/context"] == pytest.approx(np.mean([r["pos/head/context"] for r in evals[1:]]))
-    assert last["new_lost"] == pytest.approx(max(r["pos/new"] for r in evals) - last["new"])
+    resets = [step for step in range(9) if f"step {step}: reset_embeddings" in said]
+    assert resets == [2]  # of 4 and 4 steps
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len([loss for loss in losses if 0 < loss < 10]) == 8
+    evals = [row for row in rows if "pos/new" in row]
+    assert [row["step"] for row in evals] == [2, 4, 6, 8]
+
+    last = run_figures(run, measures=forgetting.study.measures)["last"]
+    last_three = [row["pos/head/context"] for row in evals[1:]]
+    assert last["head/context"] == pytest.approx(np.mean(last_three))
+    best = max(row["pos/new"] for row in evals)
+    assert last["new_lost"] == pytest.approx(best - last["new"])

@@ -24,16 +24,22 @@ def config(data_config) -> Config:
 
 def test_the_vocabulary_is_the_tokenizer_s_unless_a_model_is_read(home, config):
     made, tokenizer, caches = assemble(config)
-    assert made.model.vocab == tokenizer.vocab == 258 and list(caches) == ["corpus"]
+    assert made.model.vocab == tokenizer.vocab == 258
+    assert list(caches) == ["corpus"]
+
     other = replace(config, model=ModelConfig(vocab=300))
-    with pytest.raises(InputError, match="model.vocab is 300, but the tokenizer 'bytes' has 258 pieces"):
+    sentence = "model.vocab is 300, but the tokenizer 'bytes' has 258 pieces"
+    with pytest.raises(InputError, match=sentence):
         assemble(other)
-    assert assemble(replace(other, init_from="runs/base"))[0].model.vocab == 300
+
+    made, _, _ = assemble(replace(other, init_from="runs/base"))
+    assert made.model.vocab == 300
 
 
 def test_a_tokenizer_file_takes_the_place_of_the_config_s(home, config, pieces, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(pieces.model)
-    made, tokenizer, _ = assemble(config, tmp_path / "tokenizer.model")
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(pieces.model)
+    made, tokenizer, _ = assemble(config, file)
     assert made.model.vocab == tokenizer.vocab == 320
 
 
@@ -44,8 +50,15 @@ def two():
 
 
 def test_what_was_skipped_is_printed_and_an_empty_split_refused(home, config, capsys):
-    data = DataConfig(sources={"few": Source(two)}, tokenizer="bytes", dev=0.5, test=0.0, max_skipped=0.5)
-    with pytest.raises(InputError, match="source 'few' has 1 documents, none in (train|dev); give it more"):
+    data = DataConfig(
+        sources={"few": Source(two)},
+        tokenizer="bytes",
+        dev=0.5,
+        test=0.0,
+        max_skipped=0.5,
+    )
+    sentence = "source 'few' has 1 documents, none in (train|dev); give it more"
+    with pytest.raises(InputError, match=sentence):
         assemble(replace(config, data=data))
     assert capsys.readouterr().out == "source few: 1 documents skipped: empty\n"
 
@@ -54,10 +67,13 @@ def test_a_stream_has_a_builder_unless_its_cache_is_complete(home, config, monke
     streamed = replace(config, data=replace(config.data, stream=True))
     started = []
     monkeypatch.setattr(lib.corpus, "spawn", lambda *arguments: started.append(arguments))
+
     cache = open_caches(streamed, Bytes())["corpus"]
     assert started == [(streamed, "corpus", cache.directory)]
+
     build("corpus", config.data, Bytes(), config.seed)
-    assert open_caches(streamed, Bytes())["corpus"].total["counts"]["documents"] == 40
+    complete = open_caches(streamed, Bytes())["corpus"]
+    assert complete.total["counts"]["documents"] == 40
     assert len(started) == 1
 
 
@@ -65,10 +81,15 @@ def test_a_builder_is_a_command_that_ends_with_this_process(home, config, monkey
     commands = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **how: commands.append(command))
     directory = cache_directory("corpus", config.data, Bytes(), config.seed)
+
     _, log = spawn(config, "corpus", directory)
-    assert log == directory.with_suffix(".log") and log.read_text() == ""
-    (command,) = commands
+
+    assert log == directory.with_suffix(".log")
+    assert log.read_text() == ""
     file = directory.with_suffix(".json")
-    assert command == [sys.executable, lib.corpus.ROOT / "train.py", "corpus", "build", file,
-                       "--only", "corpus", "--parent", str(os.getpid())]
     assert json.loads(file.read_text())["data"]["tokenizer"] == "bytes"
+    (command,) = commands
+    train = lib.corpus.ROOT / "train.py"
+    this_process = str(os.getpid())
+    flags = ["--only", "corpus", "--parent", this_process]
+    assert command == [sys.executable, train, "corpus", "build", file, *flags]

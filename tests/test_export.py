@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import jax
@@ -24,149 +24,257 @@ from lib.log import Log
 from lib.optim import adamw, state_like
 from lib.schedule import Schedule
 from lib.sharding import MeshConfig, make_mesh, shardings
-from lib.tokenizers import SentencePiece, load_tokenizer, read_hf_tokenizer, train_bpe
+from lib.tokenizers import (
+    SentencePiece,
+    Tokenizer,
+    load_tokenizer,
+    read_hf_tokenizer,
+    train_bpe,
+)
 from model import ModelConfig
 from tools import export
 from train import Config, Phase
 
-torch = transformers = tokenizers = None
+torch = transformers = tokenizers = None  # see `libraries`
 
 equal = np.testing.assert_array_equal
+close = np.testing.assert_allclose
 LLAMA3 = (8.0, 1.0, 4.0, 32.0)  # slow, between and fast frequencies all occur
-SCALED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)
+SCALED = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+LINEAR = dict(rope_type="linear", factor=4.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def libraries():
     """Imported where these tests run, for it takes seconds."""
-    globals().update({name: pytest.importorskip(name) for name in ("torch", "transformers", "tokenizers")})
+    for name in ("torch", "transformers", "tokenizers"):
+        globals()[name] = pytest.importorskip(name)
 
 
 def ids_of(vocab: int, length: int = 512) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, vocab, (2, length)).astype(np.int32)
+    """Two rows of random ids."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, vocab, (2, length)).astype(np.int32)
 
 
 def theirs(directory: Path, ids: np.ndarray) -> np.ndarray:
     """The logits of transformers, in float32."""
-    net = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
-        return net(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+        return loaded(torch.tensor(ids, dtype=torch.long)).logits.numpy()
 
 
 def ours(params, ids: np.ndarray, shape: ModelConfig) -> np.ndarray:
-    return np.asarray(jax.jit(partial(model.apply, config=shape))(params, ids))
+    """Our logits."""
+    apply = jax.jit(partial(model.apply, config=shape))
+    return np.asarray(apply(params, ids))
 
 
 def config_of(data_config, tmp_path, name: str = "tiny", **fields) -> Config:
     """A config of two steps in rows of 64."""
-    return Config(name=name, runs=str(tmp_path / "runs"), **dict(
-        data=data_config, phases=(Phase(steps=2, batch=8, seq=64),), overlap=8, eval_tokens=500,
-        schedule=Schedule(shape="constant", warmup=0), prompts=()) | fields)
+    config = Config(
+        name=name,
+        runs=str(tmp_path / "runs"),
+        data=data_config,
+        phases=(Phase(steps=2, batch=8, seq=64),),
+        overlap=8,
+        eval_tokens=500,
+        schedule=Schedule(shape="constant", warmup=0),
+        prompts=(),
+    )
+    return replace(config, **fields)
 
 
-def run_of(config: Config) -> tuple[str, dict]:
-    """(run directory, parameters) of a run that has taken no step; gains too are drawn at random."""
-    run = train.prepare(config)
+def moved(params: dict) -> dict:
+    """Parameters moved at random, gains too."""
     rng = np.random.default_rng(1)
-    with train.opened(run), Log(run.directory / "metrics.jsonl", 0, run.plan, config.max_skipped) as log:
-        state, _ = train.resume(run)
-        train.lay_out(run)
-        state = state.replace(params={n: jax.device_put(x + 0.1 * rng.standard_normal(x.shape).astype(
-            x.dtype), x.sharding) for n, x in state.params.items()})
-        train.save(run, state, 1, log)
-    return str(run.directory), {n: np.asarray(x) for n, x in state.params.items()}
-
-
-def read(name: str, mesh: MeshConfig | None = None, **fields) -> tuple[ModelConfig, dict]:
-    """(shape, parameters) of hf:DIR, on one device or a mesh."""
-    shape = replace(read_shape(name), **fields)
-    mesh = make_mesh(mesh) if mesh else make_mesh(MeshConfig(), jax.devices()[:1])
-    return shape, read_params(name, shape, state_like(shape, adamw, mesh).params)
-
-
-# ----------------------------------------------------------------------------------------------------- export
-
-
-@pytest.fixture(scope="module")
-def exported(tiny, data_config, pieces, tmp_path_factory) -> dict[str, SimpleNamespace]:
-    """Two exported runs: bytes, tied, in one file; and pieces, all else than in `tiny`, in shards."""
-    root, out = tmp_path_factory.mktemp("exported"), {}
-    (root / "pieces.model").write_bytes(pieces.model)
-    other = replace(tiny, vocab=320, tied=False, kv_heads=4, embed=24, layers=3, norm_eps=1e-5,
-                    rope_scaling=LLAMA3, rope_theta=5e5)
-    for kind, tokenizer, shape, flags in (("bytes", "bytes", tiny, []), (
-            "pieces", str(root / "pieces.model"), other, ["--shard-mb", "0.02"])):
-        config = config_of(replace(data_config, tokenizer=tokenizer), root, name=kind, model=shape)
-        run, params = run_of(config)
-        export.main([run, str(root / kind), *flags])
-        out[kind] = SimpleNamespace(
-            run=run, params=params, shape=shape, out=root / kind, tokenizer=train.load(run)[2],
-            fast=transformers.AutoTokenizer.from_pretrained(root / kind))
+    out = {}
+    for name, x in params.items():
+        noise = 0.1 * rng.standard_normal(x.shape).astype(x.dtype)
+        out[name] = jax.device_put(x + noise, x.sharding)
     return out
 
 
-@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def run_of(config: Config) -> tuple[str, dict]:
+    """(run directory, parameters) of a run that has taken no step; its parameters are random."""
+    run = train.prepare(config)
+    metrics = run.directory / "metrics.jsonl"
+    with train.opened(run), Log(metrics, 0, run.plan, config.max_skipped) as log:
+        state, _ = train.resume(run)
+        train.lay_out(run)
+        state = state.replace(params=moved(state.params))
+        train.save(run, state, 1, log)
+    params = {name: np.asarray(x) for name, x in state.params.items()}
+    return str(run.directory), params
+
+
+def read(name: str, mesh: MeshConfig | None = None) -> tuple[ModelConfig, dict]:
+    """(shape, parameters) of hf:DIR, on one device or a mesh."""
+    shape = read_shape(name)
+    where = make_mesh(mesh) if mesh else make_mesh(MeshConfig(), jax.devices()[:1])
+    like = state_like(shape, adamw, where)
+    return shape, read_params(name, shape, like.params)
+
+
+# ------------------------------------------------------------------------------------------- export
+
+
+class Exported(NamedTuple):
+    """A run and what was exported of it."""
+
+    run: str
+    params: dict
+    shape: ModelConfig
+    out: Path
+    tokenizer: Tokenizer
+    fast: object  # the tokenizer that transformers reads
+
+
+def export_of(config: Config, out: Path, *flags: str) -> Exported:
+    """Make a run and export it."""
+    run, params = run_of(config)
+    export.main([run, str(out), *flags])
+    tokenizer = train.load(run)[2]
+    fast = transformers.AutoTokenizer.from_pretrained(out)
+    return Exported(run, params, config.model, out, tokenizer, fast)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, data_config, pieces, tmp_path_factory) -> dict[str, Exported]:
+    """Two exported runs: bytes, tied, in one file; pieces, of another shape, in shards."""
+    root = tmp_path_factory.mktemp("exported")
+    file = root / "pieces.model"
+    file.write_bytes(pieces.model)
+    other = replace(
+        tiny,
+        vocab=320,
+        tied=False,
+        kv_heads=4,
+        embed=24,
+        layers=3,
+        norm_eps=1e-5,
+        rope_scaling=LLAMA3,
+        rope_theta=5e5,
+    )
+    in_bytes = config_of(data_config, root, name="bytes", model=tiny)
+    in_pieces = config_of(
+        replace(data_config, tokenizer=str(file)), root, name="pieces", model=other)
+    return {
+        "bytes": export_of(in_bytes, root / "bytes"),
+        "pieces": export_of(in_pieces, root / "pieces", "--shard-mb", "0.02"),
+    }
+
+
+KINDS = pytest.mark.parametrize("kind", ["bytes", "pieces"])
+
+
+@KINDS
 def test_transformers_computes_the_logits_of_an_exported_run(exported, kind):
-    e = exported[kind]
-    ids = ids_of(e.shape.vocab)
-    expected = ours(e.params, ids, e.shape)
+    run = exported[kind]
+    ids = ids_of(run.shape.vocab)
+    expected = ours(run.params, ids, run.shape)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(theirs(e.out, ids), expected, atol=1e-4)
+    close(theirs(run.out, ids), expected, atol=1e-4)
 
 
-def test_what_lies_beside_the_weights(exported, data_config):
-    for kind, e in exported.items():
-        files = sorted(file.name for file in e.out.glob("*.safetensors"))
-        if kind == "pieces":
-            index = json.loads((e.out / "model.safetensors.index.json").read_text())
-            assert len(files) > 3 and {*index["weight_map"].values()} == {*files}
-            assert index["metadata"]["total_size"] == 4 * model.count(e.shape)
-        else:
-            assert files == ["model.safetensors"]
-        ends = transformers.GenerationConfig.from_pretrained(e.out)
-        assert (ends.bos_token_id, ends.eos_token_id) == (e.tokenizer.bos, e.tokenizer.eos)
-        assert (e.fast.bos_token_id, e.fast.eos_token_id) == (e.tokenizer.bos, e.tokenizer.eos)
-        assert len(e.fast) == e.tokenizer.vocab == e.shape.vocab
-        assert (e.out / "tokenizer.model").read_bytes() == e.tokenizer.model
-        cache = build("corpus", data_config, e.tokenizer, 0)
-        card = (e.out / "README.md").read_text()
-        assert f"{model.count(e.shape):,}" in card and cache.total["fingerprint"] in card
+def test_a_small_model_is_in_one_file(exported):
+    files = [file.name for file in exported["bytes"].out.glob("*.safetensors")]
+    assert files == ["model.safetensors"]
+
+
+def test_shards_are_listed_in_an_index(exported):
+    run = exported["pieces"]
+    files = {file.name for file in run.out.glob("*.safetensors")}
+    index = json.loads((run.out / "model.safetensors.index.json").read_text())
+    assert len(files) > 3
+    assert {*index["weight_map"].values()} == files
+    assert index["metadata"]["total_size"] == 4 * model.count(run.shape)
+
+
+@KINDS
+def test_the_tokenizer_lies_beside_the_weights(exported, kind):
+    run = exported[kind]
+    bos, eos = run.tokenizer.bos, run.tokenizer.eos
+    ends = transformers.GenerationConfig.from_pretrained(run.out)
+    assert (ends.bos_token_id, ends.eos_token_id) == (bos, eos)
+    assert (run.fast.bos_token_id, run.fast.eos_token_id) == (bos, eos)
+    assert len(run.fast) == run.tokenizer.vocab == run.shape.vocab
+    assert (run.out / "tokenizer.model").read_bytes() == run.tokenizer.model
+
+
+@KINDS
+def test_the_card_says_how_large_the_model_is_and_what_it_read(exported, data_config, kind):
+    run = exported[kind]
+    cache = build("corpus", data_config, run.tokenizer, 0)
+    card = (run.out / "README.md").read_text()
+    assert f"{model.count(run.shape):,}" in card
+    assert cache.total["fingerprint"] in card
 
 
 def test_weights_in_bfloat16_are_the_nearest(exported, tmp_path):
-    e = exported["bytes"]
-    export.main([e.run, str(tmp_path / "out"), "--dtype", "bfloat16"])
-    got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    assert {x.dtype for x in got.values()} == {torch.bfloat16}
-    equal(got["model.embed_tokens.weight"].float().numpy(), e.params["embed"].astype("bfloat16"))
+    run = exported["bytes"]
+    out = tmp_path / "out"
+    export.main([run.run, str(out), "--dtype", "bfloat16"])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    weights = loaded.state_dict()
+    embed = weights["model.embed_tokens.weight"].float().numpy()
+
+    assert {x.dtype for x in weights.values()} == {torch.bfloat16}
+    equal(embed, run.params["embed"].astype("bfloat16"))
 
 
-def test_an_exported_run_is_a_start_too(exported, tmp_path):
-    """Its shape, parameters and ids; without the tokenizer.json, its very tokenizer."""
-    for kind, e in exported.items():
-        shape, back = read(f"hf:{e.out}")
-        assert shape == e.shape
-        for n, x in e.params.items():
-            equal(back[n], x)
-        tokenizer, text = read_hf_tokenizer(f"hf:{e.out}"), "the tree \u2581\n<s>樹木"
-        assert tokenizer.encode(text) == list(e.tokenizer.encode(text)) and tokenizer.decode(
-            [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]) == text
-        assert (tokenizer.bos, tokenizer.eos) == (e.tokenizer.bos, e.tokenizer.eos)
-        assert tokenizer.vocab == shape.vocab
-        for file in ("config.json", "tokenizer.model"):
-            (tmp_path / kind).mkdir(exist_ok=True)
-            shutil.copy(e.out / file, tmp_path / kind)
-        assert read_hf_tokenizer(f"hf:{tmp_path / kind}").model == e.tokenizer.model
+@KINDS
+def test_an_exported_run_is_a_start_too(exported, kind):
+    """Its shape and its parameters."""
+    run = exported[kind]
+    shape, params = read(f"hf:{run.out}")
+    assert shape == run.shape
+    for name, x in run.params.items():
+        equal(params[name], x)
 
 
-AWKWARD = [" ", "  ", "\n", "\r\n", "\t", "\x00", "\x10", "\x10e", "\x10b", "\x10c", "\u2581", "\u2585",
-           "<s>", "</s>", "<unk>", "<0x0A>", "é", "e\u0301", "木", "🌳", "\ufeff", "the ", "\U0010ffff"]
-anything = st.one_of(st.text(), st.lists(st.sampled_from(AWKWARD)).map("".join),
-                     st.text(st.sampled_from("\x10ebc\u2581\u2585 the\n")))
+@KINDS
+def test_an_exported_tokenizer_gives_the_same_ids(exported, kind):
+    run = exported[kind]
+    text = "the tree \u2581\n<s>樹木"
+
+    tokenizer = read_hf_tokenizer(f"hf:{run.out}")
+
+    ids = tokenizer.encode(text)
+    assert ids == list(run.tokenizer.encode(text))
+    assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.eos]) == text
+    assert (tokenizer.bos, tokenizer.eos) == (run.tokenizer.bos, run.tokenizer.eos)
+    assert tokenizer.vocab == run.shape.vocab
 
 
-@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@KINDS
+def test_without_tokenizer_json_an_exported_tokenizer_is_the_run_s_own(exported, kind, tmp_path):
+    run = exported[kind]
+    for file in ("config.json", "tokenizer.model"):
+        shutil.copy(run.out / file, tmp_path)
+    assert read_hf_tokenizer(f"hf:{tmp_path}").model == run.tokenizer.model
+
+
+AWKWARD = [
+    *(" ", "  ", "\n", "\r\n", "\t", "\x00"),
+    *("\x10", "\x10e", "\x10b", "\x10c", "\u2581", "\u2585"),
+    *("<s>", "</s>", "<unk>", "<0x0A>"),
+    *("é", "e\u0301", "木", "🌳", "\ufeff", "the ", "\U0010ffff"),
+]
+anything = st.one_of(
+    st.text(),
+    st.lists(st.sampled_from(AWKWARD)).map("".join),
+    st.text(st.sampled_from("\x10ebc\u2581\u2585 the\n")),
+)
+
+
+@KINDS
 @settings(max_examples=300)
 @given(text=anything)
 @example("")
@@ -174,33 +282,50 @@ anything = st.one_of(st.text(), st.lists(st.sampled_from(AWKWARD)).map("".join),
 def test_the_fast_tokenizer_gives_our_ids_for_every_text(exported, kind, text):
     mine, fast = exported[kind].tokenizer, exported[kind].fast
     ids = [int(i) for i in mine.encode(text)]
+    whole = [mine.bos, *ids, mine.eos]
     assert fast(text, add_special_tokens=False)["input_ids"] == ids
     assert fast(text)["input_ids"] == [mine.bos, *ids]
-    assert fast.decode([mine.bos, *ids, mine.eos], skip_special_tokens=True) == text
+    assert fast.decode(whole, skip_special_tokens=True) == text
+
+
+def fast_with(made: dict, merges: list):
+    """A tokenizer of tokenizers with the merges in another order."""
+    described = made | {"model": made["model"] | {"merges": merges}}
+    return tokenizers.Tokenizer.from_str(json.dumps(described))
 
 
 @pytest.mark.parametrize("letters,size", [("ab", 300), ("a", 272), ("abc", 330)])
 def test_ties_between_merges_are_broken_as_sentencepiece_does(letters, size):
-    """All short texts of few letters, and long ones, under pieces that overlap themselves in many ways.
+    """All short texts of few letters, and long ones, of pieces that overlap in many ways.
 
-    A merge of tokenizers has a rank, and no place: here any order of a piece's cuts has to give the same.
+    A merge of tokenizers has a rank, and no place. So any order of a piece's cuts has to give the
+    same.
     """
     rng = np.random.default_rng(len(letters))
 
     def drawn(n):
         return "".join(rng.choice(list(letters), n))
 
-    texts = [drawn(40) for _ in range(300)] if len(letters) > 1 else ["a" * n for n in range(1, 60)]
+    if len(letters) > 1:
+        texts = [drawn(40) for _ in range(300)]
+    else:
+        texts = ["a" * n for n in range(1, 60)]
     mine = SentencePiece(train_bpe(texts, size))
     made = export.fast_tokenizer(mine)[0]
-    tried = ["".join(t) for n in range(9) for t in itertools.product(letters, repeat=n)]
+
+    tried = []
+    for n in range(9):
+        tried += ["".join(each) for each in itertools.product(letters, repeat=n)]
     tried += [drawn(200) for _ in range(500)]
-    score = {p: i for i, p in enumerate(dict.fromkeys(a + b for a, b in made["model"]["merges"]))}
-    back = sorted(reversed(made["model"]["merges"]), key=lambda pair: score["".join(pair)])
-    for order in (made["model"]["merges"], back):
-        fast = tokenizers.Tokenizer.from_str(json.dumps(made | {"model": made["model"] | {"merges": order}}))
-        got = fast.encode_batch(tried, add_special_tokens=False)
-        assert [e.ids for e in got] == mine.encode_batch(tried)
+    expected = mine.encode_batch(tried)
+
+    merges = made["model"]["merges"]
+    pieces = dict.fromkeys(a + b for a, b in merges)
+    rank = {piece: i for i, piece in enumerate(pieces)}
+    other_cuts_first = sorted(reversed(merges), key=lambda pair: rank["".join(pair)])
+    for order in (merges, other_cuts_first):
+        got = fast_with(made, order).encode_batch(tried, add_special_tokens=False)
+        assert [each.ids for each in got] == expected
 
 
 def scaled_at(params, step, batch, by: float = 1.0):
@@ -219,22 +344,25 @@ def low_rank(params, step, batch):
 
 
 def test_reparametrised_weights_are_exported_as_they_are_used(tiny, data_config, tmp_path):
-    config = config_of(data_config, tmp_path, model=tiny, reparam=partial(scaled_at, by=2.0))
+    reparam = partial(scaled_at, by=2.0)
+    config = config_of(data_config, tmp_path, model=tiny, reparam=reparam)
     params = model.init(tiny, jax.random.key(0))
     used = export.llama_params(config, params, 3)
     equal(used["down"], params["down"] * 2.3)
     assert used["up"] is params["up"]
 
 
-@pytest.mark.parametrize("fields,word", [
-    (dict(model=dict(qk_norm=True)), "model.qk_norm"), (dict(model=dict(embed=30)), "model.embed"),
-    (dict(reparam=by_batch), "function of the batch"), (dict(reparam=low_rank), "reparam gives")],
-    ids=["qk_norm", "embed", "batch", "names"])
-def test_what_is_not_llama_is_refused(tiny, data_config, tmp_path, fields, word):
-    fields = fields | dict(model=replace(tiny, **fields.get("model", {})))
-    config = config_of(data_config, tmp_path, **fields)
+@pytest.mark.parametrize("shape,fields,word", [
+    (dict(qk_norm=True), {}, "model.qk_norm"),
+    (dict(embed=30), {}, "model.embed"),
+    ({}, dict(reparam=by_batch), "function of the batch"),
+    ({}, dict(reparam=low_rank), "reparam gives"),
+], ids=["qk_norm", "embed", "batch", "names"])
+def test_what_is_not_llama_is_refused(tiny, data_config, tmp_path, shape, fields, word):
+    config = config_of(data_config, tmp_path, model=replace(tiny, **shape), **fields)
+    params = model.init(config.model, jax.random.key(0))
     with pytest.raises(InputError, match=word):
-        export.llama_params(config, model.init(config.model, jax.random.key(0)), 1)
+        export.llama_params(config, params, 1)
 
 
 def test_nothing_is_written_over(tmp_path):
@@ -243,71 +371,103 @@ def test_nothing_is_written_over(tmp_path):
         export.main(["nowhere", str(tmp_path)])
 
 
-# ---------------------------------------------------------------------------------------------------- import
+# ------------------------------------------------------------------------------------------- import
 
 
-def llama(directory: Path, dtype="float32", old: bool = False, shard: str = "1GB", **fields) -> str:
-    """hf:DIR of a model with random weights that transformers made; old: config.json as of transformers 4."""
+def llama(directory: Path, dtype="float32", shard: str = "1GB", rope=None, **fields) -> str:
+    """hf:DIR of a model with random weights that transformers made."""
     torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 20_000.0} | fields.pop("rope", {})
-    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dict(
-        vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, rope_parameters=rope,
-        bos_token_id=256, eos_token_id=257) | fields))
+    default = dict(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 20_000.0} | (rope or {}),
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    config = transformers.LlamaConfig(**default | fields)
+    made = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
-        for x in net.parameters():
+        for x in made.parameters():
             x.add_(0.1 * torch.randn(x.shape))
-    net.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
-    if old:
-        rope = dict(rope)
-        theta = rope.pop("rope_theta")
-        change(directory, rope_parameters=None, dtype=None, torch_dtype=dtype, rope_theta=theta,
-               rope_scaling=None if rope["rope_type"] == "default" else rope)
+    made.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
     return f"hf:{directory}"
+
+
+def old_llama(directory: Path, dtype="float32", rope=None, **fields) -> str:
+    """The same with a config.json as of transformers 4."""
+    name = llama(directory, dtype, rope=rope, **fields)
+    change(
+        directory,
+        rope_parameters=None,
+        dtype=None,
+        torch_dtype=dtype,
+        rope_theta=20_000.0,
+        rope_scaling=rope,
+    )
+    return name
 
 
 def change(directory: Path, **fields):
     """Write fields of a config.json; None takes one out."""
     file = directory / "config.json"
     written = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({k: v for k, v in written.items() if v is not None}))
+    kept = {name: value for name, value in written.items() if value is not None}
+    file.write_text(json.dumps(kept))
 
 
-@pytest.mark.parametrize("fields", [
-    dict(), dict(old=True), dict(rope=SCALED), dict(rope=SCALED, old=True, dtype="bfloat16", shard="20KB"),
-    dict(rope=dict(rope_type="linear", factor=4.0), tie_word_embeddings=True),
-    dict(rope=dict(rope_type="linear", factor=4.0), old=True, num_key_value_heads=4, head_dim=16),
-    dict(tie_word_embeddings=True, dtype="bfloat16", num_key_value_heads=1)],
-    ids=lambda fields: " ".join(map(str, fields)) or "plain")
-def test_an_imported_model_has_the_logits_of_transformers(tmp_path, fields):
-    name = llama(tmp_path, **fields)
+@pytest.mark.parametrize("make,fields,files", [
+    (llama, {}, 1),
+    (old_llama, {}, 1),
+    (llama, dict(rope=SCALED), 1),
+    (old_llama, dict(rope=SCALED, dtype="bfloat16", shard="20KB"), None),
+    (llama, dict(rope=LINEAR, tie_word_embeddings=True), 1),
+    (old_llama, dict(rope=LINEAR, num_key_value_heads=4, head_dim=16), 1),
+    (llama, dict(tie_word_embeddings=True, dtype="bfloat16", num_key_value_heads=1), 1),
+], ids=["plain", "old", "llama3", "old llama3 in shards", "linear", "old linear", "tied"])
+def test_an_imported_model_has_the_logits_of_transformers(tmp_path, make, fields, files):
+    name = make(tmp_path, **fields)
     shape, params = read(name)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or "shard" in fields
+    if files:
+        assert len(list(tmp_path.glob("*.safetensors"))) == files
+
     ids = ids_of(shape.vocab)
     expected = theirs(tmp_path, ids)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(ours(params, ids, shape), expected, atol=1e-4)
+    close(ours(params, ids, shape), expected, atol=1e-4)
 
 
 def test_each_device_of_a_mesh_gets_its_part(tmp_path):
     name = llama(tmp_path)
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    (shape, whole), (_, parts) = read(name), read(name, mesh)
+    shape, whole = read(name)
+    _, parts = read(name, mesh)
     where = shardings(model.table(shape), make_mesh(mesh))
-    for n, x in whole.items():
-        equal(parts[n], x)
-        assert parts[n].sharding == where[n] and parts[n].dtype == jnp.float32
+    for name, x in whole.items():
+        equal(parts[name], x)
+        assert parts[name].sharding == where[name]
+        assert parts[name].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("fields,word", [
-    (dict(model_type="mistral"), "model_type.*'mistral'.*'llama'"), (dict(hidden_act="gelu"), "hidden_act"),
-    (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"),
+    (dict(model_type="mistral"), "model_type.*'mistral'.*'llama'"),
+    (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(attention_bias=True), "attention_bias"),
+    (dict(mlp_bias=True), "mlp_bias"),
     (dict(rope_parameters=dict(rope_type="yarn", factor=2.0)), "rope_type.*'yarn'.*'llama3'"),
     (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor"),
-    (dict(quantization_config={}), "quantization_config"), (dict(hidden_size=None), "hidden_size"),
+    (dict(quantization_config={}), "quantization_config"),
+    (dict(hidden_size=None), "hidden_size"),
     (dict(rope_parameters=dict(rope_type="linear")), "factor"),
-    (dict(intermediate_size=81), r"mlp.*\[80, 48\].*\[81, 48\]"), (dict(num_hidden_layers=3), "layers.2"),
-    (dict(num_hidden_layers=1), "layers.1")], ids=str)
+    (dict(intermediate_size=81), r"mlp.*\[80, 48\].*\[81, 48\]"),
+    (dict(num_hidden_layers=3), "layers.2"),
+    (dict(num_hidden_layers=1), "layers.1"),
+], ids=str)
 def test_another_architecture_is_refused_by_its_field(tmp_path, fields, word):
     name = llama(tmp_path)
     change(tmp_path, **fields)
@@ -315,9 +475,12 @@ def test_another_architecture_is_refused_by_its_field(tmp_path, fields, word):
         read(name)
 
 
-def test_what_is_no_directory_or_is_cut_short_is_refused(tmp_path):
+def test_what_is_no_directory_is_refused(tmp_path):
     with pytest.raises(InputError, match="no local Hugging Face directory"):
         read(f"hf:{tmp_path}")
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path):
     name = llama(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -325,118 +488,213 @@ def test_what_is_no_directory_or_is_cut_short_is_refused(tmp_path):
         read(name)
 
 
-def test_the_rope_scaling_of_a_config_is_checked(tiny, data_config, tmp_path):
-    for scaling in ((1.0, 2.0), (0.0,), (8.0, 4.0, 4.0, 32.0), (8.0, 1.0, 4.0, float("inf"))):
-        with pytest.raises(InputError, match="model.rope_scaling"):
-            train.check(config_of(data_config, tmp_path, model=replace(tiny, rope_scaling=scaling)))
-    for scaling in ((), (2.0,), LLAMA3):
-        train.check(config_of(data_config, tmp_path, model=replace(tiny, rope_scaling=scaling)))
+@pytest.mark.parametrize("scaling", [
+    (1.0, 2.0),
+    (0.0,),
+    (8.0, 4.0, 4.0, 32.0),
+    (8.0, 1.0, 4.0, float("inf")),
+])
+def test_a_rope_scaling_that_is_none_is_refused(tiny, data_config, tmp_path, scaling):
+    config = config_of(data_config, tmp_path, model=replace(tiny, rope_scaling=scaling))
+    with pytest.raises(InputError, match="model.rope_scaling"):
+        train.check(config)
 
 
-# ------------------------------------------------------------------------------------------- their tokenizers
+@pytest.mark.parametrize("scaling", [(), (2.0,), LLAMA3])
+def test_a_rope_scaling_is_accepted(tiny, data_config, tmp_path, scaling):
+    config = config_of(data_config, tmp_path, model=replace(tiny, rope_scaling=scaling))
+    train.check(config)
 
 
-@pytest.fixture(scope="module")
-def bpe(corpus) -> SimpleNamespace:
-    """Makes a byte-level BPE tokenizer as Llama 3 and SmolLM2 have one, in a directory with a config.json."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.train([str(file) for file in corpus.rglob("*.txt")], tokenizers.trainers.BpeTrainer(
-        vocab_size=290, special_tokens=["<|endoftext|>", "<|turn|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    made.enable_truncation(4)
+# --------------------------------------------------------------------------------- their tokenizers
 
-    def save(directory: Path, bos: str | None, eos: str | None = "<|endoftext|>", **config) -> str:
-        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos)
+
+class ByteLevelBPE:
+    """A byte-level BPE tokenizer as Llama 3 and SmolLM2 have one, trained on the corpus."""
+
+    def __init__(self, corpus: Path):
+        byte_level = tokenizers.pre_tokenizers.ByteLevel
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=290,
+            special_tokens=["<|endoftext|>", "<|turn|>"],
+            show_progress=False,
+            initial_alphabet=byte_level.alphabet(),
+        )
+        self.made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        self.made.pre_tokenizer = byte_level(add_prefix_space=False)
+        self.made.decoder = tokenizers.decoders.ByteLevel()
+        self.made.train([str(file) for file in corpus.rglob("*.txt")], trainer)
+        self.made.enable_truncation(4)
+        self.size = self.made.get_vocab_size()
+
+    def save(self, directory: Path, bos: str | None = None, eos: str | None = "<|endoftext|>",
+             **config) -> str:
+        """hf:DIR of it beside a config.json, with these fields."""
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=self.made, bos_token=bos, eos_token=eos)
         fast.save_pretrained(directory)
-        if not (directory / "config.json").exists():
-            (directory / "config.json").write_text(json.dumps({"vocab_size": 300}))
+        file = directory / "config.json"
+        if not file.exists():
+            file.write_text(json.dumps({"vocab_size": 300}))
         change(directory, bos_token_id=None, eos_token_id=None)
         change(directory, **config)
         return f"hf:{directory}"
 
-    return SimpleNamespace(save=save, size=made.get_vocab_size())
+
+@pytest.fixture(scope="module")
+def bpe(corpus) -> ByteLevelBPE:
+    return ByteLevelBPE(corpus)
 
 
 @pytest.mark.parametrize("bos,config,ends", [
-    (None, {}, (0, 0)), ("<|turn|>", {}, (1, 0)), (None, dict(eos_token_id=[1, 0]), (1, 1)),
-    ("<|turn|>", dict(bos_token_id=0, eos_token_id=1), (0, 1))], ids=["none", "by name", "several", "by id"])
+    (None, {}, (0, 0)),
+    ("<|turn|>", {}, (1, 0)),
+    (None, dict(eos_token_id=[1, 0]), (1, 1)),
+    ("<|turn|>", dict(bos_token_id=0, eos_token_id=1), (0, 1)),
+], ids=["none", "by name", "several", "by id"])
 def test_the_ends_of_a_document_are_found(bpe, tmp_path, bos, config, ends):
     tokenizer = read_hf_tokenizer(bpe.save(tmp_path, bos, **config))
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab) == (*ends, 300)
+    assert (tokenizer.bos, tokenizer.eos) == ends
+    assert tokenizer.vocab == 300
+
+
+TEXTS = ["", "the tree is cut back", "été 樹木 🌳\n\n  x", "<|endoftext|> and <|turn|>"]
 
 
 def test_their_tokenizer_is_kept_in_one_file(bpe, tmp_path):
-    """With more rows than tokens; what spells special tokens is text, they are nothing; not truncated."""
-    tokenizer = read_hf_tokenizer(bpe.save(tmp_path, None))
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-    again = load_tokenizer(tmp_path / "tokenizer.model")
+    """With more rows than tokens, and without truncation."""
+    tokenizer = read_hf_tokenizer(bpe.save(tmp_path))
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(tokenizer.model)
+
+    again = load_tokenizer(file)
+
+    assert bpe.size < again.vocab == 300
+    assert again.model == tokenizer.model
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
-    assert bpe.size < again.vocab == 300 and again.model == tokenizer.model
-    texts = ["", "the tree is cut back", "été 樹木 🌳\n\n  x", "<|endoftext|> and <|turn|>"]
-    batch = again.encode_batch(texts)
-    assert batch == [again.encode(t) for t in texts] == [tokenizer.encode(t) for t in texts]
-    assert batch == [fast(t, add_special_tokens=False, truncation=False)["input_ids"] for t in texts]
-    for text, ids in zip(texts, batch, strict=True):
-        assert again.decode([again.bos, *np.array(ids, np.int32), again.eos, 299]) == text
+    batch = again.encode_batch(TEXTS)
+    for text, ids in zip(TEXTS, batch, strict=True):
+        assert ids == again.encode(text)
+        assert ids == tokenizer.encode(text)
+        asked = fast(text, add_special_tokens=False, truncation=False)
+        assert ids == asked["input_ids"]
+
+
+def test_what_spells_a_special_token_is_text_and_special_tokens_are_none(bpe, tmp_path):
+    tokenizer = read_hf_tokenizer(bpe.save(tmp_path))
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
         assert not {0, 1} & {*ids}
+        whole = [tokenizer.bos, *np.array(ids, np.int32), tokenizer.eos, 299]
+        assert tokenizer.decode(whole) == text
 
 
-def test_tokenizers_that_do_not_fit_are_refused(bpe, tmp_path):
-    with pytest.raises(InputError, match=f"{bpe.size} tokens.*{bpe.size - 1} rows"):
-        read_hf_tokenizer(bpe.save(tmp_path, None, vocab_size=bpe.size - 1))
+def test_a_tokenizer_of_more_tokens_than_rows_is_refused(bpe, tmp_path):
+    rows = bpe.size - 1
+    name = bpe.save(tmp_path, vocab_size=rows)
+    with pytest.raises(InputError, match=f"{bpe.size} tokens.*{rows} rows"):
+        read_hf_tokenizer(name)
+
+
+def test_a_tokenizer_without_an_end_is_refused(bpe, tmp_path):
+    name = bpe.save(tmp_path, eos=None)
     with pytest.raises(InputError, match="eos_token_id"):
-        read_hf_tokenizer(bpe.save(tmp_path, None, None))
+        read_hf_tokenizer(name)
+
+
+def test_a_tokenizer_json_is_refused_as_a_file(bpe, tmp_path):
+    bpe.save(tmp_path)
     with pytest.raises(InputError, match="hf:DIRECTORY"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_broken_tokenizer_json_is_refused(bpe, tmp_path):
+    name = bpe.save(tmp_path, eos_token_id=0)
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
-    change(tmp_path, eos_token_id=0)
     with pytest.raises(InputError, match="tokenizer.json cannot be read"):
-        read_hf_tokenizer(f"hf:{tmp_path}")
+        read_hf_tokenizer(name)
 
 
-# -------------------------------------------------------------------------------------------- runs from there
+# ---------------------------------------------------------------------------------- runs from there
 
 
-def test_a_run_starts_from_a_directory_and_resumes_without_it(bpe, data_config, tmp_path):
-    """Also on a mesh, to the same losses. A round trip through export leaves each bit of an untrained one."""
-    name = llama(tmp_path / "hub", rope=SCALED)
-    bpe.save(tmp_path / "hub", None)
+def losses(run) -> list[float]:
+    """The losses of a run's steps."""
+    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def trained(config: Config):
+    """A run that has been trained."""
+    run = train.prepare(config)
+    steps = sum(phase.steps for phase in config.phases)
+    assert train.train(config)["step"] == steps
+    return run
+
+
+class Begun(NamedTuple):
+    """A run that began from a Hugging Face directory, and what was there."""
+
+    config: Config
+    run: object
+    hub: Path
+    shape: ModelConfig
+    params: dict
+
+
+@pytest.fixture(scope="module")
+def begun(bpe, data_config, tmp_path_factory) -> Begun:
+    root = tmp_path_factory.mktemp("begun")
+    name = llama(root / "hub", rope=SCALED)
+    bpe.save(root / "hub")
     plain = replace(data_config, tokenizer="bpe")
-    config = config_of(plain, tmp_path, init_from=name, model=ModelConfig(remat="elementwise"))
-    begun = train.prepare(config)
-    assert begun.config.model == replace(read_shape(name), remat="elementwise")
-    assert begun.tokenizer.vocab == 300 and begun.tokenizer.eos == 0
-    assert train.train(config)["step"] == 2
-    on_mesh = replace(config, name="meshed", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    meshed = train.prepare(on_mesh)
-    assert train.train(on_mesh)["step"] == 2
-
-    def losses(run):
-        rows = map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
-        return [row["train/loss"] for row in rows if "train/loss" in row]
-
-    np.testing.assert_allclose(losses(begun), losses(meshed), rtol=1e-4)
+    config = config_of(plain, root, init_from=name, model=ModelConfig(remat="elementwise"))
     shape, params = read(name)
-    batch = begun.loader.batch(1).arrays
-    first = model.losses(params, batch, Mask("causal", 0), shape)
-    assert losses(begun)[0] == pytest.approx(float(np.average(first, weights=batch["weights"])), rel=1e-5)
+    return Begun(config, trained(config), root / "hub", shape, params)
 
-    shutil.move(tmp_path / "hub", tmp_path / "elsewhere")
-    more = replace(config, phases=(replace(config.phases[0], steps=4),))
-    longer = train.prepare(more)
-    assert train.train(more)["step"] == 4 and longer.tokenizer.model == begun.tokenizer.model
+
+def test_a_run_that_starts_from_a_directory_has_its_shape_and_tokenizer(begun):
+    run = begun.run
+    assert run.config.model == replace(begun.shape, remat="elementwise")
+    assert run.tokenizer.vocab == 300
+    assert run.tokenizer.eos == 0
+
+
+def test_a_run_that_starts_from_a_directory_has_its_loss(begun):
+    batch = begun.run.loader.batch(1).arrays
+    each = model.losses(begun.params, batch, Mask("causal", 0), begun.shape)
+    mean = float(np.average(each, weights=batch["weights"]))
+    assert losses(begun.run)[0] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_run_that_starts_from_a_directory_on_a_mesh_has_the_same_losses(begun):
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    meshed = trained(replace(begun.config, name="meshed", mesh=mesh))
+    close(losses(begun.run), losses(meshed), rtol=1e-4)
+
+
+def test_a_run_resumes_without_its_directory_and_can_be_exported(begun, tmp_path):
+    """The last test of `begun`: it moves the directory."""
+    shutil.move(begun.hub, tmp_path / "elsewhere")
+    four_steps = replace(begun.config.phases[0], steps=4)
+
+    longer = trained(replace(begun.config, phases=(four_steps,)))
+
+    assert longer.tokenizer.model == begun.run.tokenizer.model
     with pytest.raises(InputError, match="no local Hugging Face directory"):
-        train.prepare(replace(config, name="anew"))
-    export.main([str(longer.directory), str(tmp_path / "back")])
-    end, trained = read(f"hf:{tmp_path / 'back'}")
-    assert end == shape
-    for n, x in train.load(str(longer.directory))[0].items():
-        equal(trained[n], x)
-    assert read_hf_tokenizer(f"hf:{tmp_path / 'back'}").model == begun.tokenizer.model
+        train.prepare(replace(begun.config, name="anew"))
+
+    back = tmp_path / "back"
+    export.main([str(longer.directory), str(back)])
+    shape, params = read(f"hf:{back}")
+    assert shape == begun.shape
+    for name, x in train.load(str(longer.directory))[0].items():
+        equal(params[name], x)
+    assert read_hf_tokenizer(f"hf:{back}").model == begun.run.tokenizer.model
 
 
 def test_a_directory_has_no_optimiser(data_config, tmp_path):
+    config = config_of(data_config, tmp_path, init_from=f"hf:{tmp_path}", init_with="all")
     with pytest.raises(InputError, match='init_with is "all".*"params"'):
-        train.prepare(config_of(data_config, tmp_path, init_from=f"hf:{tmp_path}", init_with="all"))
+        train.prepare(config)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import model
 import train
 from lib import generate as generation
-from lib.generate import CHUNK, Sampling, generate, padded, pick, prefill, read_text, settled
+from lib.continuations import read_text, settled
+from lib.generate import CHUNK, Sampling, generate, padded, pick, prefill
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tokenizers import Bytes
 

@@ -14,9 +14,9 @@ from conftest import rows as random_rows
 import model
 import train
 from lib.checkpoint import Checkpoints
+from lib.continuations import continuations
 from lib.edits import stack
 from lib.errors import InputError
-from lib.generate import continuations
 from lib.kernels import Mask
 from lib.optim import adamw
 from lib.schedule import Schedule

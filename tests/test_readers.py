@@ -1,5 +1,6 @@
 """lib/readers.py: records of every format; damage, counted exactly in a build."""
 import gzip
+import itertools
 import json
 import random
 import re
@@ -19,112 +20,219 @@ from lib.readers import hugging_face, jsonl, parquet, tfds
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ------------------------------------------------------------------------------------------------------ JSONL
+# -------------------------------------------------------------------------------------------- JSONL
 
 
-def write_lines(path, records):
+def write_lines(path, records) -> str:
     """A file of JSON Lines."""
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    lines = [json.dumps(record) + "\n" for record in records]
+    path.write_text("".join(lines), "utf-8")
     return str(path)
 
 
-def test_jsonl_takes_keys_templates_metadata_and_names(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [
-        dict(id=7, title="T{x}", body=dict(text="é\r\n\u2028木 \\n", by=["me"]), n=None)])
-    def one(**names):
-        return next(jsonl(path, **names))
-    assert one(content="body.text") == Document("a.jsonl#1", "é\r\n\u2028木 \\n")
-    assert one(content="{title}\n\n<{body.text}>").text == "T{x}\n\n<é\r\n\u2028木 \\n>"
-    assert one(content="title", meta=("body.by", "n"), key="id") == Document(
-        "7", "T{x}", {"body.by": ["me"], "n": None})
-    for names, key in ((dict(), "text"), (dict(content="title.a"), "title.a"),
-                       (dict(content="title", meta=["a"]), "a"), (dict(content="title", key="no"), "no")):
-        detail = f"no key '{key}'; the record has the keys 'id', 'title', 'body', 'n'"
-        assert one(**names) == Skipped("a.jsonl#1", "missing key", detail)
-    null = Skipped("a.jsonl#1", "missing key", "null under the key 'n'")
-    assert one(content="title", key="n") == null
-    for content in ("n", "{title}{id}", "body"):
-        assert one(content=content) == Skipped("a.jsonl#1", "not text")
+BODY = "é\r\n\u2028木 \\n"
+RECORD = dict(id=7, title="T{x}", body=dict(text=BODY, by=["me"]), n=None)
+
+
+@pytest.fixture
+def read_one(tmp_path):
+    """What `jsonl` makes of RECORD, alone in a file, under some names."""
+    path = write_lines(tmp_path / "a.jsonl", [RECORD])
+    return lambda **names: next(jsonl(path, **names))
+
+
+def test_jsonl_takes_a_key_or_a_template_as_the_text(read_one):
+    assert read_one(content="body.text") == Document("a.jsonl#1", BODY)
+    templated = read_one(content="{title}\n\n<{body.text}>")
+    assert templated.text == "T{x}\n\n<" + BODY + ">"
+
+
+def test_jsonl_takes_metadata_and_a_name(read_one):
+    found = read_one(content="title", meta=("body.by", "n"), key="id")
+    assert found == Document("7", "T{x}", {"body.by": ["me"], "n": None})
+
+
+@pytest.mark.parametrize("names, key", [
+    (dict(), "text"),
+    (dict(content="title.a"), "title.a"),
+    (dict(content="title", meta=["a"]), "a"),
+    (dict(content="title", key="no"), "no"),
+])
+def test_jsonl_names_a_key_that_a_record_lacks(read_one, names, key):
+    detail = f"no key '{key}'; the record has the keys 'id', 'title', 'body', 'n'"
+    assert read_one(**names) == Skipped("a.jsonl#1", "missing key", detail)
+
+
+def test_jsonl_takes_a_null_for_a_missing_name(read_one):
+    found = read_one(content="title", key="n")
+    assert found == Skipped("a.jsonl#1", "missing key", "null under the key 'n'")
+
+
+@pytest.mark.parametrize("content", ["n", "{title}{id}", "body"])
+def test_jsonl_takes_text_alone_as_text(read_one, content):
+    assert read_one(content=content) == Skipped("a.jsonl#1", "not text")
 
 
 @pytest.mark.parametrize("line,detail", [
-    ("3", "the record is of type int and has no keys"), ("{}", "the record has the keys none"),
-    (json.dumps({f"k{i}": i for i in range(50)}), "the record has the keys 'k0', .*, 'k19'$")])
+    ("3", "the record is of type int and has no keys"),
+    ("{}", "the record has the keys none"),
+    (json.dumps({f"k{i}": i for i in range(50)}), "the record has the keys 'k0', .*, 'k19'$"),
+])
 def test_a_missing_key_is_told_with_those_that_are_there(tmp_path, line, detail):
-    (tmp_path / "a").write_text(line)
-    (found,) = jsonl(str(tmp_path / "a"))
-    assert found.kind == "missing key" and re.match(f"no key 'text'; {detail}", found.detail)
+    file = tmp_path / "a"
+    file.write_text(line)
+    (found,) = jsonl(str(file))
+    assert found.kind == "missing key"
+    assert re.match(f"no key 'text'; {detail}", found.detail)
+
+
+GOOD = b'{"text": "tree"}'
+LONG = b'{"text": "' + b"x" * 88 + b'"}'
+LINES = [  # (a line, the text or the kind of damage)
+    (b"\xef\xbb\xbf" + GOOD, "tree"),
+    (b"", "empty"),
+    (b" \t\r", "empty"),
+    (b"{", "malformed JSON"),
+    (GOOD + GOOD, "malformed JSON"),
+    (b"[" * 100_000, "over-long line"),
+    (b"\xff", "undecodable"),
+    (b"3", "missing key"),
+    (b'["text"]', "missing key"),
+    (b'"text"', "missing key"),
+    (b"{}", "missing key"),
+    (b'{"text": 3}', "not text"),
+    (b'{"text": null}', "not text"),
+    (LONG[1:-1], "malformed JSON"),
+    (LONG, "over-long line"),
+    (LONG * 5, "over-long line"),
+    (GOOD, "tree"),
+    (LONG * 3, "over-long line"),
+]
 
 
 def test_jsonl_knows_each_kind_of_damage(tmp_path):
-    good, long = b'{"text": "tree"}', b'{"text": "' + b"x" * 88 + b'"}'
-    cases = [(b"\xef\xbb\xbf" + good, "tree"), (b"", "empty"), (b" \t\r", "empty"), (b"{", "malformed JSON"),
-             (good + good, "malformed JSON"), (b"[" * 100_000, "over-long line"), (b"\xff", "undecodable"),
-             (b"3", "missing key"), (b'["text"]', "missing key"), (b'"text"', "missing key"),
-             (b"{}", "missing key"), (b'{"text": 3}', "not text"), (b'{"text": null}', "not text"),
-             (long[1:-1], "malformed JSON"), (long, "over-long line"), (long * 5, "over-long line"),
-             (good, "tree"), (long * 3, "over-long line")]
-    (tmp_path / "a").write_bytes(b"\n".join(case for case, _ in cases))
-    found = list(jsonl(str(tmp_path / "a"), longest=100))
-    assert [d.text if isinstance(d, Document) else d.kind for d in found] == [what for _, what in cases]
-    assert [d.path for d in found] == [f"a#{i}" for i in range(1, len(cases) + 1)]
-    (tmp_path / "deep").write_bytes(b"[" * 100_000)
-    assert list(jsonl(str(tmp_path / "deep"))) == [Skipped("deep#1", "malformed JSON")]
+    file = tmp_path / "a"
+    file.write_bytes(b"\n".join(line for line, _ in LINES))
+
+    found = list(jsonl(str(file), longest=100))
+
+    for each, (line, expected) in zip(found, LINES, strict=True):
+        what = each.text if isinstance(each, Document) else each.kind
+        assert what == expected, line[:100]
+    assert [each.path for each in found] == [f"a#{i}" for i in range(1, len(LINES) + 1)]
 
 
-def test_of_a_truncated_archive_what_stands_before_the_break_is_kept(tmp_path):
-    content = b"".join(b'{"text": "%d"}\n' % random.Random(i).getrandbits(90) for i in range(20_000))
-    packed = gzip.compress(content)
-    for n in (5, 100, 70_000, len(packed) - 1):
-        (tmp_path / "a.gz").write_bytes(packed[:n])
-        *before, last = jsonl(str(tmp_path / "a.gz"))
-        assert last == Skipped("a.gz", "truncated archive")
-        stood = content.splitlines()[:len(before)]
-        assert [d.text for d in before] == [json.loads(line)["text"] for line in stood]
-        assert len(before) / 20_000 >= n / len(packed) - 0.05
-    (tmp_path / "a.gz").write_bytes(packed[:50_000] + b"broken" + packed[50_006:])
-    *before, last = data.text(str(tmp_path / "a.gz"), "\n")
-    assert before and isinstance(last, Skipped)
+def test_json_that_is_nested_too_deeply_is_malformed(tmp_path):
+    file = tmp_path / "deep"
+    file.write_bytes(b"[" * 100_000)
+    assert list(jsonl(str(file))) == [Skipped("deep#1", "malformed JSON")]
 
 
-# ----------------------------------------------------------------------------------------- damage, in a build
+def random_lines(number: int) -> list[bytes]:
+    """Lines of JSON that hardly compress."""
+    numbers = [random.Random(i).getrandbits(90) for i in range(number)]
+    return [b'{"text": "%d"}' % each for each in numbers]
+
+
+@pytest.fixture(scope="module")
+def archive() -> tuple[list[bytes], bytes]:
+    """(20,000 lines, their gzip archive)."""
+    lines = random_lines(20_000)
+    content = b"".join(line + b"\n" for line in lines)
+    return lines, gzip.compress(content)
+
+
+@pytest.mark.parametrize("size", [5, 100, 70_000, -1])
+def test_of_a_truncated_archive_what_stands_before_the_break_is_kept(tmp_path, archive, size):
+    lines, packed = archive
+    cut = packed[:size]
+    file = tmp_path / "a.gz"
+    file.write_bytes(cut)
+
+    *before, last = jsonl(str(file))
+
+    assert last == Skipped("a.gz", "truncated archive")
+    expected = [json.loads(line)["text"] for line in lines[:len(before)]]
+    assert [document.text for document in before] == expected
+    assert len(before) / len(lines) >= len(cut) / len(packed) - 0.05
+
+
+def test_of_a_broken_archive_what_stands_before_the_break_is_kept(tmp_path, archive):
+    _, packed = archive
+    file = tmp_path / "a.gz"
+    file.write_bytes(packed[:50_000] + b"broken" + packed[50_006:])
+    *before, last = data.text(str(file), "\n")
+    assert before
+    assert isinstance(last, Skipped)
+
+
+# ------------------------------------------------------------------------------- damage, in a build
 
 DAMAGE = ("undecodable", "empty", "missing key", "malformed JSON", "over-long line", "not text")
 
 
-def generate(directory: Path, size: int) -> tuple[dict, dict]:
-    """About `size` bytes of JSON Lines in plain and packed files, 1 % of each kind of damage by line, and one
-    in 33 archives truncated. Returns ({kind: how many}, {"documents" and "bytes": of what is good}).
+def damaged(line: bytes, kind: str, rng: random.Random) -> bytes:
+    """A good line with damage of a kind."""
+    if kind == "undecodable":
+        return line[:20] + b"\xff" + line[20:]
+    if kind == "empty":
+        return rng.choice([b"", b'{"doc":{"text":""}}'])
+    if kind == "missing key":
+        return line.replace(b"text", b"test")
+    if kind == "malformed JSON":
+        return line[:-2]
+    if kind == "over-long line":
+        return b"x" * 40_000
+    return b'{"doc": {"text": [1]}}'  # not text
 
-    A truncated archive has a second member, of one line, which is cut.
+
+class Generated:
+    """JSON Lines in plain and packed files.
+
+    By line, 1 % have each kind of damage. One archive in 33 is truncated: it has a second member,
+    of one line, which is cut. `damage` counts kinds, `good` documents and bytes of what is good.
     """
-    rng, counts, good, written, number = random.Random(0), Counter(), Counter(), 0, 0
-    words = [rng.randbytes(4).hex() for _ in range(500)] + ["é", "木", "\u2028", "\\", '"', "\x10"]
-    while written < size or number < 3:
-        lines = []
-        for _ in range(2_000):
-            text = " ".join(rng.choices(words, k=rng.randrange(20, 180)))
-            kind = DAMAGE[i] if (i := int(rng.random() * 100)) < len(DAMAGE) else ""
-            line = json.dumps(dict(doc=dict(text=text)), ensure_ascii=False).encode()
-            if kind:
-                counts[kind] += 1
-                line = {"undecodable": line[:20] + b"\xff" + line[20:],
-                        "empty": rng.choice([b"", b'{"doc":{"text":""}}']),
-                        "missing key": line.replace(b"text", b"test"), "malformed JSON": line[:-2],
-                        "over-long line": b"x" * 40_000, "not text": b'{"doc": {"text": [1]}}'}[kind]
-            else:
-                good.update(documents=1, bytes=len(text.encode()))
-            lines.append(line)
-        content = b"\n".join(lines) + b"\n"
-        packed, written = number % 3 == 1, written + len(content)
-        if packed:
-            content = gzip.compress(content, 1)
-            if number % 100 == 1:
-                counts["truncated archive"] += 1
-                content += gzip.compress(b'{"doc": {"text": "never"}}\n')[:-9]
-        (directory / f"{number:04d}.jsonl{'.gz' * packed}").write_bytes(content)
-        number += 1
-    return dict(counts), dict(good)
+
+    def __init__(self, directory: Path, size: int):
+        """Write files of about `size` bytes together, and at least three."""
+        self.rng = random.Random(0)
+        words = [self.rng.randbytes(4).hex() for _ in range(500)]
+        self.words = words + ["é", "木", "\u2028", "\\", '"', "\x10"]
+        self.damage = Counter()
+        self.good = Counter()
+        written = 0
+        number = 0
+        while written < size or number < 3:
+            lines = [self.line() for _ in range(2_000)]
+            content = b"\n".join(lines) + b"\n"
+            written += len(content)
+            self.write(directory / f"{number:04d}.jsonl", content, number)
+            number += 1
+
+    def line(self) -> bytes:
+        """A line, good or damaged."""
+        length = self.rng.randrange(20, 180)
+        text = " ".join(self.rng.choices(self.words, k=length))
+        record = dict(doc=dict(text=text))
+        line = json.dumps(record, ensure_ascii=False).encode()
+        percent = int(self.rng.random() * 100)
+        if percent >= len(DAMAGE):
+            self.good.update(documents=1, bytes=len(text.encode()))
+            return line
+        kind = DAMAGE[percent]
+        self.damage[kind] += 1
+        return damaged(line, kind, self.rng)
+
+    def write(self, path: Path, content: bytes, number: int):
+        """A file; one of three is packed."""
+        if number % 3 != 1:
+            path.write_bytes(content)
+            return
+        packed = gzip.compress(content, 1)
+        if number % 100 == 1:
+            self.damage["truncated archive"] += 1
+            packed += gzip.compress(b'{"doc": {"text": "never"}}\n')[:-9]
+        path.with_suffix(".jsonl.gz").write_bytes(packed)
 
 
 BUILD = """
@@ -144,69 +252,101 @@ print(json.dumps([cache.total["counts"], gib, time.time() - start]))
 """
 
 
-@pytest.mark.parametrize("size", [2_000_000, pytest.param(1_000_000_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("size", [
+    2_000_000,
+    pytest.param(1_000_000_000, marks=pytest.mark.soak),
+])
 def test_damage_is_counted_exactly_within_2_gib(home, tmp_path, size):
-    (tmp_path / "in").mkdir()
-    damage, good = generate(tmp_path / "in", size)
-    command = [sys.executable, "-c", BUILD, ROOT, tmp_path / "in"]
+    place = tmp_path / "in"
+    place.mkdir()
+    generated = Generated(place, size)
+
+    command = [sys.executable, "-c", BUILD, ROOT, place]
     made = subprocess.run(command, capture_output=True, text=True)
+
     assert made.returncode == 0, made.stderr
     counts, gib, seconds = json.loads(made.stdout.splitlines()[-1])
     print(f"{size:,} bytes: {seconds:.0f} s, {gib:.2f} GiB, {counts}")
-    assert kinds(counts) == damage
-    assert {k: counts[k] for k in good} == good
-    assert counts["read"] == good["documents"] + sum(damage.values())
+    assert kinds(counts) == generated.damage
+    assert counts["documents"] == generated.good["documents"]
+    assert counts["bytes"] == generated.good["bytes"]
+    damaged_lines = sum(generated.damage.values())
+    assert counts["read"] == generated.good["documents"] + damaged_lines
     assert gib < 2
 
 
 def test_tokenizing_keeps_every_byte_around_damage(home, tmp_path):
-    texts = {f"a#{2 * i + 1}": f"é\r\n\x00\u2581{i}\x10 " * (i % 7 + 1) for i in range(300)}
-    lines = [json.dumps(dict(text=t)) + "\n{\n" for t in texts.values()]
-    (tmp_path / "a").write_text("".join(lines))
-    cache = built(partial(jsonl, path=str(tmp_path / "a")), max_skipped=0.5, shard_tokens=3_000)
-    assert kept(cache) == texts and skipped(cache) == {"malformed JSON": 300}
-    assert cache.total["counts"]["bytes"] == sum(len(t.encode()) for t in texts.values())
+    file = tmp_path / "a"
+    texts = {}
+    for i in range(300):
+        path = f"a#{2 * i + 1}"  # each second line is damaged
+        texts[path] = f"é\r\n\x00\u2581{i}\x10 " * (i % 7 + 1)
+    lines = [json.dumps(dict(text=text)) + "\n{\n" for text in texts.values()]
+    file.write_text("".join(lines))
+
+    cache = built(partial(jsonl, path=str(file)), max_skipped=0.5, shard_tokens=3_000)
+
+    assert kept(cache) == texts
+    assert skipped(cache) == {"malformed JSON": 300}
+    size = sum(len(text.encode()) for text in texts.values())
+    assert cache.total["counts"]["bytes"] == size
 
 
-def test_a_build_names_the_keys_of_records_that_lack_one(home, tmp_path):
-    """Where no document is left, and where too many are missing; and so it stays."""
-    lacking = json.dumps(dict(body="tree", id=7)) + "\n"
+@pytest.mark.parametrize("lacking, good, said", [
+    (3, "", "no document with text in it; it skipped 3 missing key"),
+    (1_500, "", "1,024 of 1,024 documents are.* skipped 1,024 missing key"),
+    (2, '{"text": "tree"}', "2 of 3 documents are.* skipped 2 missing key"),
+], ids=["nothing left", "too many", "too many of three"])
+def test_a_build_names_the_keys_of_records_that_lack_one(home, tmp_path, lacking, good, said):
+    file = tmp_path / "a"
+    line = json.dumps(dict(body="tree", id=7)) + "\n"
+    file.write_text(line * lacking + good)
+    source = partial(jsonl, path=str(file))
     why = r"\(a#1: no key 'text'; the record has the keys 'body', 'id'\)"
-    source = partial(jsonl, path=str(tmp_path / "a"))
-    for n, rest, said in ((3, "", f"no document with text in it; it skipped 3 missing key {why}"),
-                          (1_500, "", f"1,024 of 1,024 documents are.* skipped 1,024 missing key {why}"),
-                          (2, '{"text": "tree"}', f"2 of 3 documents are.* skipped 2 missing key {why}")):
-        (tmp_path / "a").write_text(lacking * n + rest)
-        for _ in range(2):
-            with pytest.raises(InputError, match=f"'x'.* {said}"):
-                built(source)
+    for _ in range(2):  # it stays so
+        with pytest.raises(InputError, match=f"'x'.* {said} {why}"):
+            built(source)
 
 
-@pytest.mark.parametrize("bad,of,stops", [
-    (1, 10, False), (2, 10, True), (100, 1_000, False), (101, 1_000, True)])
-def test_building_stops_past_the_share_that_may_be_skipped(home, tmp_path, bad, of, stops):
-    path = tmp_path / "a"
-    path.write_text("{\n" * bad + '{"text": "tree"}\n' * (of - bad))
-    if not stops:
-        assert skipped(built(partial(jsonl, path=str(path)))) == {"malformed JSON": bad}
-        return
-    for _ in range(2):  # and so it stays
-        with pytest.raises(InputError, match=f"'x': {bad} of {of:,} documents .*max_skipped.* {bad} malf"):
-            built(partial(jsonl, path=str(path)))
-    assert skipped(built(partial(jsonl, path=str(path)), max_skipped=0.5)) == {"malformed JSON": bad}
+def write_damaged(file: Path, bad: int, of: int):
+    """So many lines, of which some are damaged."""
+    file.write_text("{\n" * bad + '{"text": "tree"}\n' * (of - bad))
 
 
-def broken():
+@pytest.mark.parametrize("bad,of", [(1, 10), (100, 1_000)])
+def test_building_goes_on_up_to_the_share_that_may_be_skipped(home, tmp_path, bad, of):
+    file = tmp_path / "a"
+    write_damaged(file, bad, of)
+    cache = built(partial(jsonl, path=str(file)))
+    assert skipped(cache) == {"malformed JSON": bad}
+
+
+@pytest.mark.parametrize("bad,of", [(2, 10), (101, 1_000)])
+def test_building_stops_past_the_share_that_may_be_skipped(home, tmp_path, bad, of):
+    file = tmp_path / "a"
+    write_damaged(file, bad, of)
+    source = partial(jsonl, path=str(file))
+    said = f"'x': {bad} of {of:,} documents .*max_skipped.* {bad} malf"
+    for _ in range(2):  # it stays so
+        with pytest.raises(InputError, match=said):
+            built(source)
+    cache = built(source, max_skipped=0.5)
+    assert skipped(cache) == {"malformed JSON": bad}
+
+
+def half_broken():
     """Half of it is damaged, without end."""
-    i = 0
-    while True:
-        i += 1
-        yield Document(f"{i}", "tree") if i % 2 else Skipped(f"{i}", "odd")
+    for i in itertools.count(1):
+        if i % 2:
+            yield Document(f"{i}", "tree")
+        else:
+            yield Skipped(f"{i}", "odd")
 
 
 def test_building_stops_early(home):
-    with pytest.raises(InputError, match="'x': 512 of 1,024 documents are damaged.*skipped 512 odd"):
-        built(broken)
+    said = "'x': 512 of 1,024 documents are damaged.*skipped 512 odd"
+    with pytest.raises(InputError, match=said):
+        built(half_broken)
 
 
 KILLED = """
@@ -231,46 +371,88 @@ cache.build("x", data.DataConfig(sources={"x": source}, shard_tokens=300_000), B
 
 
 def test_a_build_resumed_after_a_kill_keeps_its_counts(home, tmp_path):
-    (tmp_path / "in").mkdir()
-    damage, good = generate(tmp_path / "in", 2_000_000)
-    made = subprocess.run([sys.executable, "-c", KILLED, ROOT, tmp_path / "in"], capture_output=True)
+    place = tmp_path / "in"
+    place.mkdir()
+    generated = Generated(place, 2_000_000)
+    command = [sys.executable, "-c", KILLED, ROOT, place]
+    made = subprocess.run(command, capture_output=True)
     assert made.returncode == -9, made.stderr
-    cache = built(partial(jsonl, path=str(tmp_path / "in"), content="doc.text", longest=30_000),
-                  shard_tokens=300_000)
-    assert len(list((tmp_path / "cache").rglob("x-*/0*"))) == cache.total["shards"] > 3
-    assert skipped(cache) == damage and {k: cache.total["counts"][k] for k in good} == good
+
+    source = partial(jsonl, path=str(place), content="doc.text", longest=30_000)
+    cache = built(source, shard_tokens=300_000)
+
+    shards = list((tmp_path / "cache").rglob("x-*/0*"))
+    assert len(shards) == cache.total["shards"] > 3
+    assert skipped(cache) == generated.damage
+    counts = cache.total["counts"]
+    assert counts["documents"] == generated.good["documents"]
+    assert counts["bytes"] == generated.good["bytes"]
 
 
-# ---------------------------------------------------------------------------------------------- other formats
+# ------------------------------------------------------------------------------------ other formats
 
 RECORDS = [dict(title=f"T{i}", body=dict(text=f"é {i}\r\n\u2028"), n=i) for i in range(10)]
 NAMES = dict(content="{title}: {body.text}", meta=("n",), key="n")
 WHOLE = [Document(str(i), f"T{i}: é {i}\r\n\u2028", dict(n=i)) for i in range(10)]
 
 
-def test_parquet_gives_rows_and_counts_what_it_cannot_read(home, tmp_path):
+@pytest.fixture
+def parquet_file(tmp_path) -> Path:
+    """RECORDS as Parquet, in row groups of four."""
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    import pyarrow.parquet as pq
+    from pyarrow.parquet import write_table
     file = tmp_path / "in" / "a.parquet"
     file.parent.mkdir()
-    pq.write_table(pyarrow.Table.from_pylist(RECORDS), file, row_group_size=4, compression="none",
-                   use_dictionary=False, write_statistics=False)
-    assert list(parquet(path=str(file), **NAMES)) == WHOLE
-    assert [d.path for d in parquet(path=str(file), content="title")] == [
-        f"a.parquet#{i // 4 + 1}.{i % 4 + 1}" for i in range(10)]
-    assert list(parquet(path=str(file), content="body.words"))[9] == Skipped(
-        "a.parquet#3.2", "missing key", "no key 'body.words'; the record has the keys 'title', 'body', 'n'")
-    group = pq.ParquetFile(file).metadata.row_group(1)
+    write_table(
+        pyarrow.Table.from_pylist(RECORDS),
+        file,
+        row_group_size=4,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    return file
+
+
+def test_parquet_gives_rows(parquet_file):
+    path = str(parquet_file)
+    assert list(parquet(path=path, **NAMES)) == WHOLE
+    unnamed = [document.path for document in parquet(path=path, content="title")]
+    assert unnamed == [f"a.parquet#{i // 4 + 1}.{i % 4 + 1}" for i in range(10)]
+
+
+def test_parquet_names_a_key_that_a_row_lacks(parquet_file):
+    found = list(parquet(path=str(parquet_file), content="body.words"))
+    detail = "no key 'body.words'; the record has the keys 'title', 'body', 'n'"
+    assert found[9] == Skipped("a.parquet#3.2", "missing key", detail)
+
+
+def break_row_group(file: Path, number: int):
+    """Write over where the columns of a row group begin."""
+    from pyarrow.parquet import ParquetFile
+    group = ParquetFile(file).metadata.row_group(number)
     content = bytearray(file.read_bytes())
-    for start in (group.column(c).data_page_offset for c in range(group.num_columns)):
+    for column in range(group.num_columns):
+        start = group.column(column).data_page_offset
         content[start:start + 8] = b"\xff" * 8
     file.write_bytes(content)
-    (file.parent / "b.parquet").write_bytes(content[:-20])
-    assert list(parquet(path=str(file.parent), **NAMES)) == [
-        *WHOLE[:4], Skipped("a.parquet#2", "unreadable row group"), *WHOLE[8:],
-        Skipped("b.parquet", "truncated archive")]
-    cache = built(partial(parquet, path=str(file.parent), **NAMES), max_skipped=0.3)
-    assert kept(cache) == {d.path: d.text for d in WHOLE[:4] + WHOLE[8:]}
+
+
+def test_parquet_counts_what_it_cannot_read(home, parquet_file):
+    break_row_group(parquet_file, 1)
+    truncated = parquet_file.read_bytes()[:-20]
+    (parquet_file.parent / "b.parquet").write_bytes(truncated)
+    source = partial(parquet, path=str(parquet_file.parent), **NAMES)
+
+    assert list(source()) == [
+        *WHOLE[:4],
+        Skipped("a.parquet#2", "unreadable row group"),
+        *WHOLE[8:],
+        Skipped("b.parquet", "truncated archive"),
+    ]
+    cache = built(source, max_skipped=0.3)
+    readable = WHOLE[:4] + WHOLE[8:]
+    assert kept(cache) == {document.path: document.text for document in readable}
 
 
 NO_TENSORFLOW = """
@@ -318,42 +500,66 @@ for names in (dict(data_set="large"), dict(data_set="small", split="dev")):
 """
 
 
+def run_without_tensorflow(script: str, *words) -> list[str]:
+    """What a script prints, in a process where importing TensorFlow is an error."""
+    script = NO_TENSORFLOW + script + LEFT_OUT
+    command = [sys.executable, "-c", script, *map(str, words)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return made.stdout.splitlines()
+
+
 def test_tfds_is_read_by_name_without_tensorflow(tmp_path):
-    """In processes where importing TensorFlow is an error, from ArrayRecord files written by the first."""
+    """From ArrayRecord files that a first process writes."""
     pytest.importorskip("array_record", reason="array_record is not installed")
-    def run(script, *words):
-        command = [sys.executable, "-c", NO_TENSORFLOW + script + LEFT_OUT, *map(str, words)]
-        made = subprocess.run(command, capture_output=True, text=True)
-        assert made.returncode == 0, made.stderr
-        return made.stdout.splitlines()
-    run(TFDS, ROOT, tmp_path)
+    run_without_tensorflow(TFDS, ROOT, tmp_path)
     assert list(tmp_path.rglob("*.array_record*"))
-    full, paths, *errors = run(READ, ROOT, tmp_path, json.dumps(NAMES))
-    assert sorted(json.loads(full)) == [[d.path, d.text, d.meta] for d in WHOLE]
+
+    full, paths, *errors = run_without_tensorflow(READ, ROOT, tmp_path, json.dumps(NAMES))
+
+    expected = [[document.path, document.text, document.meta] for document in WHOLE]
+    assert sorted(json.loads(full)) == expected
     assert json.loads(paths) == [f"small/train#{i}" for i in range(1, 11)]
-    assert len(errors) == 2 and "'large'" in errors[0] and "'dev'" in errors[1]
+    assert len(errors) == 2
+    assert "'large'" in errors[0]
+    assert "'dev'" in errors[1]
 
 
 @pytest.mark.parametrize("reader,package,words", [
-    (partial(hugging_face, "x"), "datasets", "pip install datasets"),
-    (partial(parquet, "x"), "pyarrow.parquet", "pip install pyarrow"),
-    (partial(tfds, "x"), "tensorflow_datasets", "pip install tensorflow-datasets array_record")])
+    (hugging_face, "datasets", "pip install datasets"),
+    (parquet, "pyarrow.parquet", "pip install pyarrow"),
+    (tfds, "tensorflow_datasets", "pip install tensorflow-datasets array_record"),
+])
 def test_readers_name_the_package_that_they_need(reader, package, words, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=f"need the package .*{words}") as caught:
-        next(reader())
+        next(reader("x"))
     assert "configs/" not in str(caught.value)  # where they used to be
 
 
-def test_hugging_face_directories_are_read(tmp_path):
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """RECORDS saved by the package datasets: as `one` data set, and as train of `several`."""
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     table = pytest.importorskip("pyarrow").Table.from_pylist(RECORDS)
-    one = datasets.Dataset(table, fingerprint="one")  # datasets 5.2 cannot hash a table of pyarrow 26
+    one = datasets.Dataset(table, fingerprint="one")  # 5.2 cannot hash a table of pyarrow 26
     one.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=one).save_to_disk(tmp_path / "several")
-    assert list(hugging_face(path=str(tmp_path / "one"), **NAMES)) == WHOLE
-    assert list(hugging_face(path=str(tmp_path / "several"), split="train", **NAMES)) == WHOLE
-    assert next(hugging_face(path=str(tmp_path / "one"), content="title")).path == "#1"
-    for path, why in (("several", "no split ''; allowed are train"), ("gone", "save_to_disk")):
-        with pytest.raises(InputError, match=why):
-            next(hugging_face(path=str(tmp_path / path)))
+    return tmp_path
+
+
+def test_hugging_face_directories_are_read(saved):
+    one, several = str(saved / "one"), str(saved / "several")
+    assert list(hugging_face(path=one, **NAMES)) == WHOLE
+    assert list(hugging_face(path=several, split="train", **NAMES)) == WHOLE
+    unnamed = next(hugging_face(path=one, content="title"))
+    assert unnamed.path == "#1"
+
+
+@pytest.mark.parametrize("name, why", [
+    ("several", "no split ''; allowed are train"),
+    ("gone", "save_to_disk"),
+])
+def test_a_hugging_face_directory_that_cannot_be_read_is_refused(saved, name, why):
+    with pytest.raises(InputError, match=why):
+        next(hugging_face(path=str(saved / name)))

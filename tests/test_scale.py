@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import conftest
 import jax
@@ -45,57 +46,123 @@ def slow(row, rng, seconds=0.0):
     return causal(row, rng)
 
 
-phase = Phase(steps=12, batch=8, seq=32, repeat=(Edit(reset_embeddings, every=5),), objective=partial(slow))
+first = Phase(
+    steps=12,
+    batch=8,
+    seq=32,
+    repeat=(Edit(reset_embeddings, every=5),),
+    objective=partial(slow),
+)
+deeper = Phase(steps=8, batch=8, seq=32, edits=(partial(stack, times=2, moments="map"),))
 config = Config(
-    model=ModelConfig(layers=1, embed=96, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=258, unroll=1),
-    data=DataConfig(sources={"files": Source(partial(text, path="CORPUS"))}, tokenizer="bytes",
-                    dev=0.1, test=0.1),
-    phases=(phase, Phase(steps=8, batch=8, seq=32, edits=(partial(stack, times=2, moments="map"),))),
-    schedule=Schedule(peak=1e-2, warmup=4), overlap=8, eval_every=8, eval_tokens=500, save_every=5, keep=9,
-    prompts=(), sample_tokens=4,
+    model=ModelConfig(
+        layers=1,
+        embed=96,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        mlp=64,
+        vocab=258,
+        unroll=1,
+    ),
+    data=DataConfig(
+        sources={"files": Source(partial(text, path="CORPUS"))},
+        tokenizer="bytes",
+        dev=0.1,
+        test=0.1,
+    ),
+    phases=(first, deeper),
+    schedule=Schedule(peak=1e-2, warmup=4),
+    overlap=8,
+    eval_every=8,
+    eval_tokens=500,
+    save_every=5,
+    keep=9,
+    prompts=(),
+    sample_tokens=4,
 )
 '''
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
 
 
 class Place:
     """Runs of the tiny config, by the command line."""
 
     def __init__(self, root: Path, corpus: Path):
-        self.root, self.config = root, root / "tiny.py"
+        self.root = root
+        self.config = root / "tiny.py"
         self.config.write_text(TINY.replace("CORPUS", str(corpus)))
 
-    def start(self, name: str, *arguments, devices: int = 1, processes: int = 1, before: tuple = ()) -> list:
-        """Begin a run in so many processes of so many devices each; `before` comes before the command."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+    def start(self, name: str, *arguments, devices: int = 1, processes: int = 1,
+              before: tuple = ()) -> list[subprocess.Popen]:
+        """Begin a run in so many processes of so many devices each.
+
+        before: words that come before the command.
+        """
+        address = f"localhost:{free_port()}"
         environment = conftest.environment(devices, XDG_CACHE_HOME=str(self.root / "cache"))
         started = []
         for i in range(processes):
-            launch = ["launch", f"localhost:{port}", "--processes", str(processes), "--process", str(i)]
-            command = [*before, sys.executable, ROOT / "train.py", *(launch if processes > 1 else ()),
-                       self.config, "--runs", self.root, "--name", name, *arguments]
-            started.append(subprocess.Popen([*map(str, command)], env=environment, text=True, cwd=self.root,
-                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            command = [*before, sys.executable, ROOT / "train.py"]
+            if processes > 1:
+                command += ["launch", address, "--processes", processes, "--process", i]
+            command += [self.config, "--runs", self.root, "--name", name, *arguments]
+            process = subprocess.Popen(
+                [*map(str, command)],
+                env=environment,
+                text=True,
+                cwd=self.root,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            started.append(process)
         return started
 
-    def train(self, name: str, *arguments, **how) -> list[tuple[int, str, str]]:
-        """(exit code, stdout, stderr) of each process of a run."""
+    def train(self, name: str, *arguments, **how) -> list[Ended]:
+        """Each process of a run, when all have ended."""
         started = self.start(name, *arguments, **how)
-        texts = [p.communicate(timeout=400) for p in started]
-        return [(p.returncode, *said) for p, said in zip(started, texts, strict=True)]
+        said = [process.communicate(timeout=400) for process in started]
+        codes = [process.returncode for process in started]
+        return [Ended(code, out, err) for code, (out, err) in zip(codes, said, strict=True)]
+
+    def metrics(self, name: str) -> list[dict]:
+        """The rows of metrics.jsonl."""
+        lines = (self.root / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
     def rows(self, name: str) -> list[dict]:
         """metrics.jsonl but for timings."""
-        rows = map(json.loads, (self.root / name / "metrics.jsonl").read_text().splitlines())
-        return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+        rows = []
+        for row in self.metrics(name):
+            names = [key for key in row if not key.startswith("perf/")]
+            rows.append({key: row[key] for key in names})
+        return rows
 
-    def branch(self, name: str, of: str, step: int = KEPT):
-        """A copy of a run as if it had been killed after a checkpoint."""
+    def checkpoints(self, name: str) -> dict[int, Path]:
+        """{step: checkpoint} of a run."""
+        paths = (self.root / name / "checkpoints").iterdir()
+        return {int(path.name): path for path in paths if path.name.isdigit()}
+
+    def branch(self, name: str, of: str):
+        """A copy of a run as if it had been killed after the checkpoint KEPT."""
         shutil.copytree(self.root / of, self.root / name)
         (self.root / name / "summary.json").unlink()
-        for path in (self.root / name / "checkpoints").iterdir():
-            if path.name.isdigit() and int(path.name) > step:
+        for step, path in self.checkpoints(name).items():
+            if step > KEPT:
                 shutil.rmtree(path)
 
 
@@ -104,145 +171,220 @@ def place(tmp_path_factory, corpus) -> Place:
     return Place(tmp_path_factory.mktemp("scale"), corpus)
 
 
-def near(ours: list[dict], theirs: list[dict], tolerance: float):
-    """The same rows, whose figures differ by rounding alone. Only own rows are counted for data/*."""
+def check_near(ours: list[dict], theirs: list[dict], tolerance: float):
+    """The same rows, whose figures differ by rounding alone.
+
+    A process counts its own rows in data/*, so these are left out, and so are standard errors.
+    """
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        for key in one.keys() - {k for k in one if k.startswith("data/") or k.endswith("_se")}:
-            assert one[key] == pytest.approx(other[key], rel=tolerance), (one["step"], key)
+        for key in one:
+            if not key.startswith("data/") and not key.endswith("_se"):
+                expected = pytest.approx(other[key], rel=tolerance)
+                assert one[key] == expected, (one["step"], key)
 
 
 @pytest.fixture(scope="module")
 def whole(place) -> list[dict]:
     """A run on one device that nothing happened to."""
     done = place.train("whole")
-    assert done[0][0] == 0, done
+    assert done[0].code == 0, done
     return place.rows("whole")
 
 
-def good(done):
+def check_good(done: list[Ended]):
     """Every process ended well, and only the first said anything."""
-    assert [code for code, *_ in done] == [0] * len(done), done
-    for word in ("run", "step", "loss", "parameters", "resuming", "checkpoint"):  # Gloo says a little
-        assert not [out for _, out, _ in done[1:] if word in out]
+    assert [ended.code for ended in done] == [0] * len(done), done
+    for ended in done[1:]:
+        for word in ("run", "step", "loss", "parameters", "resuming", "checkpoint"):
+            assert word not in ended.out  # Gloo says a little
+
+
+def resumed_from(ended: Ended) -> int:
+    """The step from which a run went on."""
+    return int(re.search(r"resuming from step (\d+)\n", ended.out)[1])
+
+
+# --------------------------------------------------------------------------- devices and processes
 
 
 def test_a_mesh_and_processes_compute_what_one_device_does(place, whole):
-    """Through resets and a growth, to rounding: data 2, fsdp 2 and tensor 2 on eight devices. From its
-    checkpoint, two processes of two devices each, in another layout, go on as it did; they print once.
+    """To rounding, through resets and a growth.
+
+    First data 2, fsdp 2 and tensor 2 on eight devices. From its checkpoint two processes of two
+    devices each, in another layout, go on as it did; they print once.
     """
-    good(place.train("meshed", "--mesh.fsdp", "2", "--mesh.tensor", "2", devices=8))
-    near(place.rows("meshed"), whole, 1e-4)
+    check_good(place.train("meshed", "--mesh.fsdp", "2", "--mesh.tensor", "2", devices=8))
+    check_near(place.rows("meshed"), whole, 1e-4)
+
     place.branch("split", "meshed")
-    done = place.train("split", "--mesh.fsdp", "2", "--prompts", "('the',)", devices=2, processes=2)
-    good(done)
-    assert f"resuming from step {KEPT}\n" in done[0][1] and "2 processes" in done[0][1]
-    near(place.rows("split"), whole, 1e-4)
+    prompts = ("--prompts", "('the',)")
+    done = place.train("split", "--mesh.fsdp", "2", *prompts, devices=2, processes=2)
+    check_good(done)
+    assert resumed_from(done[0]) == KEPT
+    assert "2 processes" in done[0].out
+    check_near(place.rows("split"), whole, 1e-4)
     assert (place.root / "split/samples.txt").read_text()
 
 
+def seconds_a_row(seconds: float) -> tuple[str, str]:
+    """Arguments of a run whose rows take their time."""
+    return "--phases.0.objective.seconds", str(seconds)
+
+
 def test_sigterm_to_one_process_saves_all_at_one_step(place, whole):
-    """The second of two is told to stop; both end well at a step that is saved; then one process finishes."""
-    started = place.start("stopped", "--phases.0.objective.seconds", "0.02", processes=2)
+    """The second of two is told to stop; both end well at a step that is saved. One goes on."""
+    slow = seconds_a_row(0.02)
+    started = place.start("stopped", *slow, processes=2)
     metrics = place.root / "stopped/metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("train/loss") >= 3):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in started)
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in started)
         time.sleep(0.05)
+
     started[1].send_signal(signal.SIGTERM)
+
     out, err = started[0].communicate(timeout=300)
-    assert [p.wait(300) for p in started] == [0, 0], err
+    assert [process.wait(300) for process in started] == [0, 0], err
     step = int(re.search(r"stopped by SIGTERM; step (\d+) is saved", out)[1])
-    assert 3 <= step < TOTAL and (place.root / f"stopped/checkpoints/{step}").is_dir()
-    done = place.train("stopped", "--phases.0.objective.seconds", "0.02")
-    good(done)
-    assert f"resuming from step {step}\n" in done[0][1]
-    near(place.rows("stopped"), whole, 1e-4)
+    assert 3 <= step < TOTAL
+    assert (place.root / f"stopped/checkpoints/{step}").is_dir()
+
+    done = place.train("stopped", *slow)
+    check_good(done)
+    assert resumed_from(done[0]) == step
+    check_near(place.rows("stopped"), whole, 1e-4)
+
+
+MESHES = [  # (devices of a process, processes, sizes of data, fsdp and tensor)
+    (8, 1, (8, 1, 1)),
+    (8, 1, (2, 4, 1)),
+    (8, 1, (1, 8, 1)),
+    (8, 1, (2, 2, 2)),
+    (8, 1, (4, 1, 2)),
+    (2, 2, (2, 2, 1)),
+    (1, 4, (1, 4, 1)),
+    (1, 4, (2, 1, 2)),
+]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float64", 1e-9)])
 def test_five_meshes_and_up_to_four_processes(place, dtype, tolerance):
-    """The design's promise: from the start, and from a checkpoint of data 2 x fsdp 4 on other meshes."""
-    kind = [f"--model.{field}={dtype}" for field in ("dtype", "param_dtype")]
-    good(place.train(f"one-{dtype}", *kind))
+    """From the start, and from a checkpoint of data 2 x fsdp 4 on other meshes."""
+    kind = [f"--model.dtype={dtype}", f"--model.param_dtype={dtype}"]
+    check_good(place.train(f"one-{dtype}", *kind))
     one = place.rows(f"one-{dtype}")
-    meshes = [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
-    ways = [(dict(devices=8), mesh) for mesh in meshes] + [
-        (dict(devices=2, processes=2), (2, 2, 1)), (dict(devices=1, processes=4), (1, 4, 1)),
-        (dict(devices=1, processes=4), (2, 1, 2))]
-    for i, (how, mesh) in enumerate(ways):
-        sizes = [f"--mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-        good(place.train(f"{dtype}-{i}", *kind, *sizes, **how))
-        near(place.rows(f"{dtype}-{i}"), one, tolerance)
-    for name, how, sizes in (("two", dict(devices=2), ["--mesh.fsdp=2"]), ("one", {}, []),
-                             ("split", dict(processes=2), ["--mesh.fsdp=2"])):
-        place.branch(f"{name}-of-{dtype}", f"{dtype}-1")
-        good(place.train(f"{name}-of-{dtype}", *kind, *sizes, **how))
-        near(place.rows(f"{name}-of-{dtype}"), one, tolerance)
+
+    for i, (devices, processes, (rows, fsdp, tensor)) in enumerate(MESHES):
+        name = f"{dtype}-{i}"
+        sizes = [f"--mesh.data={rows}", f"--mesh.fsdp={fsdp}", f"--mesh.tensor={tensor}"]
+        check_good(place.train(name, *kind, *sizes, devices=devices, processes=processes))
+        check_near(place.rows(name), one, tolerance)
+
+    for start, how, sizes in (
+        ("two", dict(devices=2), ["--mesh.fsdp=2"]),
+        ("one", {}, []),
+        ("split", dict(processes=2), ["--mesh.fsdp=2"]),
+    ):
+        name = f"{start}-of-{dtype}"
+        place.branch(name, f"{dtype}-1")
+        check_good(place.train(name, *kind, *sizes, **how))
+        check_near(place.rows(name), one, tolerance)
 
 
 @pytest.mark.soak
-def test_a_lost_process_ends_the_others_within_a_minute_and_the_run_resumes(place, whole):
-    """Whichever is killed; what it costs is at most an interval and the save in flight."""
-    for victim in (1, 0):
-        name = f"lost-{victim}"
-        started = place.start(name, "--phases.0.objective.seconds", "0.05", processes=2)
-        saved = place.root / name / "checkpoints/5"
-        while not saved.exists():
-            assert all(p.poll() is None for p in started)
-            time.sleep(0.02)
-        started[victim].kill()
-        begun = time.monotonic()
-        assert started[1 - victim].wait(120) != 0 and time.monotonic() - begun < 75
-        for process in started:
-            process.communicate()
-        done = place.train(name, "--phases.0.objective.seconds", "0.05", processes=2)
-        good(done)
-        assert int(re.search(r"resuming from step (\d+)", done[0][1])[1]) >= 5
-        near(place.rows(name), whole, 1e-4)
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_lost_process_ends_the_others_within_a_minute_and_the_run_resumes(place, whole, victim):
+    """Whichever is killed. It costs at most an interval and the save in flight."""
+    name = f"lost-{victim}"
+    slow = seconds_a_row(0.05)
+    started = place.start(name, *slow, processes=2)
+    saved = place.root / name / "checkpoints/5"
+    while not saved.exists():
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.02)
+
+    started[victim].kill()
+
+    begun = time.monotonic()
+    survivor = started[1 - victim]
+    assert survivor.wait(120) != 0
+    assert time.monotonic() - begun < 75
+    for process in started:
+        process.communicate()
+
+    done = place.train(name, *slow, processes=2)
+    check_good(done)
+    assert resumed_from(done[0]) >= 5
+    check_near(place.rows(name), whole, 1e-4)
 
 
-def test_launch_s_mistakes_are_one_sentence():
-    for arguments, words in ((["--helpme"], "unrecognized"), (["auto", "--process", "1"], "auto alone"),
-                             (["h:1", "--processes", "2"], "--process I"), (["h:1"], "HOST:PORT")):
-        with pytest.raises(data.InputError, match=words):
-            train.verb("launch", arguments)
+@pytest.mark.parametrize("arguments, words", [
+    (["--helpme"], "unrecognized"),
+    (["auto", "--process", "1"], "auto alone"),
+    (["h:1", "--processes", "2"], "--process I"),
+    (["h:1"], "HOST:PORT"),
+])
+def test_launch_s_mistakes_are_one_sentence(arguments, words):
+    with pytest.raises(data.InputError, match=words):
+        train.verb("launch", arguments)
+
+
+CLUSTERS = ("SLURM", "OMPI", "PMI", "KUBERNETES", "TPU", "MEGASCALE", "CLOUD", "JAX_COORDINATOR")
 
 
 def test_launch_auto_without_a_cluster_says_what_to_do_instead(tmp_path):
     """On a laptop: one sentence with the command that is meant."""
-    cluster = ("SLURM", "OMPI", "PMI", "KUBERNETES", "TPU", "MEGASCALE", "CLOUD", "JAX_COORDINATOR")
-    plain = {name: value for name, value in conftest.environment().items() if not name.startswith(cluster)}
-    command = [sys.executable, ROOT / "train.py", "launch", "auto", "configs/quickstart.py", "--seed", "3"]
+    environment = conftest.environment()
+    plain = {name: environment[name] for name in environment if not name.startswith(CLUSTERS)}
+    run = ["configs/quickstart.py", "--seed", "3"]
+    command = [sys.executable, ROOT / "train.py", "launch", "auto", *run]
+
     done = subprocess.run(command, env=plain, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "no cluster" in done.stderr and "python train.py configs/quickstart.py --seed 3;" in done.stderr
-    assert "launch HOST:PORT --processes N --process I configs/quickstart.py --seed 3" in done.stderr
+
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no cluster" in done.stderr
+    line = " ".join(run)
+    assert f"python train.py {line};" in done.stderr
+    assert f"launch HOST:PORT --processes N --process I {line}" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
-def test_a_disk_that_is_full_is_one_sentence_and_the_run_resumes_with_checkpoints_by_time(place, whole):
-    """No file may grow beyond 60 KiB, as if the disk were full: exit code 2, one sentence, nothing lost.
-    The copies in source/ are smaller; one array, the 97 KiB of embeddings, is larger in any file.
-    Orbax may warn of what it gave up; its threads say nothing. Then, with room, a checkpoint after each step,
-    where the time is shorter than that; the newest two stay, and multiples of four.
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_run_resumes_with_checkpoints_by_time(
+        place, whole):
+    """No file may grow beyond 60 KiB, as if the disk were full: exit code 2, one sentence, nothing
+    lost. The copies in source/ are smaller; one array, the 97 KiB of embeddings, is larger in any
+    file. Orbax may warn of what it gave up; its threads say nothing.
+
+    Then there is room, and a checkpoint after each step, as the time between them is shorter. The
+    newest two stay, and multiples of four.
     """
     fields = "--save_minutes 1e-9 --keep 2 --keep_every 4 --save_every 50".split()
-    ((code, out, err),) = place.train("full", *fields, before=("bash", "-c", 'ulimit -f 60; exec "$@"', "-"))
-    assert code == 2 and len(re.findall("error: ", err)) == 1 and "Traceback" not in err, err
-    assert re.search("error: no checkpoint can be written to .*/full/checkpoints .*File too large.*; make "
-                     "room, and the same command resumes from step 0\n", err), err
-    good(place.train("full", *fields))
-    assert place.rows("full")[:-1] == whole[:-1]  # the last is of the checkpoint longest after a reset
-    kept = sorted(int(p.name) for p in (place.root / "full/checkpoints").iterdir() if p.name.isdigit())
-    assert kept == [4, 8, 12, 16, 19, 20]
-    rows = map(json.loads, (place.root / "full/metrics.jsonl").read_text().splitlines())
-    assert sum(row.get("perf/save_s", 0) > 0 for row in rows) > 5
+    small_files = ("bash", "-c", 'ulimit -f 60; exec "$@"', "-")
+    ((code, _, err),) = place.train("full", *fields, before=small_files)
+    assert code == 2, err
+    assert len(re.findall("error: ", err)) == 1, err
+    assert "Traceback" not in err, err
+    sentence = (
+        "error: no checkpoint can be written to .*/full/checkpoints .*File too large.*; make "
+        "room, and the same command resumes from step 0\n"
+    )
+    assert re.search(sentence, err), err
+
+    check_good(place.train("full", *fields))
+    # The last row tells of the checkpoint that is longest after a reset.
+    assert place.rows("full")[:-1] == whole[:-1]
+    assert sorted(place.checkpoints("full")) == [4, 8, 12, 16, 19, 20]
+    saves = [row for row in place.metrics("full") if row.get("perf/save_s", 0) > 0]
+    assert len(saves) > 5
 
 
-# -------------------------------------------------------------------------------------------------------- fit
+# ---------------------------------------------------------------------------------------------- fit
 
 HLO = '''HloModule step
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -270,133 +412,218 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_collectives_are_counted_as_often_as_loops_turn():
     """In closed form: by rings, of the larger of what goes in and what comes out."""
     loops = 6 + 2
+    gathered = loops * 64 * 3 // 4 + 80 * 3 // 4
     assert fit.collectives(HLO, 8) == {
-        "all-gather": [loops + 1, loops * 64 * 3 // 4 + 80 * 3 // 4],
+        "all-gather": [loops + 1, gathered],
         "all-reduce": [loops, loops * 48],
         "reduce-scatter": [1, 12 * 4 * 3 // 4],
-        "collective-permute": [1, 40]}
+        "collective-permute": [1, 40],
+    }
 
 
-def report(*arguments) -> tuple[int, str, dict]:
-    """(exit code, what was printed, the JSON object) of fit. Its process prints for itself."""
-    environment = conftest.environment(**{} if "--devices" in arguments else conftest.USERS)
-    done = subprocess.run([sys.executable, ROOT / "train.py", "fit", *map(str, arguments), "--json"],
-                          capture_output=True, text=True, env=environment, timeout=400)
-    assert done.stdout and "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, json.loads(done.stdout.splitlines()[-1])
+class Report(NamedTuple):
+    """What `fit` says."""
+
+    code: int
+    out: str
+    found: dict  # the JSON object of its last line
+
+
+def report(*arguments) -> Report:
+    """What `fit` says, in a process of its own."""
+    users = {} if "--devices" in arguments else conftest.USERS
+    command = [sys.executable, ROOT / "train.py", "fit", *arguments, "--json"]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        env=conftest.environment(**users),
+        timeout=400,
+    )
+    assert done.stdout, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    last_line = done.stdout.splitlines()[-1]
+    return Report(done.returncode, done.stdout, json.loads(last_line))
+
+
+def fsdp_on_eight(place) -> Report:
+    """What fit says of the tiny config on eight devices with fsdp."""
+    mesh = ["--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "8"]
+    sizes = ["--model.layers", "2", "--phases.0.batch", "64", "--phases.1.batch", "64"]
+    return report(place.config, *mesh, *sizes)
 
 
 def test_fit_says_what_a_device_holds_and_sends(place):
-    """On eight devices with fsdp: state over eight; weights are gathered for each product of the forward and
-    the backward pass and their gradients summed, and nothing of the size of activations is sent.
+    """With fsdp each device has an eighth of the state.
+
+    Weights are gathered for each product of the forward and the backward pass and their gradients
+    summed. Nothing of the size of activations is sent.
     """
-    code, out, found = report(place.config, "--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "8",
-                              "--model.layers", "2", "--phases.0.batch", "64", "--phases.1.batch", "64")
-    assert code == 0 and found["fits"] and found["mesh"] == dict(data=1, fsdp=8, tensor=1)
+    code, out, found = fsdp_on_eight(place)
+    assert code == 0
+    assert found["fits"]
+    assert "does not fit" not in out.lower()
+    assert found["mesh"] == dict(data=1, fsdp=8, tensor=1)
+
     shallow, deep = found["programs"]
     for program, layers in ((shallow, 2), (deep, 4)):
-        config = ModelConfig(layers=layers, embed=96, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=258)
-        assert program["parameters"] == model.count(config)
-        assert program["bytes"]["state"] == pytest.approx(3 * 4 * model.count(config) / 8, rel=0.01)
-    block = 4 * (shallow["parameters"] - 258 * 96 - 96) // 2  # bytes of a layer
-    more = {k: deep["collectives"][k][1] - shallow["collectives"][k][1] for k in ("all-gather", "all-reduce")}
-    assert more["all-gather"] == pytest.approx(2 * 2 * block * 7 / 8, rel=0.05)
-    assert more["all-reduce"] == pytest.approx(2 * 2 * block * 7 / 8, rel=0.05)
-    assert "does not fit" not in out.lower()
+        shape = dict(embed=96, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=258)
+        parameters = model.count(ModelConfig(layers=layers, **shape))
+        state = 3 * 4 * parameters / 8  # parameters and two moments in float32
+        assert program["parameters"] == parameters
+        assert program["bytes"]["state"] == pytest.approx(state, rel=0.01)
+
+    outside_blocks = 258 * 96 + 96
+    layer_bytes = 4 * (shallow["parameters"] - outside_blocks) // 2
+    expected = 2 * 2 * layer_bytes * 7 / 8  # of two more layers, there and back
+    for kind in ("all-gather", "all-reduce"):
+        more = deep["collectives"][kind][1] - shallow["collectives"][kind][1]
+        assert more == pytest.approx(expected, rel=0.05)
 
 
-def test_fit_s_mistakes_are_one_sentence(place, monkeypatch, tmp_path):
+@pytest.mark.parametrize("arguments, words", [
+    ("", "--topology KIND:AxB or --devices N"),
+    ("--topology v5e:4x4 --devices 2", "either"),
+    ("--topology v5e:4x4", "pip install --target .*libtpu"),
+    ("--topology h100:1", "pip install --target .*jax-cuda13-plugin"),
+    ("--topology h100:16", "h100:1 to h100:8"),
+    ("--devices 8 --mesh.fsdp 3", "mesh is data -1, fsdp 3"),
+    ("--devices 8 --model.embed 36 --mesh.fsdp 8", "axis embed"),
+    ("--devices 2 --model.vocab 0 --data.tokenizer bpe", "vocab"),
+])
+def test_fit_s_mistakes_are_one_sentence(place, monkeypatch, tmp_path, arguments, words):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("TPU_LIBRARY_PATH", "CUDA_PLUGIN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    for arguments, words in (([], "--topology KIND:AxB or --devices N"),
-                             (["--topology", "v5e:4x4", "--devices", "2"], "either"),
-                             (["--topology", "v5e:4x4"], "pip install --target .*libtpu"),
-                             (["--topology", "h100:1"], "pip install --target .*jax-cuda13-plugin"),
-                             (["--topology", "h100:16"], "h100:1 to h100:8"),
-                             (["--devices", "8", "--mesh.fsdp", "3"], "mesh is data -1, fsdp 3"),
-                             (["--devices", "8", "--model.embed", "36", "--mesh.fsdp", "8"], "axis embed"),
-                             (["--devices", "2", "--model.vocab", "0", "--data.tokenizer", "bpe"], "vocab")):
-        with pytest.raises(data.InputError, match=words):
-            train.verb("fit", [str(place.config), *arguments])
+    with pytest.raises(data.InputError, match=words):
+        train.verb("fit", [str(place.config), *arguments.split()])
 
 
-LIBTPU = Path(os.environ.get("TPU_LIBRARY_PATH") or Path.home() / ".cache/coppice/libtpu/libtpu/libtpu.so")
+CACHE = Path.home() / ".cache/coppice"
+LIBTPU = Path(os.environ.get("TPU_LIBRARY_PATH") or CACHE / "libtpu/libtpu/libtpu.so")
+PLUGIN = Path(os.environ.get("CUDA_PLUGIN_PATH") or CACHE / "cuda")
+SHORT_ROWS = ["--phases.0.seq", "128", "--phases.1.seq", "128", "--model.dtype", "bfloat16"]
+
+
+def batches(size: int) -> list[str]:
+    """Arguments for batches of so many rows in both phases."""
+    return ["--phases.0.batch", str(size), "--phases.1.batch", str(size)]
 
 
 @pytest.mark.soak
 @pytest.mark.skipif(not LIBTPU.exists(), reason=f"needs libtpu: {LIBTPU}")
 def test_fit_compiles_for_tpus_and_says_what_does_not_fit(place, monkeypatch):
-    """A small model fits sixteen chips; with rows for a hundred gigabytes it does not, and is told how to."""
+    """A small model fits sixteen chips; with rows for a hundred gigabytes it does not."""
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(LIBTPU))
-    base = [place.config, "--topology", "v5e:4x4", "--phases.0.batch", "16", "--phases.1.batch", "16",
-            "--phases.0.seq", "128", "--phases.1.seq", "128", "--model.dtype", "bfloat16"]
-    code, out, found = report(*base)
-    assert code == 0 and found["fits"] and found["kind"] == "TPU v5 lite" and found["devices"] == 16
-    assert "roofline" in out and 0 < found["programs"][0]["bytes"]["total"] < 2**30
-    wide = ["--model.embed", "4096", "--model.mlp", "16384", "--model.layers", "4", "--phases.1.edits", "()"]
-    code, out, found = report(*base, *wide, "--phases.0.batch", "4096", "--phases.1.batch", "4096")
-    assert code == 1 and not found["fits"] and "DOES NOT FIT" in out and found["advice"]
+    base = [place.config, "--topology", "v5e:4x4", *SHORT_ROWS]
 
+    code, out, found = report(*base, *batches(16))
+    assert code == 0
+    assert found["fits"]
+    assert (found["kind"], found["devices"]) == ("TPU v5 lite", 16)
+    assert "roofline" in out
+    assert 0 < found["programs"][0]["bytes"]["total"] < 2**30
 
-PLUGIN = Path(os.environ.get("CUDA_PLUGIN_PATH") or Path.home() / ".cache/coppice/cuda")
+    wide = "--model.embed 4096 --model.mlp 16384 --model.layers 4 --phases.1.edits ()".split()
+    code, out, found = report(*base, *wide, *batches(4096))
+    assert code == 1
+    assert not found["fits"]
+    assert "DOES NOT FIT" in out
+    assert found["advice"]
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not (PLUGIN / "jax_plugins").exists(), reason=f"needs jax's CUDA plugin: {PLUGIN}")
+@pytest.mark.skipif(not (PLUGIN / "jax_plugins").exists(), reason=f"needs jax's plugin: {PLUGIN}")
 def test_fit_compiles_for_gpus_that_are_not_here(place, monkeypatch):
     """With cuDNN's attention too; eight of them sum gradients, one sends nothing."""
     monkeypatch.setenv("CUDA_PLUGIN_PATH", str(PLUGIN))
-    base = [place.config, "--phases.0.seq", "128", "--phases.1.seq", "128", "--model.dtype", "bfloat16",
-            "--model.head_dim", "64"]
+    base = [place.config, *SHORT_ROWS, "--model.head_dim", "64"]
+
     code, _, one = report(*base, "--topology", "h100:1", "--model.attention", "cudnn")
-    assert code == 0 and one["fits"] and one["kind"] == "NVIDIA H100"
+    assert code == 0
+    assert one["fits"]
+    assert one["kind"] == "NVIDIA H100"
     assert not one["programs"][0]["collectives"]
+
     code, _, eight = report(*base, "--topology", "a100:8")
-    assert code == 0 and eight["devices"] == 8 and eight["programs"][0]["collectives"]["all-reduce"][1] > 0
+    assert code == 0
+    assert eight["devices"] == 8
+    _, sent = eight["programs"][0]["collectives"]["all-reduce"]
+    assert sent > 0
 
 
-# ---------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
+
 
 @pytest.mark.parametrize("window", [0, 70])
 def test_splash_equals_the_reference(window):
     """Outputs and gradients, in the interpreter: grouped queries, segments, padding, a window."""
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (2, 256, 2, 2, 32), (2, 256, 2, 32), (2, 256, 2, 32)
-    qkv = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    segments = np.sort(np.random.default_rng(0).integers(1, 4, (2, 256)), 1).astype(np.int32)
+    q = jax.random.normal(keys[0], (2, 256, 2, 2, 32))
+    k = jax.random.normal(keys[1], (2, 256, 2, 32))
+    v = jax.random.normal(keys[2], (2, 256, 2, 32))
+    segments = np.random.default_rng(0).integers(1, 4, (2, 256))
+    segments = np.sort(segments, 1).astype(np.int32)
     segments[1, 200:] = 0
-    mask, wave = Mask("causal", window), jnp.cos(jnp.arange(32.0))
+    mask = Mask("causal", window)
+    wave = jnp.cos(jnp.arange(32.0))
+    real = (segments > 0)[..., None, None, None]
 
     def both(attend):
-        def value(*x):
-            return jnp.sum(attend(*x) * wave * (segments > 0)[..., None, None, None])
-        return jax.value_and_grad(value, (0, 1, 2))(*qkv)
+        def value(*qkv):
+            return jnp.sum(attend(*qkv) * wave * real)
 
-    ours = both(lambda *x: splash(*x, mask, jnp.asarray(segments), interpret=True))
-    theirs = both(lambda *x: attention(*x, mask, segments, implementation="reference"))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
+        return jax.value_and_grad(value, (0, 1, 2))(q, k, v)
 
+    def by_splash(*qkv):
+        return splash(*qkv, mask, jnp.asarray(segments), interpret=True)
 
-def test_the_choice_of_attention():
-    """The fused one where it can do what is asked, by name alone if it can."""
-    causal, prefix = Mask("causal", 0), Mask("prefix", 0)
-    assert choose("auto", causal, 256, "float32", "cpu") == "xla"
-    assert choose("auto", causal, 256, "bfloat16", "gpu") == "xla"
-    assert choose("cudnn", causal, 256, "bfloat16", "gpu") == "cudnn"
-    assert choose("auto", causal, 256, "float32", "gpu") == "xla"
-    assert choose("auto", causal, 256, "float32", "tpu") == "splash"
-    assert choose("auto", causal, 200, "float32", "tpu") == "xla" == choose(
-        "auto", prefix, 256, "float32", "tpu")
-    cases = ("splash", prefix, "tpu"), ("splash", causal, "cpu"), ("cudnn", causal, "gpu")
-    for name, mask, platform in cases:
-        with pytest.raises(ValueError, match=f"model.attention is {name}; allowed for .* are auto, "):
-            choose(name, mask, 256, "float32", platform)
+    def by_reference(*qkv):
+        return attention(*qkv, mask, segments, implementation="reference")
+
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, both(by_splash), both(by_reference))
 
 
-def test_own_rows_of_a_batch_and_rows_that_no_mesh_divides():
+CAUSAL, PREFIX = Mask("causal", 0), Mask("prefix", 0)
+
+
+@pytest.mark.parametrize("asked, mask, length, dtype, platform, chosen", [
+    ("auto", CAUSAL, 256, "float32", "cpu", "xla"),
+    ("auto", CAUSAL, 256, "bfloat16", "gpu", "xla"),
+    ("cudnn", CAUSAL, 256, "bfloat16", "gpu", "cudnn"),
+    ("auto", CAUSAL, 256, "float32", "gpu", "xla"),
+    ("auto", CAUSAL, 256, "float32", "tpu", "splash"),
+    ("auto", CAUSAL, 200, "float32", "tpu", "xla"),
+    ("auto", PREFIX, 256, "float32", "tpu", "xla"),
+])
+def test_the_choice_of_attention(asked, mask, length, dtype, platform, chosen):
+    """The fused one where it can do what is asked; cuDNN's by name alone."""
+    assert choose(asked, mask, length, dtype, platform) == chosen
+
+
+@pytest.mark.parametrize("name, mask, platform", [
+    ("splash", PREFIX, "tpu"),
+    ("splash", CAUSAL, "cpu"),
+    ("cudnn", CAUSAL, "gpu"),
+])
+def test_an_attention_that_cannot_do_what_is_asked_is_refused(name, mask, platform):
+    sentence = f"model.attention is {name}; allowed for .* are auto, "
+    with pytest.raises(ValueError, match=sentence):
+        choose(name, mask, 256, "float32", platform)
+
+
+# --------------------------------------------------------------------------------- rows of a batch
+
+
+def test_one_process_has_all_rows_of_a_batch():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    np.testing.assert_array_equal(own_rows(mesh, 8), np.arange(8))  # one process has all
-    ones = dict(tokens=np.ones((6, 4), np.int32))
-    assert put(ones, mesh)["tokens"].sharding.is_fully_replicated
-    assert not put(dict(tokens=np.ones((8, 4), np.int32)), mesh)["tokens"].sharding.is_fully_replicated
+    np.testing.assert_array_equal(own_rows(mesh, 8), np.arange(8))
+
+
+@pytest.mark.parametrize("rows, replicated", [(6, True), (8, False)])
+def test_rows_that_no_mesh_divides_are_on_every_device(rows, replicated):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    batch = dict(tokens=np.ones((rows, 4), np.int32))
+    placed = put(batch, mesh)["tokens"]
+    assert placed.sharding.is_fully_replicated == replicated

@@ -14,11 +14,12 @@ import model
 import train
 from data import DataConfig, Loader, Source, causal, text
 from lib.config import ROOT, from_json, load_file, to_json
+from lib.continuations import continuations, continue_prompts
 from lib.corpus import assemble
 from lib.errors import InputError
 from lib.evals import generate, held_out, own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, open_source
-from lib.generate import CHUNK, continuations, continue_prompts, sampling
+from lib.generate import CHUNK, sampling
 from lib.generate import generate as generate_ids
 from lib.generate import prepare as prepared
 from lib.hf import tensors

@@ -1,6 +1,7 @@
-"""Trackers: TensorBoard's event files and W&B's offline ones hold each step once, after a kill too."""
+"""Trackers: files of TensorBoard and of W&B hold each step once, after a kill too."""
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,18 +20,28 @@ STEPS = 12
 @pytest.fixture
 def config(tmp_path, data_config) -> Config:
     """A run of some steps with three evaluations, on one device."""
-    shape = ModelConfig(layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16)
-    return Config(name="run", runs=str(tmp_path), model=shape, data=data_config, overlap=8, prompts=(),
-                  phases=(Phase(steps=STEPS, batch=8, seq=32),), schedule=Schedule(peak=1e-2), eval_every=4,
-                  eval_tokens=256, save_every=4, save_minutes=60.0)
+    return Config(
+        name="run",
+        runs=str(tmp_path),
+        model=ModelConfig(layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16),
+        data=data_config,
+        overlap=8,
+        prompts=(),
+        phases=(Phase(steps=STEPS, batch=8, seq=32),),
+        schedule=Schedule(peak=1e-2),
+        eval_every=4,
+        eval_tokens=256,
+        save_every=4,
+        save_minutes=60.0,
+    )
 
 
 class Killed(Exception):
     """A process that ended between two steps."""
 
 
-def killed(config: Config, step: int):
-    """Run until a step is done, and no further: neither saved nor said anywhere that this is the end."""
+def train_until_killed(config: Config, step: int):
+    """Run until a step is done, and no further: neither saved nor said that this is the end."""
     with pytest.MonkeyPatch.context() as patch:
         update = train.train_step
 
@@ -45,75 +56,134 @@ def killed(config: Config, step: int):
             train.train(config)
 
 
-def same(track: dict[str, list], run: Path):
-    """A track, {metric: [(step, value)]}, has all that metrics.jsonl says, to float32, and each step once."""
-    rows: dict = {}
-    for row in map(json.loads, open(run / "metrics.jsonl")):
-        for name in (n for n in row if n != "step" and row[n] is not None):
-            rows.setdefault(name, {})[row["step"]] = row[name]
-    assert track.keys() == rows.keys() and {"train/loss", "eval/corpus/bpb"} <= rows.keys()
-    for name in rows:
-        assert [s for s, _ in track[name]] == [*rows[name]], name
-        np.testing.assert_allclose([v for _, v in track[name]], [*rows[name].values()], rtol=1e-6)
+def logged(run: Path) -> dict[str, dict[int, float]]:
+    """{metric: {step: value}} of metrics.jsonl."""
+    metrics: dict = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        step = row.pop("step")
+        for name, value in row.items():
+            if value is not None:
+                metrics.setdefault(name, {})[step] = value
+    return metrics
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")
+def check_track(track: dict[str, list], run: Path):
+    """A track, {metric: [(step, value)]}, has all of metrics.jsonl to float32, each step once."""
+    expected = logged(run)
+    assert track.keys() == expected.keys()
+    assert {"train/loss", "eval/corpus/bpb"} <= expected.keys()
+    for name, points in track.items():
+        steps = [step for step, _ in points]
+        values = [value for _, value in points]
+        assert steps == [*expected[name]], name
+        np.testing.assert_allclose(values, [*expected[name].values()], rtol=1e-6)
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+@pytest.mark.skipif(not has("tensorboard"), reason="tensorboard is not installed")
 def test_tensorboard_has_each_step_once_after_a_kill(config):
-    """Followed from step 5 on, with its past; killed at 10, it has 9 and 10 again after the checkpoint 8."""
+    """Followed from step 5 on, with its past. Killed at 10, the run goes on from checkpoint 8 and
+    has steps 9 and 10 again.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    config, run = replace(config, tracker="tensorboard"), Path(config.runs) / "run"
-    killed(replace(config, tracker="none"), 5)
-    killed(config, 10)
-    train.train(config)
-    assert len([*run.glob("tensorboard/*")]) == 2
-    track = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    found = {n: [(e.step, e.value) for e in track.Scalars(n)] for n in track.Tags()["scalars"]}
-    same({n: points for n, points in found.items() if points}, run)
+    run = Path(config.runs) / "run"
+    followed = replace(config, tracker="tensorboard")
+    train_until_killed(config, 5)
+    train_until_killed(followed, 10)
+    train.train(followed)
+
+    files = sorted(run.glob("tensorboard/*"))
+    assert len(files) == 2
+    everything = {"scalars": 0}
+    track = EventAccumulator(str(run / "tensorboard"), size_guidance=everything).Reload()
+    found = {}
+    for name in track.Tags()["scalars"]:
+        points = [(event.step, event.value) for event in track.Scalars(name)]
+        if points:
+            found[name] = points
+    check_track(found, run)
     assert len(found["eval/corpus.test/bpb"]) == 1
-    train.train(config)  # complete: nothing to follow
-    assert len([*run.glob("tensorboard/*")]) == 2
+
+    train.train(followed)  # complete: nothing to follow
+    assert sorted(run.glob("tensorboard/*")) == files
 
 
-def offline(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """{metric: (step, value)} of a .wandb file: LevelDB's log of protocol buffers, behind seven bytes."""
+BLOCK = 32_768  # bytes of a block of LevelDB's log
+HEADER = 7  # bytes of a record's header: a checksum, the size, the kind
+WHOLE, LAST = 1, 4  # kinds of records: a whole one, and the last part of one
+
+
+def leveldb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log behind seven bytes."""
+    at = 7
+    record = b""
+    while at + HEADER <= len(content):
+        left = BLOCK - at % BLOCK
+        if left < HEADER:  # no header fits into this block any more
+            at += left
+            continue
+        size = int.from_bytes(content[at + 4:at + 6], "little")
+        kind = content[at + 6]
+        at += HEADER
+        record += content[at:at + size]
+        at += size
+        if kind in (WHOLE, LAST):
+            yield record
+            record = b""
+
+
+def wandb_track(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """{metric: [(step, value)]} of a .wandb file, whose records are protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
-    content, at, whole, found = file.read_bytes(), 7, b"", {}
-    while at + 7 <= len(content):
-        if 32_768 - at % 32_768 < 7:  # no header fits into this block any more
-            at += 32_768 - at % 32_768
-            continue
-        size, kind = int.from_bytes(content[at + 4:at + 6], "little"), content[at + 6]  # after a checksum
-        whole, at = whole + content[at + 7:at + 7 + size], at + 7 + size
-        if kind not in (1, 4):  # neither a whole record nor the last part of one
-            continue
-        record, whole = Record.FromString(whole), b""
-        items = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
-        for name in (n for n in items if not n.startswith("_")):
-            found.setdefault(name, []).append((items["_step"], items[name]))
+    found: dict = {}
+    for content in leveldb_records(file.read_bytes()):
+        row = {}
+        for item in Record.FromString(content).history.item:
+            name = item.key or item.nested_key[0]
+            row[name] = json.loads(item.value_json)
+        for name, value in row.items():
+            if not name.startswith("_"):
+                found.setdefault(name, []).append((row["_step"], value))
     return found
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
+@pytest.mark.skipif(not has("wandb"), reason="wandb is not installed")
 def test_wandb_offline_has_each_step_once_after_a_kill(config, monkeypatch):
     """The directory of the resumed run holds the whole track, once, under the same id."""
     import wandb
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(train, "finish", lambda run, log: log.sync())
-    config, run = replace(config, tracker="wandb"), Path(config.runs) / "run"
-    killed(config, 6)
+    run = Path(config.runs) / "run"
+    followed = replace(config, tracker="wandb")
+
+    train_until_killed(followed, 6)
     identity = (run / "wandb/id").read_text()
-    train.train(config)
+    train.train(followed)
     wandb.teardown()  # its own process writes the file, and may do so after `finish` returns
-    file, = run.glob("wandb/offline-run-*/*.wandb")
+
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
     assert file.name == f"run-{identity}.wandb"
-    same(offline(file), run)
+    check_track(wandb_track(file), run)
 
 
 def test_what_is_not_installed_is_said_before_anything_is_built(config, monkeypatch, capsys):
     """In one sentence with what to install; a tracker that is not chosen is not imported either."""
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
+    find_spec = importlib.util.find_spec
+
+    def without_wandb(name):
+        return None if name == "wandb" else find_spec(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_wandb)
     monkeypatch.setattr(lib.corpus, "build", None)
-    assert train.main(["--tracker", "wandb", "--runs", config.runs]) == 2
-    assert capsys.readouterr().err == "error: tracker is 'wandb', which is not installed; pip install wandb\n"
+
+    code = train.main(["--tracker", "wandb", "--runs", config.runs])
+
+    assert code == 2
+    said = capsys.readouterr().err
+    assert said == "error: tracker is 'wandb', which is not installed; pip install wandb\n"

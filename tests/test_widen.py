@@ -4,7 +4,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from edit_cases import apart, context, gradient, wider
+from edit_cases import context, gradient, largest_change, random_model
 
 import model
 import train
@@ -15,6 +15,7 @@ from lib.sharding import MeshConfig, make_mesh
 from lib.widen import widen
 
 equal = np.testing.assert_array_equal
+close = np.testing.assert_allclose
 
 
 @pytest.fixture
@@ -28,122 +29,205 @@ TWICE = dict(embed=64, kv_heads=4, q_per_kv=4, mlp=96)
 THRICE = dict(embed=96, kv_heads=6, q_per_kv=6, mlp=144)
 ODD = dict(embed=40, kv_heads=3, q_per_kv=3, mlp=50)
 WIDENINGS = {
-    "twice": TWICE, "thrice": THRICE, "embed": dict(embed=64), "kv_heads": dict(kv_heads=4),
-    "q_per_kv": dict(q_per_kv=4), "mlp": dict(mlp=96), "odd": ODD, "nothing": {},
+    "twice": TWICE,
+    "thrice": THRICE,
+    "embed": dict(embed=64),
+    "kv_heads": dict(kv_heads=4),
+    "q_per_kv": dict(q_per_kv=4),
+    "mlp": dict(mlp=96),
+    "odd": ODD,
+    "nothing": {},
     "random": ODD | dict(units="random"),
-    "uneven": THRICE | dict(split="uneven"), "random uneven": ODD | dict(units="random", split="uneven"),
-    "zero": TWICE | dict(new="zero"), "zero odd": ODD | dict(new="zero"),
+    "uneven": THRICE | dict(split="uneven"),
+    "random uneven": ODD | dict(units="random", split="uneven"),
+    "zero": TWICE | dict(new="zero"),
+    "zero odd": ODD | dict(new="zero"),
     "next": TWICE | dict(new="next"),
 }
 
 
-@pytest.mark.parametrize("case,tied", [(c, i % 2 == 0) for i, c in enumerate(WIDENINGS)] + [
-    ("twice", False), ("random uneven", False)])
+@pytest.mark.parametrize("case,tied", [
+    ("twice", True),
+    ("thrice", False),
+    ("embed", True),
+    ("kv_heads", False),
+    ("q_per_kv", True),
+    ("mlp", False),
+    ("odd", True),
+    ("nothing", False),
+    ("random", True),
+    ("uneven", False),
+    ("random uneven", True),
+    ("zero", False),
+    ("zero odd", True),
+    ("next", False),
+    ("twice", False),
+    ("random uneven", False),
+])
 def test_widen_says_truly_whether_it_preserves_the_function(tiny, double, tied, case):
-    arguments = WIDENINGS[case]
-    before = wider("float64", tiny, tied)
-    edited = widen(before, context(), **arguments)
-    assert edited.preserves == (arguments.get("new") != "next")
-    moved = apart(edited, before)
-    assert moved <= 1e-10 if edited.preserves else moved > 1e-2
+    before = random_model(tiny, tied, "float64")
+    edited = widen(before, context(), **WIDENINGS[case])
+
+    assert edited.preserves == (case != "next")
+    change = largest_change(edited, before)
+    if edited.preserves:
+        assert change <= 1e-10
+    else:
+        assert change > 1e-2
 
 
-@pytest.mark.parametrize("case", ["twice", "thrice", "zero"])
-def test_widen_preserves_the_function_in_float32(tiny, case):
-    before = wider("float32", tiny, case != "twice")
-    assert apart(widen(before, context(), **WIDENINGS[case]), before) <= 1e-5
+@pytest.mark.parametrize("case,tied", [("twice", False), ("thrice", True), ("zero", True)])
+def test_widen_preserves_the_function_in_float32(tiny, case, tied):
+    before = random_model(tiny, tied)
+    edited = widen(before, context(), **WIDENINGS[case])
+    assert largest_change(edited, before) <= 1e-5
 
 
 def test_widen_takes_advanced_knowledge_from_the_layer_above(tiny):
-    before = wider("float32", tiny, False)
-    same, above = (widen(before, context(), new=new, embed=64, mlp=96, kv_heads=4).model.params
-                   for new in ("copy", "next"))
+    before = random_model(tiny, tied=False)
+    sizes = dict(embed=64, mlp=96, kv_heads=4)
+    copied = widen(before, context(), new="copy", **sizes).model.params
+    advanced = widen(before, context(), new="next", **sizes).model.params
+
     for name, axis in dict(gate=2, down=2, q=2, o=4).items():
         old = before.params[name].shape[axis]
-        one, two = (np.moveaxis(np.asarray(x[name]), axis, 1) for x in (same, above))
-        equal(two[:, :old], one[:, :old])
-        equal(two[0, old:], one[1, old:])
-        equal(two[1], one[1])
+        copies = np.moveaxis(np.asarray(copied[name]), axis, 1)
+        from_above = np.moveaxis(np.asarray(advanced[name]), axis, 1)
+        equal(from_above[:, :old], copies[:, :old])
+        equal(from_above[0, old:], copies[1, old:])
+        equal(from_above[1], copies[1])
     for name in ("embed", "attn_norm", "mlp_norm", "norm", "head"):
-        equal(same[name], above[name])
+        equal(copied[name], advanced[name])
 
 
 @pytest.mark.parametrize("tied,arguments", [
-    (True, TWICE), (False, ODD | dict(units="random")), (True, TWICE | dict(new="zero"))], ids=str)
+    (True, TWICE),
+    (False, ODD | dict(units="random")),
+    (True, TWICE | dict(new="zero")),
+], ids=str)
 def test_moments_are_mapped_as_gradients_are(tiny, double, tied, arguments):
-    before = wider("float64", tiny, tied)
+    before = random_model(tiny, tied, "float64")
     edited = widen(before, context(), moments="map", **arguments)
-    old, new = gradient(before.params, before.config), gradient(edited.model.params, edited.model.config)
-    for group, names in model.groups(before.config).items():
-        for power in (1, 2):
-            mapped = edited.policy[group]({n: old[n]**power for n in names}, ["mu", "nu"][power - 1])
-            for n in names:
-                there = np.asarray(mapped[n]) != 0  # in the corner, the moments of what is new begin at 0
-                there |= arguments.get("new") != "zero"
-                np.testing.assert_allclose(mapped[n][there], new[n][there]**power, rtol=1e-7, atol=1e-13)
+    old = gradient(before.params, before.config)
+    new = gradient(edited.model.params, edited.model.config)
+
+    def mapped_moment(group, power, moment):
+        tree = {name: old[name]**power for name in model.groups(before.config)[group]}
+        return edited.policy[group](tree, moment)
+
+    for group in model.groups(before.config):
+        first = mapped_moment(group, 1, "mu")
+        second = mapped_moment(group, 2, "nu")
+        assert set(first) == set(second) == set(model.groups(before.config)[group])
+        for mapped, power in ((first, 1), (second, 2)):
+            for name, moment in mapped.items():
+                there = np.ones(moment.shape, bool)
+                if arguments.get("new") == "zero":
+                    there = np.asarray(moment) != 0  # moments of what is new begin at 0
+                expected = new[name]**power
+                close(moment[there], expected[there], rtol=1e-7, atol=1e-13)
 
 
-def trained(edited, steps=3):
+def trained(edited, steps=3) -> dict[str, jax.Array]:
     """The edited parameters after some steps of AdamW on one batch."""
     config, params = edited.model
-    transforms, opt = adamw(model.table(config)), init_opt_state(params, config, adamw)
+    transforms = adamw(model.table(config))
+    opt = init_opt_state(params, config, adamw)
     for _ in range(steps):
-        grads = gradient(params, config)
+        gradients = gradient(params, config)
         for group, names in model.groups(config).items():
-            take = {n: params[n] for n in names}
-            way, opt[group] = transforms[group].update({n: grads[n] for n in names}, opt[group], take)
-            params = params | {n: params[n] - 1e-2 * way[n] for n in names}
+            of_group = {name: params[name] for name in names}
+            slope = {name: gradients[name] for name in names}
+            updates, opt[group] = transforms[group].update(slope, opt[group], of_group)
+            params = params | {name: params[name] - 1e-2 * updates[name] for name in names}
     return params
 
 
-def copies_apart(params) -> dict[str, float]:
+COPIED = {  # name of a parameter: (axis that is widened, its old size)
+    "embed": (1, 32),
+    "gate": (2, 48),
+    "o": (4, 32),
+    "q": (2, 2),
+    "k": (2, 2),
+}
+
+
+def differences_of_copies(params) -> dict[str, float]:
     """By how much the two copies along a widened axis differ, relative to the parameter."""
-    pairs = dict(embed=("embed", 1, 32), gate=("gate", 2, 48), o=("o", 4, 32), q=("q", 2, 2), k=("k", 2, 2))
-    out = {}
-    for key, (name, axis, old) in pairs.items():
+    differences = {}
+    for name, (axis, old) in COPIED.items():
         x = np.moveaxis(np.asarray(params[name]), axis, 0)
-        out[key] = float(np.abs(x[:old] - x[old:]).max() / np.abs(x).max())
-    return out
+        difference = np.abs(x[:old] - x[old:]).max()
+        differences[name] = float(difference / np.abs(x).max())
+    return differences
 
 
-def test_even_copies_stay_equal_and_uneven_ones_separate(tiny, double):
-    before = wider("float64", tiny, True)
-    arguments = dict(embed=64, kv_heads=4, mlp=96)
-    even, uneven = (widen(before, context(), split=split, **arguments) for split in ("even", "uneven"))
-    assert max(copies_apart(even.model.params).values()) == 0
-    assert max(copies_apart(trained(even)).values()) < 1e-9
-    apart_now = copies_apart(uneven.model.params)
-    assert apart_now["embed"] == apart_now["o"] == 0
-    assert min(copies_apart(trained(uneven)).values()) > 1e-3
+def test_even_copies_stay_equal(tiny, double):
+    before = random_model(tiny, True, "float64")
+    edited = widen(before, context(), split="even", embed=64, kv_heads=4, mlp=96)
+
+    at_first = differences_of_copies(edited.model.params)
+    later = differences_of_copies(trained(edited))
+    assert max(at_first.values()) == 0
+    assert max(later.values()) < 1e-9
 
 
-def test_what_a_corner_adds_is_reached_by_gradients(tiny):
-    edited = widen(wider("float32", tiny, True), context(), new="zero", **TWICE)
-    grads = gradient(edited.model.params, edited.model.config)
-    assert all(np.abs(grads["embed"][:, i]).max() > 0 for i in range(32, 64))
-    assert np.all(np.abs(grads["down"][:, 48:, :32]).max((0, 2)) > 0)
-    assert np.all(np.abs(grads["o"][:, 2:, :, :, :32]).max((0, 2, 3, 4)) > 0)
+def test_uneven_copies_separate(tiny, double):
+    before = random_model(tiny, True, "float64")
+    edited = widen(before, context(), split="uneven", embed=64, kv_heads=4, mlp=96)
+
+    at_first = differences_of_copies(edited.model.params)
+    later = differences_of_copies(trained(edited))
+    assert at_first["embed"] == 0
+    assert at_first["o"] == 0
+    assert min(later.values()) > 1e-3
+
+
+def test_gradients_reach_everything_that_is_new_around_a_corner(tiny):
+    before = random_model(tiny, tied=True)
+    edited = widen(before, context(), new="zero", **TWICE)
+    gradients = gradient(edited.model.params, edited.model.config)
+
+    new_columns = np.abs(gradients["embed"][:, 32:])
+    new_units = np.abs(gradients["down"][:, 48:, :32])
+    new_heads = np.abs(gradients["o"][:, 2:, :, :, :32])
+    assert new_columns.shape[1] == 32
+    assert np.all(new_columns.max(0) > 0)
+    assert np.all(new_units.max((0, 2)) > 0)
+    assert np.all(new_heads.max((0, 2, 3, 4)) > 0)
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (dict(mlp=47), "mlp is 47, but the model has 48"), (dict(new="old"), "new is 'old'"),
+    (dict(mlp=47), "mlp is 47, but the model has 48"),
+    (dict(new="old"), "new is 'old'"),
     (dict(mlp=96, split="uneven", moments="map"), "moments is"),
-    (dict(mlp=96, new="next", moments="map"), "moments is")], ids=str)
+    (dict(mlp=96, new="next", moments="map"), "moments is"),
+], ids=str)
 def test_widen_refuses(tiny, arguments, message):
+    before = random_model(tiny, tied=True)
     with pytest.raises(ValueError, match=message):
-        widen(wider("float32", tiny, True), context(), **arguments)
+        widen(before, context(), **arguments)
 
 
-def test_widen_is_the_same_on_eight_devices(tiny):
-    """And on shapes alone, as a run works them out, and in turn with growth in depth."""
-    edits = [partial(widen, embed=64, kv_heads=4, mlp=96, units="random", split="uneven"), stack]
-    meshes = [make_mesh(MeshConfig(), jax.devices()[:1]),
-              make_mesh(MeshConfig(fsdp=2, tensor=2))]
-    states = [train.apply_edits(edits, first_state(tiny, adamw, mesh, jax.random.key(0)), tiny,
-                                adamw, mesh, context()) for mesh in meshes]
-    (one, config, _), (eight, *_) = states
-    assert (config.layers, config.embed, config.heads, config.kv_heads, config.mlp) == (4, 64, 8, 4, 96)
+WIDER_AND_DEEPER = (
+    partial(widen, embed=64, kv_heads=4, mlp=96, units="random", split="uneven"),
+    stack,
+)
+
+
+def test_growth_in_width_and_depth_is_the_same_on_eight_devices_and_on_shapes_alone(tiny):
+    def grown(mesh):
+        state = first_state(tiny, adamw, mesh, jax.random.key(0))
+        return train.apply_edits(WIDER_AND_DEEPER, state, tiny, adamw, mesh, context())
+
+    one, config = grown(make_mesh(MeshConfig(), jax.devices()[:1]))
+    eight, _ = grown(make_mesh(MeshConfig(fsdp=2, tensor=2)))
+
+    assert config.layers == 4
+    assert (config.embed, config.mlp) == (64, 96)
+    assert (config.heads, config.kv_heads) == (8, 4)
     for name in one.params:
-        np.testing.assert_allclose(one.params[name], eight.params[name], rtol=1e-6, atol=0)
-    phase = train.Phase(edits=tuple(edits))
-    assert models_of(train.Config(model=tiny, phases=(phase,)), context()) == [config]
+        close(one.params[name], eight.params[name], rtol=1e-6, atol=0)
+    phase = train.Phase(edits=WIDER_AND_DEEPER)
+    run = train.Config(model=tiny, phases=(phase,))
+    assert models_of(run, context()) == [config]

@@ -281,11 +281,15 @@ def index(root: Path, entries: list[Entry]) -> str:
     tops = sorted((root / "configs").glob("*.py"))
     lines += table(["file", "what it is"],
                    [[f"[{place.name}]({place.name})", first_line(place)] for place in tops])
-    head = ["method", "paper", "numbers", "question", "verdicts", "cost"]
+    head = ["method", "paper", "numbers", "question", "lines", "claims", "verdicts", "cost"]
     for chapter, own in by_chapter(entries).items():
-        rows = [[link(entry, "configs"), "; ".join(entry.papers) or "–",
-                 " ".join(entry.ids) or "–", entry.question, entry.verdicts, cost(entry.record)]
-                for entry in own]
+        rows = []
+        for entry in own:
+            lines_of = len((root / entry.file).read_text("utf-8").splitlines())
+            claims = len(entry.study.claims) if entry.study else 0
+            papers, ids = "; ".join(entry.papers) or "–", " ".join(entry.ids) or "–"
+            rows.append([link(entry, "configs"), papers, ids, entry.question, str(lines_of),
+                         str(claims), entry.verdicts, cost(entry.record)])
         lines += [f"## {chapter}", "", *table(head, rows)]
     return "\n".join(lines)
 

@@ -17,8 +17,9 @@ import jax
 
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
+from lib.continuations import as_text, continue_prompts
 from lib.errors import InputError, user_errors
-from lib.generate import as_text, continue_prompts, sampling
+from lib.generate import sampling
 from train import load
 
 AXES = ("data", "fsdp", "tensor")

@@ -11,7 +11,7 @@ Here: 2 layers for an eighth of the FLOPs, then 8. All arms cost what `scratch` 
     identity: copies whose outputs are zero at first (G_zero). random_on_top: six layers drawn at
     random. annealed: these are faded in (G_random). gradual, middle: 2, 4, 6 and 8 layers; the top
     two are copied, or the middle two (MIDAS), with their moments. stack_g2, stack_g8: from 4 layers
-    or from 1. stack_early, stack_late: after 1/16 or 1/4 of the FLOPs. Left out: LiGO (G_learn).
+    or from 1. stack_early, stack_late: after 1/16 or 1/4 of the FLOPs. For G_learn see ligo.py.
 Cost: 24 runs of three arms, some 80 minutes on two CPU cores.
 Run:
     python train.py study configs/growth/g_stack.py --jobs 2

@@ -2,18 +2,18 @@
 
 Paper: Transformer as Linear Expansion of Learngene, Xia et al. 2024 (003:35);
     Exploring Learngene via Stage-wise Weight Sharing, Xia et al. 2024 (003:4)
-Method: train a model whose layers are a function of a few genes, expand the genes to any depth, and
-    set each layer free. TLEG: layer l of L is (1 - l/L) a + (l/L) b. SWS: the layers of a stage
-    share theirs.
-Here: four layers of two genes, then six, with one budget of model FLOPs, the shared phase included.
-    Genes are the first rows along `layers`; the rest has no gradient, and `asleep` keeps weight
-    decay off it. Both papers are about vision, have a teacher, which is left out, and count the
-    expanded model's training alone. The two genes are the layers at both ends, in place of an
-    offset and a slope, so that both have the table's scale. Growth warms up again.
-Cost: some 20 runs, ten to twenty minutes on two CPU cores.
+Method: train a model whose layers are a function of a few genes by soft distillation from a
+    teacher, expand the genes to any depth, and set each layer free. TLEG: layer l of L is
+    (1 - l/L) a + (l/L) b. SWS: the layers of a stage share theirs.
+Here: four layers of two genes, then six, with one budget of model FLOPs, the shared phase and the
+    teacher's forward passes in it included. Genes are the first rows along `layers`; the rest has
+    no gradient, and `asleep` keeps weight decay off it. taught, stages_taught: half of the loss is
+    the divergence from the model of `scratch`, whose FLOPs come on top. The papers are about
+    vision, and count the expanded model's training alone. The two genes are the layers at both
+    ends, in place of an offset and a slope, so that both have the table's scale.
+Cost: some 25 runs of 200 steps, ten minutes on two CPU cores.
 Run:
     python train.py study configs/growth/learngene.py --jobs 2
-    python train.py configs/growth/learngene.py:linear              one arm by hand, a minute
 """
 from dataclasses import replace
 from functools import partial
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from configs import base
 from lib.freezing import asleep
 from lib.study import Claim, Paper, Study
-from model import Context, Edited, Model, ModelConfig, blocks, groups
-from train import Config
+from lib.teacher import adopt, divergence, release, taught
+from model import Context, Edited, Model, ModelConfig, blocks, cross_entropy, groups
 
 
 def mixed(params, rows, config: ModelConfig) -> dict:
@@ -52,20 +52,18 @@ def linear(params, step, batch, config: ModelConfig, layers: int = 4) -> dict:
     return mixed(params, depth_rows(layers), config) if config.layers == layers else params
 
 
-def stagewise(params, step, batch, config: ModelConfig,
-              stages: tuple[int, ...] = (0, 0, 1, 1)) -> dict:
+def stagewise(params, step, batch, config: ModelConfig, stages: tuple[int, ...] = (0, 0, 1, 1)):
     """A `reparam`: layer i is gene stages[i], in a model of so many layers, and in no other."""
     fits = config.layers == len(stages)
     return mixed(params, stage_rows(stages), config) if fits else params
 
 
-def expand(model: Model, context: Context, layers: int = 0,
-           stages: tuple[int, ...] = ()) -> Edited:
+def expand(model: Model, context: Context, layers: int = 0, stages: tuple[int, ...] = ()):
     """Genes to a model of any depth: linear to so many `layers`, or by a list of `stages`.
 
-    Every optimiser group starts afresh, as what is trained is another thing. A run whose `reparam`
-    is `linear` or `stagewise` must expand to another depth than theirs, as they know a model by its
-    depth. Raises ValueError for more genes than the model has layers.
+    The optimiser starts afresh. A run whose `reparam` is `linear` or `stagewise` must expand to
+    another depth than theirs, by which they know a model. Raises ValueError for more genes than the
+    model has layers.
     """
     genes = 2 if layers else max(stages, default=-1) + 1
     odd = bool(layers) == bool(stages) or layers < 0 or min(stages, default=0) < 0
@@ -79,34 +77,42 @@ def expand(model: Model, context: Context, layers: int = 0,
     return Edited(Model(new, mixed(model.params, rows, new)), policy, preserves=False)
 
 
-SHARED = 120  # steps of the shared phase
-scratch = replace(base.small, model=base.shape(6, 96), eval_every=60)
+def soft(logits, batch, extras, share: float = 0.5):
+    """A `token_loss` in nats: soft distillation, `share` of it the divergence from a teacher."""
+    own = cross_entropy(logits, batch, extras)
+    return (1 - share) * own + share * divergence(logits, batch, extras)
 
 
-def arm(reparam, **how) -> Config:
-    """A run that trains genes, then expands them."""
-    run = base.grown(scratch, base.shape(4, 96), SHARED, partial(expand, **how))
-    return replace(run, reparam=reparam, optimizer=asleep)
+scratch = replace(base.scaled(base.small, 200), model=base.shape(6, 96), eval_every=50)
+SHARED, aux = 80, base.shape(4, 96)  # steps and model of the shared phase
 
 
+def arm(reparam, teacher: bool = False, **how):
+    """A run that trains genes, perhaps by a teacher, then expands them."""
+    shape = taught(aux, scratch.model, "teacher") if teacher else aux
+    shared, free = base.grown(scratch, shape, SHARED, partial(expand, **how)).phases
+    if teacher:
+        shared = replace(shared, edits=(partial(adopt, run="needs:teacher"),), token_loss=soft)
+        free = replace(free, edits=(release, *free.edits))
+    return replace(scratch, model=aux, phases=(shared, free), reparam=reparam,
+                   optimizer=partial(asleep, frozen=("teacher",)))
+
+
+six = (0, 0, 0, 1, 1, 1)  # the gene of each of six layers
 study = Study(
     question="Are layers that are a function of few shared ones a good start for another depth?",
     paper=(Paper(title="Transformer as Linear Expansion of Learngene", authors="Xia et al.",
                  year=2024, seeds=("003:35",)),
            Paper(title="Exploring Learngene via Stage-wise Weight Sharing for Initializing "
                  "Variable-sized Models", authors="Xia et al.", year=2024, seeds=("003:4",))),
-    arms={
-        "scratch": scratch,
-        "linear": arm(partial(linear, layers=4), layers=6),
-        "stagewise": arm(partial(stagewise, stages=(0, 0, 1, 1)), stages=(0, 0, 0, 1, 1, 1)),
-    },
-    peak_lrs=base.RATES,
-    quick=base.quick(),
+    needs={"teacher": scratch}, peak_lrs=base.RATES[1:], quick=base.quick(), seeds=3,
+    arms={"scratch": scratch, "linear": arm(linear, layers=6),
+          "stagewise": arm(stagewise, stages=six), "taught": arm(linear, True, layers=6),
+          "stages_taught": arm(stagewise, True, stages=six)},
     claims=(
-        Claim(says="a linear learngene beats full depth, its own cost counted", arm="linear",
-              below=0.0),
-        Claim(says="shared stages beat full depth, their own cost counted", arm="stagewise",
-              below=0.0),
+        Claim(says="linear genes beat full depth, their cost counted", arm="linear", below=0.0),
+        Claim(says="so do shared stages", arm="stagewise", below=0.0),
+        Claim(says="a teacher helps linear genes", arm="taught", control="linear", below=0.0),
+        Claim(says="it helps shared stages", arm="stages_taught", control="stagewise", below=0.0),
     ),
-    seeds=3,
 )
