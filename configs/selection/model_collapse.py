@@ -23,7 +23,8 @@ import numpy as np
 
 from configs import base
 from data import DataConfig, Document, Source, text
-from lib.generate import continue_prompts, sampling
+from lib.continuations import continue_prompts
+from lib.generate import sampling
 from lib.study import Claim, Paper, Study
 from train import Config, load
 
