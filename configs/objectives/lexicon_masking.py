@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from configs import base
 from configs.objectives.packages import MEASURES, PACKAGES, fine, over_sources, package, pre
 from configs.objectives.packages import config as plain
-from data import Source
+from data import Document, Source
 from lib.objectives import BIDIRECTIONAL, choose, hide
 from lib.study import Claim, Paper, Study
 from model import weighted_mean
@@ -39,8 +39,10 @@ LEXICON = re.compile(
 def with_lexicon(name: str):
     """The definitions of a package, the words of the lexicon marked."""
     for document in package(name):
-        spans = (match.span() for match in LEXICON.finditer(document.text))
-        yield replace(document, marks=tuple(spans))
+        if isinstance(document, Document):
+            spans = (match.span() for match in LEXICON.finditer(document.text))
+            document = replace(document, marks=tuple(spans))
+        yield document
 
 
 def lexicon_masked(row: dict, rng, tokenizer, share: float = 0.2, guided: bool = True):

@@ -19,6 +19,7 @@ import numpy as np
 from configs import base
 from data import DataConfig, Document, Skipped, Source, stdlib
 from lib.objectives import BIDIRECTIONAL
+from lib.sources import definitions
 from model import weighted_mean
 from train import Phase, Schedule
 
@@ -28,9 +29,9 @@ PACKAGES = ("asyncio", "distutils", "email", "importlib", "multiprocessing", "tk
 
 def package(name: str) -> Iterator[Document | Skipped]:
     """The functions and classes of a package."""
-    for document in stdlib("definition"):
-        if isinstance(document, Document) and document.meta["domain"] == name:
-            yield document
+    for module in stdlib():
+        if isinstance(module, Document) and module.meta["domain"] == name:
+            yield from definitions(module)
 
 
 def name_source(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
