@@ -18,9 +18,12 @@ Run:
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from configs import base as shared
 from configs.continual.rewarm import base, cosine, first
@@ -44,7 +47,7 @@ def package(name: str = "") -> Iterator[Document]:
 
 def dot(one: dict, other: dict):
     """The inner product of two gradients."""
-    return sum(jnp.vdot(one[name], other[name]) for name in one)
+    return sum(jnp.sum(one[name] * other[name]) for name in one)
 
 
 def averaged_gem(gradient, params, batch, step):
@@ -53,8 +56,9 @@ def averaged_gem(gradient, params, batch, step):
     The newest is the last one in the order of `data.sources`. A-GEM, equation 11.
     """
     newest = batch["source"] == jnp.max(batch["source"])
-    sums, g = gradient(params, batch | {"weights": batch["weights"] * newest})
-    _, r = gradient(params, batch | {"weights": batch["weights"] * ~newest})
+    weights = batch["weights"] * jnp.stack([newest, ~newest])
+    both = lax.map(lambda own: gradient(params, batch | {"weights": own}), weights)
+    (sums, g), (_, r) = (jax.tree.map(itemgetter(i), both) for i in (0, 1))
     along = jnp.minimum(dot(g, r), 0.0) / jnp.maximum(dot(r, r), 1e-30)
     return sums, {name: x - along * r[name] for name, x in g.items()}
 

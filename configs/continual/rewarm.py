@@ -14,7 +14,7 @@ Here: from functions and classes of Python's library (old) to the same text in a
     warm-up. undecayed: from the base before its decay. replay_5, replay_25: with 5 % or 25 % of old
     rows. union: both texts from scratch, for the steps of both runs. Rates are what the study is
     about, so they are not tuned. "old" and "new" are bits per byte on test.
-Cost: nine arms and a base, 30 runs of a quarter of a minute, six minutes on two CPU cores.
+Cost: nine arms and two bases, 33 runs of a quarter of a minute, six minutes on two CPU cores.
 Run:
     python train.py study configs/continual/rewarm.py --jobs 2
     python train.py configs/continual/rewarm.py:base                the run that arms start from
