@@ -56,15 +56,16 @@ def pairs_and_query(seen, labels) -> np.ndarray:
 
 
 def burstiness(row: dict, rng, known: int, zipf: float, burst: int, share: float):
-    """An objective: a fresh row, with loss on the query's label."""
+    """An objective: fresh ones, a segment each, with loss on the label of each query."""
     points, label_of, _ = world(known, zipf)
-    what = classes(1, known, zipf, burst, share, rng)
-    place = np.arange(LENGTH, dtype=np.int32)
+    n = len(row["tokens"]) // LENGTH
+    what = classes(n, known, zipf, burst, share, rng)
+    place = np.tile(np.arange(LENGTH, dtype=np.int32), n)
     made = dict(
-        x=pairs_and_query(items(points[what], rng), label_of[what])[0],
-        targets=np.full_like(place, label_of[what[0, -1]]),
+        x=pairs_and_query(items(points[what], rng), label_of[what]).reshape(n * LENGTH, WIDTH),
+        targets=np.repeat(label_of[what[:, -1]], LENGTH).astype(np.int32),
         positions=place,
-        segments=np.ones_like(place),
+        segments=np.repeat(np.arange(1, n + 1, dtype=np.int32), LENGTH),
         weights=(place == LENGTH - 1).astype(np.float32),
     )
     return row | made, CAUSAL

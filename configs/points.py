@@ -12,6 +12,7 @@ import numpy as np
 from data import DataConfig, Source, nothing
 from lib.objectives import CAUSAL
 from model import ModelConfig, Param, Params, rms_norm, stream
+from train import Config, Phase, Schedule
 
 # Rows come from the objective alone; nothing is held out, since each row is new.
 PROCESS = DataConfig(sources={"rows": Source(nothing)}, tokenizer="numbers:2", dev=0.0, test=0.0)
@@ -57,14 +58,23 @@ def in_turn(x, y) -> np.ndarray:
     return out
 
 
+def functions_in(row: dict, points: int) -> int:
+    """How many functions a row has room for, of so many points each."""
+    return len(row["tokens"]) // (2 * points)
+
+
 def point_row(row: dict, x, y) -> tuple[dict, dict]:
-    """What an objective returns: points x [k d] and y [k] for a row, with loss where y is due."""
-    place = np.arange(2 * len(y), dtype=np.int32)
+    """What an objective returns: points x [n k d] and y [n k] of n functions, a segment each.
+
+    There is a loss where a y is due.
+    """
+    n, k = y.shape
+    place = np.tile(np.arange(2 * k, dtype=np.int32), n)
     made = dict(
-        x=in_turn(x[None], y[None])[0],
-        y=np.repeat(y, 2).astype(np.float32),
+        x=in_turn(x, y).reshape(len(place), -1),
+        y=np.repeat(y.ravel(), 2).astype(np.float32),
         positions=place,
-        segments=np.ones_like(place),
+        segments=np.repeat(np.arange(1, n + 1, dtype=np.int32), 2 * k),
         weights=(place % 2 == 0).astype(np.float32),
     )
     return row | made, CAUSAL
@@ -136,3 +146,13 @@ def exact(families: Sequence[Family], x, y, noise: float) -> tuple[np.ndarray, n
         means.append(found[0])
         logs.append(evidence(y, *found))
     return averaged(np.stack(means), np.stack(logs)), np.stack(means)
+
+
+def in_context(objective, evaluation, width: int, seq: int, layers: int = 3,
+               steps: int = 1_500) -> Config:
+    """A run on functions of `seq` vectors of this width each, four a row, loss squared."""
+    return Config(
+        model=reader(width, layers=layers, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=172),
+        data=PROCESS, phases=(Phase(steps=steps, batch=16, seq=4 * seq, objective=objective),),
+        token_loss=squared, prompts=(), overlap=0, evals=(evaluation,), eval_every=500, keep=1,
+        schedule=Schedule(shape="linear", peak=3e-3, warmup=100, final=0.0), save_every=5_000)

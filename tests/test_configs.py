@@ -65,14 +65,11 @@ BORROWS = {
     "understanding/circuit": {"configs.understanding.bursty.bursty"},
     "understanding/icl_and_descent": {
         "configs.understanding.bursty.bursty", "configs.understanding.circuit.untrained"},
-    "understanding/discrete_functions": {"configs.understanding.functions.in_context"} | {
+    "understanding/discrete_functions": {
         f"configs.understanding.bursty.{name}" for name in ("recurrent", "recurrent_rows")},
-    "understanding/function_classes": {"configs.understanding.functions.in_context"},
-    "understanding/representations": {"configs.understanding.functions.in_context"},
-    "understanding/sequential_functions": {"configs.understanding.functions.in_context"},
     "understanding/teaching_sequences": {
         f"configs.understanding.discrete_functions.{name}"
-        for name in ("arm", "draw", "hypotheses", "labels")},
+        for name in ("K", "arm", "draw", "hypotheses", "labels")},
     "understanding/bursty": {f"configs.understanding.mixers.{name}" for name in ("gru", "gru_rows")},
     "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "understanding/word_classes": {

@@ -57,11 +57,12 @@ def test_what_is_asked_can_be_answered_in_one_way(kind):
 
 
 def test_a_row_of_training_is_one_of_these_with_loss_on_the_query():
-    row = {"tokens": np.zeros(LENGTH, np.int32)}
+    row = {"tokens": np.zeros(2 * LENGTH, np.int32)}
     made, mask = bursty.burstiness(row, np.random.default_rng(4), 64, 0.0, 3, 1.0)
     assert mask == {"kind": "causal", "window": 0}
-    assert np.flatnonzero(made["weights"]).tolist() == [LENGTH - 1]
-    labels = made["x"][1::2, D:].argmax(-1)
+    assert np.flatnonzero(made["weights"]).tolist() == [LENGTH - 1, 2 * LENGTH - 1]
+    assert made["segments"].tolist() == [1] * LENGTH + [2] * LENGTH
+    labels = made["x"][LENGTH + 1::2, D:].argmax(-1)
     assert np.sum(labels == made["targets"][-1]) >= 3
     for arm in file.study.arms.values():
         train.check(arm)

@@ -67,13 +67,15 @@ def test_a_window_slides_and_is_needed():
 
 
 def test_rows_of_the_three_files_have_their_points_and_arms_are_accepted():
-    row = {"tokens": np.zeros(30, np.int32)}
+    row = {"tokens": np.zeros(72, np.int32)}
     for made, k in (
         (classes.functions(row, np.random.default_rng(4), name="mixture")[0], classes.K),
         (sequential.sequences(row, np.random.default_rng(4), length=2)[0], sequential.K),
         (represented.functions(row, np.random.default_rng(4), family="fixed")[0], represented.K),
     ):
-        assert made["x"].shape[0] == made["y"].shape[0] == 2 * k == 2 * made["weights"].sum()
+        n = 72 // (2 * k)
+        assert made["x"].shape[0] == made["y"].shape[0] == 2 * k * n == 2 * made["weights"].sum()
+        assert made["segments"].max() == n > 1 and made["positions"].max() == 2 * k - 1
     for file in (classes, sequential, represented):
         for arm in file.study.arms.values():
             train.check(arm)

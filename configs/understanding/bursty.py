@@ -57,7 +57,7 @@ def arm(known: int = KNOWN, zipf: float = 0.0, burst: int = 3, share: float = 1.
     shape = dict(layers=2, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=128)
     return Config(
         model=reader(WIDTH, LABELS, **shape), data=PROCESS, prompts=(), overlap=0,
-        phases=(Phase(steps=STEPS, batch=64, seq=LENGTH, objective=objective),),
+        phases=(Phase(steps=STEPS, batch=16, seq=4 * LENGTH, objective=objective),),
         schedule=Schedule(shape="wsd", peak=3e-3, warmup=100, final=0.05),
         evals=(partial(accuracies, **drawn),), eval_every=500, save_every=STEPS, keep=1)
 

@@ -19,9 +19,8 @@ from itertools import combinations, product
 
 import numpy as np
 
-from configs.points import answers, point_row
+from configs.points import answers, functions_in, in_context, point_row
 from configs.understanding.bursty import recurrent, recurrent_rows
-from configs.understanding.functions import in_context
 from lib.study import Claim, Paper, Study
 from train import Config
 
@@ -75,8 +74,7 @@ def nearest(x, y) -> np.ndarray:
 
 def examples(row: dict, rng, name: str) -> tuple[dict, dict]:
     """An objective: a fresh row of a function of a class."""
-    (x,), (y,) = draw(1, name, rng)
-    return point_row(row, x, y)
+    return point_row(row, *draw(functions_in(row, K), name, rng))
 
 
 def compare(params, apply, name: str, n: int = 1024) -> dict[str, float]:

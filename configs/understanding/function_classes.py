@@ -17,8 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from configs.points import answers, exact, point_row, values
-from configs.understanding.functions import in_context
+from configs.points import answers, exact, functions_in, in_context, point_row, values
 from lib.study import Claim, Paper, Study
 from train import Config
 
@@ -57,9 +56,9 @@ CLASSES = {  # families of features, one of which is drawn for each row
 
 def functions(row: dict, rng, name: str) -> tuple[dict, dict]:
     """An objective: a fresh row of a function of a class."""
-    x = rng.normal(size=(1, K, D))
+    x = rng.normal(size=(functions_in(row, K), K, D))
     y = values(CLASSES[name], x, NOISE, rng)
-    return point_row(row, x[0], y[0])
+    return point_row(row, x, y)
 
 
 def compare(params, apply, name: str, n: int = 1024) -> dict[str, float]:

@@ -20,9 +20,9 @@ from functools import partial
 
 import numpy as np
 
-from configs.points import PROCESS, answers, averaged, point_row, reader, regression, squared
+from configs.points import answers, averaged, functions_in, in_context, point_row, regression
 from lib.study import Claim, Paper, Study
-from train import Config, Phase, Schedule
+from train import Config
 
 D, K, NOISE = 2, 8, 0.5  # dimensions, points of a row, deviation of the noise
 
@@ -41,9 +41,9 @@ def draw(n: int, tasks: int, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def lines(row: dict, rng, tasks: int) -> tuple[dict, dict]:
-    """An objective: a fresh row of a task of the pool."""
-    x, y, _ = draw(1, tasks, rng)
-    return point_row(row, x[0], y[0])
+    """An objective: fresh points, each of a task of the pool."""
+    x, y, _ = draw(functions_in(row, K), tasks, rng)
+    return point_row(row, x, y)
 
 
 def pool_means(x, y, tasks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -70,16 +70,6 @@ def compare(params, apply, tasks: int, n: int = 1024) -> dict[str, float]:
     regrets = [np.mean(np.square(each - clean)) for each in (answers(params, apply, x, y), best)]
     return {"icl/gap": float(np.mean(gap)), "icl/excess": float(errors[0] / errors[1] - 1),
             "icl/regret": float(regrets[0] / regrets[1])}
-
-
-def in_context(objective, evaluation, width: int, seq: int, layers: int = 3,
-               steps: int = 1_500) -> Config:
-    """A run on rows of `seq` vectors of this width that an objective makes, loss squared."""
-    return Config(
-        model=reader(width, layers=layers, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=172),
-        data=PROCESS, phases=(Phase(steps=steps, batch=64, seq=seq, objective=objective),),
-        token_loss=squared, prompts=(), overlap=0, evals=(evaluation,), eval_every=500, keep=1,
-        schedule=Schedule(shape="linear", peak=3e-3, warmup=100, final=0.0), save_every=5_000)
 
 
 def arm(tasks: int, layers: int = 2) -> Config:

@@ -95,7 +95,7 @@ def arm(burst: int, known: int = 2048) -> Config:
     shape = reader(WIDTH, LABELS, layers=2, embed=64, heads=1, kv_heads=1, head_dim=64, mlp=128)
     return Config(
         model=replace(shape, rows=attention_rows, forward=attention_alone, outputs=classified),
-        data=PROCESS, phases=(Phase(steps=STEPS, batch=64, seq=LENGTH, objective=drawn),),
+        data=PROCESS, phases=(Phase(steps=STEPS, batch=16, seq=4 * LENGTH, objective=drawn),),
         evals=(partial(measure, burst=burst),), eval_every=STEPS // 30, keep=1, prompts=(),
         schedule=Schedule(shape="constant", peak=3e-3, warmup=50), overlap=0, save_every=STEPS)
 

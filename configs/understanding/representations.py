@@ -19,8 +19,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 
-from configs.points import answers, exact, in_turn, point_row, values
-from configs.understanding.functions import in_context
+from configs.points import answers, exact, functions_in, in_context, in_turn, point_row, values
 from lib.study import Claim, Paper, Study
 from model import CAUSAL, stream, whole
 from train import Config
@@ -48,9 +47,9 @@ FAMILIES = {"fixed": fixed, "plain": np.asarray}
 
 def functions(row: dict, rng, family: str) -> tuple[dict, dict]:
     """An objective: a fresh row of a function that is linear in f(x), or in x."""
-    x = rng.normal(size=(1, K, D))
+    x = rng.normal(size=(functions_in(row, K), K, D))
     y = values([FAMILIES[family]], x, NOISE, rng)
-    return point_row(row, x[0], y[0])
+    return point_row(row, x, y)
 
 
 def explained(states, goal) -> float:

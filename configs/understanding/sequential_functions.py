@@ -18,8 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from configs.points import answers, exact, point_row, values
-from configs.understanding.functions import in_context
+from configs.points import answers, exact, functions_in, in_context, point_row, values
 from lib.study import Claim, Paper, Study
 from train import Config
 
@@ -37,9 +36,9 @@ def window(x, length: int):
 
 def sequences(row: dict, rng, length: int) -> tuple[dict, dict]:
     """An objective: a fresh row of a function of a window."""
-    x = rng.normal(size=(1, K, D))
+    x = rng.normal(size=(functions_in(row, K), K, D))
     y = values([partial(window, length=length)], x, NOISE, rng)
-    return point_row(row, x[0], y[0])
+    return point_row(row, x, y)
 
 
 def compare(params, apply, length: int, n: int = 1024) -> dict[str, float]:

@@ -17,8 +17,8 @@ from functools import partial
 
 import numpy as np
 
-from configs.points import answers, point_row
-from configs.understanding.discrete_functions import arm, draw, hypotheses, labels
+from configs.points import answers, functions_in, point_row
+from configs.understanding.discrete_functions import K, arm, draw, hypotheses, labels
 from lib.study import Claim, Paper, Study
 
 NAME = "conjunction"
@@ -41,8 +41,7 @@ def taught_rows(n: int, share: float, rng) -> tuple[np.ndarray, np.ndarray]:
 
 def rows(row: dict, rng, name: str, share: float = 0.0) -> tuple[dict, dict]:
     """An objective: a fresh row."""
-    x, y = taught_rows(1, share, rng)
-    return point_row(row, x[0], y[0])
+    return point_row(row, *taught_rows(functions_in(row, K), share, rng))
 
 
 def compare(params, apply, name: str, n: int = 2048) -> dict[str, float]:
