@@ -7,11 +7,11 @@ Method: tell made-up facts in the midst of pre-training, and follow the log-prob
     falls again, as a power of the steps since: what is kept of the gain is a - b log t. The paper
     finds that facts told again in the same words are learnt and lost faster than paraphrased ones,
     and that large batches lose less.
-Here: functions of Python's library; 16 people are born in made-up towns. In 20 of 420 steps a quarter of the
-    rows tell of them. same: in one sentence. paraphrased: in five. large: in one, by batches of
-    four times the rows, of which as many tell. "gain" is in nats a character, from before to the
-    best after; "kept" its share at the end; "decay" is b; "r2" how well the line fits. "other" is
-    of people never told of. The rate is constant.
+Here: functions of Python's library; 16 people are born in made-up towns. In 20 of 420 steps a
+    quarter of the rows tell of them. same: in one sentence. paraphrased: in five. large: in one, by
+    batches of four times the rows, of which as many tell. "gain" is in nats a character, from
+    before to the best after; "kept" its share at the end; "decay" is b; "r2" how well the line
+    fits. "other" is of people never told of. The rate is constant.
 Cost: three arms, nine runs of a minute, five minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/facts.py --jobs 2
