@@ -7,11 +7,11 @@ Method: tell made-up facts in the midst of pre-training, and follow the log-prob
     falls again, as a power of the steps since: what is kept of the gain is a - b log t. The paper
     finds that facts told again in the same words are learnt and lost faster than paraphrased ones,
     and that large batches lose less.
-Here: Python's library; 16 people are born in made-up towns. In 20 of 420 steps a quarter of the
-    rows tell of them. same: in one sentence. paraphrased: in five. large: in one, by batches of
-    four times the rows, of which as many tell. "gain" is in nats a character, from before to the
-    best after; "kept" its share at the end; "decay" is b; "r2" how well the line fits. "other" is
-    of people never told of. The rate is constant.
+Here: functions of Python's library; 16 people are born in made-up towns. In 20 of 420 steps a
+    quarter of the rows tell of them. same: in one sentence. paraphrased: in five. large: in one, by
+    batches of four times the rows, of which as many tell. "gain" is in nats a character, from
+    before to the best after; "kept" its share at the end; "decay" is b; "r2" how well the line
+    fits. "other" is of people never told of. The rate is constant.
 Cost: three arms, nine runs of a minute, five minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/facts.py --jobs 2
@@ -89,8 +89,8 @@ def arm(paraphrased: bool, batch: int = 8, share: float = 0.25):
     telling = replace(plain, steps=DURING, mixture={"stdlib": 1 - share, "facts": share})
     return replace(
         shared.small, model=shared.shape(3, 96, vocab=258), evals=(recall,), eval_every=10,
-        data=DataConfig(sources={"stdlib": Source(stdlib), "facts": facts}, tokenizer="bytes",
-                        dev=0.003, test=0.003),
+        data=DataConfig(sources={"stdlib": Source(partial(stdlib, unit="definition")),
+                                 "facts": facts}, tokenizer="bytes", dev=0.005, test=0.005),
         phases=(plain, telling, replace(plain, steps=AFTER)), eval_tokens=1_024,
         schedule=Schedule(shape="constant", peak=2e-3, warmup=50))
 

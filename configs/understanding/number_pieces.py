@@ -7,7 +7,7 @@ Method: tokenizers cut long numbers into pieces of up to three digits, from the 
     for the same powers of ten. The paper finds sums more often right so, and that errors from the
     left are many where the answer is longer than the numbers, and lie in one place.
 Here: pieces of up to two digits, so that a small model can learn their sums, each a token of its
-    own; sums of numbers of 1 to 5 digits, each length as likely, 60,000 of them; the question has
+    own; sums of numbers of 1 to 5 digits, each length as likely, 30,000 of them; the question has
     no loss (`Document.prefix`). left, the control, and right differ in nothing else. `exact` is
     the share of 512 new sums of 4 and 5 digits that greedy decoding gets right, `longer` that of
     those whose answer is longer than both numbers, `uneven` of numbers with unlike lengths. These
@@ -58,7 +58,7 @@ def pairs(rng: np.random.Generator, count: int, shortest: int, longest: int) -> 
     return rng.integers(least, 10**length)
 
 
-def sums(side: Side, count: int = 60_000) -> Iterator[Document]:
+def sums(side: Side, count: int = 30_000) -> Iterator[Document]:
     """Sums, a document each; the same ones for both sides."""
     for number, (a, b) in enumerate(pairs(np.random.default_rng(0), count, 1, 5).tolist()):
         ask, answer = item(a, b, side)

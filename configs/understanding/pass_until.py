@@ -39,7 +39,7 @@ def item(rng: np.random.Generator, entries: int = 4) -> tuple[list[int], list[in
     return [*told, ASK, keys[asked]], values[asked]
 
 
-def lists(count: int = 40_000) -> Iterator[Document]:
+def lists(count: int = 20_000) -> Iterator[Document]:
     """Lists with a question, a document each; the question carries no loss."""
     rng = np.random.default_rng(0)
     for number in range(count):

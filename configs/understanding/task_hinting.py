@@ -47,7 +47,7 @@ def spelt(ids: list[int]) -> str:
     return " ".join(map(str, ids))
 
 
-def lists(task: Task, count: int = 40_000, longest: int = 10) -> Iterator[Document]:
+def lists(task: Task, count: int = 20_000, longest: int = 10) -> Iterator[Document]:
     """Lists of 2 to `longest` numbers, a document each."""
     rng = np.random.default_rng(0)
     for number in range(count):
