@@ -3,8 +3,11 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from data import shuffled
 from lib.checkpoint import Loan, borrow, find_checkpoint, unchanged
@@ -14,7 +17,7 @@ from lib.errors import InputError
 from lib.hf import read_params, read_shape
 from lib.keys import run_step
 from lib.objectives import asks
-from lib.optim import State
+from lib.optim import State, init_opt_state, places
 from lib.schedule import Plan
 from model import ModelConfig
 
@@ -118,17 +121,26 @@ def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
     name = config.init_from
     if name.startswith("hf:"):
         params = read_params(name, model, like.params)
-        return Start(state.replace(params=params))
+        return Start(with_params(state, params, config.optimizer, model, like))
     checkpoints, step, meta = find_checkpoint(*run_step(name))
     home = checkpoints.root.parent
     loans = borrow({n: f"{home}@{step}:{n}" for n in like.params}) if "checksums" in meta else {}
     if config.init_with == "params":
         params = checkpoints.params(step, like)
-        loans = unchanged(loans, params)
-        return Start(state.replace(params=params), meta["since_reset"], borrowed=loans)
+        begun = with_params(state, params, config.optimizer, model, like)
+        return Start(begun, meta["since_reset"], borrowed=unchanged(loans, params))
     written = json.loads((home / "config.json").read_text())["optimizer"]
     if to_json(from_json(Callable, written)) != to_json(config.optimizer):
         raise InputError(f'init_with is "all", but {name} has another optimizer')
     taken = checkpoints.state(step, like)
     state = state.replace(params=taken.params, opt=taken.opt)
     return Start(state, meta["since_reset"], meta["positions"], unchanged(loans, taken.params))
+
+
+def with_params(
+    state: State, params: dict, optimizer: Callable, model: ModelConfig, like: State
+) -> State:
+    """A state that begins with other parameters; so does an optimiser that copies them."""
+    begin = partial(init_opt_state, config=model, optimizer=optimizer)
+    opt = jax.jit(begin, out_shardings=places(like).opt)(params)
+    return state.replace(params=params, opt=opt)
