@@ -110,6 +110,7 @@ class Edit:
     apply: Callable  # model, context -> Edited
     every: Count = 1_000  # due after each multiple of so many steps of the phase, but its last
     until: Whole = 0  # steps of the phase after which it stops; 0 is never
+    forgets: bool = True  # what is made of the run at its end is then from before such an edit
 
 
 @strict

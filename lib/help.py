@@ -96,7 +96,9 @@ def unset_fields(config) -> list[str]:
 
 
 def short(value) -> str:
-    """A value that may be a function, in a few words."""
+    """A value that may be a function, or hold some by name, in a few words."""
+    if isinstance(value, dict) and any(map(callable, value.values())):
+        return ", ".join(f"{name}: {short(part)}" for name, part in value.items())
     if not callable(value):
         return str(value)
     given = ", ".join(f"{name}={part!r}" for name, part in changed_settings(value).items())

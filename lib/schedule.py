@@ -153,37 +153,23 @@ def models_of(config, context: Context) -> list[ModelConfig]:
     found, current = [], config.model
     for phase in config.phases:
         for edit in phase.edits:
-            current, _ = on_shapes(edit, current, context)
+            current = shape_after(edit, current, context)
         found.append(current)
     return found
 
 
-def on_shapes(edit: Callable, config: ModelConfig, context: Context) -> tuple[ModelConfig, bool]:
-    """(the shape that an edit gives, whether it preserves the function), worked out on shapes."""
-    found = []
+def shape_after(edit: Callable, config: ModelConfig, context: Context) -> ModelConfig:
+    """The shape that an edit gives, worked out without computing its parameters."""
+    shapes = []
 
     def abstract(key):
-        edited = edit(Model(config, init(config, key)), context)
-        found.append((edited.model.config, edited.preserves))
-        return edited.model.params
+        edited = edit(Model(config, init(config, key)), context).model
+        shapes.append(edited.config)
+        return edited.params
 
     params = jax.eval_shape(abstract, jax.random.key(0))
-    shape, preserves = found[0]
-    check_declared(params, shape, getattr(edit, "func", edit).__name__)
-    return shape, preserves
-
-
-def forgetting(config, models: list[ModelConfig], context: Context) -> list[set[Callable]]:
-    """Of each phase the edits that recur and do not preserve the function: those that forget."""
-    found = []
-    for phase, model in zip(config.phases, models, strict=True):
-        forget = set()
-        for edit in phase.repeat:
-            _, preserves = on_shapes(edit.apply, model, context)
-            if not preserves:
-                forget.add(edit.apply)
-        found.append(forget)
-    return found
+    check_declared(params, shapes[0], getattr(edit, "func", edit).__name__)
+    return shapes[0]
 
 
 def check_declared(params: dict, config: ModelConfig, edit: str):
@@ -242,21 +228,21 @@ def lr_of_groups(config, ends: np.ndarray, spent: dict, names: list[str]) -> dic
 
 
 def edits_of(
-    config, ends: np.ndarray, forgets: list[set[Callable]]
+    config, ends: np.ndarray
 ) -> tuple[dict[int, list[Callable]], np.ndarray]:
-    """({step: edits due after it}, the steps within a phase after which `forgets` are due)."""
+    """({step: edits due after it}, the steps within a phase after which one forgets)."""
     edits, resets = {}, []
-    for i, (phase, end) in enumerate(zip(config.phases, ends.tolist(), strict=True)):
+    for phase, end in zip(config.phases, ends.tolist(), strict=True):
         begin = end - phase.steps
         if phase.edits:
             edits[begin] = list(phase.edits)
         if not phase.repeat:
             continue
         for step in range(begin + 1, end):
-            due = [edit.apply for edit in phase.repeat if recurs(edit, step - begin)]
+            due = [edit for edit in phase.repeat if recurs(edit, step - begin)]
             if due:
-                edits[step] = due
-            if forgets[i].intersection(due):
+                edits[step] = [edit.apply for edit in due]
+            if any(edit.forgets for edit in due):
                 resets.append(step)
     return edits, np.array(resets, np.int64)
 
@@ -293,7 +279,7 @@ def make_plan(config, context: Context) -> Plan:
     costs = [flops_of(phase, model) for phase, model in zip(phases, models, strict=True)]
     flops = running_sum(np.concatenate(costs))
     names = list(dict.fromkeys(group for model in models for group in groups(model)))
-    edits, resets = edits_of(config, ends, forgetting(config, models, context))
+    edits, resets = edits_of(config, ends)
     return Plan(
         ends=ends,
         start=config.model,

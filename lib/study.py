@@ -321,7 +321,8 @@ def measure_rule(study: Study, where: str, name: str, arm: str) -> tuple[bool, s
 
 def metric_rule(config: Any, where: str, name: str, arm: str, more=()) -> tuple[bool, str]:
     """The rule that the runs of an arm have a metric, or that its name is one of `more`."""
-    names = [*metrics_of(config), *more]
+    own = [f"eval/{source}/own" for source in config.data.sources]  # of a loss of its own
+    names = [*metrics_of(config), *own, *more]
     broken = name not in names and not may_be_its_own(config, name)
     return broken, (f"{where} is {name!r}, which a run of the arm {arm!r} does not have; "
                     f"{allowed_names(name, names)}")
@@ -334,7 +335,7 @@ def metrics_of(config: Any) -> list[str]:
         names += PAIRED[:1]
         splits.append(".test")
     if config.data.dev:
-        names += [*PAIRED[1:], *(f"eval/{name}/own" for name in sources)]
+        names += PAIRED[1:]
         splits.append("")
     names += [f"eval/{name}{end}/{of}" for end in splits for name in sources for of in OF_EVAL]
     for kind, of_kind in OF_KIND.items():

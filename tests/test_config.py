@@ -229,7 +229,8 @@ def alike(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
-SHIPPED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py"))
+SHIPPED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py")
+                 if path.name not in ("bursty.py", "points.py") or path.parent.name != "configs")
 
 
 @pytest.mark.parametrize("file", [*SHIPPED, "everything"])

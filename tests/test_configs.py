@@ -118,7 +118,6 @@ BUDGET = {
     "context/meco": "tokens",
     "selection/climb": "tokens",
     "selection/qurating": "tokens",
-    "selection/skill_it": "tokens",
 }
 
 

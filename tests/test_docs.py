@@ -23,7 +23,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 GUIDE = (ROOT / "docs/extending.md").read_text("utf-8")
 EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", GUIDE))
-CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+ROWS = {ROOT / "configs/bursty.py", ROOT / "configs/points.py"}  # what studies share, no configs
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.py")} - ROWS)
 BASE = load_file(ROOT / "configs/quickstart.py").config
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import model
 import train
 from lib import generate as generation
-from lib.continuations import read_text, settled
+from lib.continuations import continuations, read_text, settled
 from lib.generate import CHUNK, Sampling, generate, padded, pick, prefill
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tokenizers import Bytes
@@ -229,10 +229,10 @@ def test_the_end_of_a_run_continues_its_prompts_without_the_command(run):
     """`continuations` gives what samples.txt holds; several prompts are told apart; none give nothing."""
     params, config, tokenizer, _ = train.load(str(run))
     given = params, config, tokenizer, 2
-    assert generation.continuations(*given, config.prompts) == (run / "samples.txt").read_text()
-    both = generation.continuations(*given, ["the tree", "a"])
+    assert continuations(*given, config.prompts) == (run / "samples.txt").read_text()
+    both = continuations(*given, ["the tree", "a"])
     assert both.startswith("the tree") and "\n\n----\n\na" in both and both.endswith("\n")
-    assert generation.continuations(*given, ()) == ""
+    assert continuations(*given, ()) == ""
 
 
 def test_eight_devices_say_what_one_does(said):

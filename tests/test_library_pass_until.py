@@ -5,7 +5,8 @@ import pytest
 
 import model
 from configs.understanding import pass_until as own
-from lib.generate import continue_prompts, sampling
+from lib.continuations import continue_prompts
+from lib.generate import sampling
 from lib.sharding import MeshConfig, make_mesh, shardings
 from lib.tasks import judged
 from lib.tokenizers import Numbers

@@ -544,9 +544,9 @@ def drawn_again(model, context):
     return Edited(model, {}, preserves=False)
 
 
-@pytest.mark.parametrize("edit,resets", [(merged_again, []), (drawn_again, [2])])
-def test_only_an_edit_that_changes_the_function_counts_as_a_reset(tiny, edit, resets):
-    phase = train.Phase(steps=4, repeat=(train.Edit(edit, every=2),))
+@pytest.mark.parametrize("edit,forgets,resets", [(merged_again, False, []), (drawn_again, True, [2])])
+def test_only_an_edit_that_forgets_counts_as_a_reset(tiny, edit, forgets, resets):
+    phase = train.Phase(steps=4, repeat=(train.Edit(edit, every=2, forgets=forgets),))
     plan = course_of(train.Config(model=tiny, phases=(phase,)), context())
     assert plan.edits == {2: [edit]}
     assert plan.resets.tolist() == resets

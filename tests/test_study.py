@@ -554,8 +554,10 @@ def test_a_file_outside_the_chapters_is_not_recorded(file, house, trainer):
 
 def test_the_pages_show_what_is_recorded(house, trainer):
     before = papers.pages(house)
+    lines = len((house / "configs/growth/tiny.py").read_text("utf-8").splitlines())
+    claims = len(load_file(house / "configs/growth/tiny.py").study.claims)
     assert "| [tiny](growth/tiny.py) | On Tiny Things (Small et al. 2024) | 001:39 | Is it better to grow? " \
-        "| not recorded yet | – |" in before[house / "configs/README.md"]
+        f"| {lines} | {claims} | not recorded yet | – |" in before[house / "configs/README.md"]
     assert "Not recorded yet: tiny." in before[house / "results/README.md"]
     assert before[house / "README.md"].splitlines()[3] == "No study is recorded yet."
     record(house, "--seeds", "2")

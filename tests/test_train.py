@@ -765,9 +765,12 @@ def plain(tmp_path_factory):
     seen, steps, at = [], [], []
 
     def listener(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration" and at:
-            apart = threading.current_thread() is not threading.main_thread()
-            (steps if apart else seen).append(at[-1])
+        if event != "/jax/core/compile/backend_compile_duration":
+            return
+        if threading.current_thread() is not threading.main_thread():
+            steps.append(at[-1] if at else 0)  # the first may be ready before the first step is taken
+        elif at:
+            seen.append(at[-1])
 
     whole = make_mesh
     jax.monitoring.register_event_duration_secs_listener(listener)

@@ -96,7 +96,7 @@ def merge(model: Model, context: Context, rank: int = 24, alpha: float = 0.5, tu
 
 def arm(edit, again: bool = True):
     """A run of LoQT that quantises, and merges again after growing gaps."""
-    repeat = (Edit(partial(edit, every=20), every=20),) if again else ()
+    repeat = (Edit(partial(edit, every=20), every=20, forgets=False),) if again else ()
     return replace(full, reparam=dequantised, optimizer=unfrozen, evals=(weight_bytes,),
                    phases=(replace(full.phases[0], edits=(edit,), repeat=repeat),))
 

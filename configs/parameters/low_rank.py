@@ -80,7 +80,7 @@ low = replace(full, model=replace(full.model, rows=factored), reparam=product)
 
 def every(edit) -> Config:
     """The low-rank run with an edit every T steps."""
-    return replace(low, phases=(replace(phase, repeat=(Edit(edit, every=T),)),))
+    return replace(low, phases=(replace(phase, repeat=(Edit(edit, every=T, forgets=False),)),))
 
 
 study = Study(

@@ -63,7 +63,7 @@ full = replace(full, phases=(first, later), schedule=Schedule(shape="constant", 
 jagged = replace(later.schedule, shape=partial(restarts, final=0.1), warmup=0)
 low = replace(later, edits=(add_lora,))
 lora = replace(full, phases=(first, low), reparam=adapted, optimizer=unfrozen)
-merged = replace(low, schedule=jagged, repeat=(Edit(merge, every=K),))
+merged = replace(low, schedule=jagged, repeat=(Edit(merge, every=K, forgets=False),))
 study = Study(
     question="Do many updates of low rank, merged in turn, train a model where one does not?",
     paper=(Paper(title="ReLoRA: High-Rank Training Through Low-Rank Updates",

@@ -42,7 +42,7 @@ def difference(lengths, seq: int, documents: Documents, tokenizer: Tokenizer, te
     return highest(plan, score, share)
 
 
-def config(layers: int, embed: int, steps: int, packing=concat_and_split):
+def made(layers: int, embed: int, steps: int, packing=concat_and_split):
     """A run of a model of some shape on what a packing leaves."""
     phase = replace(base.small.phases[0], steps=steps, batch=16, packing=packing)
     data = DataConfig(sources={"definitions": Source(partial(stdlib, unit="definition"))},
@@ -50,13 +50,13 @@ def config(layers: int, embed: int, steps: int, packing=concat_and_split):
     return replace(base.small, model=base.shape(layers, embed, 512), phases=(phase,), data=data)
 
 
-student = partial(config, 3, 96, 200)
+student = partial(made, 3, 96, 200)
 teacher, reference = "needs:teacher", "needs:reference"
 study = Study(
     question="Is text better to learn from that a large model knows and a small one does not?",
     paper=Paper(title="MiniPLM: Knowledge Distillation for Pre-Training Language Models",
                 authors="Gu et al.", year=2024, seeds=("000:40",)),
-    needs={"teacher": config(4, 128, 400), "reference": config(2, 64, 100)},
+    needs={"teacher": made(4, 128, 400), "reference": made(2, 64, 100)},
     arms={
         "chance": student(),
         "miniplm": student(partial(difference, teacher=teacher, reference=reference)),
