@@ -110,7 +110,7 @@ class Edit:
     apply: Callable  # model, context -> Edited
     every: Count = 1_000  # due after each multiple of so many steps of the phase, but its last
     until: Whole = 0  # steps of the phase after which it stops; 0 is never
-    forgets: bool = True  # what is made of the run at its end is then from before such an edit
+    forgets: bool = True  # then samples and final figures are of the checkpoint longest after it
 
 
 @strict
@@ -246,7 +246,7 @@ def mixture_rules(config: Config) -> Rules:
         yield (
             phase.steer and not (reads_log(phase) and (config.data.dev or config.evals)),
             f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function, "
-            "or order or objective ask for the log, and there is a dev split to steer by",
+            "or order or objective ask for the log, and there is a dev split, or evals, to steer by",
         )
         by_size = mixture is None and len(sources) > 1
         yield (

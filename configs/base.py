@@ -96,9 +96,10 @@ config = small
 
 # ----------------------------------------------------------------------------------- equal budgets
 
-def flops(model: ModelConfig, phase: Phase) -> int:
-    """Training FLOPs of a phase of this model."""
-    return phase.steps * phase.batch * phase.seq * model.flops(model, phase.seq)
+def flops(model: ModelConfig, phase: Phase) -> float:
+    """Training FLOPs of a phase of this model, its `cost` included."""
+    tokens = phase.steps * phase.batch * phase.seq
+    return tokens * model.flops(model, phase.seq) * phase.cost
 
 
 def steps_for(budget: float, model: ModelConfig, phase: Phase) -> int:

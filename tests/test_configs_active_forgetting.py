@@ -32,6 +32,8 @@ from lib.tokenizers import Bytes
 from model import ModelConfig
 from train import Edit
 
+pytestmark = pytest.mark.library
+
 forgetting = load_file(ROOT / "configs/forgetting/active_forgetting.py")
 equal = np.testing.assert_array_equal
 K, STEPS = 10, 24  # resets after 10 and 20 steps; the last episode is cut short

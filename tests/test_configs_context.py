@@ -20,6 +20,8 @@ from lib.config import ROOT, load_file
 from lib.objectives import one_segment
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, one_per_row
 
+pytestmark = pytest.mark.library
+
 CHAPTER = ROOT / "configs/context"
 dataset_decomposition = load_file(CHAPTER / "dataset_decomposition.py")
 in_context = load_file(CHAPTER / "in_context_pretraining.py")

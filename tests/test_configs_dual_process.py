@@ -18,6 +18,8 @@ from lib.statistics import run_figures
 from lib.tokenizers import make_tokenizer
 from train import load_config
 
+pytestmark = pytest.mark.library
+
 FILE = ROOT / "configs/forgetting/dual_process.py"
 forgetting = load_file(FILE)
 COPULA, FIRST, LENGTH = forgetting.COPULA, forgetting.FIRST, forgetting.LENGTH

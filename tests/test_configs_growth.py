@@ -30,6 +30,8 @@ from lib.sharding import MeshConfig, make_mesh
 from lib.widen import widen
 from model import Model
 
+pytestmark = pytest.mark.library
+
 CHAPTER = ROOT / "configs/growth"
 bert2bert = load_file(CHAPTER / "bert2bert.py")
 g_stack = load_file(CHAPTER / "g_stack.py")

@@ -16,6 +16,8 @@ from lib.config import ROOT, load_file
 from lib.packing import DOCUMENT, LENGTH, ROW
 from lib.tokenizers import Bytes
 
+pytestmark = pytest.mark.library
+
 CHAPTER = ROOT / "configs/selection"
 climb = load_file(CHAPTER / "climb.py")
 qurating = load_file(CHAPTER / "qurating.py")

@@ -14,6 +14,8 @@ from lib.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from lib.vocabulary import piece_names
 from model import Edited, Model
 
+pytestmark = pytest.mark.library
+
 vocabulary = load_file(ROOT / "configs/forgetting/vocabulary.py")
 equal = np.testing.assert_array_equal
 close = np.testing.assert_allclose

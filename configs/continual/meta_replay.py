@@ -48,9 +48,7 @@ def interpolated(inner: optax.GradientTransformation, beta: float, every: int):
 
     def update(grads, state, params, rate, **more):
         ahead, after = inner.update(grads, state.inner, params)
-        # The state was made of the parameters drawn, which `init_from` may have replaced since.
-        begun = state.count > 0
-        slow = {name: jnp.where(begun, state.slow[name], x) for name, x in params.items()}
+        slow = state.slow
         count = state.count + 1
 
         def back():
