@@ -1,11 +1,18 @@
 """The CORE tasks of DCLM (Li et al. 2024, arXiv:2406.11794), read from their published files.
 
 A directory has core.yaml, which lists the tasks, eval_meta_data.csv with the accuracy of guessing
-in percent, and eval_data/ with a file of JSON Lines for each task. All is drawn, rendered and scored
-as nanochat's core_eval.py does it (Karpathy 2025). DCLM's own code, LLM Foundry, has one line break
-between examples where this has two, encodes contexts and choices apart, draws the examples of all
-items from one generator, and averages jeopardy over its categories. Here a choice always keeps a
-piece of its own, where one is the beginning of another; nanochat's comes out as not a number.
+in percent, and eval_data/ with a file of JSON Lines for each task. All is drawn, rendered and
+scored as nanochat's core_eval.py does it (Karpathy 2025), but where that fails:
+
+- A choice that is the beginning of another keeps a piece of its own. (The mean loss of no piece.)
+- The pieces of a text without its continuation may not be the first of those with it. Then the
+  context is what both have in common. (An assertion.)
+- A task of fewer lines than examples has fewer examples. (An error of the draw.)
+- What is judged is never cut, however short the rows are. (An assertion.)
+
+DCLM's own code, LLM Foundry, has one line break between examples where this has two, encodes
+contexts and choices apart, draws the examples of all lines from one generator, and averages
+jeopardy over its categories.
 """
 import csv
 import random
@@ -56,20 +63,24 @@ def multiple_choice(where: str, record: dict, delimiter: str) -> Question:
     """A query that each of the choices follows."""
     before = text_of(where, record, "query", empty=True) + delimiter
     choices = read_choices(where, record, "choices", empty=True)
-    return Question([before + choice for choice in choices], read_gold(where, record, choices))
+    options = [before + choice for choice in choices]
+    return Question(options, read_gold(where, record, choices))
 
 
 def schema(where: str, record: dict, delimiter: str) -> Question:
     """Contexts that the same text follows."""
     contexts = read_choices(where, record, "context_options", empty=True)
     rest = delimiter + text_of(where, record, "continuation")
-    return Question([context + rest for context in contexts], read_gold(where, record, contexts))
+    options = [context + rest for context in contexts]
+    return Question(options, read_gold(where, record, contexts))
 
 
 def language_modeling(where: str, record: dict, delimiter: str) -> Question:
     """A text that goes on."""
-    stem = text_of(where, record, "context", empty=True).strip() + delimiter
-    return Question([stem + text_of(where, record, "continuation")], 0, stem)
+    context = text_of(where, record, "context", empty=True)
+    stem = context.strip() + delimiter
+    whole = stem + text_of(where, record, "continuation")
+    return Question([whole], 0, stem)
 
 
 KINDS = {kind.__name__: kind for kind in (multiple_choice, schema, language_modeling)}
@@ -90,19 +101,22 @@ def read_core(path: str | Path, most: int | None = None) -> list[Task]:
     config = parsed(path / "core.yaml", yaml.safe_load)
     rows = parsed(path / "eval_meta_data.csv", lambda file: list(csv.DictReader(file)))
     baselines = {row.get("Eval Task"): row.get("Random baseline") for row in rows}
-    entries = config.get("icl_tasks") if isinstance(config, dict) else None
+    entries = None
+    if isinstance(config, dict):
+        entries = config.get("icl_tasks")
     if not isinstance(entries, list) or not entries:
         raise InputError(
             f"{path / 'core.yaml'}: icl_tasks is {entries!r}; allowed is a list of tasks"
         )
-    tasks = []
+    tasks = {}
     for number, entry in enumerate(entries, 1):
-        tasks.append(read_task(path, number, entry, baselines, most))
-    labels = [task.label for task in tasks]
-    if len(set(labels)) < len(labels):
-        raise InputError(f"{path / 'core.yaml'} has the labels {', '.join(labels)}; "
-                         "allowed are labels that differ")
-    return tasks
+        task = read_task(path, number, entry, baselines, most)
+        if task.label in tasks:
+            raise InputError(
+                f"{path / 'core.yaml'} has two tasks {task.label}; allowed are labels that differ"
+            )
+        tasks[task.label] = task
+    return list(tasks.values())
 
 
 def parsed(file: Path, parse: Callable):
@@ -160,9 +174,11 @@ def read_baseline(file: Path, label: str, baselines: dict) -> float:
 
 
 def examples(task: Task, number: int) -> str:
-    """The text before a question: others with their answers, never itself; fewer if there are few."""
+    """The text before a question: others with their answers, never the question itself."""
     others = len(task.questions) - 1
-    drawn = random.Random(EXAMPLES + number).sample(range(others), min(task.shots, others))
+    shots = min(task.shots, others)
+    rng = random.Random(EXAMPLES + number)
+    drawn = rng.sample(range(others), shots)
     texts = []
     for other in drawn:
         if other >= number:
@@ -188,13 +204,18 @@ def split(tokenizer: Tokenizer, kind: str, before: str, question: Question) -> l
     texts = [before + option for option in question.options]
     if kind == "language_modeling":
         texts.append((before + question.stem).strip())
-    rows = [np.array([tokenizer.bos, *tokenizer.encode(text)], np.int32) for text in texts]
+    rows = []
+    for text in texts:
+        ids = [tokenizer.bos, *tokenizer.encode(text)]
+        rows.append(np.array(ids, np.int32))
     options = rows[:len(question.options)]
     longest = min(map(len, options)) - 1
-    starts = [min(alike(rows), longest)] * len(options)
     if kind == "schema":
-        size = min(max(1, alike([row[::-1] for row in rows])), longest)
+        backwards = [row[::-1] for row in rows]
+        size = max(1, min(alike(backwards), longest))
         starts = [len(row) - size for row in options]
+    else:
+        starts = [min(alike(rows), longest)] * len(options)
     return [(row[:start], row[start:]) for row, start in zip(options, starts, strict=True)]
 
 
@@ -212,7 +233,8 @@ def answered(params, apply: Callable, tokenizer: Tokenizer, task: Task, seq: int
         return greedy
     sizes = [len(rest) for _, rest in pairs]
     counts = [len(question.options) for question in task.questions]
-    return fewest_nats(nats / sizes, counts) == [question.gold for question in task.questions]
+    golds = [question.gold for question in task.questions]
+    return fewest_nats(nats / sizes, counts) == golds
 
 
 def core_figures(

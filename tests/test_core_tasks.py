@@ -433,7 +433,7 @@ def test_labels_differ(tmp_path):
     path = bundle(tmp_path, quiz=Published(MC, [GOOD], 0, 50), same=Published(MC, [GOOD], 0, 50))
     file = path / "core.yaml"
     file.write_text(file.read_text().replace("label: same", "label: quiz"))
-    with pytest.raises(InputError, match="quiz, quiz; allowed are labels that differ"):
+    with pytest.raises(InputError, match="two tasks quiz; allowed are labels that differ"):
         read_core(path)
 
 
