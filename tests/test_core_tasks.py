@@ -108,8 +108,8 @@ class Heard:
         return bigram(params, ids)
 
     def texts(self) -> set[str]:
-        """The rows as texts, each without its last byte, which is never an input."""
-        return {bytes(i for i in row if i < 256).decode("utf-8", "replace") for row in self.rows}
+        """The rows as texts."""
+        return {BYTES.decode(row) for row in self.rows}
 
 
 def measured(path: Path, params=None, apply=bigram, most=None, seq: int = 4096) -> dict:
@@ -218,15 +218,16 @@ def test_options_are_cut_where_they_begin_or_end_alike(pieces, before, context, 
                 assert [*head, *tail] == ids(before + option)
                 assert len(head) > 0 and len(tail) > 0
             heads, tails = ({tuple(pair[side]) for pair in found} for side in (0, 1))
-            if kind == SCHEMA:
+            if kind == SCHEMA:  # the same end, which does not begin earlier
                 assert len(tails) == 1 or all(len(tail) == 1 for tail in tails)
+                assert len({head[-1] for head in heads}) > 1 or min(map(len, heads)) == 1
             else:
                 assert len(heads) == 1
-            firsts = {tail[0] for tail in tails}
-            shortest = min(map(len, tails))
-            assert kind != MC or len(firsts) > 1 or shortest == 1
-            if kind == LM and ids((before + context).strip()) == ids(before + option)[:len(head)]:
-                assert list(tails.pop()) == ids(before + option)[len(head):]
+            if kind == MC:  # it does not begin later, unless nothing were left
+                assert len({tail[0] for tail in tails}) > 1 or min(map(len, tails)) == 1
+            if kind == LM:
+                stem, whole = ids((before + context).strip()), ids(before + options[0])
+                assert whole[:len(stem)] != stem or heads == {tuple(stem)}
 
 
 # ----------------------------------------------------------------------------------- examples, order, cuts
@@ -235,7 +236,7 @@ def test_options_are_cut_where_they_begin_or_end_alike(pieces, before, context, 
 def test_prompts_are_rendered_as_published(tmp_path):
     """Two line breaks after each example; only contexts of texts that go on are stripped."""
     quiz = [dict(query=f" q{i} ", choices=["no", "yes "], gold=i % 2) for i in range(4)]
-    names = [dict(context_options=[f"a{i} ", f"b{i}"], continuation=".", gold=1) for i in range(4)]
+    names = [dict(context_options=[f"a{i} ", f"{i}b"], continuation=".", gold=1) for i in range(4)]
     going = [dict(context=f" \nc{i}\n", continuation=f"d{i}") for i in range(4)]
     path = bundle(
         tmp_path,
@@ -243,25 +244,31 @@ def test_prompts_are_rendered_as_published(tmp_path):
         names=Published(SCHEMA, names, 1, 50),
         going=Published(LM, going, 3, 0, "\nA: "),
     )
-    heard = Heard()
-    measured(path, apply=heard)
+    found = {}
+    for task in read_core(path):
+        found[task.label] = []
+        for i, question in enumerate(task.questions):
+            pairs = split(BYTES, task.kind, examples(task, i), question)
+            found[task.label].append([(BYTES.decode(a), BYTES.decode(b)) for a, b in pairs])
 
-    expected = set()
     quiz, names, going = shuffled(quiz), shuffled(names), shuffled(going)
     for i in range(4):
-        before = "".join(
-            f"{row['query']}\nAnswer: {row['choices'][row['gold']]}\n\n" for row in shown(quiz, i, 2)
-        )
-        for choice in ("no", "yes "):
-            expected.add(f"{before}{quiz[i]['query']}\nAnswer: {choice}"[:-1])
+        before = ""
+        for row in shown(quiz, i, 2):
+            before += f"{row['query']}\nAnswer: {row['choices'][row['gold']]}\n\n"
+        before += f"{quiz[i]['query']}\nAnswer: "
+        assert found["quiz"][i] == [(before, "no"), (before, "yes ")]
+
         [row] = shown(names, i, 1)
-        for context in names[i]["context_options"]:
-            expected.add(f"{row['context_options'][1]} .\n\n{context} ")
-        before = "".join(
-            f"{row['context'].strip()}\nA: {row['continuation']}\n\n" for row in shown(going, i, 3)
-        )
-        expected.add(f"{before}{going[i]['context'].strip()}\nA: d")
-    assert heard.texts() == expected
+        before = f"{row['context_options'][1]} .\n\n"
+        first, second = names[i]["context_options"]
+        assert found["names"][i] == [(f"{before}{first}", " ."), (f"{before}{second}", " .")]
+
+        before = ""
+        for row in shown(going, i, 3):
+            before += f"{row['context'].strip()}\nA: {row['continuation']}\n\n"
+        before += f"{going[i]['context'].strip()}\nA:"
+        assert found["going"][i] == [(before, f" {going[i]['continuation']}")]
 
 
 @pytest.mark.parametrize("n, shots", [(12, 10), (40, 5), (300, 10), (11, 10)])
@@ -302,11 +309,11 @@ def test_most_takes_the_first_lines_of_a_file_that_is_shuffled(tmp_path):
 
 
 def test_long_prompts_are_cut_on_the_left_and_few_shapes_are_compiled(tmp_path):
-    """The last 64 bytes are left, of which the last is no input; a bigram does not miss the rest."""
+    """The last 64 bytes are left; a bigram does not miss the rest."""
     rows, params, heard = rows_of(MC, 5, 100), table(1), Heard()
     path = bundle(tmp_path, quiz=Published(MC, rows, 10, 25))
     found = measured(path, params, heard, seq=64)
-    assert {len(row) for row in heard.rows} == {63}
+    assert {len(row) for row in heard.rows} == {64}
     assert {width for _, width in heard.shapes} == {64}
     assert max(height for height, _ in heard.shapes) == 64
     assert found == measured(path, params)
@@ -316,7 +323,7 @@ def test_what_is_judged_is_never_cut(tmp_path):
     rows = [dict(query="q", choices=["x" * 50, "y" * 70], gold=0)]
     heard = Heard()
     measured(bundle(tmp_path, quiz=Published(MC, rows)), apply=heard, seq=16)
-    assert heard.texts() == {" " + "x" * 49, " " + "y" * 69}
+    assert heard.texts() == {" " + "x" * 50, " " + "y" * 70}
 
 
 # ------------------------------------------------------------------------------------------------- figures

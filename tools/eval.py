@@ -1,4 +1,4 @@
-"""Held-out bits per byte of a checkpoint, beside gzip and xz; minimal pairs, tasks; RUN/eval.json.
+"""Held-out bits per byte of a checkpoint, beside gzip and xz; pairs, tasks, CORE; RUN/eval.json.
 
     python train.py eval RUN --blimp DIR --tasks quiz.jsonl more/ --core DIR --most 500
 
