@@ -97,6 +97,8 @@ def read_core(path: str | Path, most: int | None = None) -> list[Task]:
     The lines of a file are shuffled, so the first are a sample. Raises InputError with the file
     and the task or line.
     """
+    if most is not None and most < 1:
+        raise InputError(f"most is {most}; allowed is 1 or more lines of each task of CORE")
     path = Path(path).expanduser()
     config = parsed(path / "core.yaml", yaml.safe_load)
     rows = parsed(path / "eval_meta_data.csv", lambda file: list(csv.DictReader(file)))

@@ -521,8 +521,8 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path, capsys):
     for arguments, said in (
         (["--core", tmp_path / "none"], "core.yaml cannot be read"),
         (["--core", broken], "quiz.jsonl, line 1: broken JSON"),
-        (["--core", path, "--most", "0"], "--most is 0"),
-        (["--most", "5"], "--most is 5; allowed is 1 or more, beside --core"),
+        (["--core", path, "--most", "0"], "most is 0; allowed is 1 or more"),
+        (["--most", "5"], "--most is 5 without --core"),
     ):
         code = train.main(["eval", str(directory), *map(str, arguments)])
         error = capsys.readouterr().err

@@ -98,8 +98,8 @@ def arguments_of(arguments: list[str]):
         parser.error(f"--tasks has files {', '.join(names)}; allowed are names that differ")
     if a.blimp:
         json_lines(a.blimp)
-    if a.most is not None and (a.most < 1 or not a.core):
-        parser.error(f"--most is {a.most}; allowed is 1 or more, beside --core")
+    if a.most is not None and not a.core:
+        parser.error(f"--most is {a.most} without --core, whose tasks it is for")
     a.core = read_core(a.core, a.most) if a.core else []
     return a
 
