@@ -2,13 +2,13 @@
 
 A directory has core.yaml, which lists the tasks, eval_meta_data.csv with the accuracy of guessing
 in percent, and eval_data/ with a file of JSON Lines for each task. All is drawn, rendered and
-scored as nanochat's core_eval.py does it (Karpathy 2025), but where that fails:
+scored as nanochat's core_eval.py does it (Karpathy 2025). Where that ends or has no number:
 
-- A choice that is the beginning of another keeps a piece of its own. (The mean loss of no piece.)
+- A choice that is the beginning of another keeps a piece of its own, and a schema the last piece.
 - The pieces of a text without its continuation may not be the first of those with it. Then the
-  context is what both have in common. (An assertion.)
-- A task of fewer lines than examples has fewer examples. (An error of the draw.)
-- What is judged is never cut, however short the rows are. (An assertion.)
+  context is what both have in common.
+- A task of fewer lines than examples has fewer examples.
+- What is judged is never cut, however short the rows are.
 
 DCLM's own code, LLM Foundry, has one line break between examples where this has two, encodes
 contexts and choices apart, draws the examples of all lines from one generator, and averages
