@@ -1,9 +1,9 @@
-"""Held-out bits per byte of a checkpoint, beside gzip and xz; minimal pairs, tasks; RUN/eval.json.
+"""Held-out bits per byte of a checkpoint, beside gzip and xz; pairs, tasks, CORE; RUN/eval.json.
 
-    python train.py eval RUN --blimp DIR --tasks quiz.jsonl more/
+    python train.py eval RUN --blimp DIR --tasks quiz.jsonl more/ --core DIR --most 500
 
-A config can have the same tasks measured while it trains, by functions of lib/tasks.py:
-`evals=(partial(tasks, path="quiz.jsonl"), partial(blimp, path="blimp/"))`.
+A config can have the same tasks measured while it trains, by functions of lib/tasks.py and
+lib/core_tasks.py: `evals=(partial(tasks, path="quiz.jsonl"), partial(core, path="DIR", most=50))`.
 
 A line of a task is {"context": text, "choices": [texts], "answer": index or text}, or {"context": text,
 "completion": text}. "query" and "prompt" are other names of the context, "gold" of the answer. Metrics
@@ -25,6 +25,10 @@ Scores are those that lm-evaluation-harness 0.4.13 gives the exported model:
   n are the continuation.
 - Contexts are cut on the left to the length of a row of the last phase.
 - Minimal pairs are sentences alone after bos. (The harness puts a space in front that was not there.)
+
+--core takes the directory of DCLM's evaluation files (core.yaml, eval_meta_data.csv, eval_data/) and
+scores its tasks as lib/core_tasks.py says: `core/<task>` is accuracy, `core/<task>/centred` has guessing
+at 0, and `core` is the mean of these. With --most N, a task is the first N lines of its shuffled file.
 """
 from functools import partial
 from pathlib import Path
@@ -34,6 +38,7 @@ from jax.sharding import Mesh
 
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
+from lib.core_tasks import Task, core_figures, read_core
 from lib.corpus import open_caches
 from lib.evals import ask_for, own_evals, sharded_apply
 from lib.evaluate import HALF_95, Setting, evaluators, has_test, test_figures, write_figures
@@ -58,6 +63,22 @@ def show(found: dict[str, float]):
             print(f"{name}: {value:.4g}")
 
 
+def show_core(found: dict[str, float], tasks: list[Task]):
+    """Print the accuracy of each task of CORE as a table, with its 95 % interval."""
+    wide = max(len(task.label) for task in tasks)
+    print(f"{'CORE':<{wide}}  shots  items  accuracy                baseline  centred")
+    for task in tasks:
+        name = f"core/{task.label}"
+        share, low, high = (found[name + end] for end in ("", "_low", "_high"))
+        print(
+            f"{task.label:<{wide}}  {task.shots:>5}  {len(task.questions):>5}  "
+            f"{share:.3f} [{low:.3f}, {high:.3f}]    {task.baseline:>8.3f}  "
+            f"{found[f'{name}/centred']:>7.3f}"
+        )
+    low, high = found["core_low"], found["core_high"]
+    print(f"core: {found['core']:.4f} [{low:.4f}, {high:.4f}], the mean of centred accuracies")
+
+
 def arguments_of(arguments: list[str]):
     """The command line. Files of tasks are read at once, so that a mistake there ends it now."""
     parser = Arguments("eval", __doc__)
@@ -66,6 +87,8 @@ def arguments_of(arguments: list[str]):
     add("--blimp", help="directory of BLiMP paradigms, a .jsonl file each")
     add("--tasks", nargs="+", action="extend", default=[], help=".jsonl files, directories")
     add("--delimiter", default=" ", help="between a context and a choice; a space by default")
+    add("--core", help="directory of DCLM's CORE tasks")
+    add("--most", type=int, help="lines of each of these; all by default")
     add("--step", type=int, help="checkpoint; the newest by default")
     a = parser.parse_args(arguments)
     names = []
@@ -75,6 +98,9 @@ def arguments_of(arguments: list[str]):
         parser.error(f"--tasks has files {', '.join(names)}; allowed are names that differ")
     if a.blimp:
         json_lines(a.blimp)
+    if a.most is not None and not a.core:
+        parser.error(f"--most is {a.most} without --core, whose tasks it is for")
+    a.core = read_core(a.core, a.most) if a.core else []
     return a
 
 
@@ -111,5 +137,9 @@ def main(arguments: list[str]) -> dict:
         found |= tasks(params, apply, tokenizer, config, path, a.delimiter)
     show(found)
     result |= found
+    if a.core:
+        found = core_figures(params, apply, tokenizer, a.core, config.phases[-1].seq)
+        show_core(found, a.core)
+        result |= found
     write_figures(Path(a.run), result)
     return result

@@ -36,7 +36,7 @@ from model import ModelConfig, head_logits, llama, plain_table, reparametrised, 
 from train import Config, load
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
-SCORES = ("eval/", "blimp", "gzip", "xz", "train/tokens", "train/flops")  # that the card shows
+SCORES = ("eval/", "blimp", "core", "gzip", "xz", "train/tokens", "train/flops")  # that the card shows
 
 
 # ------------------------------------------------------------------------------------ the tokenizer
