@@ -255,7 +255,7 @@ def prune(
         left = energy[index["embed"]]
         gain = jnp.sqrt(jnp.mean(left) / jnp.mean(energy))
         for name, x in params.items():
-            if rows[name].group == "vector":
+            if rows[name].group == "vector" and "embed" in rows[name].axes:
                 params[name] = (x * gain).astype(x.dtype)
 
     def mapped(tree, moment):

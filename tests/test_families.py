@@ -28,6 +28,7 @@ from lib.hf import FAMILIES, family_of, read_params, read_shape
 from lib.optim import adamw, state_like
 from lib.prune import prune
 from lib.sharding import MeshConfig, make_mesh
+from lib.widen import widen
 from model import ModelConfig
 from tools import export
 
@@ -253,6 +254,17 @@ def test_identity_layers_change_nothing_between_layers_of_two_kinds(kind, tmp_pa
     grown = stack(model.Model(shape, params), context, layers=layers, new="identity")
     assert grown.preserves
     assert apart(ours(*grown.model), ours(shape, params)) < NEAR
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_widening_says_truly_whether_it_preserves_the_function(kind, tmp_path):
+    shape, params = read(made(tmp_path, KINDS[kind]))
+    context = model.Context(jax.random.key(0), 0, None, None, None)
+    wide = widen(model.Model(shape, params), context, embed=96, mlp=2 * shape.mlp)
+    plain = kind in ("llama", "qwen3", "mistral", "qwen2", "granite", "smollm3")
+    assert wide.preserves == plain
+    if plain:
+        assert apart(ours(*wide.model), ours(shape, params)) < 10 * NEAR
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "olmo2", "qwen2", "gemma3"])

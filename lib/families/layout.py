@@ -9,9 +9,10 @@ from model import Param
 
 def layers_of(p: Param) -> list[int | None]:
     """The layers that a parameter has a tensor for, or [None]."""
-    if p.layered:
-        return list(range(p.shape[0]))
-    return [None]
+    if not p.layered:
+        return [None]
+    number = p.shape[0]
+    return list(range(number))
 
 
 def sides(p: Param) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -31,8 +32,10 @@ def sides(p: Param) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def is_turned(p: Param, family: Family) -> bool:
     """Whether its tensor is [outputs, inputs]; a lookup table, and a vector, is as it is."""
     inputs, _ = sides(p)
+    if not inputs:
+        return False
     lookup = not p.layered and p.axes[-1] == "embed"
-    return family.transposed and bool(inputs) and not lookup
+    return family.transposed and not lookup
 
 
 def flat_size(p: Param) -> list[int]:
@@ -63,10 +66,13 @@ def pack(layer: list[np.ndarray], group: list[Param], family: Family) -> np.ndar
         parts.append(x - shift(p, family))
     if by_head(group, family):
         parts = [heads_apart(x, group) for x in parts]
-    x = np.concatenate(parts, -1)
-    if by_head(group, family):
+        x = np.concatenate(parts, -1)
         x = x.reshape(*x.shape[:-2], -1)
-    return x.T if is_turned(group[0], family) else x
+    else:
+        x = np.concatenate(parts, -1)
+    if is_turned(group[0], family):
+        return x.T
+    return x
 
 
 def unpack(x: np.ndarray, group: list[Param], family: Family) -> list[np.ndarray]:
@@ -75,14 +81,15 @@ def unpack(x: np.ndarray, group: list[Param], family: Family) -> list[np.ndarray
         x = x.T
     if by_head(group, family):
         x = heads_apart(x, group)
-    sizes = np.array([flat_size(p)[-1] for p in group])
-    sizes = sizes * x.shape[-1] // sizes.sum()
+    sizes = [flat_size(p)[-1] for p in group]
     ends = np.cumsum(sizes)
+    ends = ends * x.shape[-1] // ends[-1]  # of one head, if these are apart
     parts = np.split(x, ends[:-1], -1)
     out = []
     for part, p in zip(parts, group, strict=True):
         inputs, outputs = sides(p)
-        out.append(part.reshape(*inputs, *outputs))
+        shape = *inputs, *outputs
+        out.append(part.reshape(shape))
     return out
 
 
@@ -94,9 +101,12 @@ def by_head(group: list[Param], family: Family) -> bool:
 def heads_apart(x: np.ndarray, group: list[Param]) -> np.ndarray:
     """Outputs [... heads n] of a group's heads, of [... outputs]."""
     _, outputs = sides(group[0])
-    return x.reshape(*x.shape[:-1], outputs[0], -1)
+    *before, _ = x.shape
+    heads = outputs[0]
+    return x.reshape(*before, heads, -1)
 
 
 def shift(p: Param, family: Family) -> np.ndarray:
     """What our value of a parameter has more than the file's, see `Family.gain`."""
-    return np.float32(family.gain if p.group == "vector" else 0)
+    is_gain = p.group == "vector"
+    return np.float32(family.gain if is_gain else 0)

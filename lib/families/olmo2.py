@@ -15,16 +15,20 @@ from model import (
     stream,
 )
 
+AFTER = {"attn_norm": "attn_out_norm", "mlp_norm": "mlp_out_norm"}
+
 
 def rows(config: ModelConfig, plain: dict[str, Param]) -> dict[str, Param]:
-    """A `rows`: the plain ones, and gains of queries and keys, as wide as these."""
-    more = {}
+    """A `rows`: the plain ones with the norms behind, and gains of queries and keys, as wide."""
+    found = {}
+    for name, row in plain.items():
+        found[AFTER.get(name, name)] = row
     for name in ("q", "k"):
         _, _, *axes = plain[name].axes
         _, _, *shape = plain[name].shape
         gains = ("layers", *axes), (config.layers, *shape)
-        more[f"{name}_norm"] = Param(*gains, None, "vector")
-    return plain | more
+        found[f"{name}_norm"] = Param(*gains, None, "vector")
+    return found
 
 
 def olmo2(params, batch, mask, config: ModelConfig):
@@ -42,25 +46,25 @@ def olmo2(params, batch, mask, config: ModelConfig):
             return rms_norm(flat, gain, config.norm_eps).reshape(y.shape)
 
         mixed, kept = attention_mixer(x, w, normed, angles, attend, config)
-        x = residual(x, rms_norm(mixed, w["attn_norm"], config.norm_eps))
+        x = residual(x, rms_norm(mixed, w["attn_out_norm"], config.norm_eps))
         added = gated_mlp(x, times)
-        return residual(x, rms_norm(added, w["mlp_norm"], config.norm_eps)), kept
+        return residual(x, rms_norm(added, w["mlp_out_norm"], config.norm_eps)), kept
 
     x = embedded(params, batch, config)
     x, _ = stream(params, x, batch, mask, config, body=body)
     return rms_norm(x, params["norm"], config.norm_eps)
 
 
-AFTER = {
-    "model.layers.{}.post_attention_layernorm.weight": "attn_norm",
-    "model.layers.{}.post_feedforward_layernorm.weight": "mlp_norm",
+NORMS = {
+    "model.layers.{}.post_attention_layernorm.weight": "attn_out_norm",
+    "model.layers.{}.post_feedforward_layernorm.weight": "mlp_out_norm",
 }
-OTHERS = {tensor: name for tensor, name in NAMES.items() if "input_layernorm" not in tensor}
+OTHERS = {tensor: name for tensor, name in NAMES.items() if name not in AFTER}
 OLMO2 = Family(
     "olmo2",
     "Olmo2ForCausalLM",
     "norms after, queries and keys normalised over all heads",
-    names=OTHERS | AFTER | QK_NORM,
+    names=OTHERS | NORMS | QK_NORM,
     forward=olmo2,
     rows=rows,
     read=lambda found: {"forward": olmo2, "rows": rows},
