@@ -12,7 +12,7 @@ OUTSIDE = OSError, ValueError  # what the package raises for a name, a permissio
 
 
 def hub_package(wanted: str, otherwise: str) -> ModuleType:
-    """The package huggingface_hub, which is optional. Raises InputError that says what else to do."""
+    """The package huggingface_hub, which is optional; without it, what else to do is said."""
     said = f"{wanted} needs the package huggingface_hub: pip install huggingface_hub; {otherwise}"
     with user_errors(ImportError, sentence=said):
         import huggingface_hub

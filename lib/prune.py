@@ -254,8 +254,9 @@ def prune(
         energy = scores["energy"]
         left = energy[index["embed"]]
         gain = jnp.sqrt(jnp.mean(left) / jnp.mean(energy))
-        for name, x in params.items():
-            if rows[name].group == "vector" and "embed" in rows[name].axes:
+        for name, row in rows.items():
+            if row.group == "vector" and "embed" in row.axes:
+                x = params[name]
                 params[name] = (x * gain).astype(x.dtype)
 
     def mapped(tree, moment):
