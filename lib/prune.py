@@ -256,8 +256,7 @@ def prune(
         gain = jnp.sqrt(jnp.mean(left) / jnp.mean(energy))
         for name, row in rows.items():
             if row.group == "vector" and "embed" in row.axes:
-                x = params[name]
-                params[name] = (x * gain).astype(x.dtype)
+                params[name] *= gain.astype(params[name].dtype)
 
     def mapped(tree, moment):
         return cut(tree)
