@@ -111,9 +111,7 @@ def read_shape(name: str) -> ModelConfig:
     family = FAMILIES.get(found.get("model_type"))
     if not family:
         raise InputError(no_family(name, found.get("model_type")))
-    renamed = {family.also.get(field, field): value for field, value in found.items()}
-    said = {field: value for field, value in renamed.items() if field not in family.unsaid}
-    found = family.absent | said
+    found = family.absent | by_usual_names(found, family)
     check_fields(name, found, family)
     sentence = (
         f"{name}: config.json does not have all that a model of type {family.kind} needs "
@@ -123,6 +121,16 @@ def read_shape(name: str) -> ModelConfig:
         fields = dict(usual_fields(found), qk_norm=family.qk_norm)
         made = ModelConfig(**fields | family.read(found))
     return from_json(ModelConfig, json.loads(json.dumps(to_json(made))))
+
+
+def by_usual_names(found: dict, family: Family) -> dict:
+    """A config.json by Llama's names of fields, without those that the family has not."""
+    others = family.also.keys() | set(family.unsaid)
+    said = {field: value for field, value in found.items() if field not in others}
+    for field, usual in family.also.items():
+        if field in found:
+            said[usual] = found[field]
+    return said
 
 
 def no_family(name: str, kind: str | None) -> str:
@@ -141,10 +149,11 @@ def check_fields(name: str, found: dict, family: Family):
     for field, allowed in (ONLY | family.only).items():
         if allowed:
             rules.append((field, (found | rope).get(field, allowed[0]), allowed))
+    its = {usual: field for field, usual in family.also.items()}
     for field, value, allowed in rules:
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
-            said = f"{name}: {field} in config.json is {value!r}; allowed is {choices}"
+            said = f"{name}: {its.get(field, field)} in config.json is {value!r}; allowed is {choices}"
             raise InputError("; ".join([said, *filter(None, [MEND.get(field)])]))
 
 
