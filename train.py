@@ -157,7 +157,8 @@ class Config:
     runs: str = "runs"  # directory that runs live in
     seed: Whole = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
-    init_from: str = ""  # RUN, RUN@STEP or hf:DIRECTORY to start from, where it has no checkpoint
+    # RUN, RUN@STEP, hf:DIRECTORY or hf:ORG/NAME to start from, where it has no checkpoint
+    init_from: str = ""
     init_with: Literal["params", "all"] = "params"  # "all": optimiser and place in the data too
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = (Phase(),)

@@ -16,6 +16,7 @@ from lib.bind import bind, parameters
 from lib.config import function_of, to_json
 from lib.disk import FORMAT, cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
+from lib.hub import place
 from lib.keys import function_key, source_above
 from lib.sources import (
     SPLITS,
@@ -469,8 +470,8 @@ def why_left_out(document, source: Source, config) -> str:
 
 
 def read_hf_json(name: str, file: str) -> dict:
-    """A JSON file of hf:DIRECTORY; {} where it is not there, but config.json must be."""
-    path = Path(name.removeprefix("hf:")).expanduser() / file
+    """A JSON file of hf:DIRECTORY or hf:ORG/NAME; {} without it, but config.json must be there."""
+    path = place(name) / file
     if not path.is_file() and file != "config.json":
         return {}
     sentence = f"{name} is no local Hugging Face directory: {path} cannot be read ({{reason}})"
@@ -483,8 +484,7 @@ def read_hf_tokenizer(name: str) -> Tokenizer:
     tokenizer = read_hf_json(name, "tokenizer.json")
     config = read_hf_json(name, "config.json")
     if not tokenizer:
-        directory = Path(name.removeprefix("hf:")).expanduser()
-        return load_tokenizer(directory / "tokenizer.model", own=False)
+        return load_tokenizer(place(name) / "tokenizer.model", own=False)
     eos = hf_special(name, "eos", tokenizer)
     bos = hf_special(name, "bos", tokenizer)
     if eos is None:
