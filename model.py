@@ -304,6 +304,13 @@ def attention_mixer(x, w, times: Callable, angles, attend: Callable, config: Mod
     return times(mixed, "o"), kept
 
 
+def swiglu(x, w, times: Callable):
+    """The plain MLP of a block (Shazeer 2020): normed x [b t d] -> [b t d]."""
+    gate = times(x, "gate")
+    up = times(x, "up")
+    return times(jax.nn.silu(gate) * up, "down")
+
+
 def block(
     x,
     w,
@@ -312,6 +319,7 @@ def block(
     config: ModelConfig,
     dense: Callable = dense,
     mixer: Callable | None = None,
+    mlp: Callable = swiglu,
 ):
     """One pre-norm block, attention and SwiGLU: x [b t d] -> (x, what was kept).
 
@@ -319,6 +327,7 @@ def block(
     attend: q [b t k g h], k and v [b t k h] -> (means of v [b t k g h], anything to keep).
     mixer: in place of attention, (normed x [b t d], w, times [, before]) -> ([b t d], anything to
     keep), where times(x, name) is the product of x with one of w, and `before` is x itself.
+    mlp: in place of the SwiGLU, (normed x, w, times) -> [b t d].
     """
     rows = table(config) | plain_table(config)
 
@@ -334,9 +343,7 @@ def block(
     x = residual(x, mixed)
 
     n = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    gate = times(n, "gate")
-    up = times(n, "up")
-    x = residual(x, times(jax.nn.silu(gate) * up, "down"))
+    x = residual(x, mlp(n, w, times))
     return x, kept
 
 
@@ -357,13 +364,14 @@ def stream(
     attend: Callable | None = None,
     visit: Callable | None = None,
     mixer: Callable | None = None,
+    mlp: Callable = swiglu,
 ):
     """(x [b t d] after the blocks first, first + 1, .. last - 1; what was kept in each).
 
     x: the residual stream before block `first`. batch: `segments` and `positions` [b t]; for a
     prefix mask `prefix` [b t] too. last: None goes to the end.
     attend(q, k, v [, layer]) -> (means of v, anything to keep), mixer(x, w, times [, layer,
-    before]): see `block`. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream
+    before]), mlp(x, w, times): see `block`. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream
     after a block.
     What attend or mixer, and visit, keep comes as a pair, each stacked over these blocks.
     """
@@ -374,7 +382,7 @@ def stream(
         number, w = numbered
         attending = bind(attend, layer=number)
         mixing = bind(mixer, layer=number) if mixer else None
-        x, kept = block(x, w, angles, attending, config, mixer=mixing)
+        x, kept = block(x, w, angles, attending, config, mixer=mixing, mlp=mlp)
         x, seen = visit(x, number, w) if visit else (x, None)
         return x, (kept, seen)
 
