@@ -29,6 +29,7 @@ def parts(config: ModelConfig, rows: dict, embed: float = 0.8, head: float = 0.0
     layers, width, kv, h = config.layers, config.embed, config.kv_heads, config.head_dim
     group = config.heads // kv
     draws = {"embed": embed, "head": head} | (dict.fromkeys(("o", "down"), 0.0) if silent else {})
+    draws = {name: draw for name, draw in draws.items() if draw or name not in ("embed", "head")}
     rows = {name: replace(row, init=draws.get(name, row.init)) for name, row in rows.items()
             if (gains or row.init is not None) and (gated or name != "gate")}
     if values:
