@@ -388,12 +388,8 @@ def stream(
 
     stacked = {name: w[first:last] for name, w in blocks(params, config).items()}
     numbers = jnp.arange(config.layers)[first:last]
-    return lax.scan(
-        rematerialised(layer, config),
-        x,
-        (numbers, stacked),
-        unroll=max(1, min(config.unroll or len(numbers), len(numbers))),
-    )
+    unroll = max(1, min(config.unroll or len(numbers), len(numbers)))
+    return lax.scan(rematerialised(layer, config), x, (numbers, stacked), unroll=unroll)
 
 
 def plain_attend(batch, mask: Mask, config: ModelConfig) -> Callable:

@@ -52,33 +52,41 @@ def muon(
     """
     check_options(muon, iteration=iteration, units=units)
     rows = {name: row for name, row in table.items() if row.group == "matrix"}
-    direction = optax.trace(beta, nesterov=True)
-    if units == "equal":
-        direction = optax.chain(direction, each(rows, equal_outputs))
-    direction = optax.chain(
-        direction,
-        each(rows, partial(orthogonal, coefficients=COEFFICIENTS[iteration])),
+    orthogonalise = partial(orthogonal, coefficients=COEFFICIENTS[iteration])
+    matrices = optax.chain(
+        optax.trace(beta, nesterov=True),
+        each(rows, equal_outputs) if units == "equal" else optax.identity(),
+        each(rows, orthogonalise),
         normal_outputs(rows, beta2) if units == "normal" else each(rows, unit_rms),
         optax.scale(rms),
         optax.add_decayed_weights(weight_decay),
     )
-    return adamw(table, weight_decay=weight_decay, **adam) | {"matrix": direction}
+    others = adamw(table, weight_decay=weight_decay, **adam)
+    return others | {"matrix": matrices}
 
 
 def each(rows: dict[str, Param], change: Callable) -> optax.GradientTransformation:
     """Change the matrices [layers inputs outputs] of updates."""
 
     def update(tree, _):
-        return {name: change(flat(x, rows[name])).reshape(x.shape) for name, x in tree.items()}
+        changed = {}
+        for name, x in tree.items():
+            matrices = flat(x, rows[name])
+            changed[name] = change(matrices).reshape(x.shape)
+        return changed
 
     return optax.stateless(update)
 
 
 def equal_outputs(x) -> jax.Array:
-    """Matrices [l i o] whose outputs have the same norm each, that of the whole as before."""
-    own = jnp.sqrt(jnp.mean(jnp.square(x), 1, keepdims=True))
-    every = jnp.sqrt(jnp.mean(jnp.square(x), (1, 2), keepdims=True))
-    return x * every / jnp.maximum(own, 1e-12)
+    """Matrices [l i o] whose outputs have a root mean square of 1 each."""
+    return x / jnp.maximum(rms_of(x, 1), 1e-12)
+
+
+def rms_of(x, axes) -> jax.Array:
+    """Root mean square over axes, which stay as 1."""
+    squares = jnp.square(x)
+    return jnp.sqrt(jnp.mean(squares, axes, keepdims=True))
 
 
 def orthogonal(x, coefficients) -> jax.Array:
@@ -86,11 +94,12 @@ def orthogonal(x, coefficients) -> jax.Array:
     turned = x.shape[1] > x.shape[2]
     if turned:
         x = x.swapaxes(1, 2)
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), (1, 2), keepdims=True))
+    norm = rms_of(x, (1, 2)) * math.sqrt(math.prod(x.shape[1:]))
     x = x / (1.02 * norm + 1e-12)  # no singular value is above 1
     for a, b, c in coefficients:
         square = x @ x.swapaxes(1, 2)
-        x = a * x + (b * square + c * square @ square) @ x
+        higher = b * square + c * square @ square
+        x = a * x + higher @ x
     return x.swapaxes(1, 2) if turned else x
 
 
@@ -109,18 +118,22 @@ def normal_outputs(rows: dict[str, Param], beta2: float) -> optax.GradientTransf
     """Divide each output by its own root mean square over past steps; give all that of 1."""
 
     def begin(params):
-        nu = {name: jnp.zeros_like(flat(x, rows[name])[:, 0]) for name, x in params.items()}
+        nu = {}
+        for name, x in params.items():
+            matrices = flat(x, rows[name])
+            nu[name] = jnp.zeros_like(matrices[:, 0])
         return Outputs(nu)
 
     def update(tree, state, params=None):
         nu, out = {}, {}
         for name, x in tree.items():
-            matrix = flat(x, rows[name])
-            now = jnp.mean(jnp.square(matrix), 1)
+            matrices = flat(x, rows[name])
+            now = jnp.mean(jnp.square(matrices), 1)
             nu[name] = beta2 * state.nu[name] + (1 - beta2) * now
-            normal = matrix / (jnp.sqrt(nu[name])[:, None] + 1e-12)
-            size = jnp.sqrt(jnp.mean(jnp.square(normal), (1, 2), keepdims=True))
-            out[name] = (normal / jnp.maximum(size, 1e-12)).reshape(x.shape)
+            deviation = jnp.sqrt(nu[name])[:, None]
+            normal = matrices / (deviation + 1e-12)
+            normal = normal / jnp.maximum(rms_of(normal, (1, 2)), 1e-12)
+            out[name] = normal.reshape(x.shape)
         return out, Outputs(nu)
 
     return optax.GradientTransformation(begin, update)
