@@ -371,8 +371,8 @@ def stream(
     x: the residual stream before block `first`. batch: `segments` and `positions` [b t]; for a
     prefix mask `prefix` [b t] too. last: None goes to the end.
     attend(q, k, v [, layer]) -> (means of v, anything to keep), mixer(x, w, times [, layer,
-    before]), mlp(x, w, times): see `block`. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream
-    after a block.
+    before]), mlp(x, w, times): see `block`. visit(x, layer, w) -> (x, anything to keep) sees or
+    changes the stream after a block.
     What attend or mixer, and visit, keep comes as a pair, each stacked over these blocks.
     """
     angles = rope(batch["positions"], config)
