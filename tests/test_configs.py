@@ -41,6 +41,7 @@ BORROWS = {
         f"configs.growth.minitron.{name}"
         for name in ("SIZES", "large", "plain", "small", "tuned", "wide")
     },
+    "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
     "continual/agem": {
         "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
         "configs.continual.rewarm.first"},

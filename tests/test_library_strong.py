@@ -1,4 +1,4 @@
-"""lib/muon.py and configs/baselines/strong.py: singular values, equal outputs, parts that are off, the past."""
+"""configs/baselines/muon.py and strong.py: singular values, equal outputs, parts that are off, the past."""
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,7 @@ from edit_cases import context
 
 import model
 import train
-from lib import muon
+from configs.baselines import muon
 from lib.config import ROOT, load_file
 from lib.edits import stack
 from lib.kernels import Mask
@@ -85,7 +85,7 @@ def matrix_updates(config, number=1, **options):
 @pytest.mark.parametrize("number", [1, 3])
 def test_outputs_of_normuon_have_equal_norms(tiny, number):
     """And the whole has exactly the root mean square that was asked for."""
-    table, _, updates = matrix_updates(tiny, number, units="normal", iteration="polar_express", rms=0.3)
+    table, _, updates = matrix_updates(tiny, number, outputs="normal", iteration="polar_express", rms=0.3)
     for name, x in updates.items():
         matrices = muon.flat(x, table[name])
         norms = jnp.sqrt(jnp.mean(jnp.square(matrices), 1))
@@ -96,7 +96,7 @@ def test_equal_outputs_have_equal_norms_before_they_are_orthogonalised(tiny):
     """So an output of a hundredth of the gradient counts as much as any: the update is that of the scaled
     gradient.
     """
-    table, grads, updates = matrix_updates(tiny, units="equal", iteration="polar_express")
+    table, grads, updates = matrix_updates(tiny, outputs="equal", iteration="polar_express")
     for name, x in updates.items():
         scaled = muon.flat(grads[name], table[name])
         scaled = scaled / jnp.linalg.norm(scaled, axis=1, keepdims=True)
@@ -106,7 +106,7 @@ def test_equal_outputs_have_equal_norms_before_they_are_orthogonalised(tiny):
 
 
 def test_an_unknown_way_of_muon_is_refused(tiny):
-    for options in (dict(iteration="power"), dict(units="rows")):
+    for options in (dict(iteration="power"), dict(outputs="rows")):
         with pytest.raises(ValueError, match="allowed are"):
             muon.muon(model.table(tiny), **options)
 
@@ -129,13 +129,15 @@ def test_all_off_is_the_plain_llama(tiny, bare):
 
 def test_parts_at_zero_leave_it_as_it_was(whole):
     """Gates, scalars and tables that are drawn as zero, or whose table is zero, change nothing."""
-    without = replace(whole, rows=partial(own.parts, values=False, again=False, smear=False, pairs=0, gates=False))
+    off = dict.fromkeys(("values", "smear", "pairs", "gates"), False)
+    without = replace(whole, rows=partial(own.parts, **off))
     params = strong(without)
     new = {n: x for n, x in model.init(whole, jax.random.key(0)).items() if n not in params}
     new["values"] = 0 * new["values"]
     assert set(new) == {"values", "value_gate", "gates", "keep", "again", "smear", "smear_gate", "pairs"}
     batch = batch_of()
-    np.testing.assert_allclose(model.apply(params | new, batch, whole), model.apply(params, batch, without), atol=1e-6)
+    found, expected = model.apply(params | new, batch, whole), model.apply(params, batch, without)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_logits_are_capped(whole):

@@ -12,8 +12,8 @@ from conftest import rows, used
 
 import model
 import train
+from configs.baselines.muon import muon
 from lib.kernels import Mask
-from lib.muon import muon
 from lib.optim import State, adamw, init_opt_state
 
 equal = np.testing.assert_array_equal

@@ -22,9 +22,9 @@ from functools import partial
 
 import numpy as np
 
+from configs.baselines.muon import muon
 from data import DataConfig, Document, InputError, Source, text
 from lib.kernels import nll
-from lib.muon import muon
 from lib.optim import adamw
 from lib.study import Claim, Study
 from model import ModelConfig
