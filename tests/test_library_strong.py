@@ -22,8 +22,9 @@ pytestmark = pytest.mark.library
 own = load_file(ROOT / "configs/baselines/strong.py")
 CAUSAL = Mask("causal", 0)
 equal = np.testing.assert_array_equal
-OFF = dict(embed=0.0, head=0.0, silent=False, gains=True, gated=True, values=False, again=False,
-           smear=False, pairs=0, gates=False)
+OPTIMIZER = partial(muon.muon, iteration="polar_express", outputs="equal")
+OFF = dict(embed=0.0, head=0.0, silent=False, gains=True, gated=True, values=False, gates=False,
+           smear=False, pairs=0)
 
 
 @pytest.fixture
@@ -119,12 +120,6 @@ def test_all_off_is_the_plain_llama(tiny, bare):
     params, batch = strong(tiny), batch_of()
     equal(model.apply(params, batch, bare), model.apply(params, batch, replace(tiny, unroll=1)))
     assert own.flops(bare, 24) == model.flops_per_token(tiny, 24)
-    adam, plain = (make(model.table(tiny)) for make in (
-        partial(own.by_group, orthogonal=False, embed=1.0), train.adamw))
-    for group, names in model.groups(tiny).items():
-        tree = {name: params[name] for name in names}
-        found, expected = (t[group].update(tree, t[group].init(tree), tree)[0] for t in (adam, plain))
-        jax.tree.map(equal, found, expected)
 
 
 def test_parts_at_zero_leave_it_as_it_was(whole):
@@ -134,7 +129,7 @@ def test_parts_at_zero_leave_it_as_it_was(whole):
     params = strong(without)
     new = {n: x for n, x in model.init(whole, jax.random.key(0)).items() if n not in params}
     new["values"] = 0 * new["values"]
-    assert set(new) == {"values", "value_gate", "gates", "keep", "again", "smear", "smear_gate", "pairs"}
+    assert set(new) == {"values", "value_gates", "gates", "smear", "smear_gate", "pairs"}
     batch = batch_of()
     found, expected = model.apply(params | new, batch, whole), model.apply(params, batch, without)
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -175,14 +170,14 @@ def test_segments_are_apart(whole):
 
 
 def a_run(config):
-    return train.Config(model=config, optimizer=own.by_group)
+    return train.Config(model=config, optimizer=OPTIMIZER)
 
 
 def losses_on(mesh, config, steps=3):
     """Losses of steps on a mesh, from parameters in which everything matters."""
     run = a_run(config)
-    state = first_state(config, own.by_group, mesh, jax.random.key(0))
-    params = jax.device_put(strong(config), places(state_like(config, own.by_group, mesh)).params)
+    state = first_state(config, OPTIMIZER, mesh, jax.random.key(0))
+    params = jax.device_put(strong(config), places(state_like(config, OPTIMIZER, mesh)).params)
     state, found = state.replace(params=params), []
     lr = dict.fromkeys(model.groups(config), jnp.float32(1e-3))
     batch = train.put(rows(batch=8), mesh, 8)
@@ -205,10 +200,10 @@ def test_eight_devices_compute_what_one_does(whole):
 def test_it_is_stacked_and_goes_on(whole, moments):
     """New rows follow their layers, Muon's moments too, and a step with twice the layers is taken."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state = first_state(whole, own.by_group, mesh, jax.random.key(0))
+    state = first_state(whole, OPTIMIZER, mesh, jax.random.key(0))
     state = state.replace(params=strong(whole))
     edit = partial(stack, moments=moments)
-    state, grown, _ = train.apply_edits([edit], state, whole, own.by_group, mesh, context())
+    state, grown, _ = train.apply_edits([edit], state, whole, OPTIMIZER, mesh, context())
     assert grown.layers == 4
     for name, row in model.table(grown).items():
         assert state.params[name].shape == row.shape
