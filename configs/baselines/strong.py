@@ -1,18 +1,16 @@
-"""Strong: what is each part of the best small model worth, that the seams give?
+"""Strong: the best small model that the seams give, a baseline for what a method is worth.
 
-Paper: none; parts are from nanochat (Karpathy 2025) and records of modded-nanogpt (Jordan et al.
-    2024), value embeddings from Zhou et al. 2024 (arXiv 2410.17897), the cap from Gemma 2
+Paper: none; nanochat (Karpathy 2025) and records of modded-nanogpt (Jordan et al. 2024)
 Method: Muon by Polar Express with equal outputs; embeddings drawn with 0.8 and trained at 40 times
     the rate, a head drawn with 0.001, output projections of 0; norms without gains, of embeddings,
-    queries and keys too; squared ReLU. Tables of values in each layer, and of pairs of tokens, cost
-    memory and no FLOPs. Half of each key is the one before (modded-nanogpt's key offset), and the
-    embedding before is mixed in by a gate (smear). Heads and values are gated.
-Here: arms leave out one part each, at equal rows, steps and rate. Residual scalars with the
-    embedding fed again are not in it: they cost 0.01 bits per byte here.
-Cost: x
+    queries and keys too; squared ReLU; gates of heads. Tables of values in each layer, gated, and
+    of pairs of tokens cost memory and no FLOPs. Half of a key is that of the token before, and its
+    embedding is mixed in by a gate (smear). Logits are capped.
+Here: each part is an argument; strong_parts.py measures what each is worth. Residual scalars that
+    feed the embedding again, as nanochat has them, are left out: with them it was behind.
+Cost: a run takes COST minutes on two CPU cores.
 Run:
-    python train.py study configs/baselines/strong.py --jobs 2
-    python train.py configs/baselines/strong.py:strong          one arm by hand
+    python train.py configs/baselines/strong.py
 """
 import math
 from dataclasses import replace
@@ -42,31 +40,28 @@ from model import (
 
 def parts(config: ModelConfig, rows: dict, embed: float = 0.8, head: float = 0.001,
           silent: bool = True, gains: bool = False, gated: bool = False, values: bool = True,
-          gates: bool = True, smear: bool = True, pairs: int = 8192) -> dict:
-    """`rows`, those of each part. embed, head: deviation of the draw, 0 as it was. silent: output
-    projections of 0. gated: a SwiGLU. pairs: entries of the table.
-    """
+          gates: bool = True, smear: bool = True, pairs: int = 16_384) -> dict:
+    """`rows`. embed, head: deviations, 0 as they were. silent: outputs of 0. gated: a SwiGLU."""
     drawn = {name: draw for name, draw in dict(embed=embed, head=head).items() if draw}
     drawn |= dict.fromkeys(("o", "down"), 0.0) if silent else {}
-    kept = {name: replace(row, init=drawn.get(name, row.init)) for name, row in rows.items()
+    rows = {name: replace(row, init=drawn.get(name, row.init)) for name, row in rows.items()
             if (gains or row.init is not None) and (gated or name != "gate")}
-    layers, width, heads, h = rows["k"].shape
-    own = {}
+    (q, k), width, own = (rows["q"], rows["k"]), config.embed, {}
     if values:
-        axes, shape = ("layers", "vocab", "kv_heads", "head_dim"), (layers, config.vocab, heads, h)
+        axes, shape = ("layers", "vocab", *k.axes[2:]), (config.layers, config.vocab, *k.shape[2:])
         own["values"] = Param(axes, shape, width**-0.5, "embed")
-        own["value_gates"] = Param(rows["k"].axes[:3], rows["k"].shape[:3], 0.0, "vector")
+        own["value_gates"] = Param(k.axes[:3], k.shape[:3], 0.0, "vector")
     if gates:
-        own["gates"] = Param(rows["q"].axes[:4], rows["q"].shape[:4], 0.0, "vector")
+        own["gates"] = Param(q.axes[:4], q.shape[:4], 0.0, "vector")
     if smear:
         own |= dict.fromkeys(("smear", "smear_gate"), Param(("embed",), (width,), 0.0))
     if pairs:
         own["pairs"] = Param(("in", "embed"), (pairs, width), 0.0, "embed")
-    return kept | own
+    return rows | own
 
 
 def past(x, segments):
-    """x [b t ...] of one position before in the segment, 0 at its first."""
+    """x [b t ...] at the position before in the segment, 0 at its first."""
     same = segments[:, 1:] == segments[:, :-1]
     kept = jnp.where(same.reshape(*same.shape, *[1] * (x.ndim - 2)), x[:, :-1], 0)
     return jnp.concatenate([jnp.zeros_like(x[:, :1]), kept], 1)
@@ -74,7 +69,7 @@ def past(x, segments):
 
 def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift: bool = True,
            largest: float = 16.0):
-    """`forward`, with those parts whose rows are there. largest: the most of attention scores."""
+    """`forward`, with the parts whose rows are there. largest: the most of attention scores."""
     ids, before = batch["tokens"], partial(past, segments=batch["segments"])
     sizes = dict.fromkeys(("q_norm", "k_norm"), math.sqrt(largest) / config.head_dim**0.25)
     ones = {name: jnp.full(row.shape, sizes.get(name, 1.0), config.dtype)
@@ -85,7 +80,7 @@ def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift:
         gate = jax.nn.sigmoid(x @ params["smear_gate"])[..., None]
         x = x + gate * params["smear"] * before(x)
     if "pairs" in params:
-        pair = (before(ids + 1) * 3 * config.vocab + ids * 7919) % len(params["pairs"])
+        pair = (before(ids + 1) * 36313 ^ ids * 27191) % len(params["pairs"])
         x = x + lookup(params["pairs"], pair, x.dtype)
     x = rms_norm(x, jnp.ones(()), config.norm_eps) if normed else x
     angles, attend = rope(batch["positions"], config), plain_attend(batch, mask, config)
@@ -93,24 +88,23 @@ def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift:
 
     def mixer(x, w, times):
         def product(x, name):
-            y = times(x, name)
             if name != "v" or "values" not in w:
-                return y
-            gate = 2 * jax.nn.sigmoid(times(x, "value_gates"))
-            return y + gate[..., None] * lookup(w["values"], ids, x.dtype)
+                return times(x, name)
+            gate = 2 * jax.nn.sigmoid(times(x, "value_gates"))[..., None]
+            return times(x, name) + gate * lookup(w["values"], ids, x.dtype)
 
         def heads(q, k, v):
             mixed, kept = attend(q, jnp.where(slow, before(k), k) if shift else k, v)
-            gate = 2 * jax.nn.sigmoid(times(x, "gates")) if "gates" in w else jnp.ones(())
-            return mixed * gate[..., None], kept
+            gate = 2 * jax.nn.sigmoid(times(x, "gates"))[..., None] if "gates" in w else 1
+            return mixed * gate, kept
 
         return attention_mixer(x, w, product, angles, heads, config)
 
     def squared(x, w, times):
         return times(jnp.square(jax.nn.relu(times(x, "up"))), "down")
 
-    mlp = swiglu if "gate" in params else squared
-    x, _ = stream(params, x, batch, mask, config, mixer=mixer, mlp=mlp)
+    x, _ = stream(params, x, batch, mask, config, mixer=mixer,
+                  mlp=swiglu if "gate" in params else squared)
     return rms_norm(x, params["norm"], config.norm_eps)
 
 
@@ -121,17 +115,17 @@ def capped(params, states, batch, config: ModelConfig, cap: float = 15.0):
 
 
 def flops(config: ModelConfig, seq: int) -> int:
-    """`flops`: as for the plain Llama, of the products that are there."""
-    used = sum(row.size for name, row in table(config).items()
-               if row.group in ("matrix", "head") or "gate" in name)
+    """`flops`, counted as the plain Llama's, of the products that are there."""
+    used = [row.size for name, row in table(config).items()
+            if row.group in ("matrix", "head") or "gate" in name]
     tied = config.tied * config.vocab * config.embed
-    return 6 * (used + tied + config.layers * config.heads * config.head_dim * seq)
+    return 6 * (sum(used) + tied + config.layers * config.heads * config.head_dim * seq)
 
 
-plain = replace(base.small, phases=(replace(base.small.phases[0], steps=500, seq=256),),
-                schedule=replace(base.small.schedule, peak=4e-3), overlap=64, eval_tokens=32_768)
-strong_run = replace(
-    plain, schedule=base.small.schedule, phases=(replace(plain.phases[0], lr={"embed": 40.0, "head": 2.0}),),
-    optimizer=partial(muon, iteration="polar_express", outputs="equal"),
+schedule = replace(base.small.schedule, peak=8e-3)
+phase = replace(base.small.phases[0], steps=500, seq=256, lr={"embed": 40.0, "head": 2.0})
+config = replace(
+    base.small, schedule=schedule, phases=(phase,), eval_tokens=32_768, overlap=64, eval_every=100,
     model=replace(base.shape(), mlp=512, tied=False, qk_norm=True, rows=parts, forward=strong,
-                  outputs=capped, flops=flops))
+                  outputs=capped, flops=flops),
+    optimizer=partial(muon, iteration="polar_express", outputs="equal"))
