@@ -19,23 +19,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+import model
 from configs import base
 from configs.baselines.muon import muon
 from lib.kernels import lookup
-from model import (
-    ModelConfig,
-    Param,
-    attention_mixer,
-    embedded,
-    head_logits,
-    plain_attend,
-    plain_table,
-    rms_norm,
-    rope,
-    stream,
-    swiglu,
-    table,
-)
+from model import ModelConfig, Param, plain_attend, rms_norm, stream
 
 
 def parts(config: ModelConfig, rows: dict, embed: float = 0.8, head: float = 0.001,
@@ -73,9 +61,9 @@ def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift:
     ids, before = batch["tokens"], partial(past, segments=batch["segments"])
     sizes = dict.fromkeys(("q_norm", "k_norm"), math.sqrt(largest) / config.head_dim**0.25)
     ones = {name: jnp.full(row.shape, sizes.get(name, 1.0), config.dtype)
-            for name, row in plain_table(config).items() if row.init is None}
+            for name, row in model.plain_table(config).items() if row.init is None}
     params = ones | params
-    x = embedded(params, batch, config)
+    x = model.embedded(params, batch, config)
     if "smear" in params:
         gate = jax.nn.sigmoid(x @ params["smear_gate"])[..., None]
         x = x + gate * params["smear"] * before(x)
@@ -83,7 +71,7 @@ def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift:
         pair = (before(ids + 1) * 36313 ^ ids * 27191) % len(params["pairs"])
         x = x + lookup(params["pairs"], pair, x.dtype)
     x = rms_norm(x, jnp.ones(()), config.norm_eps) if normed else x
-    angles, attend = rope(batch["positions"], config), plain_attend(batch, mask, config)
+    angles, attend = model.rope(batch["positions"], config), plain_attend(batch, mask, config)
     slow = jnp.arange(config.head_dim) % (config.head_dim // 2) >= config.head_dim // 4
 
     def mixer(x, w, times):
@@ -98,25 +86,25 @@ def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift:
             gate = 2 * jax.nn.sigmoid(times(x, "gates"))[..., None] if "gates" in w else 1
             return mixed * gate, kept
 
-        return attention_mixer(x, w, product, angles, heads, config)
+        return model.attention_mixer(x, w, product, angles, heads, config)
 
     def squared(x, w, times):
         return times(jnp.square(jax.nn.relu(times(x, "up"))), "down")
 
     x, _ = stream(params, x, batch, mask, config, mixer=mixer,
-                  mlp=swiglu if "gate" in params else squared)
+                  mlp=model.swiglu if "gate" in params else squared)
     return rms_norm(x, params["norm"], config.norm_eps)
 
 
 def capped(params, states, batch, config: ModelConfig, cap: float = 15.0):
     """`outputs`: logits within ± cap; 0 is off."""
-    logits = head_logits(params, states, batch, config)
+    logits = model.head_logits(params, states, batch, config)
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def flops(config: ModelConfig, seq: int) -> int:
     """`flops`, counted as the plain Llama's, of the products that are there."""
-    used = [row.size for name, row in table(config).items()
+    used = [row.size for name, row in model.table(config).items()
             if row.group in ("matrix", "head") or "gate" in name]
     tied = config.tied * config.vocab * config.embed
     return 6 * (sum(used) + tied + config.layers * config.heads * config.head_dim * seq)
