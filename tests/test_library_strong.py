@@ -106,10 +106,13 @@ def test_equal_outputs_have_equal_norms_before_they_are_orthogonalised(tiny):
         np.testing.assert_allclose(muon.flat(x, table[name]), expected, atol=2e-4, err_msg=name)
 
 
-def test_an_unknown_way_of_muon_is_refused(tiny):
+def test_an_unknown_way_of_muon_and_a_matrix_outside_of_blocks_are_refused(tiny):
+    table = model.table(tiny)
     for options in (dict(iteration="power"), dict(outputs="rows")):
         with pytest.raises(ValueError, match="allowed are"):
-            muon.muon(model.table(tiny), **options)
+            muon.muon(table, **options)
+    with pytest.raises(ValueError, match="own is no matrix of a block"):
+        muon.muon(table | {"own": model.Param(("in", "out"), (8, 4), 1.0)})
 
 
 # ------------------------------------------------------------------------------------------- the model

@@ -8,7 +8,7 @@ Method: Muon by Polar Express with equal outputs; embeddings drawn with 0.8 and 
     embedding is mixed in by a gate (smear). Logits are capped.
 Here: each part is an argument; strong_parts.py measures what each is worth. Residual scalars that
     feed the embedding again, as nanochat has them, are left out: with them it was behind.
-Cost: a run takes COST minutes on two CPU cores.
+Cost: about three minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py configs/baselines/strong.py
 """
