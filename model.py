@@ -337,6 +337,13 @@ def attention_mixer(x, w, times: Callable, angles, attend: Callable, config: Mod
     return times(mixed, "o"), kept
 
 
+def gated_mlp(x, w, times: Callable, activation: Callable = jax.nn.silu):
+    """The plain MLP of a block, SwiGLU (Shazeer 2020): normed x [b t d] -> [b t d]."""
+    gate = times(x, "gate")
+    up = times(x, "up")
+    return times(activation(gate) * up, "down")
+
+
 def block(
     x,
     w,
@@ -345,6 +352,7 @@ def block(
     config: ModelConfig,
     dense: Callable = dense,
     mixer: Callable | None = None,
+    mlp: Callable = gated_mlp,
 ):
     """One pre-norm block, attention and SwiGLU: x [b t d] -> (x, what was kept).
 
@@ -352,6 +360,7 @@ def block(
     attend: q [b t k g h], k and v [b t k h] -> (means of v [b t k g h], anything to keep).
     mixer: in place of attention, (normed x [b t d], w, times [, before]) -> ([b t d], anything to
     keep), where times(x, name) is the product of x with one of w, and `before` is x itself.
+    mlp: in place of the SwiGLU, (normed x, w, times) -> [b t d].
     """
     times = products(w, config, dense)
     n = rms_norm(x, w["attn_norm"], config.norm_eps)
@@ -362,7 +371,7 @@ def block(
     x = residual(x, mixed)
 
     n = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    x = residual(x, gated_mlp(n, times))
+    x = residual(x, mlp(n, w, times))
     return x, kept
 
 
@@ -375,13 +384,6 @@ def products(w, config: ModelConfig, dense: Callable = dense) -> Callable:
         return dense(x, w[name], axes)
 
     return times
-
-
-def gated_mlp(x, times: Callable, activation: Callable = jax.nn.silu):
-    """The MLP of a block, by default SwiGLU (Shazeer 2020): x [b t d] -> [b t d]."""
-    gate = times(x, "gate")
-    up = times(x, "up")
-    return times(activation(gate) * up, "down")
 
 
 def blocks(params: Params, config: ModelConfig) -> Params:
@@ -401,6 +403,7 @@ def stream(
     attend: Callable | None = None,
     visit: Callable | None = None,
     mixer: Callable | None = None,
+    mlp: Callable = gated_mlp,
     body: Callable | None = None,
 ):
     """(x [b t d] after the blocks first, first + 1, .. last - 1; what was kept in each).
@@ -408,13 +411,13 @@ def stream(
     x: the residual stream before block `first`. batch: `segments` and `positions` [b t]; for a
     prefix mask `prefix` [b t] too. last: None goes to the end.
     attend(q, k, v [, layer]) -> (means of v, anything to keep), mixer(x, w, times [, layer,
-    before]): see `block`. body(x, w, times [, layer]) -> (x, anything to keep) stands in the place
-    of the whole block. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream
-    after a block.
+    before]), mlp(x, w, times): see `block`. body(x, w, times [, layer]) -> (x, anything to keep)
+    stands in the place of the whole block. visit(x, layer, w) -> (x, anything to keep) sees or
+    changes the stream after a block.
     What attend, mixer or body, and visit, keep comes as a pair, each stacked over these blocks.
     """
     attend = attend or plain_attend(batch, mask, config)
-    body = body or plain_body(batch, attend, mixer, config)
+    body = body or plain_body(batch, attend, mixer, mlp, config)
 
     def layer(x, numbered):
         number, w = numbered
@@ -424,18 +427,15 @@ def stream(
 
     stacked = {name: w[first:last] for name, w in blocks(params, config).items()}
     numbers = jnp.arange(config.layers)[first:last]
-    return lax.scan(
-        rematerialised(layer, config),
-        x,
-        (numbers, stacked),
-        unroll=max(1, min(config.unroll or len(numbers), len(numbers))),
-    )
+    unroll = max(1, min(config.unroll or len(numbers), len(numbers)))
+    return lax.scan(rematerialised(layer, config), x, (numbers, stacked), unroll=unroll)
 
 
 def plain_body(
     batch,
     attend: Callable,
     mixer: Callable | None,
+    mlp: Callable,
     config: ModelConfig,
 ) -> Callable:
     """The `body` of `stream` unless a config gives one: a block, told its layer."""
@@ -451,6 +451,7 @@ def plain_body(
             attending,
             config,
             mixer=mixing,
+            mlp=mlp,
         )
 
     return body

@@ -28,7 +28,7 @@ def test_a_body_stands_in_the_place_of_the_block(tiny):
         mixed, _ = model.attention_mixer(n, w, times, angles, attend, tiny)
         x = residual(x, mixed)
         n = model.rms_norm(x, w["mlp_norm"], tiny.norm_eps)
-        return residual(x, model.gated_mlp(n, times)), layer
+        return residual(x, model.gated_mlp(n, w, times)), layer
 
     expected, _ = streamed(tiny)
     x, (layers, _) = streamed(tiny, body=body)

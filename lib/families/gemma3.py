@@ -75,7 +75,7 @@ def gemma3(
         mixed, kept = attention_mixer(n, w, times, angles, attend, config)
         x = residual(x, rms_norm(mixed, w["attn_out_norm"], config.norm_eps))
         n = rms_norm(x, w["mlp_norm"], config.norm_eps)
-        added = gated_mlp(n, times, gelu)
+        added = gated_mlp(n, w, times, gelu)
         return residual(x, rms_norm(added, w["mlp_out_norm"], config.norm_eps)), kept
 
     x = config.embed**0.5 * embedded(params, batch, config)

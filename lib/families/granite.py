@@ -50,7 +50,7 @@ def granite(
         mixed, kept = attention_mixer(n, w, times, angles, attend, config)
         x = residual(x, branch * mixed)
         n = rms_norm(x, w["mlp_norm"], config.norm_eps)
-        return residual(x, branch * gated_mlp(n, times)), kept
+        return residual(x, branch * gated_mlp(n, w, times)), kept
 
     x = embedding * embedded(params, batch, config)
     x, _ = stream(params, x, batch, mask, config, body=body)

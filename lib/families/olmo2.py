@@ -47,7 +47,7 @@ def olmo2(params, batch, mask, config: ModelConfig):
 
         mixed, kept = attention_mixer(x, w, normed, angles, attend, config)
         x = residual(x, rms_norm(mixed, w["attn_out_norm"], config.norm_eps))
-        added = gated_mlp(x, times)
+        added = gated_mlp(x, w, times)
         return residual(x, rms_norm(added, w["mlp_out_norm"], config.norm_eps)), kept
 
     x = embedded(params, batch, config)
