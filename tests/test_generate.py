@@ -284,7 +284,7 @@ def test_mistakes_are_one_sentence(said, tmp_path):
             (["--n", 0], "--n", "0"), (["--temperature", -1], "-1"), (["--stop", ""], "--stop"),
             (["--prompts", tmp_path / "bad.jsonl"], '{"text": "x"}'),
             (["--prompts", tmp_path / "no"], "--prompts", "no such"),
-            (["--prompts", tmp_path / "none.txt"], "--prompts"), (["--stream", "--n", 2], "--stream", "2"),
+            (["--prompts", tmp_path / "none.txt"], "--prompts"), (["--stream", "--json"], "--stream", "json"),
             (["--mesh.tensor", 3], "tensor 3", "8 devices"), (["--mesh.tensor", 8], "vocab", "258", "8")]:
         err = said(*arguments, code=2)
         assert err.count("\n") == 1 and all(w.lower() in err.lower() for w in words), (arguments, err)
