@@ -162,10 +162,10 @@ class Config:
     init_with: Literal["params", "all"] = "params"  # "all": optimiser and place in the data too
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = (Phase(),)
-    # How long a run is, if not by its phases' steps, which then are in proportion; one of the three
-    tokens: NotNegative = 0.0  # batch x seq, padding included
-    epochs: NotNegative = 0.0  # passes over the training documents of all sources
-    tokens_per_param: NotNegative = 0.0  # for each parameter of the last phase's model
+    # One of these three may say how long the run is; the steps of its phases are then proportions.
+    tokens: NotNegative = 0.0  # length in tokens, padding included; 0 is the phases' steps
+    epochs: NotNegative = 0.0  # length in passes over the training documents of all sources
+    tokens_per_param: NotNegative = 0.0  # length in tokens for each parameter of the last model
     schedule: Schedule = Schedule()
     optimizer: Callable = adamw  # table -> {group: optax transformation of unscaled directions}
     clip: NotNegative = 1.0  # global gradient norm; 0 is off

@@ -40,7 +40,7 @@ def test_cache_holds_the_documents_in_order(data_config, corpus, pieces, which):
     assert [g[:4] for g in got] == expected and all(math.isnan(g[4]) for g in got)
     assert cache.total["counts"]["documents"] == 40
     assert cache.total["counts"]["bytes"] == sum(f.stat().st_size for f in corpus.rglob("*.txt"))
-    assert {s: cache.total["counts"][f"{s} documents"] for s in SPLITS} == dict(train=31, dev=3, test=6)
+    assert {s: cache.total["counts"][f"{s} documents"] for s in SPLITS[:3]} == dict(train=31, dev=3, test=6)
     assert cache.shard(0).tokens.dtype == np.uint16
 
 

@@ -1,6 +1,7 @@
 """Held-out text of one's own in any form: the same documents and figures; runs tested on other text."""
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -119,15 +120,17 @@ def test_dev_during_the_run_is_of_the_same_documents(runs):
     assert dev[-1] == pytest.approx(summary(runs["parquet"])["eval/mine.test/bpb"], abs=1e-6)
 
 
-def test_a_report_puts_the_three_into_one_table_and_another_split_into_another(runs, forms, tiny, tmp_path):
-    config = config_of(forms["jsonl"], tiny, name="hash", runs=str(tmp_path))
-    by_hash = replace(config.data, held_out={}, test=0.3)
-    train.train(replace(config, data=by_hash))
-    found, _ = report.collect([*runs.values(), tmp_path / "hash"])
+def test_a_report_puts_the_three_into_one_table_and_other_documents_into_another(runs, tmp_path):
+    """As they are known by their texts, and not by their paths, which are the same in both."""
+    other = tmp_path / "hash"
+    shutil.copytree(runs["jsonl"], other, ignore=shutil.ignore_patterns("checkpoints"))
+    texts = [f"{i:016x}" for i in range(3)] + summary(other)["held_out_texts"]["mine"][:1]
+    (other / "summary.json").write_text(json.dumps(summary(other) | {"held_out_texts": {"mine": texts}}))
+    found, _ = report.collect([*runs.values(), other])
     groups = report.group_by_documents(found, [run.name for run in found])
     assert [group.members for group in groups] == [[0, 1, 2], [3]]
     assert "tested on other documents than jsonl, parquet, directory" in groups[1].note
-    assert ", 0 of them in common" in groups[1].note
+    assert "(4 documents, 1 of them in common.)" in groups[1].note
 
 
 # ------------------------------------------------------------------------------------------------ the splits
@@ -194,15 +197,16 @@ def test_a_document_says_its_split_wherever_it_comes_from(said):
 
 
 def test_streamed_sources_have_all_of_their_held_out_text():
+    many = {"a": Source(partial(others, number=300))}
     data_config = DataConfig(
-        sources={"a": Source(documents)}, held_out={"a": Source(others)}, tokenizer="bytes", stream=True,
+        sources={"a": Source(documents)}, held_out=many, tokenizer="bytes", stream=True,
         shard_tokens=40, window=1, dev=0.3, test=0.3)
     held_out = open_held_out(train.Config(data=data_config), Bytes(), {})
     config = train.Config(data=data_config, phases=(train.Phase(seq=16),), overlap=4)
     caches = {"a": build("a", replace(data_config, stream=False), Bytes(), 0)}
     assert held_out["a"].total["shards"] > 1
     setting = Setting(config, config.phases[0], caches, Bytes(), None, held_out)
-    assert len(paths(setting, "a", "test")) == 7
+    assert len(paths(setting, "a", "test")) == 301
 
 
 def test_held_out_text_can_steer():
@@ -263,7 +267,8 @@ class OnOthers(Trainer):
 def test_a_study_says_so_and_does_not_judge(tmp_path, corpus, monkeypatch, capsys):
     """The other arm's figure is not in the column; a claim by something else is judged."""
     file = tmp_path / "tiny.py"
-    file.write_text(FILE.replace("PATH", str(corpus)))
+    code = FILE.replace("    peak_lrs=(1e-2, 2e-2, 4e-2),\n", "")
+    file.write_text(code.replace("PATH", str(corpus)))
     fake = OnOthers(dict(deep=2e-2, grown=2e-2), dict(deep=1.0, grown=0.8))
     monkeypatch.setattr(study.subprocess, "Popen", fake)
     monkeypatch.setattr(study, "gpus", list)
@@ -278,16 +283,18 @@ def test_a_study_says_so_and_does_not_judge(tmp_path, corpus, monkeypatch, capsy
     assert page.count("tested on other documents") == 2
 
 
-def test_a_study_says_where_rates_are_chosen_by_what_is_reported(tmp_path, corpus, monkeypatch, capsys):
+@pytest.mark.parametrize("said, told", [("", True), (', split="held_out"', True), (', split="test"', False)])
+def test_a_study_says_where_rates_are_chosen_by_what_is_reported(tmp_path, said, told):
     file = tmp_path / "tiny.py"
-    own = 'tokenizer="bytes", held_out={"a": Source(partial(text, path="PATH"))}'
-    code = FILE.replace('tokenizer="bytes"', own)
-    file.write_text(code.replace("PATH", str(corpus)))
-    fake = Trainer(dict(deep=2e-2, grown=2e-2), dict(deep=1.0, grown=0.8))
-    monkeypatch.setattr(study.subprocess, "Popen", fake)
-    monkeypatch.setattr(study, "gpus", list)
-    assert call(file, "--seeds", "1")["tuned_on_test"]
-    assert "rates were chosen on the documents that are tested on" in capsys.readouterr().out
+    own = f'tokenizer="bytes", held_out={{"a": Source(partial(text, path="PATH"){said})}}'
+    file.write_text(FILE.replace('tokenizer="bytes"', own))
+    found = study.load_study(str(file))
+    request = study.Request(str(file), found, tmp_path, ["deep", "grown"], 1, False, 1)
+    assert study.tuned_on_test(request) == told
+    nothing = dict(flops=1.0, tokens=1, tuning_flops=1.0, tuning_tokens=1)
+    result = dict(tuned_on_test=told, quick=False, seeds=2, cost=nothing, arms={}, failed={}, made_by=[])
+    lines = [line for line in study.notes(result) if line.startswith("rates were chosen on the documents")]
+    assert len(lines) == told
 
 
 # ------------------------------------------------------------------------------------------------ the figures

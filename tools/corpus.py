@@ -31,7 +31,7 @@ from rich.text import Text
 from data import Batch, Loader
 from lib.arguments import Arguments
 from lib.cache import build
-from lib.corpus import assemble
+from lib.corpus import assemble, open_held_out
 from lib.errors import InputError
 from lib.packing import DOCUMENT, ROW, best_fit, concat_and_split, fill, first_fit
 from lib.sources import SURROGATE, Document
@@ -286,7 +286,9 @@ def build_all(config: Config):
     """Build a config's tokenizer and token caches, and say what they hold."""
     config, tokenizer, caches = assemble(config)
     print(f"tokenizer: {tokenizer.vocab} pieces")
-    for name, cache in caches.items():
+    held_out = open_held_out(config, tokenizer, caches)
+    of_both = caches | {f"held-out {name}": cache for name, cache in held_out.items()}
+    for name, cache in of_both.items():
         total = cache.total
         counts = ", ".join(f"{number:,} {kind}" for kind, number in total["counts"].items())
         print(f"{name}: {total['shards']} shards, {counts}; fingerprint {total['fingerprint']}")
