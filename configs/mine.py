@@ -14,12 +14,12 @@ from functools import partial
 from typing import Literal
 
 from configs.base import RUNGS, rung, scaled
-from data import DataConfig, Source
+from data import Source
 from lib.any_text import Survey, any_text, survey
 from lib.errors import InputError
 from train import Config
 
-LITTLE = 200_000  # bytes of text below which a tokenizer of bytes does better than a learned one
+LITTLE = 200_000  # bytes of text below which there is too little to learn a tokenizer from
 PACKED = {"gz": 3.0, "zst": 3.0, "parquet": 2.0}  # bytes of text in one of such a file, roughly
 
 
@@ -30,12 +30,14 @@ def config(
     content: str = "text",
     separator: str | None = None,
     size: Literal["", "small", "deep", "llama"] = "",
+    init_from: str = "",
 ) -> Config:
     """A run on the text in `path`: a file, a directory or a pattern.
 
     held_out: your own held-out text, which is measured during the run and reported at its end.
     kind: how to read; "" goes by how names end. content: the key of a record's text, or a template
     of keys. separator: the end of a document in plain text. size: a rung of configs/base.py.
+    init_from: a model to start from, which has its own shape and tokenizer.
     """
     read = partial(any_text, kind=kind, content=content, separator=separator)
     source = Source(partial(read, path=path, without=held_out))
@@ -43,25 +45,26 @@ def config(
     try:
         seen = survey(path, kind, held_out)
     except InputError:  # whoever reads it will say so
-        return sized(RUNGS[size or "small"], DataConfig(sources={"mine": source}, held_out=own))
+        return on_text(RUNGS[size or "small"], source, own, init_from)
     letters = text_bytes(seen)
     chosen = size or rung(letters / 3)  # a piece of a small vocabulary has about three
-    found = sized(RUNGS[chosen], DataConfig(sources={"mine": source}, held_out=own))
-    if letters < LITTLE and not size:
+    found = on_text(RUNGS[chosen], source, own, init_from)
+    each = 3  # bytes of text a token
+    if letters < LITTLE and not size and not init_from:
+        each = 1
         data = replace(found.data, tokenizer="bytes")
         found = replace(found, data=data, model=replace(found.model, vocab=258))
-    tokens = letters if found.data.tokenizer == "bytes" else letters / 3
     phase = found.phases[0]
-    most = max(20, round(4 * tokens / phase.batch / phase.seq))  # four passes
+    most = max(20, round(4 * letters / each / phase.batch / phase.seq))  # four passes
     found = scaled(found, min(phase.steps, most))
     print(says(found, seen, path, chosen, letters, held_out), flush=True)
     return found
 
 
-def sized(rung: Config, data: DataConfig) -> Config:
-    """A rung of the ladder on this data, its other settings as the rung has them."""
-    data = replace(rung.data, sources=data.sources, held_out=data.held_out)
-    return replace(rung, data=data, prompts=("",))
+def on_text(rung: Config, source: Source, own: dict[str, Source], init_from: str) -> Config:
+    """A rung of the ladder on a source and its held-out text; else as the rung has it."""
+    data = replace(rung.data, sources={"mine": source}, held_out=own)
+    return replace(rung, data=data, prompts=("",), init_from=init_from)
 
 
 def text_bytes(seen: Survey) -> int:
@@ -73,16 +76,20 @@ def text_bytes(seen: Survey) -> int:
 def says(found: Config, seen: Survey, path: str, size: str, letters: int, held_out: str) -> str:
     """What was chosen, and how to choose otherwise."""
     phase = found.phases[0]
-    by_hash = (f"{found.data.dev:.0%} of the documents for dev and {found.data.test:.0%} for test, by "
-               "a hash of their paths (--held_out PATH)")
+    dev, test = 100 * found.data.dev, 100 * found.data.test
+    by_hash = (f"{dev:g} % of the documents for dev and {test:g} % for test, by a hash of their "
+               "paths (--held_out PATH)")
+    files = "1 file" if len(seen.files) == 1 else f"{len(seen.files):,} files"
     left = ", ".join(f"{number} {end}" for end, number in seen.left_out.most_common(5))
+    shape = f"{found.model.layers} layers of width {found.model.embed} over {found.model.vocab:,} pieces"
+    if found.init_from:
+        shape = f"the model of {found.init_from}"
     lines = [
-        f"mine: {path}: {len(seen.files):,} files read as {seen.kind}, about {letters / 1e6:.2g} MB "
-        f"of text" + (f"; not read: {left} (--kind)" if left else ""),
+        f"mine: {path}: {files} read as {seen.kind}, about {letters / 1e6:.2g} MB of text"
+        + (f"; not read: {left} (--kind)" if left else ""),
         f"mine: held out: {held_out or by_hash}",
-        f"mine: size {size} of configs/base.py: {found.model.layers} layers of width "
-        f"{found.model.embed} over {found.model.vocab:,} pieces, {phase.steps} steps of "
-        f"{phase.batch} x {phase.seq} tokens, peak rate {found.schedule.peak:g} "
+        f"mine: size {size} of configs/base.py: {shape}, {phase.steps} steps of {phase.batch} x "
+        f"{phase.seq} tokens, peak rate {found.schedule.peak:g} "
         "(--size, --tokens, --epochs, --tokens_per_param)",
     ]
     return "\n".join(lines)

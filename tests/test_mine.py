@@ -18,11 +18,12 @@ import train
 from configs.base import RUNGS, rung
 from data import DataConfig, Document, InputError, Source
 from lib.any_text import any_text, survey
-from lib.config import ROOT, load_config
+from lib.config import ROOT
 from lib.edits import stack
 from lib.length import WAYS
 from lib.study import Study
 from model import count
+from train import load_config
 
 MINE = str(ROOT / "configs/mine.py")
 TEXTS = [prose(i, 200 + 30 * i) for i in range(60)]
@@ -196,7 +197,7 @@ def test_it_says_what_it_chose(here, capsys):
     assert config.data.held_out["mine"].documents.keywords["path"] == "notes/0*.md"
     train.check(config)
     load_config(MINE, path="corpus.parquet")
-    assert "% of the documents for dev and" in capsys.readouterr().out
+    assert "3 % of the documents for dev and 3 % for test" in capsys.readouterr().out
 
 
 def test_size_and_length_follow_from_how_much_there_is(here, capsys):
@@ -209,7 +210,14 @@ def test_size_and_length_follow_from_how_much_there_is(here, capsys):
         assert config.schedule == RUNGS[name].schedule
         assert config.phases[0].steps <= RUNGS[name].phases[0].steps
     assert load_config(MINE, path="book.txt", size="llama").model == RUNGS["llama"].model
-    assert load_config(MINE, path="FILE.jsonl").phases[0].steps < RUNGS["small"].phases[0].steps
+    assert load_config(MINE, path="book.txt").phases[0].steps < RUNGS["small"].phases[0].steps
+
+
+def test_a_model_to_start_from_has_its_own_shape_and_tokenizer(here, capsys):
+    """Which little text would otherwise set to bytes."""
+    config, _ = train.parse([MINE, "--path", "notes", "--init_from", "hf:DIR"])
+    assert (config.init_from, config.data.tokenizer) == ("hf:DIR", "bpe")
+    assert "the model of hf:DIR, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -310,15 +318,31 @@ def commands():
         yield from page_lines(page, head)
 
 
-@pytest.mark.parametrize("line", list(commands()))
-def test_a_command_of_the_pages_runs_as_it_stands(here, line, capsys):
-    """With fewer steps and a small model; `eval` after the run that it is of."""
+def words_of(line: str) -> list[str]:
+    """A command's words after `python train.py`; with fewer steps and a small model where it trains."""
     words = shlex.split(line.removeprefix("python train.py"))
     if words[0] == "eval":
-        assert train.main([MINE, "--path", "corpus.jsonl", "--held_out", "val.jsonl", *SMALL.split()]) == 0
-    else:
-        words = [str(ROOT / words[0]), *words[1:]]
-        words += SMALL.split()
+        return words
+    return [str(ROOT / words[0]), *words[1:], *SMALL.split()]
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if "eval" not in line])
+def test_a_command_of_the_pages_comes_to_its_first_batch(here, line):
+    """Read, tokenized and packed; the next test trains them too."""
+    run = train.prepare(*train.parse(words_of(line)))
+    text = run.tokenizer.decode(run.loader.batch(1).arrays["tokens"][0])
+    assert text[:20] in "\n\n".join(TEXTS) or "T" in text
+    assert bool(run.held_out) == ("--held_out" in line)
+
+
+@pytest.mark.readme
+@pytest.mark.parametrize("line", list(commands()))
+def test_a_command_of_the_pages_runs_as_it_stands(here, line, capsys):
+    """Each to its end, `eval` after the run that it is of. By hand: pytest -n 0 -m readme."""
+    words = words_of(line)
+    if words[0] == "eval":
+        own = ["--held_out", "val.jsonl"]
+        assert train.main([MINE, "--path", "corpus.jsonl", *own, *SMALL.split()]) == 0
     assert train.main(words) == 0
     out = capsys.readouterr().out
     assert re.search(r"held-out (mine|val) +\d+ +[\d,]+ +\d\.\d+ ± ", out)
