@@ -38,6 +38,7 @@ from lib.cache import Cache, build
 from lib.errors import user_errors
 from lib.hardware import tune_for_cpu
 from lib.schedule import Plan, make_plan
+from lib.sharding import make_mesh
 from lib.tokenizers import Bytes, SentencePiece, train_bpe
 
 tune_for_cpu()
@@ -61,6 +62,17 @@ def course_of(config, context) -> Plan:
     """Shapes, budgets and rates of every step of a config, as a run works them out."""
     with user_errors():
         return make_plan(config, context)
+
+
+def mesh_of_one(config, devices=None):
+    """In place of `train.make_mesh`: the mesh over the first device alone."""
+    return make_mesh(config, jax.devices()[:1])
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs that a test starts in this process see one device."""
+    monkeypatch.setattr("train.make_mesh", mesh_of_one)
 
 
 def strong(config: model.ModelConfig) -> dict[str, jax.Array]:
@@ -95,7 +107,8 @@ def pytest_collection_modifyitems(config, items):
     """Tests that are marked long run only where `-m` names their mark; files that take minutes come first,
     or of the two processes one would end by waiting for the other.
     """
-    long = [f"test_{name}.py" for name in ("runs", "scale", "train", "configs_growth", "widen", "study")]
+    names = "runs scale train step resumption configs_growth widen study studies_trained".split()
+    long = [f"test_{name}.py" for name in names]
     items.sort(key=lambda item: item.path.name not in long)
     for item in items:
         for mark in ("soak", "study", "library", "readme"):

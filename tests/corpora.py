@@ -1,12 +1,14 @@
 """Sources that several test files build caches of."""
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from data import DataConfig, Document, Skipped, Source
-from lib.cache import build
+from lib.cache import Cache, build
 from lib.tokenizers import Bytes
 
 FAIL = {"after": None}  # documents of `many` after which it fails; no part of a cache's key
@@ -17,40 +19,64 @@ def many():
     for i in range(700):
         if i == FAIL["after"]:
             raise OSError("the disk is gone")
+        if i % 100 == 0:
+            yield Skipped(str(i), "odd")
+            continue
         text = f"{i} tree" * (1 + i % 5)
-        yield Document(f"{i:03d}", text, dict(number=i)) if i % 100 else Skipped(str(i), "odd")
+        yield Document(f"{i:03d}", text, {"number": i})
 
 
-MANY = DataConfig(sources={"many": Source(many)}, tokenizer="bytes", dev=0.1, test=0.1, shard_tokens=1)
+MANY = DataConfig(
+    sources={"many": Source(many)},
+    tokenizer="bytes",
+    dev=0.1,
+    test=0.1,
+    shard_tokens=1,
+)
+
+
+def documents_of(source) -> list[Document]:
+    """The documents that a source gives, without what it skips."""
+    return [item for item in source() if isinstance(item, Document)]
 
 
 def token_count(document, tokens):
     """A `score`: the number of tokens; short documents are left out."""
-    return -math.inf if len(tokens) < 10 else len(tokens)
+    if len(tokens) < 10:
+        return -math.inf
+    return len(tokens)
 
 
-def with_many(**functions):
+def with_many(**functions) -> DataConfig:
     """The config of `many` with functions set."""
     return replace(MANY, sources={"many": Source(many, **functions)})
 
 
 class Points:
-    """Code points as ids: with no code point used twice in a source, an id tells its document and place."""
+    """Code points as ids.
 
-    vocab, bos, eos, model = 2**20, 2**20 - 2, 2**20 - 1, b"points"
+    No code point is used twice in a source, so that an id tells its document and place.
+    """
+
+    vocab = 2**20
+    bos = 2**20 - 2
+    eos = 2**20 - 1
+    model = b"points"
 
     def encode_batch(self, texts):
-        return [np.array([ord(c) for c in text]) for text in texts]
+        return [np.array([ord(char) for char in text]) for text in texts]
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids)
 
 
-def points(first, documents, longest):
+def points(first: int, documents: int, longest: int) -> Iterator[Document]:
     """Documents of 1 to `longest` code points, from `first` on, each used once."""
     sizes = np.random.default_rng(first).integers(1, longest + 1, documents).tolist()
-    for i, (size, end) in enumerate(zip(sizes, itertools.accumulate(sizes), strict=True)):
-        yield Document(f"{first}/{i}", "".join(chr(first + p) for p in range(end - size, end)))
+    ends = itertools.accumulate(sizes)
+    for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        text = [chr(first + place) for place in range(end - size, end)]
+        yield Document(f"{first}/{i}", "".join(text))
 
 
 def stars():
@@ -58,27 +84,38 @@ def stars():
     return points(0x10000, 600, 12)
 
 
-def files(directory):
+def files(directory: Path) -> dict[str, bytes]:
     """{path: bytes} of everything below a directory."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    found = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
-def built(documents, **fields):
+def built(documents, **fields) -> Cache:
     """The cache of one source in bytes."""
-    return build("x", DataConfig(sources={"x": Source(documents)}, **fields), Bytes(), 0)
+    config = DataConfig(sources={"x": Source(documents)}, **fields)
+    return build("x", config, Bytes(), 0)
 
 
-def kept(cache):
+def kept(cache: Cache) -> dict[str, str]:
     """{path: text} of a cache in bytes."""
-    return {d["path"]: Bytes().decode(s.tokens[s.offsets[n]:s.offsets[n + 1]])
-            for s in map(cache.shard, range(cache.total["shards"])) for n, d in enumerate(s.documents())}
+    found = {}
+    for number in range(cache.total["shards"]):
+        shard = cache.shard(number)
+        spans = itertools.pairwise(shard.offsets)
+        for facts, (start, end) in zip(shard.documents(), spans, strict=True):
+            found[facts["path"]] = Bytes().decode(shard.tokens[start:end])
+    return found
 
 
-def kinds(counts):
+def kinds(counts: dict[str, int]) -> dict[str, int]:
     """{kind: how many} of what is counted as skipped."""
-    return {k.removeprefix("skipped: "): n for k, n in counts.items() if k.startswith("skipped")}
+    found = {}
+    for name, number in counts.items():
+        if name.startswith("skipped"):
+            found[name.removeprefix("skipped: ")] = number
+    return found
 
 
-def skipped(cache):
+def skipped(cache: Cache) -> dict[str, int]:
     """{kind: how many} of what a cache left out."""
     return kinds(cache.total["counts"])

@@ -32,10 +32,10 @@ def load_all(sources: dict, *phases, seed: int = 0, log=None) -> data.Loader:
 
 
 def some(number: int = 40):
-    """Documents whose text says how long it is, with metadata."""
+    """Documents of growing length, with metadata of five levels and three sites."""
     for i in range(number):
         text = prose(i, 10 + 7 * i)
-        meta = dict(level=i % 5, domain=f"site{i % 3}")
+        meta = {"level": i % 5, "domain": f"site{i % 3}"}
         yield data.Document(f"d{i}", text, meta)
 
 
@@ -45,11 +45,11 @@ def only_rows(loader: data.Loader) -> data.Rows:
 
 
 def only_window(loader: data.Loader) -> data.Window:
-    """(documents, their lengths, the plan) of the first window of such a loader."""
+    """The first window of such a loader."""
     return only_rows(loader).window(0)
 
 
 def everything_of(documents) -> data.Documents:
     """What a packing is told of the documents of a one-window source."""
     loader = load(documents, PLAIN)
-    return only_window(loader)[0]
+    return only_window(loader).documents

@@ -1,4 +1,5 @@
-"""lib/cache.py: documents in order, sealed shards, interrupted builds, damage, prepare, score."""
+"""lib/cache.py: documents become sealed shards, whatever happens on the way."""
+import itertools
 import math
 import os
 import subprocess
@@ -8,67 +9,127 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from corpora import FAIL, MANY, Points, files, many, stars, token_count, with_many
+from corpora import FAIL, MANY, Points, documents_of, files, many, stars, token_count, with_many
 
 import data
 from data import DataConfig, Document, InputError, Source
 from lib.cache import Cache, build, tokenize
+from lib.config import ROOT
 from lib.sources import SPLITS, split_of
 from lib.tokenizers import Bytes
 
 
-def contents(cache, tokenizer):
-    """(path, text, meta, split, score) of every document of a cache, in order."""
-    for i in range(cache.total["shards"]):
-        shard = cache.shard(i)
-        assert shard.offsets[0] == 0 and shard.offsets[-1] == len(shard.tokens)
-        for n, document in enumerate(shard.documents()):
-            text = tokenizer.decode(shard.tokens[shard.offsets[n]:shard.offsets[n + 1]])
+class Held(NamedTuple):
+    """A document as a cache holds it."""
+
+    path: str
+    text: str
+    meta: dict
+    split: int
+    score: float | None  # None where it is left out of a comparison
+
+
+def contents(cache: Cache, tokenizer) -> list[Held]:
+    """Every document of a cache, in order."""
+    found = []
+    for number in range(cache.total["shards"]):
+        shard = cache.shard(number)
+        assert shard.offsets[0] == 0
+        assert shard.offsets[-1] == len(shard.tokens)
+        spans = list(itertools.pairwise(shard.offsets))
+        facts = shard.documents()
+        assert len(spans) == len(facts) == len(shard.bytes)
+        for n, (start, end) in enumerate(spans):
+            text = tokenizer.decode(shard.tokens[start:end])
             assert shard.bytes[n] == len(text.encode())
-            yield document["path"], text, document["meta"], int(shard.split[n]), float(shard.score[n])
+            split, score = int(shard.split[n]), float(shard.score[n])
+            found.append(Held(facts[n]["path"], text, facts[n]["meta"], split, score))
+    return found
+
+
+def expected_of(documents) -> list[Held]:
+    """What a cache should hold of documents, but for their scores, at shares of a tenth."""
+    found = []
+    for document in documents:
+        split = split_of(document.path, 0.1, 0.1)
+        found.append(Held(document.path, document.text, document.meta, split, None))
+    return found
+
+
+def without_scores(held: list[Held]) -> list[Held]:
+    """What a cache holds, but for the scores: NaN is unlike itself."""
+    return [document._replace(score=None) for document in held]
+
+
+def files_source(path: Path) -> dict[str, Source]:
+    """One source, x, of a file or of the files of a directory."""
+    return {"x": Source(partial(data.text, path=str(path)))}
+
+
+def fingerprint(cache: Cache) -> str:
+    """What a cache says of its text, its tokens and its settings."""
+    return cache.total["fingerprint"]
+
+
+# ------------------------------------------------------------------------------- what a cache holds
 
 
 @pytest.mark.parametrize("which", ["bytes", "pieces"])
-def test_cache_holds_the_documents_in_order(data_config, corpus, pieces, which):
-    tokenizer = Bytes() if which == "bytes" else pieces
+def test_a_cache_holds_the_documents_in_order(data_config, corpus, pieces, which):
+    tokenizers = {"bytes": Bytes(), "pieces": pieces}
+    tokenizer = tokenizers[which]
     cache = build("corpus", data_config, tokenizer, 0)
-    got = list(contents(cache, tokenizer))
-    expected = [(d.path, d.text, {}, split_of(d.path, 0.1, 0.1)) for d in data.text(str(corpus))]
-    assert [g[:4] for g in got] == expected and all(math.isnan(g[4]) for g in got)
-    assert cache.total["counts"]["documents"] == 40
-    assert cache.total["counts"]["bytes"] == sum(f.stat().st_size for f in corpus.rglob("*.txt"))
-    assert {s: cache.total["counts"][f"{s} documents"] for s in SPLITS[:3]} == dict(train=31, dev=3, test=6)
+
+    held = contents(cache, tokenizer)
+    assert without_scores(held) == expected_of(data.text(str(corpus)))
+    assert all(math.isnan(document.score) for document in held)
     assert cache.shard(0).tokens.dtype == np.uint16
+    counts = cache.total["counts"]
+    sizes = [file.stat().st_size for file in corpus.rglob("*.txt")]
+    assert counts["documents"] == 40
+    assert counts["bytes"] == sum(sizes)
+    assert counts["train documents"] == 31
+    assert counts["dev documents"] == 3
+    assert counts["test documents"] == 6
 
 
 def test_shards_are_sealed_by_size_and_counted(home):
     cache = build("many", MANY, Bytes(), 0)
-    expected = [d for d in many() if isinstance(d, Document)]
-    got = [c[:4] for c in contents(cache, Bytes())]
-    assert [c[:3] for c in got] == [(d.path, d.text, d.meta) for d in expected]
-    assert cache.total["shards"] == 3 and cache.total["counts"]["skipped: odd"] == 7
+    held = contents(cache, Bytes())
+    assert without_scores(held) == expected_of(documents_of(many))
+    assert cache.total["shards"] == 3
+    assert cache.total["counts"]["skipped: odd"] == 7
     assert [len(cache.shard(i).bytes) for i in range(3)] == [253, 253, 187]
-    one = build("many", replace(MANY, shard_tokens=10**9), Bytes(), 0)
-    assert one.total["shards"] == 1 and [c[:4] for c in contents(one, Bytes())] == got
+
+    single = build("many", replace(MANY, shard_tokens=10**9), Bytes(), 0)
+    assert single.total["shards"] == 1
+    assert without_scores(contents(single, Bytes())) == without_scores(held)
 
 
 def test_large_vocabularies_have_wide_tokens(home):
-    cache = build("stars", DataConfig(sources={"stars": Source(stars)}), Points(), 0)
+    config = DataConfig(sources={"stars": Source(stars)})
+    cache = build("stars", config, Points(), 0)
+    texts = [document.text for document in contents(cache, Points())]
     assert cache.shard(0).tokens.dtype == np.uint32
-    assert [text for _, text, *_ in contents(cache, Points())] == [d.text for d in stars()]
+    assert texts == [document.text for document in stars()]
 
 
 def test_undecodable_and_empty_files_are_skipped_and_counted(home, tmp_path):
-    (tmp_path / "in").mkdir()
-    for name, content in (("a", b"tree"), ("b", b"\xff"), ("c", b""), ("d", b"\xfe")):
-        (tmp_path / "in" / name).write_bytes(content)
-    source = Source(partial(data.text, path=str(tmp_path / "in")))
-    config = DataConfig(sources={"x": source}, max_skipped=0.75)
+    directory = tmp_path / "in"
+    directory.mkdir()
+    (directory / "a").write_bytes(b"tree")
+    (directory / "b").write_bytes(b"\xff")
+    (directory / "c").write_bytes(b"")
+    (directory / "d").write_bytes(b"\xfe")
+    config = DataConfig(sources=files_source(directory), max_skipped=0.75)
     counts = build("x", config, Bytes(), 0).total["counts"]
-    assert (counts["documents"], counts["skipped: undecodable"], counts["skipped: empty"]) == (1, 2, 1)
+    assert counts["documents"] == 1
+    assert counts["skipped: undecodable"] == 2
+    assert counts["skipped: empty"] == 1
 
 
 def lonely():
@@ -78,115 +139,209 @@ def lonely():
 
 
 def test_lone_surrogates_are_skipped_and_counted(home):
-    cache = build("lonely", DataConfig(sources={"lonely": Source(lonely)}, max_skipped=0.5), Bytes(), 0)
+    config = DataConfig(sources={"lonely": Source(lonely)}, max_skipped=0.5)
+    cache = build("lonely", config, Bytes(), 0)
     assert cache.total["counts"]["skipped: lone surrogates"] == 1
-    assert [c[:2] for c in contents(cache, Bytes())] == [("b\udcff", "tree")]
+    (held,) = contents(cache, Bytes())
+    assert (held.path, held.text) == ("b\udcff", "tree")
 
 
-@pytest.mark.parametrize("content,why", [
-    (None, "nothing"), (b"", "1 empty"), (b"\xff", "1 undecodable")])
-def test_source_without_text_is_an_input_error(home, tmp_path, content, why):
-    (tmp_path / "in").mkdir()
+@pytest.mark.parametrize("content, why", [
+    (None, "nothing"),
+    (b"", "1 empty"),
+    (b"\xff", "1 undecodable"),
+])
+def test_a_source_without_text_is_refused_as_often_as_it_is_tried(home, tmp_path, content, why):
+    directory = tmp_path / "in"
+    directory.mkdir()
     if content is not None:
-        (tmp_path / "in" / "a").write_bytes(content)
-    config = DataConfig(sources={"x": Source(partial(data.text, path=str(tmp_path / "in")))})
-    for _ in range(2):  # and so it stays
-        with pytest.raises(InputError, match=f"'x' gives no document with text in it; it skipped {why}$"):
+        (directory / "a").write_bytes(content)
+    config = DataConfig(sources=files_source(directory))
+    sentence = f"'x' gives no document with text in it; it skipped {why}$"
+    for _ in range(2):
+        with pytest.raises(InputError, match=sentence):
             build("x", config, Bytes(), 0)
 
 
-def test_cache_is_found_again(home, data_config):
+# ------------------------------------------------------------------------------ key and fingerprint
+
+
+def times(directory: Path) -> dict[Path, int]:
+    """When everything below a directory was last written."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_a_cache_is_found_again(home, data_config):
     first = build("corpus", data_config, Bytes(), 0)
-    before = {p: p.stat().st_mtime_ns for p in first.directory.rglob("*")}
+    before = times(first.directory)
+    assert before
     again = build("corpus", data_config, Bytes(), 5)  # no `prepare`: the seed does not matter
-    assert again.directory == first.directory and again.total['fingerprint'] == first.total['fingerprint']
-    assert {p: p.stat().st_mtime_ns for p in first.directory.rglob("*")} == before
+    assert again.directory == first.directory
+    assert fingerprint(again) == fingerprint(first)
+    assert times(first.directory) == before
 
 
-def test_fingerprint_is_the_same_wherever_it_is_built(home, data_config, cache):
+def test_a_fingerprint_is_the_same_wherever_it_is_built(home, data_config, cache):
     again = build("corpus", data_config, Bytes(), 0)
-    assert again.directory != cache.directory and again.total['fingerprint'] == cache.total['fingerprint']
+    assert again.directory != cache.directory
+    assert fingerprint(again) == fingerprint(cache)
     assert files(again.directory) == files(cache.directory)
 
 
-VERSION = {}  # {number of a document: its path, text or metadata}; no part of a cache's key
+CHANGES = {}  # {number of a document: its path, text or metadata}; no part of a cache's key
 
 
 def changing():
     """Six hundred documents, of which one may be another than before under the same key."""
     for i in range(600):
-        yield replace(Document(f"{i}", f"{i} tree", dict(n=i)), **VERSION.get(i, {}))
+        document = Document(f"{i}", f"{i} tree", {"n": i})
+        yield replace(document, **CHANGES.get(i, {}))
 
 
-def test_fingerprint_covers_every_document(tmp_path, monkeypatch):
-    """Path, text, metadata and order, of the first, an inner and the last document, in any shard."""
-    config, prints = replace(MANY, sources={"changing": Source(changing)}), []
-    swapped = {i: dict(path=f"{j}", text=f"{j} tree", meta=dict(n=j)) for i, j in ((300, 301), (301, 300))}
-    changes = [{}, swapped, *({i: change} for i in (0, 100, 255, 256, 599) for change in (
-        dict(path="other"), dict(text=f"{i} root"), dict(meta={})))]
+def all_changes() -> list[dict]:
+    """No change; two documents swapped; one changed: the first, inner ones and the last."""
+    swapped = {
+        300: dict(path="301", text="301 tree", meta=dict(n=301)),
+        301: dict(path="300", text="300 tree", meta=dict(n=300)),
+    }
+    found = [{}, swapped]
+    for i in (0, 100, 255, 256, 599):
+        found.append({i: dict(path="other")})
+        found.append({i: dict(text=f"{i} root")})
+        found.append({i: dict(meta={})})
+    return found
+
+
+def test_a_fingerprint_covers_path_text_metadata_and_order_in_every_shard(tmp_path, monkeypatch):
+    config = replace(MANY, sources={"changing": Source(changing)})
+    changes = all_changes()
+    caches = []
     for i, change in enumerate(changes):
-        monkeypatch.setattr(sys.modules[__name__], "VERSION", change)
+        monkeypatch.setattr(sys.modules[__name__], "CHANGES", change)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(i)))
-        prints.append(build("changing", config, Bytes(), 0))
-    assert len({cache.directory.name for cache in prints}) == 1
-    assert len({cache.total['fingerprint'] for cache in prints}) == len(changes)
+        caches.append(build("changing", config, Bytes(), 0))
+    assert len({cache.directory.name for cache in caches}) == 1
+    assert len({fingerprint(cache) for cache in caches}) == len(changes)
 
 
-def test_cache_key_follows_tokenizer_and_settings(home, data_config, pieces):
-    source = data_config.sources["corpus"]
-    changed = [replace(data_config, dev=0.2), replace(data_config, test=0.2),
-               replace(data_config, shard_tokens=9),
-               replace(data_config, sources={"corpus": replace(source, score=token_count)}),
-               replace(data_config, sources={"corpus": replace(source, prepare=tagged)}),
-               replace(data_config, sources={"corpus": replace(source, documents=many)})]
-    caches = [build("corpus", config, Bytes(), 0) for config in (data_config, *changed)]
-    caches += [build("corpus", data_config, pieces, 0), build("corpus", changed[4], Bytes(), 1)]
-    assert len({c.directory for c in caches}) == len({c.total['fingerprint'] for c in caches}) == len(caches)
+def tagged(document, rng):
+    """A `prepare` that puts a random number in front.
+
+    A path that ends in 3 gives two documents, one that ends in 4 none.
+    """
+    text = f"<{rng.integers(10**9)}>{document.text}"
+    made = replace(document, text=text)
+    if document.path[-1] == "3":
+        return [made, made]
+    if document.path[-1] == "4":
+        return []
+    return made
 
 
-def test_cache_key_follows_an_edited_file(home, tmp_path):
+def test_a_cache_s_key_follows_tokenizer_and_settings(home, data_config, pieces):
+    def with_source(**changes):
+        source = replace(data_config.sources["corpus"], **changes)
+        return replace(data_config, sources={"corpus": source})
+
+    configs = [
+        data_config,
+        replace(data_config, dev=0.2),
+        replace(data_config, test=0.2),
+        replace(data_config, shard_tokens=9),
+        with_source(score=token_count),
+        with_source(prepare=tagged),
+        with_source(documents=many),
+    ]
+    caches = [build("corpus", config, Bytes(), 0) for config in configs]
+    caches.append(build("corpus", data_config, pieces, 0))
+    caches.append(build("corpus", with_source(prepare=tagged), Bytes(), 1))
+    assert len({cache.directory for cache in caches}) == len(caches)
+    assert len({fingerprint(cache) for cache in caches}) == len(caches)
+
+
+def test_a_cache_s_key_follows_an_edited_file(home, tmp_path):
+    """By its size and by the time of its last change."""
     file = tmp_path / "one.txt"
-    config = DataConfig(sources={"x": Source(partial(data.text, path=str(file)))})
-    prints = []
+    config = DataConfig(sources=files_source(file))
+    fingerprints = set()
     for content, when in (("tree", 1), ("root", 2), ("roots", 2)):
         file.write_text(content)
         os.utime(file, ns=(when, when))
         cache = build("x", config, Bytes(), 0)
-        prints.append(cache.total['fingerprint'])
-        assert [c[1] for c in contents(cache, Bytes())] == [content]
-    assert len(set(prints)) == 3
+        fingerprints.add(fingerprint(cache))
+        assert [document.text for document in contents(cache, Bytes())] == [content]
+    assert len(fingerprints) == 3
 
 
-@pytest.mark.parametrize("after", [10, 300, 600, 699])
-def test_interrupted_build_is_taken_up_where_it_stopped(home, tmp_path, monkeypatch, after):
-    """Shards sealed before are not written again; the result is byte for byte that of a build in one go."""
+# ---------------------------------------------------------------------- builds that are interrupted
+
+
+def build_until_it_fails(monkeypatch, after: int):
+    """Build the cache of `many`, whose disk is gone after so many documents."""
     monkeypatch.setitem(FAIL, "after", after)
     with pytest.raises(OSError, match="the disk is gone"):
         build("many", MANY, Bytes(), 0)
-    (directory,) = (p for p in (home / "tokens").iterdir() if p.is_dir()) if after > 256 else (None,)
-    sealed = {p: p.stat().st_mtime_ns for p in directory.rglob("*")} if directory else {}
-    assert len(sealed) == after // 256 * 5  # each shard a directory of four files
-    if directory:  # what a killed process would leave
-        (directory / "000002.partial").mkdir()
-        (directory / "000002.partial" / "tokens.bin").write_bytes(b"half")
-        (directory / "complete.partial").write_text("{")
     monkeypatch.setitem(FAIL, "after", None)
-    cache = build("many", MANY, Bytes(), 0)
-    assert all(p.stat().st_mtime_ns == time for p, time in sealed.items() if p.is_file())
-    assert not list(cache.directory.glob("*.partial"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+
+
+def leave_partial_files(directory: Path):
+    """What a killed process would leave."""
+    shard = directory / "000002.partial"
+    shard.mkdir()
+    (shard / "tokens.bin").write_bytes(b"half")
+    (directory / "complete.partial").write_text("{")
+
+
+def check_whole(cache: Cache, monkeypatch, elsewhere: Path):
+    """A cache of `many` is byte for byte that of a build in one go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
     whole = build("many", MANY, Bytes(), 0)
-    assert whole.directory != cache.directory and files(whole.directory) == files(cache.directory)
+    assert whole.directory != cache.directory
+    assert files(whole.directory) == files(cache.directory)
+
+
+@pytest.mark.parametrize("after, shards", [(300, 1), (600, 2), (699, 2)])
+def test_an_interrupted_build_is_taken_up_where_it_stopped(
+    home, tmp_path, monkeypatch, after, shards
+):
+    """Shards that were sealed before are not written again."""
+    build_until_it_fails(monkeypatch, after)
+    (directory,) = [path for path in (home / "tokens").iterdir() if path.is_dir()]
+    sealed = times(directory)
+    assert len(sealed) == 5 * shards  # each shard a directory of four files
+    leave_partial_files(directory)
+
+    cache = build("many", MANY, Bytes(), 0)
+
+    after_it = times(cache.directory)
+    assert all(after_it[path] == time for path, time in sealed.items() if path.is_file())
+    assert not list(cache.directory.glob("*.partial"))
+    check_whole(cache, monkeypatch, tmp_path / "other")
+
+
+def test_a_build_that_is_interrupted_before_its_first_shard_begins_anew(
+    home, tmp_path, monkeypatch
+):
+    build_until_it_fails(monkeypatch, after=10)
+    assert not list((home / "tokens").glob("*/*"))
+    cache = build("many", MANY, Bytes(), 0)
+    assert not list(cache.directory.glob("*.partial"))
+    check_whole(cache, monkeypatch, tmp_path / "other")
 
 
 BUILDER = '''
-import os, sys, time
+import os
+import sys
+import time
+
 sys.path[:0] = [os.environ["COPPICE"], os.environ["HERE"]]
 from data import DataConfig, Document, Source
 from lib.cache import build
 from lib.tokenizers import Bytes
 
+
 def slow():
+    """A document, once it may come."""
     with open(os.environ["HERE"] + "/log", "a") as log:
         log.write("reading\\n")
     print("reading", flush=True)
@@ -194,41 +349,59 @@ def slow():
         time.sleep(0.01)
     yield Document("a", "tree")
 
-print(build("slow", DataConfig(sources={"slow": Source(slow)}), Bytes(), 0).total["fingerprint"])
+
+config = DataConfig(sources={"slow": Source(slow)})
+print(build("slow", config, Bytes(), 0).total["fingerprint"])
 '''
 
 
-def test_two_builders_make_one_cache(home, tmp_path):
-    """The second process waits for the first, and takes what that has built."""
-    (tmp_path / "builder.py").write_text(BUILDER)
-    environment = os.environ | dict(COPPICE=str(Path(data.__file__).parent), HERE=str(tmp_path))
-    start = partial(subprocess.Popen, [sys.executable, str(tmp_path / "builder.py")], env=environment,
-                    text=True, stdout=subprocess.PIPE)
+def test_of_two_builders_the_second_takes_what_the_first_has_built(home, tmp_path):
+    script = tmp_path / "builder.py"
+    script.write_text(BUILDER)
+    environment = os.environ | {"COPPICE": str(ROOT), "HERE": str(tmp_path)}
+
+    def start():
+        command = [sys.executable, str(script)]
+        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+
     with start() as one:
         assert one.stdout.readline() == "reading\n"
         with start() as two:
             waiting = two.stdout.readline()
             (tmp_path / "go").touch()
-            prints = [one.communicate(timeout=60)[0], two.communicate(timeout=60)[0]]
-    assert one.returncode == two.returncode == 0 and waiting.startswith("waiting for another process")
-    assert prints[0] == prints[1] and len(prints[0].strip()) == 20
+            first, _ = one.communicate(timeout=60)
+            second, _ = two.communicate(timeout=60)
+    assert one.returncode == 0
+    assert two.returncode == 0
+    assert waiting.startswith("waiting for another process")
+    assert first == second
+    assert len(first.strip()) == 20
     assert (tmp_path / "log").read_text() == "reading\n"
-    assert len([p for p in (home / "tokens").iterdir() if p.is_dir()]) == 1
+    directories = [path for path in (home / "tokens").iterdir() if path.is_dir()]
+    assert len(directories) == 1
+
+
+def damage(shard: Path, harm: str):
+    """Harm the files of a shard."""
+    tokens = shard / "tokens.bin"
+    seal = shard / "seal.json"
+    content = tokens.read_bytes()
+    if harm == "truncated":
+        tokens.write_bytes(content[:-1])
+    elif harm == "longer":
+        tokens.write_bytes(content + b"x")
+    elif harm == "missing":
+        (shard / "index.npz").unlink()
+    elif harm == "no seal":
+        seal.unlink()
+    elif harm == "torn seal":
+        seal.write_text(seal.read_text()[:20])
 
 
 @pytest.mark.parametrize("harm", ["truncated", "longer", "missing", "no seal", "torn seal"])
-def test_damaged_shard_is_an_input_error(home, harm):
+def test_a_damaged_shard_is_refused_and_its_directory_named(home, harm):
     directory = build("many", MANY, Bytes(), 0).directory
-    tokens, seal = directory / "000001" / "tokens.bin", directory / "000001" / "seal.json"
-    if harm in ("truncated", "longer"):
-        content = tokens.read_bytes()
-        tokens.write_bytes(content[:-1] if harm == "truncated" else content + b"x")
-    elif harm == "missing":
-        (directory / "000001" / "index.npz").unlink()
-    elif harm == "no seal":
-        seal.unlink()
-    else:
-        seal.write_text(seal.read_text()[:20])
+    damage(directory / "000001", harm)
     cache = build("many", MANY, Bytes(), 0)
     assert len(cache.shard(0).tokens)
     with pytest.raises(InputError, match="000001 is damaged") as caught:
@@ -237,73 +410,115 @@ def test_damaged_shard_is_an_input_error(home, harm):
 
 
 def test_a_builder_that_fails_is_reported_by_its_last_words(tmp_path):
-    (tmp_path / "log").write_text("waiting\nerror: source 'a' gives no document with text in it\n")
-    cache = Cache(tmp_path / "a", "a", (SimpleNamespace(poll=lambda: 2), tmp_path / "log"))
+    log = tmp_path / "log"
+    log.write_text("waiting\nerror: source 'a' gives no document with text in it\n")
+    failed = SimpleNamespace(poll=lambda: 2)
+    cache = Cache(tmp_path / "a", "a", (failed, log))
     with pytest.raises(InputError, match="^source 'a' gives no document"):
         cache.wait(1)
+
+
+def test_a_cache_that_nobody_builds_is_not_waited_for(tmp_path):
     with pytest.raises(InputError, match="nobody builds it"):
         Cache(tmp_path / "a", "a").wait()
 
 
-# ------------------------------------------------------------------------------------------ prepare and score
+# -------------------------------------------------------------------------------- prepare and score
 
 
-def tagged(document, rng):
-    """A `prepare`: the document with a number in front; twice if its path ends in 3, never if in 4."""
-    made = replace(document, text=f"<{rng.integers(10**9)}>{document.text}")
-    return [made, made] if document.path[-1] == "3" else [] if document.path[-1] == "4" else made
+def texts_by_path(cache: Cache) -> dict[str, list[str]]:
+    """The texts that a cache holds under each path."""
+    found = {}
+    for document in contents(cache, Bytes()):
+        found.setdefault(document.path, []).append(document.text)
+    return found
 
 
 def test_prepare_changes_training_documents_alone(home):
+    """Each has a generator of its own."""
     cache = build("many", with_many(prepare=tagged), Bytes(), 0)
-    got, originals = {}, {d.path: d for d in many() if isinstance(d, Document)}
-    for path, text, meta, split, _ in contents(cache, Bytes()):
-        got.setdefault(path, []).append(text)
-        assert split == split_of(path, 0.1, 0.1) and meta == originals[path].meta
+    originals = {document.path: document for document in documents_of(many)}
+    for document in contents(cache, Bytes()):
+        assert document.split == split_of(document.path, 0.1, 0.1)
+        assert document.meta == originals[document.path].meta
+
+    texts = texts_by_path(cache)
+    copies = {"3": 2, "4": 0}
     tags = []
     for path, original in originals.items():
+        prepared = texts.get(path, [])
         if split_of(path, 0.1, 0.1):
-            assert got[path] == [original.text]
-        else:
-            assert len(got.get(path, [])) == {"3": 2, "4": 0}.get(path[-1], 1)
-            for text in got.get(path, []):
-                tag, rest = text[1:].split(">", 1)
-                assert rest == original.text
-            tags += [tag] if path in got else []
-    assert len(set(tags)) == len(tags) > 400  # each document has a generator of its own
+            assert prepared == [original.text]
+            continue
+        assert len(prepared) == copies.get(path[-1], 1)
+        pairs = [text[1:].split(">", 1) for text in prepared]
+        assert all(rest == original.text for _, rest in pairs)
+        tags += [tag for tag, _ in pairs[-1:]]
+    assert len(tags) > 400
+    assert len(set(tags)) == len(tags)
 
 
-def test_prepare_follows_seed_and_document(home, tmp_path, monkeypatch):
+def test_prepare_follows_the_seed(home):
     config = with_many(prepare=tagged)
-    one, other = (build("many", config, Bytes(), seed) for seed in (0, 1))
+    one = build("many", config, Bytes(), 0)
+    other = build("many", config, Bytes(), 1)
     assert one.directory != other.directory
-    texts = [{p: t for p, t, *_ in contents(c, Bytes())} for c in (one, other)]
-    train = [p for p in texts[0] if split_of(p, 0.1, 0.1) == 0]
-    assert all(texts[0][p] != texts[1][p] for p in train)
-    alone = Document("701", "1 tree")  # what it is given does not depend on what came before
-    ready = [list(tokenize(documents, config, "many", Bytes(), 0, Counter()))[-1][0].text
-             for documents in ([alone], [Document("702", "x"), alone])]
-    assert ready[0] == ready[1] != alone.text
+
+    texts, others = texts_by_path(one), texts_by_path(other)
+    trained = [path for path in texts if split_of(path, 0.1, 0.1) == 0]
+    assert len(trained) > 400
+    assert all(texts[path] != others[path] for path in trained)
 
 
-def test_score_is_kept_and_minus_infinity_leaves_out_training_documents(home):
+def test_prepare_does_not_depend_on_the_documents_before():
+    config = with_many(prepare=tagged)
+    document = Document("701", "1 tree")
+
+    def prepared(documents):
+        rows = list(tokenize(documents, config, "many", Bytes(), 0, Counter()))
+        return rows[-1].document.text
+
+    alone = prepared([document])
+    assert alone != document.text
+    assert prepared([Document("702", "x"), document]) == alone
+
+
+def test_a_score_is_kept_and_minus_infinity_leaves_out_training_documents(home):
     cache = build("many", with_many(score=token_count), Bytes(), 0)
-    got = list(contents(cache, Bytes()))
-    originals = [d for d in many() if isinstance(d, Document)]
-    kept = [d for d in originals if len(d.text) >= 10 or split_of(d.path, 0.1, 0.1)]
-    assert [(p, t) for p, t, *_ in got] == [(d.path, d.text) for d in kept] and len(kept) < len(originals)
-    assert [s for *_, s in got] == [len(d.text) if len(d.text) >= 10 else -math.inf for d in kept]
-    assert cache.total["counts"]["skipped: deselected"] == len(originals) - len(kept)
+    originals = documents_of(many)
+    wanted = []
+    scores = []
+    for document in originals:
+        long = len(document.text) >= 10
+        if long or split_of(document.path, 0.1, 0.1):
+            wanted.append(document)
+            scores.append(len(document.text) if long else -math.inf)
+    assert len(wanted) < len(originals)
+
+    held = contents(cache, Bytes())
+    assert [document.score for document in held] == scores
+    assert without_scores(held) == expected_of(wanted)
+    deselected = cache.total["counts"]["skipped: deselected"]
+    assert deselected == len(originals) - len(wanted)
 
 
 def test_a_score_changes_nothing_of_what_is_held_out(home):
-    """Runs with and without it are measured on the same documents."""
-    plain, scored = (build("many", with_many(score=score), Bytes(), 0) for score in (None, token_count))
-    splits = [[c[:4] for c in contents(cache, Bytes())] for cache in (plain, scored)]
-    held_out, kept = ([c for c in cache if c[3] > 0] for cache in splits)
-    assert kept == held_out and any(len(text) < 10 for _, text, *_ in kept)
-    assert len(splits[1]) < len(splits[0])
-    counts = [{s: cache.total["counts"][f"{s} documents"] for s in SPLITS} for cache in (plain, scored)]
-    assert counts[0]["dev"] == counts[1]["dev"] > 0 and counts[0]["test"] == counts[1]["test"] > 0
-    assert sum(counts[1].values()) == scored.total["counts"]["documents"]
-    assert counts[0]["train"] - counts[1]["train"] == scored.total["counts"]["skipped: deselected"]
+    """Runs with and without it are measured on the same documents, short ones too."""
+    plain = build("many", with_many(), Bytes(), 0)
+    scored = build("many", with_many(score=token_count), Bytes(), 0)
+    before = without_scores(contents(plain, Bytes()))
+    after = without_scores(contents(scored, Bytes()))
+    held_out = [document for document in before if document.split > 0]
+    assert [document for document in after if document.split > 0] == held_out
+    assert any(len(document.text) < 10 for document in held_out)
+    assert len(after) < len(before)
+
+
+def test_documents_that_a_score_leaves_out_are_counted(home):
+    plain = build("many", with_many(), Bytes(), 0).total["counts"]
+    scored = build("many", with_many(score=token_count), Bytes(), 0).total["counts"]
+    assert scored["dev documents"] == plain["dev documents"] > 0
+    assert scored["test documents"] == plain["test documents"] > 0
+    assert scored["documents"] == sum(scored[f"{split} documents"] for split in SPLITS)
+    left_out = plain["train documents"] - scored["train documents"]
+    assert left_out == scored["skipped: deselected"]

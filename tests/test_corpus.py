@@ -18,7 +18,7 @@ from train import Config
 
 @pytest.fixture
 def config(data_config) -> Config:
-    """A config on the corpus, in bytes."""
+    """A config on the corpus in bytes, which leaves the vocabulary to the tokenizer."""
     return Config(data=data_config, model=ModelConfig(vocab=0))
 
 
@@ -44,13 +44,13 @@ def test_a_tokenizer_file_takes_the_place_of_the_config_s(home, config, pieces, 
 
 
 def two():
-    """Two documents."""
+    """A document, and one without text."""
     yield Document("a", "tree")
     yield Document("b", "")
 
 
 def test_what_was_skipped_is_printed_and_an_empty_split_refused(home, config, capsys):
-    data = DataConfig(
+    few = DataConfig(
         sources={"few": Source(two)},
         tokenizer="bytes",
         dev=0.5,
@@ -59,7 +59,7 @@ def test_what_was_skipped_is_printed_and_an_empty_split_refused(home, config, ca
     )
     sentence = "source 'few' has 1 documents, none in (train|dev); give it more"
     with pytest.raises(InputError, match=sentence):
-        assemble(replace(config, data=data))
+        assemble(replace(config, data=few))
     assert capsys.readouterr().out == "source few: 1 documents skipped: empty\n"
 
 

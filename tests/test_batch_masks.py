@@ -1,0 +1,106 @@
+"""Objectives as a loader calls them: random numbers of a row's own, one mask for a whole batch."""
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+from sky import check_parts, loader, phase
+
+from data import InputError
+
+equal = np.testing.assert_array_equal
+CAUSAL = {"kind": "causal", "window": 0}
+BIDIRECTIONAL = {"kind": "bidirectional", "window": 0}
+PREFIX = {"kind": "prefix", "window": 0}
+
+
+def noisy(row, rng):
+    """An objective with an array and a mask of its own."""
+    noise = rng.integers(0, 2**31, len(row["tokens"]))
+    return row | {"noise": noise}, {"kind": "bidirectional", "window": 3}
+
+
+def test_an_objective_has_its_say_and_a_generator_for_each_row():
+    first = loader(phase(objective=noisy)).batch(1)
+    again = loader(phase(objective=noisy)).batch(1)
+    second = loader(phase(objective=noisy)).batch(2)
+
+    assert first.mask == {"kind": "bidirectional", "window": 3}
+    equal(first.arrays["noise"], again.arrays["noise"])
+    rows = np.concatenate([first.arrays["noise"], second.arrays["noise"]])
+    assert rows.shape == (8, 32)
+    assert len(np.unique(rows, axis=0)) == 8
+
+
+def mixed(row, rng):
+    """An objective of masks by chance: one row in four is bidirectional."""
+    if rng.random() < 0.25:
+        return row, BIDIRECTIONAL
+    return row, CAUSAL
+
+
+def mixed_and_declared(row, rng):
+    """The same, but it says beforehand which masks it may give."""
+    return mixed(row, rng)
+
+
+mixed_and_declared.masks = CAUSAL, BIDIRECTIONAL
+
+
+def both_ways(step: int) -> list[bool]:
+    """Which rows of a batch `mixed` makes bidirectional, by the random numbers of each."""
+    generators = [np.random.default_rng([0, step, row]) for row in range(4)]
+    return [rng.random() < 0.25 for rng in generators]
+
+
+def test_unlike_masks_of_a_batch_become_one_prefix_mask():
+    """And not that of the first row. A batch whose rows agree has their mask, and no array more."""
+    made = loader(phase(objective=mixed))
+    plain = loader(phase())
+    kinds = Counter()
+    for step in range(1, 40):
+        batch = made.batch(step)
+        expected = plain.batch(step).arrays
+        chosen = both_ways(step)
+        kinds[batch.mask["kind"]] += 1
+        if all(chosen):
+            assert batch.mask == BIDIRECTIONAL
+        elif not any(chosen):
+            assert batch.mask == CAUSAL
+        else:
+            assert batch.mask == PREFIX
+            prefix = batch.arrays.pop("prefix")
+            real = expected["segments"] > 0
+            equal(prefix, np.array(chosen)[:, None] & real)
+            assert prefix.dtype == np.int32
+        assert batch.arrays.keys() == expected.keys()
+        for name, values in expected.items():
+            equal(batch.arrays[name], values, err_msg=name)
+    assert kinds["prefix"] > 10
+    assert kinds["causal"] > 5
+
+
+@pytest.mark.parametrize("objective", [mixed, mixed_and_declared, partial(mixed_and_declared)])
+def test_processes_agree_on_the_mask_of_a_batch(objective):
+    """Each makes its own rows alone, and all have the mask and the arrays of the whole."""
+    made = loader(phase(objective=objective))
+    for step in range(1, 20):
+        check_parts(made, step, 4)
+        if objective is not mixed:  # what is declared decides, whatever the rows are
+            assert made.batch(step).mask["kind"] == "prefix"
+
+
+def by_source(row, rng):
+    """An objective whose moons are read both ways, within a window that the stars do not have."""
+    is_moon = row["source"][0] == 1
+    if is_moon:
+        return row, {"kind": "bidirectional", "window": 5}
+    return row, CAUSAL
+
+
+def test_masks_that_cannot_be_one_are_refused():
+    both = phase(objective=by_source, mixture=dict(stars=1, moons=1))
+    made = loader(phase(steps=2), both)
+    sentence = r"phases\.1\.objective .*'causal', 'window': 0.*'window': 5"
+    with pytest.raises(InputError, match=sentence):
+        made.batch(3)
