@@ -39,7 +39,7 @@ from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, Loan, borrow, find_checkpoint, unchanged
 from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
-from lib.corpus import assemble
+from lib.corpus import assemble, open_held_out
 from lib.curves import draw
 from lib.disk import cache_home, digest, locked, write
 from lib.errors import InputError, user_errors
@@ -59,6 +59,7 @@ from lib.fields import (
 )
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
+from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
 from lib.optim import (
     State,
@@ -162,6 +163,10 @@ class Config:
     init_with: Literal["params", "all"] = "params"  # "all": optimiser and place in the data too
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = (Phase(),)
+    # One of these three may say how long the run is; the steps of its phases are then proportions.
+    tokens: NotNegative = 0.0  # length in tokens, padding included; 0 is the phases' steps
+    epochs: NotNegative = 0.0  # length in passes over the training documents of all sources
+    tokens_per_param: NotNegative = 0.0  # length in tokens for each parameter of the last model
     schedule: Schedule = Schedule()
     optimizer: Callable = adamw  # table -> {group: optax transformation of unscaled directions}
     clip: NotNegative = 1.0  # global gradient norm; 0 is off
@@ -204,6 +209,7 @@ def check(config: Config) -> None:
     """Raise InputError for a wrong type or an impossible combination, before anything is built."""
     check_value(config, Config, "")
     check_rules(config)
+    require(length_rules(config))
     for rules in start_rules, evaluation_rules, mixture_rules, objective_rules, tracker_rules:
         require(rules(config))
 
@@ -221,7 +227,7 @@ def evaluation_rules(config: Config) -> Rules:
     """When a run is evaluated, and on what windows."""
     total = sum(phase.steps for phase in config.phases)
     yield (
-        max(config.eval_at, default=0) > total,
+        max(config.eval_at, default=0) > total and not asked(config),
         f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, "
         "the last",
     )
@@ -245,9 +251,10 @@ def mixture_rules(config: Config) -> Rules:
             f"for the sources {', '.join(sources)}",
         )
         yield (
-            phase.steer and not (reads_log(phase) and (config.data.dev or config.evals)),
+            phase.steer and not (reads_log(phase) and may_steer(config)),
             f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function, "
-            "or order or objective ask for the log, and there is a dev split, or evals, to steer by",
+            "or order or objective ask for the log, and there is a dev split, or evals, to steer "
+            "by",
         )
         by_size = mixture is None and len(sources) > 1
         yield (
@@ -255,6 +262,12 @@ def mixture_rules(config: Config) -> Rules:
             f"data.stream is true, but phases.{i}.mixture or a source's epochs ask how large a "
             "source is; allowed are weights, and epochs of 0",
         )
+
+
+def may_steer(config: Config) -> bool:
+    """Whether anything is measured that a mixture, an order or an objective could be steered by."""
+    data = config.data
+    return bool(data.dev or data.held_out or config.evals)
 
 
 def objective_rules(config: Config) -> Rules:
@@ -523,6 +536,7 @@ class Run:
     mesh: Mesh
     tokenizer: Tokenizer
     caches: dict[str, Cache]  # by source
+    held_out: dict[str, Cache]  # of `data.held_out`
     loader: Loader
     plan: Plan
     context: Context  # of edits
@@ -539,6 +553,10 @@ class Run:
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed. (Data is drawn from the seed by numpy.)"""
         return jax.random.fold_in(jax.random.key(self.config.seed), ("init", "edits").index(use))
+
+    def setting(self, config: Config, phase: Phase) -> Setting:
+        """What an evaluation reads; config: with the shape that is evaluated as its `model`."""
+        return Setting(config, phase, self.caches, self.tokenizer, self.mesh, self.held_out)
 
     def abandon(self):
         """End the processes that build token caches, and so all waiting for them."""
@@ -574,11 +592,14 @@ def prepare(config: Config, file: str = "") -> Run:
         mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
     config, tokenizer, caches = assemble(config, own)
-    loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
-    batches = functools.partial(next_batches, loader, 0)
-    context = Context(jax.random.key(0), 0, tokenizer, batches, load_beside)
+    held_out = open_held_out(config, tokenizer, caches)
+    loader, context, plan = planned(config, tokenizer, caches)
+    longer = with_steps(config, loader, plan.models[-1])
+    if longer != config:
+        check(longer)
+        config = longer
+        loader, context, plan = planned(config, tokenizer, caches)
     with user_errors():
-        plan = make_plan(config, context)
         for model in plan.models:
             shardings(table(model), mesh)
     for i, model in enumerate(plan.models):
@@ -588,7 +609,19 @@ def prepare(config: Config, file: str = "") -> Run:
                 f"{tokenizer.vocab}; use the same data.tokenizer, or an edit that swaps the "
                 "vocabulary"
             )
-    return Run(config, file, directory, mesh, tokenizer, caches, loader, plan, context)
+    of_data = tokenizer, caches, held_out
+    return Run(config, file, directory, mesh, *of_data, loader, plan, context)
+
+
+def planned(
+    config: Config, tokenizer: Tokenizer, caches: dict[str, Cache]
+) -> tuple[Loader, Context, Plan]:
+    """The batches of a config, what its edits may read, and what each of its steps is to be."""
+    loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
+    batches = functools.partial(next_batches, loader, 0)
+    context = Context(jax.random.key(0), 0, tokenizer, batches, load_beside)
+    with user_errors():
+        return loader, context, make_plan(config, context)
 
 
 def check_batches(config: Config, mesh: Mesh):
@@ -758,7 +791,7 @@ def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
     losses, scores = held_out_programs(run, step)
     config = replace(run.config, model=run.plan.model_after(step))
     phase = config.phases[run.plan.phase_of(step)]
-    setting = Setting(config, phase, run.caches, run.tokenizer, run.mesh)
+    setting = run.setting(config, phase)
     found = dev_figures(losses, state.params, state.step, setting)
     found |= trained_losses(run, state, step, setting)
     own = own_evals(scores, state.params, state.step, setting)
@@ -949,11 +982,11 @@ def final_figures(run: Run, params: dict, config: Config, step: int) -> dict:
     params = jax.device_put(params, shardings(table(config.model), run.mesh))
     losses, scores = held_out_programs(run, step)
     losses = functools.partial(losses, params, step)
-    found = test_figures(losses, run.caches, config, run.tokenizer, run.mesh)
+    measured = run.caches, config, run.tokenizer, run.mesh, run.held_out
+    found = test_figures(losses, *measured)
     evaluated, own = run.own_figures
     if step != evaluated:
-        last = config.phases[-1]
-        setting = Setting(config, last, run.caches, run.tokenizer, run.mesh)
+        setting = run.setting(config, config.phases[-1])
         own = own_evals(scores, params, step, setting)
     return found | own
 

@@ -36,7 +36,8 @@ from lib.sources import (
 )
 from lib.tokenizers import Tokenizer, marked_tokens
 
-CHOSEN = ("deselected", "duplicate", "near-duplicate")  # kinds that are skipped, but no damage
+# Kinds that are skipped, but no damage.
+CHOSEN = ("deselected", "duplicate", "near-duplicate", "no text")
 GROUP = 256  # documents that are tokenized together
 JUDGED = 1_000  # documents after which the share of damaged ones is judged, and at the end
 
@@ -52,6 +53,7 @@ class Shard(NamedTuple):
     split: np.ndarray  # uint8 [documents], index into SPLITS
     score: np.ndarray  # float32 [documents] or [documents k], NaN without a score function
     quiet: np.ndarray  # int32 [documents], tokens of the prefix: they are read without loss
+    texts: np.ndarray  # uint64 [documents], a hash of the text, wherever it came from
     directory: Path
     # int32 [spans 3], by document: its number, first token and end; None if the source has no marks
     marks: np.ndarray | None = None
@@ -155,7 +157,7 @@ def cache_directory(name: str, config, tokenizer: Tokenizer, seed: int) -> Path:
     source = config.sources[name]
     functions = [function_key(f) for f in (source.documents, source.prepare, source.score)]
     parts = [
-        FORMAT, functions, config.dev, config.test, config.shard_tokens,
+        FORMAT, functions, *config.shares(name), config.shard_tokens,
         seed if source.prepare else 0, hashlib.sha256(tokenizer.model).hexdigest()]
     if source.split:
         parts.append({"split": source.split})
@@ -283,7 +285,7 @@ def tokenize(documents: list[Document], config, name: str, tokenizer: Tokenizer,
              counts: Counter) -> Iterator[Row]:
     """The rows of documents after `prepare`; they and what is skipped are counted in `counts`."""
     source = config.sources[name]
-    prepared = prepare(documents, config, source, seed, counts)
+    prepared = prepare(documents, config.shares(name), source, seed, counts)
     prefixes = tokenizer.encode_batch([document.prefix for document, _ in prepared])
     texts = tokenizer.encode_batch([document.text for document, _ in prepared])
     full = [n for n, ids in enumerate(texts) if len(ids)]
@@ -346,12 +348,15 @@ def marked(document: Document, tokens: int, prefix: int, tokenizer: Tokenizer, s
     return prefix + marked_tokens(tokenizer, document.text, document.marks, tokens)
 
 
-def prepare(documents: list[Document], config, source: Source, seed: int,
+def prepare(documents: list[Document], shares: tuple[float, float], source: Source, seed: int,
             counts: Counter) -> list[tuple[Document, int]]:
-    """[(document, split)] after the source's `prepare`, without what cannot be encoded."""
+    """[(document, split)] after the source's `prepare`, without what cannot be encoded.
+
+    shares: of documents that their hash holds out, (dev, test).
+    """
     prepared = []
     for document in documents:
-        split = split_in(document, source, config.dev, config.test)
+        split = split_in(document, source, *shares)
         made = document
         if source.prepare and SPLITS[split] == "train":
             rng = np.random.default_rng([seed, path_hash(document.path)])
@@ -413,6 +418,7 @@ def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, fa
         split=np.array([row.split for row in rows], np.uint8),
         score=scores_of(directory.name, rows),
         quiet=np.array([row.quiet for row in rows], np.int32),
+        texts=np.array([path_hash(row.document.text) for row in rows], np.uint64),
         **marks_of(rows),
     )
     with open(partial / "documents.jsonl", "w", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ from lib.errors import InputError
 
 # The version of what is kept in the cache; a part of every key there. Raise it when lib/ makes
 # something else of the same documents and settings.
-FORMAT = 3
+FORMAT = 4
 
 
 def cache_home() -> Path:

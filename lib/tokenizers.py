@@ -318,7 +318,8 @@ def texts_key(config) -> list:
     documents = [[name, function_key(s.documents)] for name, s in config.sources.items()]
     splits = {name: s.split for name, s in config.sources.items() if s.split}
     more = [splits] if splits else []
-    return [config.sample_mib, config.dev, config.test, documents, *more]
+    shares = [config.shares(name) for name in config.sources]
+    return [config.sample_mib, shares, documents, *more]
 
 
 def call_tokenizer(config, vocab: int) -> Tokenizer:
@@ -425,7 +426,7 @@ def tokenizer_texts(config) -> list[str]:
     most = int(config.sample_mib * 2**20 / len(config.sources))
     texts, problems = [], []
     for name, source in config.sources.items():
-        found, left_out = sample_texts(source, most, config)
+        found, left_out = sample_texts(source, most, config.shares(name))
         texts += found
         if not any(found):
             why = describe_skipped(left_out, source) if left_out else "gives no documents"
@@ -435,16 +436,17 @@ def tokenizer_texts(config) -> list[str]:
     return texts
 
 
-def sample_texts(source: Source, most: int, config) -> tuple[list[str], Counter]:
+def sample_texts(source: Source, most: int,
+                 shares: tuple[float, float]) -> tuple[list[str], Counter]:
     """(texts, what was left out by kind): the training documents of lowest path hash.
 
     They have about `most` characters, and do not depend on the order of the documents. A source
-    without end is read until it gave 64 times as many.
+    without end is read until it gave 64 times as many. shares: (dev, test) by the hash of the path.
     """
     heap = []  # by falling hash: the largest is dropped first
     left_out, held, seen = Counter(), 0, 0
     for number, document in enumerate(source.documents()):
-        kind = why_left_out(document, source, config)
+        kind = why_left_out(document, source, shares)
         if kind:
             left_out[kind] += 1
             continue
@@ -458,13 +460,13 @@ def sample_texts(source: Source, most: int, config) -> tuple[list[str], Counter]
     return [text[:most] for _, _, text in sorted(heap, reverse=True)], left_out
 
 
-def why_left_out(document, source: Source, config) -> str:
+def why_left_out(document, source: Source, shares: tuple[float, float]) -> str:
     """Why a tokenizer does not learn from a document; "" if it does."""
     if isinstance(document, Skipped):
         return document.kind
     if SURROGATE.search(document.text):
         return "lone surrogates"
-    if SPLITS[split_in(document, source, config.dev, config.test)] != "train":
+    if SPLITS[split_in(document, source, *shares)] != "train":
         return "held out"
     return "" if document.text else "empty"
 

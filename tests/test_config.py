@@ -453,7 +453,7 @@ ELSEWHERE = {
     "lr": "--schedule.peak",
     "learning_rate": "--schedule.peak",
     "batch_size": "--phases.0.batch",
-    "epochs": "--data.sources.NAME.epochs",
+    "num_epochs": "--data.sources.NAME.epochs",
     "steps": "--phases.0.steps or --phases.1.steps",
     "seq_len": "--phases.0.seq",
     "context": "--phases.0.seq",

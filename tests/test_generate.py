@@ -497,7 +497,7 @@ MISTAKES = [
     (["--prompts", "bad.jsonl"], ['{"text": "x"}']),
     (["--prompts", "no"], ["--prompts", "no such"]),
     (["--prompts", "none.txt"], ["--prompts"]),
-    (["--stream", "--n", 2], ["--stream", "2"]),
+    (["--stream", "--json"], ["--stream", "json"]),
     (["--mesh.tensor", 3], ["tensor 3", "8 devices"]),
     (["--mesh.tensor", 8], ["vocab", "258", "8"]),
 ]
