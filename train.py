@@ -41,7 +41,7 @@ from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
 from lib.corpus import assemble
 from lib.curves import draw
-from lib.disk import cache_home, digest, locked, write
+from lib.disk import cache_home, content_hash, digest, locked, read_object, write
 from lib.errors import InputError, user_errors
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
@@ -75,7 +75,7 @@ from lib.own_loss import is_plain, own_losses, summing
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
-from lib.resume import changed_fields, resume_key, start_config, start_from
+from lib.resume import changed_fields, own_tokenizer, resume_key, start_config, start_from
 from lib.schedule import Plan, Schedule, make_plan
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.sizes import sizes_of
@@ -640,6 +640,12 @@ def restore(run: Run, step: int) -> State:
     or other text led there.
     """
     meta = run.checkpoints.meta(step)
+    if "format" not in meta:
+        raise InputError(
+            f"run {run.directory} was begun by an older version of Coppice, whose checkpoints do "
+            "not say what they depend on as they do now; go on in another run: "
+            f"--init_from {run.directory}@{step} --init_with all --name NEW"
+        )
     changed = changed_fields(meta["past"], resume_key(run.config, run.plan, step))
     if step > run.plan.total:
         changed.append(f"the phases end at step {run.plan.total}")
@@ -811,6 +817,7 @@ def save(run: Run, state: State, step: int, log: Log):
             "start": run.loader.start,
             "past": resume_key(run.config, run.plan, step),
             "positions": dict(zip(run.caches, positions, strict=True)),
+            "tokenizer": content_hash(run.tokenizer.model).hex(),
         },
         {name: loan for name, loan in run.borrowed.items() if name not in trained},
     )
@@ -821,7 +828,9 @@ def lay_out(run: Run):
     """Write what identifies a run into its directory, and read its summary if it has ended."""
     end = run.directory / "summary.json"
     if end.exists() and run.resumed[0] == run.plan.total:
-        run.summary = json.loads(end.read_text())
+        run.summary = read_object(end) or None
+        if not run.summary:
+            say(f"{end} is damaged; the run ends again")
     if not is_main_process():
         return
     if not run.summary:  # what a run left there that was made longer is not its end any more
@@ -927,10 +936,10 @@ def finish(run: Run, log: Log) -> dict[str, Any]:
     total, name = run.plan.total, str(run.directory)
     step = find_checkpoint(name)[1]
     params, config, tokenizer, _ = load(name, step)
-    found = final_figures(run, params, config, step)
-    write_figures(run.directory, found)
-    tests = {key: value for key, value in found.items() if ".test/" in key}
-    log.row({"step": total, **tests, **run.plan.spent(total)})
+    tests, own = final_figures(run, params, config, step)
+    write_figures(run.directory, tests | own)
+    tests = {name: value for name, value in tests.items() if name.startswith("eval/")}
+    log.row({"step": total, "final": True, **tests, **run.plan.spent(total)})
     log.sync()
     samples = continuations(params, config, tokenizer, step, config.prompts)
     if not is_main_process():
@@ -943,8 +952,8 @@ def finish(run: Run, log: Log) -> dict[str, Any]:
     return summary
 
 
-def final_figures(run: Run, params: dict, config: Config, step: int) -> dict:
-    """Figures of the whole test split, and of the config's own evals, which do not run twice."""
+def final_figures(run: Run, params: dict, config: Config, step: int) -> tuple[dict, dict]:
+    """(figures of the whole test split, those of the config's own evals, which run once)."""
     params = jax.device_put(params, shardings(table(config.model), run.mesh))
     losses, scores = held_out_programs(run, step)
     losses = functools.partial(losses, params, step)
@@ -954,7 +963,7 @@ def final_figures(run: Run, params: dict, config: Config, step: int) -> dict:
         last = config.phases[-1]
         setting = Setting(config, last, run.caches, run.tokenizer, run.mesh)
         own = own_evals(scores, params, step, setting)
-    return found | own
+    return found, own
 
 
 def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
@@ -967,7 +976,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     """
     checkpoints, step, meta = find_checkpoint(run, step)
     directory = checkpoints.root.parent
-    config = from_json(Config, json.loads((directory / "config.json").read_text()))
+    config = config_files.read_json(str(directory / "config.json"), Config)
     config = replace(config, model=from_json(ModelConfig, meta["model"]))
     enable_float64(config)
     if mesh or jax.process_count() > 1:
@@ -975,7 +984,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     else:
         devices = make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.params(step, state_like(config.model, config.optimizer, devices))
-    tokenizer = load_tokenizer(directory / "tokenizer.model")
+    tokenizer = load_tokenizer(own_tokenizer(directory, meta))
     _, scores = evaluators(config.reparam, config.model, devices)
     return params, config, tokenizer, sharded_apply(scores, step, devices)
 

@@ -31,6 +31,7 @@ from lib.fields import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+FUNCTION = {"function", "arguments"}  # keys of a function in JSON, which has "source" besides
 HOUSE = "lib", "tools", "configs"  # whose files import one another by dotted names
 
 
@@ -212,10 +213,20 @@ def to_json(value):
 def read_json(path: str, kind: type):
     """The config in a run's config.json. Raises InputError for what is none."""
     with config_errors(path):
-        found = from_json(kind, json.loads(Path(path).read_text("utf-8")))
-    if not isinstance(found, kind):
-        raise InputError(f"config file {path} is not the config.json of a run: it is no object")
-    return found
+        written = json.loads(Path(path).read_text("utf-8"))
+        if isinstance(written, dict):
+            return from_json(kind, written)
+    raise InputError(f"config file {path} is not the config.json of a run: it is no object")
+
+
+def run_json(directory: Path) -> dict:
+    """What a run's config.json holds. Raises InputError where it is not a config's."""
+    path = directory / "config.json"
+    with config_errors(str(path)):
+        written = json.loads(path.read_text("utf-8"))
+    if isinstance(written, dict) and {"model", "optimizer"} <= written.keys():
+        return written
+    raise InputError(f"{path} is not the config.json of a run: it has no model or no optimizer")
 
 
 def from_json(hint, value):
@@ -223,7 +234,7 @@ def from_json(hint, value):
 
     Raises InputError for a field or a function that is not there.
     """
-    if isinstance(value, dict) and {"function", "arguments"} <= value.keys():
+    if isinstance(value, dict) and FUNCTION <= value.keys():
         return function_of(value)
     if isinstance(value, dict):
         made = option(hint, dataclasses.is_dataclass)

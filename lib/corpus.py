@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from lib.cache import Cache, build, cache_directory
+from lib.cache import Cache, build, open_cache
 from lib.config import ROOT, to_json
 from lib.disk import write
 from lib.errors import InputError
@@ -78,10 +78,10 @@ def open_caches(config, tokenizer: Tokenizer) -> dict[str, Cache]:
 
 def stream(config, name: str, tokenizer: Tokenizer) -> Cache:
     """The token cache of a source, which a process is still building unless it is complete."""
-    directory = cache_directory(name, config.data, tokenizer, config.seed)
-    if (directory / "complete").exists():
-        return Cache(directory, name)
-    return Cache(directory, name, builder=spawn(config, name, directory))
+    cache = open_cache(name, config.data, tokenizer, config.seed)
+    if cache.length() is None:
+        cache.builder = spawn(config, name, cache.directory)
+    return cache
 
 
 def spawn(config, name: str, directory: Path) -> tuple[subprocess.Popen, Path]:

@@ -141,7 +141,8 @@ def test_cache_key_follows_tokenizer_and_settings(home, data_config, pieces):
                replace(data_config, sources={"corpus": replace(source, documents=many)})]
     caches = [build("corpus", config, Bytes(), 0) for config in (data_config, *changed)]
     caches += [build("corpus", data_config, pieces, 0), build("corpus", changed[4], Bytes(), 1)]
-    assert len({c.directory for c in caches}) == len({c.total['fingerprint'] for c in caches}) == len(caches)
+    assert len({c.directory for c in caches}) == len(caches)  # with 9 tokens a shard there is one shard still
+    assert len({c.total['fingerprint'] for c in caches}) == len(caches) - 1
 
 
 def test_cache_key_follows_an_edited_file(home, tmp_path):
@@ -217,8 +218,9 @@ def test_two_builders_make_one_cache(home, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["truncated", "longer", "missing", "no seal", "torn seal"])
-def test_damaged_shard_is_an_input_error(home, harm):
+def test_damaged_shard_is_built_again(home, harm, capsys):
     directory = build("many", MANY, Bytes(), 0).directory
+    whole = files(directory)
     tokens, seal = directory / "000001" / "tokens.bin", directory / "000001" / "seal.json"
     if harm in ("truncated", "longer"):
         content = tokens.read_bytes()
@@ -231,9 +233,8 @@ def test_damaged_shard_is_an_input_error(home, harm):
         seal.write_text(seal.read_text()[:20])
     cache = build("many", MANY, Bytes(), 0)
     assert len(cache.shard(0).tokens)
-    with pytest.raises(InputError, match="000001 is damaged") as caught:
-        cache.shard(1)
-    assert str(directory) in str(caught.value)
+    assert len(cache.shard(1).tokens) and files(directory) == whole
+    assert f"{directory}/000001 is damaged" in capsys.readouterr().out
 
 
 def test_a_builder_that_fails_is_reported_by_its_last_words(tmp_path):

@@ -28,6 +28,7 @@ from data import batch_lengths
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.config import to_json
+from lib.disk import read_object
 from lib.errors import InputError, user_errors
 from lib.hf import PLAIN, ROPE, safetensors_package, sides, tensors
 from lib.teacher import alone
@@ -260,8 +261,7 @@ def known_scores(run: Path) -> dict[str, float]:
     """The figures of a run that its card shows."""
     found = {}
     for file in (run / "summary.json", run / "eval.json"):
-        if file.exists():
-            found |= json.loads(file.read_text())
+        found |= read_object(file)
     numbers = {name: x for name, x in found.items() if isinstance(x, int | float)}
     return {name: x for name, x in numbers.items() if name.startswith(SCORES)}
 

@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 from lib import equal, results
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, to_json, walk
-from lib.disk import digest, finite, write
+from lib.disk import digest, finite, read_object, write
 from lib.errors import InputError
 from lib.fields import allowed_names
 from lib.schedule import Schedule
@@ -257,7 +257,7 @@ def complete(request: Request, job: Job) -> bool:
     config, _ = parse(command(request, job))
     check(config)
     run = request.directory / job.name
-    whole = (run / "summary.json").exists()
+    whole = bool(read_object(run / "summary.json"))
     changed = changed_fields(run, config, request, job) if whole else []
     if run.is_symlink():
         if changed or not whole:
@@ -449,7 +449,7 @@ class Runner:
         log = self.log_of(job)
         lines = log.read_text(errors="replace").splitlines()
         said = lines[-1] if lines else ""
-        whole = (self.request.directory / job.name / "summary.json").exists()
+        whole = bool(read_object(self.request.directory / job.name / "summary.json"))
         if self.stopping or (code == 0 and not whole):
             print(f"{job.name} was stopped; the same command resumes the study", flush=True)
             raise SystemExit(0)
