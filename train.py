@@ -4,7 +4,8 @@ moment.
     python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume a run
     python train.py VERB ...                               run tools/VERB.py: sample, eval, ...
 
-CONFIG is configs/quickstart.py where none is given.
+CONFIG is configs/quickstart.py where none is given. `--trust`, anywhere, lets the code of a run that
+was made elsewhere run; see lib/trust.py.
 
 Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits
 due at s; these are functions of (seed, step, index) and are applied again on resume.
@@ -82,8 +83,9 @@ from lib.sizes import sizes_of
 from lib.stop import Stop
 from lib.study import unmet_rules
 from lib.summary import hint, write_summary
-from lib.tokenizers import Tokenizer, load_tokenizer
+from lib.tokenizers import Tokenizer, class_of, load_tokenizer
 from lib.trackers import start_tracker
+from lib.trust import named_files, read_record, record, trust
 from model import (
     Context,
     Edited,
@@ -639,6 +641,7 @@ def restore(run: Run, step: int) -> State:
     Tells the loader what was drawn before and decided since. Raises InputError where another config
     or other text led there.
     """
+    read_record(run.directory)
     meta = run.checkpoints.meta(step)
     if "format" not in meta:
         raise InputError(
@@ -835,7 +838,11 @@ def lay_out(run: Run):
         return
     if not run.summary:  # what a run left there that was made longer is not its end any more
         end.unlink(missing_ok=True)
-    keep_source(run.directory / "source", run.file.split(":")[0])
+    source = run.directory / "source"
+    keep_source(source, run.file.split(":")[0])
+    models = [to_json(model) for model in run.plan.models]
+    names = named_files([to_json(run.config), models, class_of(run.tokenizer)])
+    record(source, names)
     write(run.directory / "tokenizer.model", run.tokenizer.model)
     write(run.directory / "config.json", json.dumps(to_json(run.config), indent=1))
 
@@ -966,14 +973,23 @@ def final_figures(run: Run, params: dict, config: Config, step: int) -> tuple[di
     return found, own
 
 
-def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
+def load(
+    run: str, step: int | None = None, mesh: dict[str, int] | None = None, trusted: bool = False
+):
     """(params, config, tokenizer, apply) of a run's checkpoint.
 
     apply(params, ids [b t] or batch [, mask]) -> logits [b t v], see `sharded_apply`.
     `config.model` is the shape of that checkpoint. For the step see `find_checkpoint`.
     mesh: fields unlike those of the run's mesh; without them, one
-    device where there is one process.
+    device where there is one process. trusted: code of a run made elsewhere may run, see
+    lib/trust.py.
     """
+    with trust(trusted):
+        return load_run(run, step, mesh)
+
+
+def load_run(run: str, step: int | None, mesh: dict[str, int] | None):
+    """The same, of what may run now."""
     checkpoints, step, meta = find_checkpoint(run, step)
     directory = checkpoints.root.parent
     config = config_files.read_json(str(directory / "config.json"), Config)
@@ -1019,8 +1035,10 @@ def main(arguments: list[str]) -> int:
     tune_for_cpu()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled"))
+    trusted = "--trust" in arguments
+    arguments = [word for word in arguments if word != "--trust"]
     try:
-        with user_errors(OSError):  # a full disk, a directory that may not be written
+        with trust(trusted), user_errors(OSError):  # a full disk, what may not be written
             name, words = verb_of(arguments)
             result = verb(name, words) if name else train(*parse(words))
     except InputError as error:

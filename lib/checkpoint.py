@@ -22,6 +22,7 @@ from lib.errors import InputError, user_errors
 from lib.keys import is_run, run_step
 from lib.optim import State
 from lib.processes import all_gather, is_main_process
+from lib.trust import read_record
 
 FORMAT = 1  # of a checkpoint's metadata; those that name none were made before there was one
 
@@ -271,6 +272,7 @@ def find_checkpoint(run: str, step: int | None = None) -> tuple[Checkpoints, int
     directory = Path(run).expanduser()
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(run)!r} is not a run directory: it has no config.json")
+    read_record(directory)
     checkpoints = Checkpoints(directory / "checkpoints")
     found = checkpoints.steps()
     if step is None:

@@ -94,7 +94,7 @@ def spawn(config, name: str, directory: Path) -> tuple[subprocess.Popen, Path]:
     log = directory.with_suffix(".log")
     write(config_file, json.dumps(to_json(config)))
     command = [sys.executable, ROOT / "train.py", "corpus", "build", config_file]
-    command += ["--only", name, "--parent", str(os.getpid())]
+    command += ["--only", name, "--parent", str(os.getpid()), "--trust"]  # of this process
     with open(log, "w") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)

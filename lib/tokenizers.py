@@ -240,6 +240,13 @@ class Own:
         return np.asarray(self.inner.spans(text), np.int64).reshape(-1, 2)
 
 
+def class_of(tokenizer: "Tokenizer") -> dict:
+    """{"function": FILE:CLASS} of a tokenizer whose class a config file defines, otherwise {}."""
+    if not isinstance(tokenizer, Own):
+        return {}
+    return {"function": json.loads(tokenizer.model)["class"]}
+
+
 Tokenizer = SentencePiece | Bytes | Numbers | HuggingFace | Own
 
 
