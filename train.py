@@ -4,8 +4,8 @@ moment.
     python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume a run
     python train.py VERB ...                               run tools/VERB.py: sample, eval, ...
 
-CONFIG is configs/quickstart.py where none is given. `--trust`, anywhere, lets the code of a run that
-was made elsewhere run; see lib/trust.py.
+CONFIG is configs/quickstart.py where none is given. `--trust`, anywhere, lets the code of a run
+that was made elsewhere run; see lib/trust.py.
 
 Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits
 due at s; these are functions of (seed, step, index) and are applied again on resume.
@@ -48,6 +48,7 @@ from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
 from lib.fields import (
     Count,
+    ExitCode,
     NotNegative,
     Positive,
     Rules,
@@ -72,6 +73,7 @@ from lib.optim import (
     trained_groups,
     update_ratios,
 )
+from lib.output import forgiving
 from lib.own_loss import is_plain, own_losses, summing
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
@@ -184,6 +186,7 @@ class Config:
     save_every: Count = 200  # steps between checkpoints; there is one at the end of each phase too
     save_minutes: Positive = 15.0  # from one checkpoint to the next at most
     keep: Count = 3  # checkpoints kept, the newest
+    stop_code: ExitCode = 0  # exit code of a run that a signal stopped, with all saved
     keep_every: Whole = 0  # and those of each multiple of so many steps; 0 is none
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
     sample_tokens: Count = 200  # of each continuation
@@ -205,8 +208,26 @@ def check(config: Config) -> None:
     """Raise InputError for a wrong type or an impossible combination, before anything is built."""
     check_value(config, Config, "")
     check_rules(config)
+    require(name_rules(config))
     for rules in start_rules, evaluation_rules, mixture_rules, objective_rules, tracker_rules:
         require(rules(config))
+
+
+def name_rules(config: Config) -> Rules:
+    """What names of directories may be: none leads out of where it is put."""
+    parts = Path(config.name).parts
+    climbs = ".." in parts or config.name.startswith("/") or not config.name.isprintable()
+    yield (
+        climbs,
+        f"name is {config.name!r}; allowed is a directory below {config.runs}, of printable "
+        "characters",
+    )
+    for name in config.data.sources:
+        yield (
+            "/" in name or not name.isprintable() or len(name) not in range(1, 101),
+            f"data.sources has the name {name!r}; allowed are 1 to 100 printable characters "
+            "without a slash",
+        )
 
 
 def start_rules(config: Config) -> Rules:
@@ -248,7 +269,7 @@ def mixture_rules(config: Config) -> Rules:
         yield (
             phase.steer and not (reads_log(phase) and (config.data.dev or config.evals)),
             f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function, "
-            "or order or objective ask for the log, and there is a dev split, or evals, to steer by",
+            "or order or objective ask for the log, and there is a dev split or evals to steer by",
         )
         by_size = mixture is None and len(sources) > 1
         yield (
@@ -870,7 +891,7 @@ def opened(run: Run):
     root, config = run.directory / "checkpoints", run.config
     try:
         with lock, Checkpoints(root, config.keep, config.keep_every) as run.checkpoints:
-            yield
+            yield run
     finally:
         run.compiler.shutdown(wait=False, cancel_futures=True)
 
@@ -897,9 +918,10 @@ def train(config: Config, file: str = "") -> dict[str, Any] | None:
 
     Gives what summary.json holds. file: where the config comes from, to be kept with the run.
     """
-    run = prepare(config, file)
-    with Stop(run.mesh, config.save_minutes, run.abandon) as stop, opened(run):
+    listening = Stop(config.save_minutes, config.stop_code)
+    with forgiving(), listening as stop, opened(prepare(config, file)) as run:
         state, step = resume(run)  # from its own checkpoint, another run, a directory, or a draw
+        stop.begin(run.mesh, run.abandon)
         with log_of(run, step) as log, batches_after(run, step, stop) as batches:
             start = step + 1
             if step == 0 and run.plan.evaluates(0):
@@ -1040,13 +1062,21 @@ def main(arguments: list[str]) -> int:
     try:
         with trust(trusted), user_errors(OSError):  # a full disk, what may not be written
             name, words = verb_of(arguments)
-            result = verb(name, words) if name else train(*parse(words))
+            if name:
+                result = verb(name, words)
+            else:
+                config, file = parse(words)
+                result = train(config, file)
+                if result is None:
+                    return config.stop_code
     except InputError as error:
         sentence = " ".join(str(error).split())
-        sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too
+        with forgiving():
+            sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
+        with forgiving():
+            print("error: interrupted", file=sys.stderr, flush=True)
         return 130
     return result if isinstance(result, int) else 0  # of fit: 1 for what does not fit
 

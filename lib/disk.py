@@ -28,7 +28,7 @@ def digest(value: Any) -> str:
 
 
 def write(path: Path, content: bytes | str):
-    """Write a file whole or not at all, whoever else writes it, wherever; then it is on the disk."""
+    """Write a file whole or not at all, whoever else writes it; then it is on the disk."""
     if isinstance(content, str):
         content = content.encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)

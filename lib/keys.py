@@ -70,6 +70,16 @@ def read_key(name: str, value: Any, given: bool) -> list:
     return []
 
 
+def names_place(name: str, value: Any) -> bool:
+    """Whether a setting says where files or a run are."""
+    if isinstance(value, list | tuple):
+        return any(names_place("", item) for item in value)
+    if not isinstance(value, str) or not value:
+        return False
+    run, _ = run_step(value)
+    return name == "path" or is_run(run) or os.path.exists(os.path.expanduser(value))
+
+
 def files_key(path: str) -> list:
     """[[name, size, time of the last change]] of each file that a path means.
 

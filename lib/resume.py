@@ -15,7 +15,7 @@ from lib.config import FUNCTION, flatten, from_json, run_json, to_json
 from lib.disk import digest, file_hash
 from lib.errors import InputError, user_errors
 from lib.hf import read_params, read_shape
-from lib.keys import read_key, run_step
+from lib.keys import names_place, run_step
 from lib.objectives import asks
 from lib.optim import State, init_opt_state, places
 from lib.schedule import Plan
@@ -37,10 +37,7 @@ def as_json(value) -> Any:
 
 def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
     """What the first `step` steps depend on, flat; a run that goes on must have it in common."""
-    fields = {name: value for name, value in as_json(config).items() if name in PAST}
-    for source in fields["data"]["sources"].values():
-        for function in filter(None, (source["documents"], source["prepare"], source["score"])):
-            drop_places(function["arguments"])
+    fields = past_fields(config)
     phases = []
     for written, phase, end in zip(fields["phases"], config.phases, plan.ends, strict=True):
         begin = end - phase.steps
@@ -64,14 +61,24 @@ def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
     }
 
 
-def drop_places(arguments: dict[str, Any]):
-    """Leave out the settings of a source's function that say where files are.
+def past_fields(config) -> dict[str, Any]:
+    """Fields that steps depend on, as JSON, but not the settings that say where texts are.
 
-    What is in them is known by the fingerprint of the text, wherever they are now.
+    What is in them is known by the fingerprint, wherever they are now.
     """
-    for name, value in list(arguments.items()):
-        if name == "path" or any(read_key(name, value, given=True)):
-            del arguments[name]
+    fields = {}
+    for name, value in as_json(config).items():
+        if name in PAST:
+            fields[name] = value
+    for source in fields["data"]["sources"].values():
+        for use in ("documents", "prepare", "score"):
+            if source[use] is None:
+                continue
+            given = source[use]["arguments"]
+            places = [name for name, value in given.items() if names_place(name, value)]
+            for name in places:
+                del given[name]
+    return fields
 
 
 def without_places(written: Any) -> Any:

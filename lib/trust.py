@@ -1,7 +1,7 @@
 """Whose code runs: which files a run's directory may name functions of.
 
 A run's config.json, the metadata of its checkpoints and its tokenizer name functions by file. Who
-reads a directory that somebody else made runs none of its code unasked. A file that is named runs if
+reads a directory that somebody else made runs none of its code unasked. A file runs if
 
 - it is of this repository and made for configs: OFFERED;
 - or it runs in this process already, such as the config file of the command line;
@@ -70,9 +70,9 @@ def may_run(file: str, name: str) -> list[Path]:
     if not found:
         gone = "" if path.is_file() else ", a file that is gone"
         raise InputError(
-            f"the config has the function {name} of {file}{gone}, which is not code of this repository "
-            "for configs, nor was it recorded by a run of yours; if you trust who made the run, "
-            "add --trust, and it is run")
+            f"the config has the function {name} of {file}{gone}, which is not code of this "
+            "repository for configs, nor was it recorded by a run of yours; if you trust who made "
+            "the run, add --trust, and it is run")
     return found
 
 

@@ -16,6 +16,7 @@ tokenizer has tokens.
 """
 import json
 import math
+import secrets
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -479,15 +480,19 @@ def main(arguments: list[str]):
     params = {name: params[name] for name in table(config.model)}
     params = llama_params(config, params, step)
     files, ends = text_files(config, tokenizer, a.dtype)
-    partly = a.directory.with_name(f"{a.directory.name}.partial")
-    shutil.rmtree(partly, ignore_errors=True)
-    partly.mkdir(parents=True)
-    write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
-    for file, content in files.items():
-        (partly / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-    if not isinstance(tokenizer, HuggingFace):
-        (partly / "tokenizer.model").write_bytes(tokenizer.model)
-    (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
-    partly.rename(a.directory)
+    partly = a.directory.with_name(f"{a.directory.name}.{secrets.token_hex(8)}.partial")
+    partly.mkdir(parents=True)  # nobody else's
+    try:
+        write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
+        for file, content in files.items():
+            said = json.dumps(content, indent=1, ensure_ascii=False)
+            (partly / file).write_text(said, "utf-8")
+        if not isinstance(tokenizer, HuggingFace):
+            (partly / "tokenizer.model").write_bytes(tokenizer.model)
+        (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
+        partly.rename(a.directory)
+    except BaseException:
+        shutil.rmtree(partly, ignore_errors=True)
+        raise
     parameters = size_of(config.model)
     print(f"{a.directory}: step {step} of {a.run}, {parameters:,} parameters in {a.dtype}")
