@@ -62,6 +62,7 @@ from lib.fields import (
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
 from lib.log import Log, say
+from lib.memory import check_state
 from lib.optim import (
     State,
     adamw,
@@ -73,7 +74,7 @@ from lib.optim import (
     trained_groups,
     update_ratios,
 )
-from lib.output import forgiving
+from lib.output import answered, forgiving
 from lib.own_loss import is_plain, own_losses, summing
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
@@ -103,6 +104,7 @@ from model import (
     weighted_mean,
 )
 
+MOST_STEPS = 100_000_000  # rates and budgets of each are worked out in advance
 CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps a copy of
 
 
@@ -233,6 +235,11 @@ def name_rules(config: Config) -> Rules:
 def start_rules(config: Config) -> Rules:
     """What a run starts from."""
     yield (not config.phases, "phases is empty; allowed is one phase and more")
+    total = sum(phase.steps for phase in config.phases)
+    yield (
+        total > MOST_STEPS,
+        f"phases take {total:,} steps together; allowed are at most {MOST_STEPS:,}",
+    )
     yield (
         config.init_with == "all" and config.init_from.startswith("hf:"),
         f'init_with is "all", but {config.init_from} has no optimiser state; allowed is "params"',
@@ -610,6 +617,7 @@ def prepare(config: Config, file: str = "") -> Run:
                 f"{tokenizer.vocab}; use the same data.tokenizer, or an edit that swaps the "
                 "vocabulary"
             )
+    check_state(config, plan, mesh)
     return Run(config, file, directory, mesh, tokenizer, caches, loader, plan, context)
 
 
@@ -1057,28 +1065,18 @@ def main(arguments: list[str]) -> int:
     tune_for_cpu()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled"))
-    trusted = "--trust" in arguments
-    arguments = [word for word in arguments if word != "--trust"]
-    try:
-        with trust(trusted), user_errors(OSError):  # a full disk, what may not be written
-            name, words = verb_of(arguments)
-            if name:
-                result = verb(name, words)
-            else:
-                config, file = parse(words)
-                result = train(config, file)
-                if result is None:
-                    return config.stop_code
-    except InputError as error:
-        sentence = " ".join(str(error).split())
-        with forgiving():
-            sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too
-        return 2
-    except KeyboardInterrupt:
-        with forgiving():
-            print("error: interrupted", file=sys.stderr, flush=True)
-        return 130
-    return result if isinstance(result, int) else 0  # of fit: 1 for what does not fit
+    name, words = verb_of([word for word in arguments if word != "--trust"])
+
+    def work() -> int:
+        if name:
+            result = verb(name, words)
+            return result if isinstance(result, int) else 0  # of fit: 1 for what does not fit
+        config, file = parse(words)
+        ended = train(config, file)
+        return config.stop_code if ended is None else 0
+
+    with trust("--trust" in arguments):
+        return answered(work)
 
 
 def quiet(problem):

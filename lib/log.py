@@ -24,6 +24,7 @@ from model import count
 
 RECENT = 100  # losses that a new one is compared with
 SPIKE = 6  # standard deviations above their mean at which it is reported
+LEAST = 0.01  # nats that a standard deviation counts at least: near zero loss any is small
 PAUSE = 5.0  # seconds between lines where the output is no terminal
 
 
@@ -148,7 +149,8 @@ class Log:
     def report_spike(self, step: int, loss: float):
         """Say so where a loss is far above the last ones."""
         if len(self.recent) > 50:
-            above = (loss - np.mean(self.recent)) / np.std(self.recent)
+            spread = max(LEAST, np.std(self.recent))
+            above = (loss - np.mean(self.recent)) / spread
             if above > SPIKE:
                 config = self.path.with_name("config.json")
                 say(

@@ -1,7 +1,38 @@
-"""Output that is no way to die: what cannot be shown is lost, and a run goes on."""
+"""What a command says at its end, and output that is no way to die: a run goes on without it."""
 import contextlib
 import os
 import sys
+from collections.abc import Callable
+
+import jax
+
+from lib.errors import InputError, first_cause, user_errors
+from lib.memory import LESS, is_out
+
+
+def answered(work: Callable[[], int]) -> int:
+    """The exit code of a command; what the user can mend is one sentence on stderr, and 2."""
+    try:
+        with user_errors(OSError):  # a full disk, a directory that may not be written
+            return work()
+    except InputError as error:
+        complain(" ".join(str(error).split()))
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not is_out(error):
+            raise
+        complain(f"out of memory ({first_cause(error)}); {LESS}")
+        return 2
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+
+
+def complain(sentence: str):
+    """Say on stderr what went wrong, if that can be written."""
+    with forgiving():
+        sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too
+        sys.stderr.flush()
 
 
 class Forgiving:
