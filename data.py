@@ -21,7 +21,7 @@ import numpy as np
 
 from lib.bind import bind, parameters
 from lib.cache import Cache
-from lib.disk import digest, write
+from lib.disk import digest, read_checked, write_checked
 from lib.errors import InputError
 from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
@@ -235,13 +235,16 @@ class Rows:
         """A window with its plan. `window` does the same and remembers the last ones."""
         documents = self.permuted_documents(number)
         lengths = documents.of(lambda shard: np.diff(shard.offsets) + 1)
-        file = self.plans / f"{number:06d}.npy"
-        if not file.exists():
-            plan = self.pack(documents, lengths)
+        file = self.plans / f"{number:06d}.plan"
+        written = read_checked(file)
+        if written is None:
+            if file.exists():
+                print(f"the plan {file} is damaged; it is made again", flush=True)
             content = io.BytesIO()
-            np.save(content, plan.astype(np.int32))
-            write(file, content.getvalue())
-        plan = np.load(file)
+            np.save(content, self.pack(documents, lengths).astype(np.int32))
+            written = content.getvalue()
+            write_checked(file, written)
+        plan = np.load(io.BytesIO(written))
         return Window(documents, lengths, plan.astype(np.int64))
 
     def permuted_documents(self, number: int) -> Documents:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.cache import Cache, build, cache_directory
+from lib.cache import Cache, build, open_cache
 from lib.config import ROOT, to_json
 from lib.disk import write
 from lib.errors import InputError
@@ -114,10 +114,10 @@ def trained_on_too(held_out: dict[str, Cache], caches: dict[str, Cache]) -> dict
 
 def stream(config, name: str, tokenizer: Tokenizer) -> Cache:
     """The token cache of a source, which a process is still building unless it is complete."""
-    directory = cache_directory(name, config.data, tokenizer, config.seed)
-    if (directory / "complete").exists():
-        return Cache(directory, name)
-    return Cache(directory, name, builder=spawn(config, name, directory))
+    cache = open_cache(name, config.data, tokenizer, config.seed)
+    if cache.length() is None:
+        cache.builder = spawn(config, name, cache.directory)
+    return cache
 
 
 def spawn(config, name: str, directory: Path) -> tuple[subprocess.Popen, Path]:
@@ -130,7 +130,7 @@ def spawn(config, name: str, directory: Path) -> tuple[subprocess.Popen, Path]:
     log = directory.with_suffix(".log")
     write(config_file, json.dumps(to_json(config)))
     command = [sys.executable, ROOT / "train.py", "corpus", "build", config_file]
-    command += ["--only", name, "--parent", str(os.getpid())]
+    command += ["--only", name, "--parent", str(os.getpid()), "--trust"]  # of this process
     with open(log, "w") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)

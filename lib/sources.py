@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import sysconfig
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from lib.fields import NotNegative, strict
 SPLITS = ("train", "dev", "test", "held_out")  # the last is dev and test alike
 # The splits, as indices into SPLITS, that documents are in who are read as one of them.
 READ_AS = {"train": [0], "dev": [1, 3], "test": [2, 3], "held_out": [3]}
+TRIES, PAUSE = 3, 0.5  # how often a file is read that the disk fails to give; first pause, seconds
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
 
 
@@ -131,7 +133,8 @@ def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Docum
 
     With a `separator` each file is cut after it; the pieces are documents `file#number`, from 1.
     Where that is a line end, lines are read one by one: those over `longest` bytes are skipped, and
-    those before the break of a truncated archive are kept.
+    those before the break of a truncated archive are kept. Raises InputError for a file that the
+    disk cannot read, tried again TRIES times: what it holds is not lost, and must not count so.
     """
     fs, found = files(path)
     for name, place in found:
@@ -140,17 +143,33 @@ def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Docum
 
 def text_of(fs, name: str, place: str, separator: str = "",
             longest: int = 2**26) -> Iterator[Document | Skipped]:
-    """The same for one file, see `files`."""
-    compression = compression_of(name)
-    try:
-        with fs.open(place, compression=compression) as raw:
-            file = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
-            for number, piece in enumerate(cut(file, separator, longest), 1):
-                yield decode(piece, f"{name}#{number}" if separator else name)
-    except EOFError:
-        yield Skipped(name, "truncated archive")
-    except Exception:  # each file system of fsspec and each kind of archive has its own
-        yield Skipped(name, "unreadable")
+    """The same for one file, see `files`. It is read again where the disk fails to give it."""
+    compression, given = compression_of(name), 0
+    for again in range(TRIES):
+        try:
+            with fs.open(place, compression=compression) as raw:
+                file = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+                for number, piece in enumerate(cut(file, separator, longest), 1):
+                    if number > given:
+                        given = number
+                        yield decode(piece, f"{name}#{number}" if separator else name)
+            break
+        except EOFError:
+            yield Skipped(name, "truncated archive")
+            break
+        except Exception as error:  # each file system and each kind of archive has its own
+            if getattr(error, "errno", None) is None:  # none of the disk's
+                yield Skipped(name, "unreadable")
+                break
+            wait_or_refuse(place, error, again)
+
+
+def wait_or_refuse(place: str, error: OSError, again: int):
+    """Wait before a file is read again; raise InputError after the last time."""
+    if again + 1 == TRIES:
+        raise InputError(f"source file {place!r} cannot be read ({error.strerror}); mend that, or "
+                         "move it elsewhere; what was built so far is kept") from None
+    time.sleep(PAUSE * 2**again)
 
 
 def compression_of(name: str) -> str | None:

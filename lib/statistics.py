@@ -1,6 +1,5 @@
 """What a study's runs say: figures of each run, paired differences, intervals and verdicts."""
 import itertools
-import json
 import math
 import statistics
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-from lib.disk import digest, read_rows
+from lib.disk import digest, metric_rows, read_object
 from lib.errors import InputError, user_errors
 from lib.fields import allowed_names
 from lib.study import OF_RUN, Claim
@@ -85,11 +84,12 @@ def run_figures(
         curve      tokens, flops and dev bits per byte at each evaluation
         made_by    versions, commit, host and device
     """
-    rows = read_rows(run / "metrics.jsonl")
-    summary = json.loads((run / "summary.json").read_text())
+    rows, _ = metric_rows(run / "metrics.jsonl")
+    summary = read_object(run / "summary.json")
     last = {}
     for row in rows:
         last |= row
+    last.pop("final", None)  # which marks the row that ends a run
     for name, measure in (measures or {}).items():
         if not isinstance(measure, str):
             last[name] = measure(rows)

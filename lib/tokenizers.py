@@ -14,7 +14,7 @@ import sentencepiece
 
 from lib.bind import bind, parameters
 from lib.config import function_of, to_json
-from lib.disk import FORMAT, cache_home, digest, locked, write
+from lib.disk import FORMAT, cache_home, digest, locked, read_checked, write_checked
 from lib.errors import InputError, user_errors
 from lib.hub import place
 from lib.keys import function_key, source_above
@@ -241,6 +241,13 @@ class Own:
         return np.asarray(self.inner.spans(text), np.int64).reshape(-1, 2)
 
 
+def class_of(tokenizer: "Tokenizer") -> dict:
+    """{"function": FILE:CLASS} of a tokenizer whose class a config file defines, otherwise {}."""
+    if not isinstance(tokenizer, Own):
+        return {}
+    return {"function": json.loads(tokenizer.model)["class"]}
+
+
 Tokenizer = SentencePiece | Bytes | Numbers | HuggingFace | Own
 
 
@@ -308,9 +315,13 @@ def kept_tokenizer(key: list, make: Callable[[], bytes]) -> Tokenizer:
     """The tokenizer whose file `make` gives, made once for a key and kept in the cache."""
     path = cache_home() / "tokenizers" / f"{digest([FORMAT, *key])}.model"
     with locked(path.with_suffix(".lock")):
-        if not path.exists():
-            write(path, make())
-    return load_tokenizer(path)
+        model = read_checked(path)
+        if model is None:
+            if path.exists():
+                print(f"the tokenizer {path} is damaged; it is made again", flush=True)
+            model = make()
+            write_checked(path, model)
+    return tokenizer_of_model(model, str(path))
 
 
 def texts_key(config) -> list:
@@ -365,6 +376,11 @@ def load_tokenizer(path: str | Path, own: bool = True) -> Tokenizer:
             f"data.tokenizer is {str(path)!r}, which cannot be read ({error.strerror}); allowed "
             'are "bpe", "bytes", "numbers:N", the path of a SentencePiece model, "hf:DIRECTORY" '
             "and a function") from None
+    return tokenizer_of_model(model, str(path), own)
+
+
+def tokenizer_of_model(model: bytes, path: str, own: bool = True) -> Tokenizer:
+    """The tokenizer that the content of a `tokenizer.model` is of. path: for what is said."""
     if model == Bytes.model:
         return Bytes()
     if model.startswith(NUMBERS):
@@ -376,7 +392,7 @@ def load_tokenizer(path: str | Path, own: bool = True) -> Tokenizer:
     try:
         return SentencePiece(model or b"nothing")  # no bytes at all would end the process
     except RuntimeError:
-        sentence = f"tokenizer file {str(path)!r} is not a SentencePiece model"
+        sentence = f"tokenizer file {path!r} is not a SentencePiece model"
         if model.startswith(b"{"):
             sentence += "; a tokenizer.json is given as hf:DIRECTORY, with what lies beside it"
         raise InputError(sentence) from None

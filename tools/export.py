@@ -17,6 +17,7 @@ tokens.
 """
 import json
 import math
+import secrets
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from data import batch_lengths
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.config import to_json
+from lib.disk import read_object
 from lib.errors import InputError, user_errors
 from lib.families.family import written
 from lib.families.layout import pack, size_in_file
@@ -241,8 +243,7 @@ def known_scores(run: Path) -> dict[str, float]:
     """The figures of a run that its card shows."""
     found = {}
     for file in (run / "summary.json", run / "eval.json"):
-        if file.exists():
-            found |= json.loads(file.read_text())
+        found |= read_object(file)
     numbers = {name: x for name, x in found.items() if isinstance(x, int | float)}
     return {name: x for name, x in numbers.items() if name.startswith(SCORES)}
 
@@ -476,17 +477,21 @@ def main(arguments: list[str]):
     params = {name: params[name] for name in table(config.model)}
     params = llama_params(config, params, step)
     files, ends = text_files(config, tokenizer, params, a.dtype)
-    partly = a.directory.with_name(f"{a.directory.name}.partial")
-    shutil.rmtree(partly, ignore_errors=True)
-    partly.mkdir(parents=True)
-    write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
-    for file, content in files.items():
-        (partly / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-    if not isinstance(tokenizer, HuggingFace):
-        (partly / "tokenizer.model").write_bytes(tokenizer.model)
-    said = card(a.directory.resolve().name, a.run, config, meta, ends, a.license)
-    (partly / "README.md").write_text(said, "utf-8")
-    partly.rename(a.directory)
+    partly = a.directory.with_name(f"{a.directory.name}.{secrets.token_hex(8)}.partial")
+    partly.mkdir(parents=True)  # nobody else's
+    try:
+        write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
+        for file, content in files.items():
+            said = json.dumps(content, indent=1, ensure_ascii=False)
+            (partly / file).write_text(said, "utf-8")
+        if not isinstance(tokenizer, HuggingFace):
+            (partly / "tokenizer.model").write_bytes(tokenizer.model)
+        said = card(a.directory.resolve().name, a.run, config, meta, ends, a.license)
+        (partly / "README.md").write_text(said, "utf-8")
+        partly.rename(a.directory)
+    except BaseException:
+        shutil.rmtree(partly, ignore_errors=True)
+        raise
     parameters = size_of(config.model)
     print(f"{a.directory}: step {step} of {a.run}, {parameters:,} parameters in {a.dtype}")
     if a.push:

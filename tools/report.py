@@ -18,7 +18,7 @@ import numpy as np
 
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten
-from lib.disk import write
+from lib.disk import metric_rows, read_object, write
 from lib.errors import InputError
 
 HALF_95 = 1.96  # standard errors in half a 95 % interval
@@ -174,29 +174,13 @@ class Run(NamedTuple):
 
 # ---------------------------------------------------------------------------------- what is there
 
-def read_object(path: Path) -> dict:
-    """A JSON object from a file; empty if there is none, or part of one."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_rows(path: Path) -> tuple[list[dict], int]:
     """(the rows of a metrics.jsonl, the number of its lines that are no rows)."""
     if not path.exists():
         return [], 0
-    lines = path.read_bytes().splitlines()
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn
-            continue
-        if isinstance(row, dict) and {"step", "phase", "train/tokens", "train/flops"} <= row.keys():
-            rows.append(row)
-    return rows, len(lines) - len(rows)
+    found, damaged = metric_rows(path)
+    rows = [row for row in found if {"phase", "train/tokens", "train/flops"} <= row.keys()]
+    return rows, len(damaged) + len(found) - len(rows)
 
 
 def runs_inside(path: Path, result: dict) -> dict[Path, str]:

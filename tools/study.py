@@ -43,8 +43,8 @@ from matplotlib.figure import Figure
 
 from lib import equal, results
 from lib.arguments import Arguments
-from lib.config import ROOT, flatten, load_module, to_json, walk
-from lib.disk import digest, finite, write
+from lib.config import ROOT, flatten, load_module, run_json, to_json, walk
+from lib.disk import digest, finite, read_object, write
 from lib.errors import InputError
 from lib.fields import allowed_names
 from lib.schedule import Schedule
@@ -77,7 +77,7 @@ from train import Config, check, parse
 
 # Fields of a config that change nothing of what a study reads of a run.
 HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "save_every", "keep",
-            "tracker")
+            "tracker", "stop_code")
 # Small programs are kept in the compilation cache too, for the runs to come.
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -258,7 +258,7 @@ def complete(request: Request, job: Job) -> bool:
     config, _ = parse(command(request, job))
     check(config)
     run = request.directory / job.name
-    whole = (run / "summary.json").exists()
+    whole = bool(read_object(run / "summary.json"))
     changed = changed_fields(run, config, request, job) if whole else []
     if run.is_symlink():
         if changed or not whole:
@@ -289,7 +289,7 @@ def ends_of(request: Request, job: Job) -> dict[str, str]:
 
 def changed_fields(run: Path, config: Config, request: Request, job: Job) -> list[str]:
     """Fields in which a run's config is another one; where runs lie that it needs is none."""
-    old = flatten(json.loads((run / "config.json").read_text()))
+    old = flatten(run_json(run))
     now = flatten(json.loads(json.dumps(to_json(config))))
     now["model.vocab"] = now["model.vocab"] or old["model.vocab"]  # 0 becomes the tokenizer's
     given = ("model.", "data.tokenizer") if config.init_from else ()  # by the run it starts from
@@ -450,7 +450,7 @@ class Runner:
         log = self.log_of(job)
         lines = log.read_text(errors="replace").splitlines()
         said = lines[-1] if lines else ""
-        whole = (self.request.directory / job.name / "summary.json").exists()
+        whole = bool(read_object(self.request.directory / job.name / "summary.json"))
         if self.stopping or (code == 0 and not whole):
             print(f"{job.name} was stopped; the same command resumes the study", flush=True)
             raise SystemExit(0)
