@@ -283,7 +283,7 @@ def mixture_rules(config: Config) -> Rules:
         yield (
             phase.steer and not (reads_log(phase) and may_steer(config)),
             f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function, "
-            "or order or objective ask for the log, and there is a dev split, or evals, to steer by",
+            "or order or objective ask for the log, and there is a dev split or evals to steer by",
         )
         by_size = mixture is None and len(sources) > 1
         yield (

@@ -529,11 +529,8 @@ def marks_of(rows: list[Row]) -> dict[str, np.ndarray]:
     return {"marks": np.column_stack([numbers, spans]).astype(np.int32)}
 
 
-def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, facts: dict):
-    """Write a shard beside its place, force it to disk, and rename it into place."""
-    dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
-    partial = directory / f"{number:06d}.partial"
-    partial.mkdir(parents=True)
+def write_rows(partial: Path, name: str, rows: list[Row], dtype: str):
+    """Write the files of a shard of the cache `name`: tokens, index, documents."""
     with open(partial / "tokens.bin", "wb") as file:
         for row in rows:
             file.write(row.ids.astype(dtype).tobytes())
@@ -542,7 +539,7 @@ def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, fa
         offsets=np.cumsum([0] + [len(row.ids) for row in rows], dtype=np.int64),
         bytes=np.array([len(row.document.text.encode("utf-8")) for row in rows], np.int64),
         split=np.array([row.split for row in rows], np.uint8),
-        score=scores_of(directory.name, rows),
+        score=scores_of(name, rows),
         quiet=np.array([row.quiet for row in rows], np.int32),
         texts=np.array([path_hash(row.document.text) for row in rows], np.uint64),
         **marks_of(rows),
@@ -551,6 +548,14 @@ def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, fa
         for row in rows:
             document = dict(path=row.document.path, meta=row.document.meta)
             file.write(json.dumps(document, default=str) + "\n")
+
+
+def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, facts: dict):
+    """Write a shard beside its place, force it to disk, and rename it into place."""
+    dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
+    partial = directory / f"{number:06d}.partial"
+    partial.mkdir(parents=True)
+    write_rows(partial, directory.name, rows, dtype)
     files = {path.name: file_hash(path) for path in sorted(partial.iterdir())}
     facts = with_checksum(facts | dict(dtype=dtype, files=files))
     (partial / "seal.json").write_text(json.dumps(facts, indent=1))

@@ -153,7 +153,8 @@ def check_fields(name: str, found: dict, family: Family):
     for field, value, allowed in rules:
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
-            said = f"{name}: {its.get(field, field)} in config.json is {value!r}; allowed is {choices}"
+            named = its.get(field, field)
+            said = f"{name}: {named} in config.json is {value!r}; allowed is {choices}"
             raise InputError("; ".join([said, *filter(None, [MEND.get(field)])]))
 
 
