@@ -419,6 +419,7 @@ def shards_of(config: ModelConfig, dtype: str, most: float) -> tuple[list[list[s
 def write_params(directory: Path, params: dict, config: ModelConfig, dtype: str, most: float):
     """Safetensors of at most so many bytes each, or one tensor; an index for several."""
     rows, family = rows_of(config), family_of(config)
+    held = {name: np.asarray(x) for name, x in params.items()}
     wanted = tensors(config)
     shards, total = shards_of(config, dtype, most)
     where = {}
@@ -429,8 +430,8 @@ def write_params(directory: Path, params: dict, config: ModelConfig, dtype: str,
         made = {}
         for tensor in shard:
             names, layer = wanted[tensor]
-            xs = [params[name] if layer is None else params[name][layer] for name in names]
-            x = pack([np.asarray(x) for x in xs], [rows[name] for name in names], family)
+            xs = [held[name] if layer is None else held[name][layer] for name in names]
+            x = pack(xs, [rows[name] for name in names], family)
             made[tensor] = np.ascontiguousarray(x.astype(jnp.dtype(dtype)))
             where[tensor] = file
         safetensors_package().numpy.save_file(made, directory / file, metadata={"format": "pt"})
