@@ -1,7 +1,6 @@
 """What is refused in time: names that lead elsewhere, states that fit nowhere, disks that give nothing."""
 import gzip
 import math
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -166,26 +165,17 @@ def test_nothing_of_a_study_is_html(tmp_path):
     assert "<script" not in found and found.count("&lt;script&gt;") >= 4
 
 
-def test_an_export_takes_away_nobody_s_files(tmp_path, monkeypatch):
+def test_an_export_takes_away_nobody_s_files(tmp_path):
     """A directory DIR.partial is somebody's; what an export that fails began is taken away."""
     export = load_file(ROOT / "tools/export.py")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/mine").write_text("mine")
-    given = SimpleNamespace(
-        directory=tmp_path / "out", run=tmp_path, step=None, dtype="float32", shard_mb=1.0)
-    monkeypatch.setattr(export, "parse_arguments", lambda words: given)
-    monkeypatch.setattr(export, "find_checkpoint", lambda run, step: (None, 1, {}))
-    config = train.Config()
-    monkeypatch.setattr(export, "load", lambda run, step: ({}, config, None, None))
-    monkeypatch.setattr(export, "table", lambda config: {})
-    monkeypatch.setattr(export, "llama_params", lambda config, params, step: {})
-    monkeypatch.setattr(export, "text_files", lambda config, tokenizer, dtype: ({}, {}))
-
-    def full(*_):
+    with pytest.raises(OSError, match="No space"), export.made_whole(tmp_path / "out") as partly:
+        (partly / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
+    left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))]
+    assert left == ["out.partial", "out.partial/mine"]
 
-    monkeypatch.setattr(export, "write_params", full)
-    with pytest.raises(OSError, match="No space"):
-        export.main([])
-    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
-        "out.partial", "out.partial/mine"]
+    with export.made_whole(tmp_path / "out") as partly:
+        (partly / "config.json").write_text("{}")
+    assert (tmp_path / "out/config.json").read_text() == "{}"

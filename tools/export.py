@@ -15,10 +15,12 @@ and tokenizer from there. A `data.tokenizer` other than "bpe" comes first, and m
 Where there is no bos, eos takes its place. The embedding may have more rows than the tokenizer has
 tokens.
 """
+import contextlib
 import json
 import math
 import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -466,6 +468,19 @@ def parse_arguments(arguments: list[str]):
     return a
 
 
+@contextlib.contextmanager
+def made_whole(directory: Path) -> Iterator[Path]:
+    """A new directory, which takes the name `directory` at the end; after an error it is gone."""
+    partly = directory.with_name(f"{directory.name}.{secrets.token_hex(8)}.partial")
+    partly.mkdir(parents=True)  # nobody else's
+    try:
+        yield partly
+        partly.rename(directory)
+    except BaseException:
+        shutil.rmtree(partly, ignore_errors=True)
+        raise
+
+
 def main(arguments: list[str]):
     """Command line."""
     a = parse_arguments(arguments)
@@ -478,9 +493,7 @@ def main(arguments: list[str]):
     params = {name: params[name] for name in table(config.model)}
     params = llama_params(config, params, step)
     files, ends = text_files(config, tokenizer, params, a.dtype)
-    partly = a.directory.with_name(f"{a.directory.name}.{secrets.token_hex(8)}.partial")
-    partly.mkdir(parents=True)  # nobody else's
-    try:
+    with made_whole(a.directory) as partly:
         write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
         for file, content in files.items():
             said = json.dumps(content, indent=1, ensure_ascii=False)
@@ -489,10 +502,6 @@ def main(arguments: list[str]):
             (partly / "tokenizer.model").write_bytes(tokenizer.model)
         said = card(a.directory.resolve().name, a.run, config, meta, ends, a.license)
         (partly / "README.md").write_text(said, "utf-8")
-        partly.rename(a.directory)
-    except BaseException:
-        shutil.rmtree(partly, ignore_errors=True)
-        raise
     parameters = size_of(config.model)
     print(f"{a.directory}: step {step} of {a.run}, {parameters:,} parameters in {a.dtype}")
     if a.push:
