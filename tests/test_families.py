@@ -186,6 +186,7 @@ def write(directory: Path, shape: ModelConfig, params: dict) -> str:
     """hf:DIR of a model, as `export` writes what has no tokenizer."""
     directory.mkdir()
     fields = {"max_position_embeddings": 1024, "dtype": "float32"}
+    fields |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     fields |= written(family_of(shape), shape, params)
     (directory / "config.json").write_text(json.dumps(fields))
     export.check_model(shape)

@@ -111,7 +111,7 @@ def write(config: ModelConfig, params) -> dict[str, Any]:
         "sliding_window": given["window"],
         "rope_local_base_freq": given["theta"],
         "rope_parameters": {WHOLE: far, LOCAL: near},
-        "query_pre_attn_scalar": given["scores"],
+        "query_pre_attn_scalar": int(given["scores"]),  # transformers takes no other
     }
 
 
