@@ -54,8 +54,9 @@ def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_d
     rows = {name: row for name, row in table.items() if row.group == "matrix"}
     alone = [name for name, row in rows.items() if not row.layered]
     if alone:
-        raise ValueError(f"muon: {', '.join(alone)} is no matrix of a block; allowed are those with "
-                         "an axis of layers in front, and groups other than matrix")
+        names = ", ".join(alone)
+        raise ValueError(f"muon: {names} is no matrix of a block; allowed are those with an axis of "
+                         "layers in front, and groups other than matrix")
 
     def directed(x):
         x = x / rms_of(x, 1) if outputs == "equal" else x

@@ -33,7 +33,7 @@ from train import Config, Phase, Schedule
 
 
 def published(path: str, share: float = 0.9) -> Iterator[Document]:
-    """nanoGPT's split: the first `share` of a text's characters is trained on, the rest held out."""
+    """nanoGPT's split: the first `share` of a text's characters is trained on, the rest is not."""
     whole = next(text(path))
     if not isinstance(whole, Document) or not whole.text.isascii():
         raise InputError(f"source path {path!r} is no text of ASCII characters, which are one byte "
