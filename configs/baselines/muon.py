@@ -55,8 +55,8 @@ def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_d
     alone = [name for name, row in rows.items() if not row.layered]
     if alone:
         names = ", ".join(alone)
-        raise ValueError(f"muon: {names} is no matrix of a block; allowed are those with an axis of "
-                         "layers in front, and groups other than matrix")
+        raise ValueError(f"muon: {names} is no matrix of a block; allowed are those with an axis "
+                         "of layers in front, and groups other than matrix")
 
     def directed(x):
         x = x / rms_of(x, 1) if outputs == "equal" else x
