@@ -13,7 +13,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from lib.bind import bind, parameters
 from lib.cache import Cache
-from lib.disk import digest, write
+from lib.disk import digest, read_checked, write_checked
 from lib.errors import InputError
 from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
@@ -40,7 +40,7 @@ from lib.packing import (
     permute,
 )
 from lib.sources import (  # noqa: F401
-    SPLITS,
+    READ_AS,
     Document,
     Skipped,
     Source,
@@ -53,7 +53,7 @@ from lib.tokenizers import Tokenizer
 # What is known at a step of a phase with `steer`, of one evaluation before: its whole row, as
 # "eval/SOURCE/bpb" or what the config's own evals give, and {source: dev loss in nats a token}.
 Evaluation = dict[str, float]
-HELD_OUT = "dev", "test"  # what `Source.split` is of a source that no step draws
+HELD_OUT = "dev", "test", "held_out"  # what `Source.split` is of a source that no step draws
 
 
 @strict
@@ -62,6 +62,9 @@ class DataConfig:
     """Sources, tokenizer, splits and cache."""
 
     sources: dict[str, Source] = field(default_factory=lambda: {"stdlib": Source(stdlib)})
+    # Documents that are measured and no step draws. A source that has some here by its own name is
+    # trained on as a whole. With `split` "dev" or "test" they are that alone, otherwise both.
+    held_out: dict[str, Source] = field(default_factory=dict)
     # "bpe" is trained to model.vocab pieces. A function is [texts, vocab] -> tokenizer.
     tokenizer: str | Callable = "bpe"  # or "bytes", "numbers:N", "hf:DIR", a file, a function
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
@@ -80,6 +83,24 @@ class DataConfig:
         yield (self.dev + self.test >= 1,
                f"{at('dev')} and {at('test')} are {self.dev} and {self.test}; allowed are shares "
                "that leave something to train on")
+        for name, source in self.held_out.items():
+            of = at(f"held_out.{name}")
+            yield (source.split == "train",
+                   f'{of}.split is "train"; allowed is "", "dev", "test" or "held_out"')
+            yield (source.prepare or source.epochs,
+                   f"{of} has prepare or epochs, which are of documents that are trained on; "
+                   "allowed is it without them")
+
+    def shares(self, name: str) -> tuple[float, float]:
+        """Shares of a source's documents that their hash holds out: (dev, test)."""
+        if name in self.held_out:
+            return 0.0, 0.0
+        return self.dev, self.test
+
+    def alone(self, name: str, source: Source) -> "DataConfig":
+        """This config with one source, whose documents are held out, for its token cache."""
+        source = replace(source, split=source.split or "held_out")
+        return replace(self, sources={name: source}, held_out={}, dev=0.0, test=0.0)
 
 
 class Documents(NamedTuple):
@@ -149,7 +170,7 @@ class Row(NamedTuple):
     arrays: dict[str, np.ndarray]  # [seq] each, see `lib.packing.fill`
     pieces: int  # of documents
     cut: int  # pieces that end before their document does
-    document: Callable[[], Document]  # the first of them
+    document: Callable[..., Document]  # of a piece, by its number; 0, the first, without one
 
 
 def shuffled(draw: int, rows: int, progress: float, key: tuple[int, ...]) -> int:
@@ -214,24 +235,26 @@ class Rows:
         """A window with its plan. `window` does the same and remembers the last ones."""
         documents = self.permuted_documents(number)
         lengths = documents.of(lambda shard: np.diff(shard.offsets) + 1)
-        file = self.plans / f"{number:06d}.npy"
-        if not file.exists():
-            plan = self.pack(documents, lengths)
+        file = self.plans / f"{number:06d}.plan"
+        written = read_checked(file)
+        if written is None:
+            if file.exists():
+                print(f"the plan {file} is damaged; it is made again", flush=True)
             content = io.BytesIO()
-            np.save(content, plan.astype(np.int32))
-            write(file, content.getvalue())
-        plan = np.load(file)
+            np.save(content, self.pack(documents, lengths).astype(np.int32))
+            written = content.getvalue()
+            write_checked(file, written)
+        plan = np.load(io.BytesIO(written))
         return Window(documents, lengths, plan.astype(np.int64))
 
     def permuted_documents(self, number: int) -> Documents:
         """The documents of a window, in the order in which they are packed."""
-        wanted = SPLITS.index(self.split)
         first = number * self.shards
         end = min(first + self.shards, self.cache.sealed)
         found = []
         for shard in range(first, end):
             split = self.cache.shard(shard).split
-            found.append(np.flatnonzero(split == wanted))
+            found.append(np.flatnonzero(np.isin(split, READ_AS[self.split])))
         sizes = [len(numbers) for numbers in found]
         shard = np.repeat(np.arange(first, end), sizes)
         total = len(shard)
@@ -300,8 +323,8 @@ class Rows:
         if self.marks:
             arrays["marks"] = fill_marks(pieces, self.seq, documents.marks)
 
-        def document() -> Document:
-            return documents.document(pieces[0, DOCUMENT], self.tokenizer)
+        def document(piece: int = 0) -> Document:
+            return documents.document(pieces[piece, DOCUMENT], self.tokenizer)
 
         return Row(arrays, len(pieces), int(cut), document)
 
@@ -643,6 +666,15 @@ class Loader:
             for source, name in enumerate(self.names):
                 metrics[f"data/{name}/rows"] = sources.count(source)
         return Batch(arrays, mask, metrics, len(sources))
+
+    def row(self, step: int, number: int) -> Row:
+        """A row of a step's batch, before its objective."""
+        phase, steps = self.within(step)
+        length, sources, draws = self.draws[phase].batch(steps - 1)
+        progress = (steps - 1) / self.phases[phase].steps
+        log = self.draws[phase].decisions(steps - 1)
+        rows = self.rows[phase][length][sources[number]]
+        return rows.get(draws[number], progress, log)
 
     def told(self, objective: Callable, row: Row, progress: float,
              log: list[Evaluation]) -> Callable:

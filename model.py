@@ -48,7 +48,8 @@ class ModelConfig:
     vocab: Whole = 0  # pieces of the tokenizer that is trained; 0: as many as a given one has
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple[Positive, ...] = ()  # (factor,), or Llama 3's (factor, low, high, context)
+    # (factor,), Llama 3's (factor, low, high, context), or YaRN's, see `yarn`
+    rope_scaling: tuple[Positive, ...] = ()
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
@@ -76,10 +77,11 @@ class ModelConfig:
                f"{at('head_dim')} is {self.head_dim}; "
                "allowed is an even number: RoPE rotates pairs")
         scaling = self.rope_scaling
-        fits = len(scaling) in (0, 1) or (len(scaling) == 4 and scaling[1] < scaling[2])
+        fits = len(scaling) in (0, 1) or (len(scaling) in (4, 5) and scaling[1] < scaling[2])
         yield (not fits,
-               f"{at('rope_scaling')} is {scaling}; allowed are (), (factor,) and "
-               "(factor, low, high, old context) with low below high")
+               f"{at('rope_scaling')} is {scaling}; allowed are (), (factor,), "
+               "(factor, low, high, old context) and YaRN's (factor, slow, fast, old context, "
+               "attention factor), with low below high and slow below fast")
         yield (self.unroll and self.layers % self.unroll,
                f"{at('unroll')} is {self.unroll}, which does not divide {at('layers')} "
                f"({self.layers}); allowed is a divisor, or 0 for all")
@@ -261,10 +263,16 @@ def rope(positions, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     wide = float32_or_wider(config.dtype)
     pair = jnp.arange(0, config.head_dim, 2, dtype=wide)
     frequency = config.rope_theta ** -(pair / config.head_dim)
-    if config.rope_scaling:
+    longer = 1.0
+    if len(config.rope_scaling) == 5:
+        *scaling, longer = config.rope_scaling
+        frequency = yarn(frequency, config.rope_theta, *scaling)
+    elif config.rope_scaling:
         frequency = slowed(frequency, *config.rope_scaling)
     angle = positions[..., None].astype(wide) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if longer != 1:
+        cos, sin = cos * longer, sin * longer
     return cos.astype(config.dtype), sin.astype(config.dtype)
 
 
@@ -279,10 +287,35 @@ def slowed(frequency, factor, low=1.0, high=2.0, context=0.0):
     return frequency * (stays + (1 - stays) / factor)
 
 
+def yarn(frequency, theta, factor, slow, fast, context):
+    """Rotary frequencies [h/2] of YaRN (Peng et al. 2023, section 3.2).
+
+    A pair of more than `fast` turns within the old context stays, one of fewer than `slow` turns is
+    divided by the factor, those in between by their place among the pairs. YaRN multiplies cosine
+    and sine by its attention factor besides, the fifth number of `ModelConfig.rope_scaling`.
+    """
+    pairs = len(frequency)
+
+    def pair_of(turns):
+        return pairs * math.log(context / (2 * math.pi * turns)) / math.log(theta)
+
+    first = max(math.floor(pair_of(fast)), 0)
+    last = min(math.ceil(pair_of(slow)), 2 * pairs - 1)
+    divided = (jnp.arange(pairs) - first) / max(last - first, 0.001)
+    divided = jnp.clip(divided, 0, 1).astype(frequency.dtype)
+    return frequency * (divided / factor + 1 - divided)
+
+
 def rotate(x, cos, sin):
-    """Rotate x [b t ... h] by its position; the pairs are (i, i + h/2), as in Llama checkpoints."""
+    """Rotate x [b t ... h] by its position; the pairs are (i, i + h/2), as in Llama checkpoints.
+
+    Of angles for fewer than h/2 pairs the rest of a head stays as it is.
+    """
     heads = [1] * (x.ndim - 3)
     b, t, half = cos.shape
+    if 2 * half < x.shape[-1]:
+        turns, stays = jnp.split(x, [2 * half], axis=-1)
+        return jnp.concatenate([rotate(turns, cos, sin), stays], axis=-1)
     cos = cos.reshape(b, t, *heads, half)
     sin = sin.reshape(b, t, *heads, half)
     one, two = jnp.split(x, 2, axis=-1)
@@ -304,6 +337,13 @@ def attention_mixer(x, w, times: Callable, angles, attend: Callable, config: Mod
     return times(mixed, "o"), kept
 
 
+def gated_mlp(x, w, times: Callable, activation: Callable = jax.nn.silu):
+    """The plain MLP of a block, SwiGLU (Shazeer 2020): normed x [b t d] -> [b t d]."""
+    gate = times(x, "gate")
+    up = times(x, "up")
+    return times(activation(gate) * up, "down")
+
+
 def block(
     x,
     w,
@@ -312,6 +352,7 @@ def block(
     config: ModelConfig,
     dense: Callable = dense,
     mixer: Callable | None = None,
+    mlp: Callable = gated_mlp,
 ):
     """One pre-norm block, attention and SwiGLU: x [b t d] -> (x, what was kept).
 
@@ -319,13 +360,9 @@ def block(
     attend: q [b t k g h], k and v [b t k h] -> (means of v [b t k g h], anything to keep).
     mixer: in place of attention, (normed x [b t d], w, times [, before]) -> ([b t d], anything to
     keep), where times(x, name) is the product of x with one of w, and `before` is x itself.
+    mlp: in place of the SwiGLU, (normed x, w, times) -> [b t d].
     """
-    rows = table(config) | plain_table(config)
-
-    def times(x, name):
-        axes = rows[name].axes[1:]  # without `layers`
-        return dense(x, w[name], axes)
-
+    times = products(w, config, dense)
     n = rms_norm(x, w["attn_norm"], config.norm_eps)
     if mixer:
         mixed, kept = bind(mixer, before=x)(n, w, times)
@@ -334,10 +371,19 @@ def block(
     x = residual(x, mixed)
 
     n = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    gate = times(n, "gate")
-    up = times(n, "up")
-    x = residual(x, times(jax.nn.silu(gate) * up, "down"))
+    x = residual(x, mlp(n, w, times))
     return x, kept
+
+
+def products(w, config: ModelConfig, dense: Callable = dense) -> Callable:
+    """(x, name) -> x times the matrix of that name among w, the parameters of a block."""
+    rows = table(config) | plain_table(config)
+
+    def times(x, name):
+        axes = rows[name].axes[1:]  # without `layers`
+        return dense(x, w[name], axes)
+
+    return times
 
 
 def blocks(params: Params, config: ModelConfig) -> Params:
@@ -357,35 +403,58 @@ def stream(
     attend: Callable | None = None,
     visit: Callable | None = None,
     mixer: Callable | None = None,
+    mlp: Callable = gated_mlp,
+    body: Callable | None = None,
 ):
     """(x [b t d] after the blocks first, first + 1, .. last - 1; what was kept in each).
 
     x: the residual stream before block `first`. batch: `segments` and `positions` [b t]; for a
     prefix mask `prefix` [b t] too. last: None goes to the end.
     attend(q, k, v [, layer]) -> (means of v, anything to keep), mixer(x, w, times [, layer,
-    before]): see `block`. visit(x, layer, w) -> (x, anything to keep) sees or changes the stream
-    after a block.
-    What attend or mixer, and visit, keep comes as a pair, each stacked over these blocks.
+    before]), mlp(x, w, times): see `block`. body(x, w, times [, layer]) -> (x, anything to keep)
+    stands in the place of the whole block. visit(x, layer, w) -> (x, anything to keep) sees or
+    changes the stream after a block.
+    What attend, mixer or body, and visit, keep comes as a pair, each stacked over these blocks.
     """
-    angles = rope(batch["positions"], config)
     attend = attend or plain_attend(batch, mask, config)
+    body = body or plain_body(batch, attend, mixer, mlp, config)
 
     def layer(x, numbered):
         number, w = numbered
-        attending = bind(attend, layer=number)
-        mixing = bind(mixer, layer=number) if mixer else None
-        x, kept = block(x, w, angles, attending, config, mixer=mixing)
+        x, kept = bind(body, layer=number)(x, w, products(w, config))
         x, seen = visit(x, number, w) if visit else (x, None)
         return x, (kept, seen)
 
     stacked = {name: w[first:last] for name, w in blocks(params, config).items()}
     numbers = jnp.arange(config.layers)[first:last]
-    return lax.scan(
-        rematerialised(layer, config),
-        x,
-        (numbers, stacked),
-        unroll=max(1, min(config.unroll or len(numbers), len(numbers))),
-    )
+    unroll = max(1, min(config.unroll or len(numbers), len(numbers)))
+    return lax.scan(rematerialised(layer, config), x, (numbers, stacked), unroll=unroll)
+
+
+def plain_body(
+    batch,
+    attend: Callable,
+    mixer: Callable | None,
+    mlp: Callable,
+    config: ModelConfig,
+) -> Callable:
+    """The `body` of `stream` unless a config gives one: a block, told its layer."""
+    angles = rope(batch["positions"], config)
+
+    def body(x, w, times, layer):
+        attending = bind(attend, layer=layer)
+        mixing = bind(mixer, layer=layer) if mixer else None
+        return block(
+            x,
+            w,
+            angles,
+            attending,
+            config,
+            mixer=mixing,
+            mlp=mlp,
+        )
+
+    return body
 
 
 def plain_attend(batch, mask: Mask, config: ModelConfig) -> Callable:

@@ -4,7 +4,8 @@ moment.
     python train.py [CONFIG] [--path.to.field VALUE ...]   train, or resume a run
     python train.py VERB ...                               run tools/VERB.py: sample, eval, ...
 
-CONFIG is configs/quickstart.py where none is given.
+CONFIG is configs/quickstart.py where none is given. `--trust`, anywhere, lets the code of a run
+that was made elsewhere run; see lib/trust.py.
 
 Steps count batches consumed, from 1. Checkpoint s is the state after s steps and before the edits
 due at s; these are functions of (seed, step, index) and are applied again on resume.
@@ -39,14 +40,15 @@ from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, Loan, borrow, find_checkpoint, unchanged
 from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
-from lib.corpus import assemble
+from lib.corpus import assemble, open_held_out
 from lib.curves import draw
-from lib.disk import cache_home, digest, locked, write
+from lib.disk import cache_home, content_hash, digest, locked, read_object, write
 from lib.errors import InputError, user_errors
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
 from lib.fields import (
     Count,
+    ExitCode,
     NotNegative,
     Positive,
     Rules,
@@ -59,7 +61,9 @@ from lib.fields import (
 )
 from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose
+from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
+from lib.memory import check_state
 from lib.optim import (
     State,
     adamw,
@@ -71,19 +75,21 @@ from lib.optim import (
     trained_groups,
     update_ratios,
 )
+from lib.output import answered, forgiving
 from lib.own_loss import is_plain, own_losses, summing
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
-from lib.resume import changed_fields, resume_key, start_config, start_from
+from lib.resume import changed_fields, own_tokenizer, resume_key, start_config, start_from
 from lib.schedule import Plan, Schedule, make_plan
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.sizes import sizes_of
 from lib.stop import Stop
 from lib.study import unmet_rules
 from lib.summary import hint, write_summary
-from lib.tokenizers import Tokenizer, load_tokenizer
+from lib.tokenizers import Tokenizer, class_of, load_tokenizer
 from lib.trackers import start_tracker
+from lib.trust import named_files, read_record, record, trust
 from model import (
     Context,
     Edited,
@@ -99,6 +105,7 @@ from model import (
     weighted_mean,
 )
 
+MOST_STEPS = 100_000_000  # rates and budgets of each are worked out in advance
 CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps a copy of
 
 
@@ -157,10 +164,15 @@ class Config:
     runs: str = "runs"  # directory that runs live in
     seed: Whole = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
-    init_from: str = ""  # RUN, RUN@STEP or hf:DIRECTORY to start from, where it has no checkpoint
+    # RUN, RUN@STEP, hf:DIRECTORY or hf:ORG/NAME to start from, where it has no checkpoint
+    init_from: str = ""
     init_with: Literal["params", "all"] = "params"  # "all": optimiser and place in the data too
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = (Phase(),)
+    # One of these three may say how long the run is; the steps of its phases are then proportions.
+    tokens: NotNegative = 0.0  # length in tokens, padding included; 0 is the phases' steps
+    epochs: NotNegative = 0.0  # length in passes over the training documents of all sources
+    tokens_per_param: NotNegative = 0.0  # length in tokens for each parameter of the last model
     schedule: Schedule = Schedule()
     optimizer: Callable = adamw  # table -> {group: optax transformation of unscaled directions}
     clip: NotNegative = 1.0  # global gradient norm; 0 is off
@@ -182,6 +194,7 @@ class Config:
     save_every: Count = 200  # steps between checkpoints; there is one at the end of each phase too
     save_minutes: Positive = 15.0  # from one checkpoint to the next at most
     keep: Count = 3  # checkpoints kept, the newest
+    stop_code: ExitCode = 0  # exit code of a run that a signal stopped, with all saved
     keep_every: Whole = 0  # and those of each multiple of so many steps; 0 is none
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
     sample_tokens: Count = 200  # of each continuation
@@ -203,13 +216,37 @@ def check(config: Config) -> None:
     """Raise InputError for a wrong type or an impossible combination, before anything is built."""
     check_value(config, Config, "")
     check_rules(config)
+    require(length_rules(config))
+    require(name_rules(config))
     for rules in start_rules, evaluation_rules, mixture_rules, objective_rules, tracker_rules:
         require(rules(config))
+
+
+def name_rules(config: Config) -> Rules:
+    """What names of directories may be: none leads out of where it is put."""
+    parts = Path(config.name).parts
+    climbs = ".." in parts or config.name.startswith("/") or not config.name.isprintable()
+    yield (
+        climbs,
+        f"name is {config.name!r}; allowed is a directory below {config.runs}, of printable "
+        "characters",
+    )
+    for name in config.data.sources:
+        yield (
+            "/" in name or not name.isprintable() or len(name) not in range(1, 101),
+            f"data.sources has the name {name!r}; allowed are 1 to 100 printable characters "
+            "without a slash",
+        )
 
 
 def start_rules(config: Config) -> Rules:
     """What a run starts from."""
     yield (not config.phases, "phases is empty; allowed is one phase and more")
+    total = sum(phase.steps for phase in config.phases)
+    yield (
+        total > MOST_STEPS,
+        f"phases take {total:,} steps together; allowed are at most {MOST_STEPS:,}",
+    )
     yield (
         config.init_with == "all" and config.init_from.startswith("hf:"),
         f'init_with is "all", but {config.init_from} has no optimiser state; allowed is "params"',
@@ -220,7 +257,7 @@ def evaluation_rules(config: Config) -> Rules:
     """When a run is evaluated, and on what windows."""
     total = sum(phase.steps for phase in config.phases)
     yield (
-        max(config.eval_at, default=0) > total,
+        max(config.eval_at, default=0) > total and not asked(config),
         f"eval_at is {config.eval_at}; allowed are steps from 0, before the first, to {total}, "
         "the last",
     )
@@ -244,9 +281,9 @@ def mixture_rules(config: Config) -> Rules:
             f"for the sources {', '.join(sources)}",
         )
         yield (
-            phase.steer and not (reads_log(phase) and (config.data.dev or config.evals)),
+            phase.steer and not (reads_log(phase) and may_steer(config)),
             f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function, "
-            "or order or objective ask for the log, and there is a dev split, or evals, to steer by",
+            "or order or objective ask for the log, and there is a dev split or evals to steer by",
         )
         by_size = mixture is None and len(sources) > 1
         yield (
@@ -254,6 +291,12 @@ def mixture_rules(config: Config) -> Rules:
             f"data.stream is true, but phases.{i}.mixture or a source's epochs ask how large a "
             "source is; allowed are weights, and epochs of 0",
         )
+
+
+def may_steer(config: Config) -> bool:
+    """Whether anything is measured that a mixture, an order or an objective could be steered by."""
+    data = config.data
+    return bool(data.dev or data.held_out or config.evals)
 
 
 def objective_rules(config: Config) -> Rules:
@@ -522,6 +565,7 @@ class Run:
     mesh: Mesh
     tokenizer: Tokenizer
     caches: dict[str, Cache]  # by source
+    held_out: dict[str, Cache]  # of `data.held_out`
     loader: Loader
     plan: Plan
     context: Context  # of edits
@@ -538,6 +582,10 @@ class Run:
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed. (Data is drawn from the seed by numpy.)"""
         return jax.random.fold_in(jax.random.key(self.config.seed), ("init", "edits").index(use))
+
+    def setting(self, config: Config, phase: Phase) -> Setting:
+        """What an evaluation reads; config: with the shape that is evaluated as its `model`."""
+        return Setting(config, phase, self.caches, self.tokenizer, self.mesh, self.held_out)
 
     def abandon(self):
         """End the processes that build token caches, and so all waiting for them."""
@@ -573,11 +621,14 @@ def prepare(config: Config, file: str = "") -> Run:
         mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
     config, tokenizer, caches = assemble(config, own)
-    loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
-    batches = functools.partial(next_batches, loader, 0)
-    context = Context(jax.random.key(0), 0, tokenizer, batches, load_beside)
+    held_out = open_held_out(config, tokenizer, caches)
+    loader, context, plan = planned(config, tokenizer, caches)
+    longer = with_steps(config, loader, plan.models[-1])
+    if longer != config:
+        check(longer)
+        config = longer
+        loader, context, plan = planned(config, tokenizer, caches)
     with user_errors():
-        plan = make_plan(config, context)
         for model in plan.models:
             shardings(table(model), mesh)
     for i, model in enumerate(plan.models):
@@ -587,7 +638,20 @@ def prepare(config: Config, file: str = "") -> Run:
                 f"{tokenizer.vocab}; use the same data.tokenizer, or an edit that swaps the "
                 "vocabulary"
             )
-    return Run(config, file, directory, mesh, tokenizer, caches, loader, plan, context)
+    check_state(config, plan, mesh)
+    of_data = tokenizer, caches, held_out
+    return Run(config, file, directory, mesh, *of_data, loader, plan, context)
+
+
+def planned(
+    config: Config, tokenizer: Tokenizer, caches: dict[str, Cache]
+) -> tuple[Loader, Context, Plan]:
+    """The batches of a config, what its edits may read, and what each of its steps is to be."""
+    loader = Loader(caches, config.phases, config.data, tokenizer, config.seed)
+    batches = functools.partial(next_batches, loader, 0)
+    context = Context(jax.random.key(0), 0, tokenizer, batches, load_beside)
+    with user_errors():
+        return loader, context, make_plan(config, context)
 
 
 def check_batches(config: Config, mesh: Mesh):
@@ -639,7 +703,14 @@ def restore(run: Run, step: int) -> State:
     Tells the loader what was drawn before and decided since. Raises InputError where another config
     or other text led there.
     """
+    read_record(run.directory)
     meta = run.checkpoints.meta(step)
+    if "format" not in meta:
+        raise InputError(
+            f"run {run.directory} was begun by an older version of Coppice, whose checkpoints do "
+            "not say what they depend on as they do now; go on in another run: "
+            f"--init_from {run.directory}@{step} --init_with all --name NEW"
+        )
     changed = changed_fields(meta["past"], resume_key(run.config, run.plan, step))
     if step > run.plan.total:
         changed.append(f"the phases end at step {run.plan.total}")
@@ -757,7 +828,7 @@ def evaluate(run: Run, state: State, step: int) -> dict[str, float]:
     losses, scores = held_out_programs(run, step)
     config = replace(run.config, model=run.plan.model_after(step))
     phase = config.phases[run.plan.phase_of(step)]
-    setting = Setting(config, phase, run.caches, run.tokenizer, run.mesh)
+    setting = run.setting(config, phase)
     found = dev_figures(losses, state.params, state.step, setting)
     found |= trained_losses(run, state, step, setting)
     own = own_evals(scores, state.params, state.step, setting)
@@ -811,6 +882,7 @@ def save(run: Run, state: State, step: int, log: Log):
             "start": run.loader.start,
             "past": resume_key(run.config, run.plan, step),
             "positions": dict(zip(run.caches, positions, strict=True)),
+            "tokenizer": content_hash(run.tokenizer.model).hex(),
         },
         {name: loan for name, loan in run.borrowed.items() if name not in trained},
     )
@@ -821,12 +893,18 @@ def lay_out(run: Run):
     """Write what identifies a run into its directory, and read its summary if it has ended."""
     end = run.directory / "summary.json"
     if end.exists() and run.resumed[0] == run.plan.total:
-        run.summary = json.loads(end.read_text())
+        run.summary = read_object(end) or None
+        if not run.summary:
+            say(f"{end} is damaged; the run ends again")
     if not is_main_process():
         return
     if not run.summary:  # what a run left there that was made longer is not its end any more
         end.unlink(missing_ok=True)
-    keep_source(run.directory / "source", run.file.split(":")[0])
+    source = run.directory / "source"
+    keep_source(source, run.file.split(":")[0])
+    models = [to_json(model) for model in run.plan.models]
+    names = named_files([to_json(run.config), models, class_of(run.tokenizer)])
+    record(source, names)
     write(run.directory / "tokenizer.model", run.tokenizer.model)
     write(run.directory / "config.json", json.dumps(to_json(run.config), indent=1))
 
@@ -854,7 +932,7 @@ def opened(run: Run):
     root, config = run.directory / "checkpoints", run.config
     try:
         with lock, Checkpoints(root, config.keep, config.keep_every) as run.checkpoints:
-            yield
+            yield run
     finally:
         run.compiler.shutdown(wait=False, cancel_futures=True)
 
@@ -881,9 +959,10 @@ def train(config: Config, file: str = "") -> dict[str, Any] | None:
 
     Gives what summary.json holds. file: where the config comes from, to be kept with the run.
     """
-    run = prepare(config, file)
-    with Stop(run.mesh, config.save_minutes, run.abandon) as stop, opened(run):
+    listening = Stop(config.save_minutes, config.stop_code)
+    with forgiving(), listening as stop, opened(prepare(config, file)) as run:
         state, step = resume(run)  # from its own checkpoint, another run, a directory, or a draw
+        stop.begin(run.mesh, run.abandon)
         with log_of(run, step) as log, batches_after(run, step, stop) as batches:
             start = step + 1
             if step == 0 and run.plan.evaluates(0):
@@ -927,10 +1006,10 @@ def finish(run: Run, log: Log) -> dict[str, Any]:
     total, name = run.plan.total, str(run.directory)
     step = find_checkpoint(name)[1]
     params, config, tokenizer, _ = load(name, step)
-    found = final_figures(run, params, config, step)
-    write_figures(run.directory, found)
-    tests = {key: value for key, value in found.items() if ".test/" in key}
-    log.row({"step": total, **tests, **run.plan.spent(total)})
+    tests, own = final_figures(run, params, config, step)
+    write_figures(run.directory, tests | own)
+    tests = {name: value for name, value in tests.items() if name.startswith("eval/")}
+    log.row({"step": total, "final": True, **tests, **run.plan.spent(total)})
     log.sync()
     samples = continuations(params, config, tokenizer, step, config.prompts)
     if not is_main_process():
@@ -943,31 +1022,40 @@ def finish(run: Run, log: Log) -> dict[str, Any]:
     return summary
 
 
-def final_figures(run: Run, params: dict, config: Config, step: int) -> dict:
-    """Figures of the whole test split, and of the config's own evals, which do not run twice."""
+def final_figures(run: Run, params: dict, config: Config, step: int) -> tuple[dict, dict]:
+    """(figures of the whole test split, those of the config's own evals, which run once)."""
     params = jax.device_put(params, shardings(table(config.model), run.mesh))
     losses, scores = held_out_programs(run, step)
     losses = functools.partial(losses, params, step)
-    found = test_figures(losses, run.caches, config, run.tokenizer, run.mesh)
+    measured = run.caches, config, run.tokenizer, run.mesh, run.held_out
+    found = test_figures(losses, *measured)
     evaluated, own = run.own_figures
     if step != evaluated:
-        last = config.phases[-1]
-        setting = Setting(config, last, run.caches, run.tokenizer, run.mesh)
+        setting = run.setting(config, config.phases[-1])
         own = own_evals(scores, params, step, setting)
-    return found | own
+    return found, own
 
 
-def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
+def load(
+    run: str, step: int | None = None, mesh: dict[str, int] | None = None, trusted: bool = False
+):
     """(params, config, tokenizer, apply) of a run's checkpoint.
 
     apply(params, ids [b t] or batch [, mask]) -> logits [b t v], see `sharded_apply`.
     `config.model` is the shape of that checkpoint. For the step see `find_checkpoint`.
     mesh: fields unlike those of the run's mesh; without them, one
-    device where there is one process.
+    device where there is one process. trusted: code of a run made elsewhere may run, see
+    lib/trust.py.
     """
+    with trust(trusted):
+        return load_run(run, step, mesh)
+
+
+def load_run(run: str, step: int | None, mesh: dict[str, int] | None):
+    """The same, of what may run now."""
     checkpoints, step, meta = find_checkpoint(run, step)
     directory = checkpoints.root.parent
-    config = from_json(Config, json.loads((directory / "config.json").read_text()))
+    config = config_files.read_json(str(directory / "config.json"), Config)
     config = replace(config, model=from_json(ModelConfig, meta["model"]))
     enable_float64(config)
     if mesh or jax.process_count() > 1:
@@ -975,7 +1063,7 @@ def load(run: str, step: int | None = None, mesh: dict[str, int] | None = None):
     else:
         devices = make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.params(step, state_like(config.model, config.optimizer, devices))
-    tokenizer = load_tokenizer(directory / "tokenizer.model")
+    tokenizer = load_tokenizer(own_tokenizer(directory, meta))
     _, scores = evaluators(config.reparam, config.model, devices)
     return params, config, tokenizer, sharded_apply(scores, step, devices)
 
@@ -1010,18 +1098,18 @@ def main(arguments: list[str]) -> int:
     tune_for_cpu()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled"))
-    try:
-        with user_errors(OSError):  # a full disk, a directory that may not be written
-            name, words = verb_of(arguments)
-            result = verb(name, words) if name else train(*parse(words))
-    except InputError as error:
-        sentence = " ".join(str(error).split())
-        sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        return 130
-    return result if isinstance(result, int) else 0  # of fit: 1 for what does not fit
+    name, words = verb_of([word for word in arguments if word != "--trust"])
+
+    def work() -> int:
+        if name:
+            result = verb(name, words)
+            return result if isinstance(result, int) else 0  # of fit: 1 for what does not fit
+        config, file = parse(words)
+        ended = train(config, file)
+        return config.stop_code if ended is None else 0
+
+    with trust("--trust" in arguments):
+        return answered(work)
 
 
 def quiet(problem):

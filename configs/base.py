@@ -92,6 +92,20 @@ llama = Config(  # 124 million parameters, 2.5 billion tokens, on JSON Lines of 
     keep_every=4_000,
 )
 config = small
+RUNGS = {"small": small, "deep": deep, "llama": llama}
+
+
+def rung(tokens: float) -> str:
+    """The rung for text of so many tokens: the largest that passes over it four times at most.
+
+    `llama` is not chosen by what text there is: it needs a GPU, so one asks for it by its name.
+    """
+    return "deep" if 4 * tokens >= budget(deep) else "small"
+
+
+def budget(config: Config) -> int:
+    """The tokens that a config trains on."""
+    return sum(phase.steps * phase.batch * phase.seq for phase in config.phases)
 
 
 # ----------------------------------------------------------------------------------- equal budgets

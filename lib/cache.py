@@ -20,7 +20,19 @@ import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lib.bind import parameters
-from lib.disk import FORMAT, cache_home, digest, locked, read_rows, write
+from lib.disk import (
+    FORMAT,
+    cache_home,
+    digest,
+    file_hash,
+    locked,
+    read_checked,
+    read_rows,
+    sync_directory,
+    with_checksum,
+    without_checksum,
+    write_checked,
+)
 from lib.errors import InputError
 from lib.keys import function_key
 from lib.prefetch import prefetch
@@ -36,7 +48,8 @@ from lib.sources import (
 )
 from lib.tokenizers import Tokenizer, marked_tokens
 
-CHOSEN = ("deselected", "duplicate", "near-duplicate")  # kinds that are skipped, but no damage
+# Kinds that are skipped, but no damage.
+CHOSEN = ("deselected", "duplicate", "near-duplicate", "no text")
 GROUP = 256  # documents that are tokenized together
 JUDGED = 1_000  # documents after which the share of damaged ones is judged, and at the end
 
@@ -52,6 +65,7 @@ class Shard(NamedTuple):
     split: np.ndarray  # uint8 [documents], index into SPLITS
     score: np.ndarray  # float32 [documents] or [documents k], NaN without a score function
     quiet: np.ndarray  # int32 [documents], tokens of the prefix: they are read without loss
+    texts: np.ndarray  # uint64 [documents], a hash of the text, wherever it came from
     directory: Path
     # int32 [spans 3], by document: its number, first token and end; None if the source has no marks
     marks: np.ndarray | None = None
@@ -64,15 +78,19 @@ class Shard(NamedTuple):
 class Cache:
     """The sealed shards of one source, in a directory.
 
-    builder: a process that is still at work on it, and its log.
+    builder: a process that is still at work on it, and its log. mend: builds the shard of a number
+    again, where it is not as it was sealed.
     """
 
     def __init__(self, directory: Path, name: str,
-                 builder: tuple[subprocess.Popen, Path] | None = None):
+                 builder: tuple[subprocess.Popen, Path] | None = None,
+                 mend: Callable[[int], None] | None = None):
         self.directory = directory
         self.name = name
         self.builder = builder
+        self.mend = mend
         self.sealed = 0  # shards that were there when it was last looked
+        self.checked = set()  # shards whose files were compared with their seal
         self.shard = lru_cache(64)(self.open)
         self.described = lru_cache(16)(lambda number: self.shard(number).documents())
 
@@ -81,13 +99,18 @@ class Cache:
         while True:
             # These two are asked before the shards are counted: what is sealed later is not missed.
             ended = self.builder is None or self.builder[0].poll() is not None
-            complete = (self.directory / "complete").exists()
-            self.sealed = self.count_sealed()
-            if self.sealed >= shards or complete:
+            length = self.length()
+            self.sealed = self.count_sealed() if length is None else length
+            if self.sealed >= shards or length is not None:
                 return self.sealed
             if ended:
                 raise InputError(self.why_incomplete())
             time.sleep(0.1)
+
+    def length(self) -> int | None:
+        """The number of shards of a cache that is complete; None of one that is not."""
+        content = read_checked(self.directory / "complete")
+        return None if content is None else int(content)
 
     def count_sealed(self) -> int:
         """The number of sealed shards that are there now."""
@@ -110,16 +133,22 @@ class Cache:
             self.builder[0].terminate()
 
     def facts(self, number: int) -> dict:
-        """A shard's counts, the sizes of its files, and the fingerprint of all shards up to it."""
+        """A shard's counts, the hashes of its files, and the fingerprint of all shards up to it."""
         directory = self.directory / f"{number:06d}"
-        with contextlib.suppress(OSError, ValueError):
-            facts = json.loads((directory / "seal.json").read_text())
-            sizes = {file: (directory / file).stat().st_size for file in facts["sizes"]}
-            if sizes == facts["sizes"]:
-                return facts
-        raise InputError(
-            f"the token cache {directory} is damaged (a file is missing or not of its sealed "
-            f"size); delete {self.directory} and it will be built again")
+        found = read_seal(directory)
+        if found is None:
+            self.again(number)
+            found = read_seal(directory)
+        return found
+
+    def again(self, number: int):
+        """Build a shard again that is not as it was sealed."""
+        directory = self.directory / f"{number:06d}"
+        said = f"the token cache {directory} is damaged (not as it was sealed)"
+        if self.mend is None:
+            raise InputError(f"{said}; delete {self.directory} and it will be built again")
+        print(f"{said}; it is built again", flush=True)
+        self.mend(number)
 
     def counts(self, shards: int) -> Counter:
         """What the first so many shards hold, and what was skipped, by kind."""
@@ -136,15 +165,41 @@ class Cache:
         return dict(shards=shards, counts=self.counts(shards), fingerprint=fingerprint)
 
     def open(self, number: int) -> Shard:
-        """Shard `number`, checked against its seal and mapped; `shard` remembers the last ones."""
+        """Shard `number`, mapped; `shard` does the same and remembers the last ones.
+
+        The first time, its files are compared with its seal, and built again where they differ.
+        """
         directory = self.directory / f"{number:06d}"
         facts = self.facts(number)
+        if number not in self.checked and not is_whole(directory):
+            self.again(number)
+            facts = self.facts(number)
+        self.checked.add(number)
         if facts["counts"].get("tokens"):
             tokens = np.memmap(directory / "tokens.bin", dtype=facts["dtype"], mode="r")
         else:  # an empty file cannot be mapped
             tokens = np.zeros(0, facts["dtype"])
         index = np.load(directory / "index.npz")
         return Shard(tokens=tokens, directory=directory, **index)
+
+
+def read_seal(directory: Path) -> dict | None:
+    """What a shard's seal says of it; None where it is gone or not as it was written."""
+    try:
+        return without_checksum(json.loads((directory / "seal.json").read_bytes()))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a shard's seal and files are those that were written."""
+    facts = read_seal(directory)
+    if facts is None:
+        return False
+    try:
+        return all(file_hash(directory / file) == known for file, known in facts["files"].items())
+    except FileNotFoundError:
+        return False
 
 
 # --------------------------------------------------------------------------------------- building
@@ -155,7 +210,7 @@ def cache_directory(name: str, config, tokenizer: Tokenizer, seed: int) -> Path:
     source = config.sources[name]
     functions = [function_key(f) for f in (source.documents, source.prepare, source.score)]
     parts = [
-        FORMAT, functions, config.dev, config.test, config.shard_tokens,
+        FORMAT, functions, *config.shares(name), config.shard_tokens,
         seed if source.prepare else 0, hashlib.sha256(tokenizer.model).hexdigest()]
     if source.split:
         parts.append({"split": source.split})
@@ -169,14 +224,26 @@ def build(name: str, config, tokenizer: Tokenizer, seed: int) -> Cache:
 
     One process builds, others wait. Shard boundaries depend on the documents alone.
     """
-    directory = cache_directory(name, config, tokenizer, seed)
-    complete = directory / "complete"
-    if not complete.exists():
+    cache = open_cache(name, config, tokenizer, seed)
+    directory = cache.directory
+    if cache.length() is None:
         with locked(directory.with_suffix(".lock")):
-            if not complete.exists():  # another process may have built it meanwhile
-                write_shards(directory, name, config, tokenizer, seed)
-                write(complete, "")
-    return Cache(directory, name)
+            if cache.length() is None:  # another process may have built it meanwhile
+                shards = write_shards(directory, name, config, tokenizer, seed)
+                write_checked(directory / "complete", b"%d" % shards)
+    return cache
+
+
+def open_cache(name: str, config, tokenizer: Tokenizer, seed: int, builder=None) -> Cache:
+    """The token cache of source `name` as far as it is there; see `Cache`."""
+    directory = cache_directory(name, config, tokenizer, seed)
+    remake = remaker(directory, name, config, tokenizer, seed)
+
+    def mend(number: int):
+        with locked(directory.with_suffix(".lock")):
+            remake(number)
+
+    return Cache(directory, name, builder, mend)
 
 
 class Row(NamedTuple):
@@ -196,28 +263,35 @@ class Unsealed:
     def __init__(self):
         self.rows: list[Row] = []
         self.counts = Counter()
-        self.hash = hashlib.sha256()  # of the documents
+        self.hash = hashlib.sha256()  # of the documents, and of what the shard says of them
 
     def add(self, rows: list[Row], counts: Counter):
         """Append a group of documents."""
         self.rows += rows
         self.counts.update(counts)
         for row in rows:
-            *content, split, marks = astuple(row.document)
-            if split or marks:
-                content.append({"split": split, "marks": marks})
-            said = json.dumps(content, sort_keys=True, default=str)
-            self.hash.update(said.encode())
+            said = [*astuple(row.document), row.split, row.quiet]
+            self.hash.update(json.dumps(said, sort_keys=True, default=str).encode())
+            self.hash.update(row.ids.tobytes())
+            self.hash.update(np.asarray(row.score, np.float32).tobytes())
+
+    def seal(self, directory: Path, number: int, before: str, tokenizer: Tokenizer) -> str:
+        """Write the shard; gives the fingerprint of all shards up to it. before: up to the last."""
+        text = self.hash.hexdigest()
+        fingerprint = digest([before, text])
+        facts = dict(counts=dict(self.counts), text=text, fingerprint=fingerprint)
+        seal(directory, number, self.rows, tokenizer, facts)
+        return fingerprint
 
 
-def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed: int):
-    """Build what is missing of a cache; called with its lock held."""
-    remove_partial(directory)
-    cache = Cache(directory, name)
-    number = cache.wait(0)
-    total = cache.counts(number)
-    fingerprint = cache.facts(number - 1)["fingerprint"] if number else directory.name
-    stream = iter(config.sources[name].documents())
+def first_fingerprint(tokenizer: Tokenizer) -> str:
+    """The fingerprint of no shards; those after it add text, tokens and what settings made."""
+    return digest([tokenizer.vocab, tokenizer.bos, tokenizer.eos])
+
+
+def unsealed_shards(stream: Iterator[Document | Skipped], config, name: str, tokenizer: Tokenizer,
+                    seed: int, total: Counter) -> Iterator[Unsealed]:
+    """The shards of a source from the next document on. total: counts of those before, updated."""
     for _ in itertools.islice(stream, total["read"]):
         pass  # sealed shards hold these
     make = partial(next_group, stream, config, name, tokenizer, seed)
@@ -229,15 +303,69 @@ def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed:
             total.update(counts)
             full = shard.counts["tokens"] >= config.shard_tokens
             if full or (ended and shard.counts["read"]):
-                fingerprint = digest([fingerprint, shard.hash.hexdigest()])
-                facts = dict(counts=dict(shard.counts), fingerprint=fingerprint)
-                seal(directory, number, shard.rows, tokenizer, facts)
-                number += 1
+                yield shard
                 shard = Unsealed()
             check_damage(name, config, total, ended)
             if ended:
                 break
             show(total)
+
+
+def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed: int) -> int:
+    """Build what is missing of a cache; called with its lock held. Gives the number of shards."""
+    remove_partial(directory)
+    cache = Cache(directory, name, mend=remaker(directory, name, config, tokenizer, seed))
+    number = cache.count_sealed()
+    total = cache.counts(number)
+    fingerprint = first_fingerprint(tokenizer)
+    if number:
+        fingerprint = cache.facts(number - 1)["fingerprint"]
+    stream = iter(config.sources[name].documents())
+    for shard in unsealed_shards(stream, config, name, tokenizer, seed, total):
+        fingerprint = shard.seal(directory, number, fingerprint, tokenizer)
+        number += 1
+    return number
+
+
+def remaker(directory: Path, name: str, config, tokenizer: Tokenizer,
+            seed: int) -> Callable[[int], None]:
+    """What builds the shard of a number again; called with the cache's lock held.
+
+    It raises InputError where the source gives other documents now.
+    """
+
+    def remake(number: int):
+        place = directory / f"{number:06d}"
+        if is_whole(place):  # another process was faster
+            return
+        cache = Cache(directory, name, mend=remake)
+        before = first_fingerprint(tokenizer)
+        if number:
+            before = cache.facts(number - 1)["fingerprint"]
+        stream = iter(config.sources[name].documents())
+        shards = unsealed_shards(stream, config, name, tokenizer, seed, cache.counts(number))
+        shard = next(shards, Unsealed())
+        shards.close()
+        after = directory / f"{number + 1:06d}"
+        whole = shard.counts["read"] and continues(shard.hash.hexdigest(), before, place, after)
+        if not whole:
+            raise InputError(
+                f"the token cache {place} is damaged, and the source {name!r} gives other text now "
+                f"than it was built from; delete {directory} and it will be built from that")
+        shard.seal(directory, number, before, tokenizer)
+
+    return remake
+
+
+def continues(text: str, before: str, place: Path, after: Path) -> bool:
+    """Whether a shard of this text, built again, stands between those before and after it."""
+    fingerprint = digest([before, text])
+    seal, following = read_seal(place), read_seal(after)
+    if seal:
+        return seal["fingerprint"] == fingerprint
+    if following:
+        return following["fingerprint"] == digest([fingerprint, following["text"]])
+    return True
 
 
 def remove_partial(directory: Path):
@@ -283,7 +411,7 @@ def tokenize(documents: list[Document], config, name: str, tokenizer: Tokenizer,
              counts: Counter) -> Iterator[Row]:
     """The rows of documents after `prepare`; they and what is skipped are counted in `counts`."""
     source = config.sources[name]
-    prepared = prepare(documents, config, source, seed, counts)
+    prepared = prepare(documents, config.shares(name), source, seed, counts)
     prefixes = tokenizer.encode_batch([document.prefix for document, _ in prepared])
     texts = tokenizer.encode_batch([document.text for document, _ in prepared])
     full = [n for n, ids in enumerate(texts) if len(ids)]
@@ -346,12 +474,15 @@ def marked(document: Document, tokens: int, prefix: int, tokenizer: Tokenizer, s
     return prefix + marked_tokens(tokenizer, document.text, document.marks, tokens)
 
 
-def prepare(documents: list[Document], config, source: Source, seed: int,
+def prepare(documents: list[Document], shares: tuple[float, float], source: Source, seed: int,
             counts: Counter) -> list[tuple[Document, int]]:
-    """[(document, split)] after the source's `prepare`, without what cannot be encoded."""
+    """[(document, split)] after the source's `prepare`, without what cannot be encoded.
+
+    shares: of documents that their hash holds out, (dev, test).
+    """
     prepared = []
     for document in documents:
-        split = split_in(document, source, config.dev, config.test)
+        split = split_in(document, source, *shares)
         made = document
         if source.prepare and SPLITS[split] == "train":
             rng = np.random.default_rng([seed, path_hash(document.path)])
@@ -398,11 +529,8 @@ def marks_of(rows: list[Row]) -> dict[str, np.ndarray]:
     return {"marks": np.column_stack([numbers, spans]).astype(np.int32)}
 
 
-def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, facts: dict):
-    """Write a shard beside its place, force it to disk, and rename it into place."""
-    dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
-    partial = directory / f"{number:06d}.partial"
-    partial.mkdir(parents=True)
+def write_rows(partial: Path, name: str, rows: list[Row], dtype: str):
+    """Write the files of a shard of the cache `name`: tokens, index, documents."""
     with open(partial / "tokens.bin", "wb") as file:
         for row in rows:
             file.write(row.ids.astype(dtype).tobytes())
@@ -411,18 +539,32 @@ def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, fa
         offsets=np.cumsum([0] + [len(row.ids) for row in rows], dtype=np.int64),
         bytes=np.array([len(row.document.text.encode("utf-8")) for row in rows], np.int64),
         split=np.array([row.split for row in rows], np.uint8),
-        score=scores_of(directory.name, rows),
+        score=scores_of(name, rows),
         quiet=np.array([row.quiet for row in rows], np.int32),
+        texts=np.array([path_hash(row.document.text) for row in rows], np.uint64),
         **marks_of(rows),
     )
     with open(partial / "documents.jsonl", "w", encoding="utf-8") as file:
         for row in rows:
             document = dict(path=row.document.path, meta=row.document.meta)
             file.write(json.dumps(document, default=str) + "\n")
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    facts = facts | dict(dtype=dtype, sizes=sizes)
+
+
+def seal(directory: Path, number: int, rows: list[Row], tokenizer: Tokenizer, facts: dict):
+    """Write a shard beside its place, force it to disk, and rename it into place."""
+    dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
+    partial = directory / f"{number:06d}.partial"
+    partial.mkdir(parents=True)
+    write_rows(partial, directory.name, rows, dtype)
+    files = {path.name: file_hash(path) for path in sorted(partial.iterdir())}
+    facts = with_checksum(facts | dict(dtype=dtype, files=files))
     (partial / "seal.json").write_text(json.dumps(facts, indent=1))
     for path in partial.iterdir():
         with open(path, "rb+") as handle:
             os.fsync(handle.fileno())
-    partial.rename(directory / f"{number:06d}")
+    place, old = directory / f"{number:06d}", directory / f"{number:06d}.old.partial"
+    if place.exists():  # it was damaged
+        place.rename(old)
+    partial.rename(place)
+    sync_directory(directory)
+    shutil.rmtree(old, ignore_errors=True)

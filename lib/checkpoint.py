@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import lax
 
+from lib.disk import file_hash, with_checksum, without_checksum
 from lib.errors import InputError, user_errors
 from lib.keys import is_run, run_step
 from lib.optim import State
 from lib.processes import all_gather, is_main_process
+from lib.trust import read_record
+
+FORMAT = 1  # of a checkpoint's metadata; those that name none were made before there was one
 
 
 class Damaged(InputError):
@@ -32,7 +37,7 @@ class Loan(NamedTuple):
     run: str  # directory of the run whose checkpoint holds it, absolute
     step: int  # of that checkpoint
     name: str  # of the parameter there
-    checksum: int  # see `checksums`
+    checksum: int | None  # see `checksums`; None of an older version, which is not compared
 
     def written(self, directory: Path) -> dict:
         """The loan as the meta of a checkpoint of the run in `directory` has it.
@@ -111,8 +116,9 @@ class Checkpoints:
         Raises InputError for what the save before met.
         """
         self.wait()
-        sums = {name: int(value) for name, value in jax.device_get(checksums(state)).items()}
-        meta = meta | {"checksums": sums}
+        sums = jax.device_get(checksums(state))
+        sums = {name: int(value) for name, value in sums.items()}
+        meta = meta | {"checksums": sums, "format": FORMAT}
         lent = unchanged(loans or {}, state.params)
         if len(lent) == len(state.params):  # Orbax writes no item without arrays
             lent = {}
@@ -124,7 +130,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(own),
             opt=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave(meta),
+            meta=ocp.args.JsonSave(with_checksum(meta)),
         )
         with self.writing():
             self.manager.save(step, force=True, args=items)
@@ -154,27 +160,70 @@ class Checkpoints:
             self.manager.close()
 
     def restore(self, step: int, **items):
-        """Some of a checkpoint's items; Damaged where Orbax raises any of its many exceptions."""
-        sentence = (
-            f"checkpoint {self.root / str(step)} is damaged ({{reason}}); there are {self.steps()}"
-        )
+        """Some of a checkpoint's items; raises Damaged where they are not there as written.
+
+        What cannot be read now is no damage and an InputError: the same command may go on later.
+        """
+        wanted = ocp.args.Composite(**items)
+        try:
+            return self.attempt(step, wanted)
+        except Damaged as error:
+            refuse_unreadable(self.root / str(step), error)
+            if jax.process_count() > 1:  # one process alone may not begin again
+                raise
+        return self.attempt(step, wanted)  # it may have been a passing error of the disk
+
+    def attempt(self, step: int, wanted: ocp.args.Composite):
+        """Read items once; Damaged where Orbax raises any of its many exceptions."""
         eagerly = jax.ensure_compile_time_eval()  # an edit may load a run while shapes are traced
-        with eagerly, user_errors(Exception, Damaged, sentence):
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        with eagerly, user_errors(Exception, Damaged, self.damaged(step, "{reason}")):
+            return self.manager.restore(step, args=wanted)
+
+    def damaged(self, step: int, reason: str) -> str:
+        """What is said of a damaged checkpoint."""
+        return f"checkpoint {self.root / str(step)} is damaged ({reason}); there are {self.steps()}"
 
     def meta(self, step: int) -> dict:
         """What is known of a checkpoint before its arrays are read."""
-        return self.restore(step, meta=ocp.args.JsonRestore())["meta"]
+        written = self.restore(step, meta=ocp.args.JsonRestore())["meta"]
+        if isinstance(written, dict) and not written.keys() & {"checksum", "format"}:
+            return written  # of a run that was made before there were checksums of it
+        meta = without_checksum(written)
+        if meta is None:
+            raise Damaged(self.damaged(step, "its metadata are not as written"))
+        return meta
 
     def loans(self, step: int) -> dict[str, Loan]:
         """The parameters that a checkpoint does not hold itself."""
         home = self.root.parent
-        written = self.meta(step).get("borrowed", {})
-        return {name: Loan.read(loan, home) for name, loan in written.items()}
+        meta = self.meta(step)
+        loans = {name: Loan.read(loan, home) for name, loan in meta.get("borrowed", {}).items()}
+        if "format" in meta:
+            return loans
+        return {name: loan._replace(checksum=None) for name, loan in loans.items()}
 
     def params(self, step: int, like: State) -> dict[str, jax.Array]:
-        """Parameters alone, placed as `like` says. InputError where one is borrowed and gone."""
-        return self.read(step, like.params)["params"]
+        """Parameters alone, placed as `like` says; raises Damaged where they are not as written.
+
+        Raises InputError where one is borrowed, and its run is gone or has changed.
+        """
+        params = self.read(step, like.params)["params"]
+        self.compare(step, {f"params/{name}": x for name, x in params.items()})
+        return params
+
+    def compare(self, step: int, arrays: State | dict):
+        """Raise Damaged unless arrays, named as in a state, are what a checkpoint was given."""
+        meta = self.meta(step)
+        if "format" not in meta:
+            note = "is of an older version of Coppice; it is read without comparing checksums"
+            print(f"checkpoint {self.root / str(step)} {note}", file=sys.stderr, flush=True)
+            return
+        written = meta["checksums"]
+        with jax.ensure_compile_time_eval():  # an edit may load a run while shapes are traced
+            sums = jax.device_get(checksums(arrays))
+        changed = [name for name in sums if written.get(name) != sums[name]]
+        if changed:
+            raise Damaged(self.damaged(step, f"not as written: {', '.join(changed)}"))
 
     def read(self, step: int, params: dict, **items) -> dict:
         """The parameters of a checkpoint, also those that are borrowed, and other items of it."""
@@ -200,18 +249,10 @@ class Checkpoints:
 
         Raises InputError where a parameter is borrowed, and its run is gone or has changed.
         """
-        written = self.meta(step).get("checksums")
         rest = dict(opt=like.opt, step=like.step, skipped=like.skipped)
         found = self.read(step, like.params, opt=ocp.args.StandardRestore(rest))
         state = State(found["params"], **found["opt"])
-        if written:
-            sums = jax.device_get(checksums(state))
-            changed = [name for name in sums if written[name] != sums[name]]
-            if changed:
-                raise Damaged(
-                    f"checkpoint {self.root / str(step)} is damaged "
-                    f"(not as written: {', '.join(changed)})"
-                )
+        self.compare(step, state)
         return state
 
     def put_aside(self, step: int):
@@ -231,6 +272,7 @@ def find_checkpoint(run: str, step: int | None = None) -> tuple[Checkpoints, int
     directory = Path(run).expanduser()
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(run)!r} is not a run directory: it has no config.json")
+    read_record(directory)
     checkpoints = Checkpoints(directory / "checkpoints")
     found = checkpoints.steps()
     if step is None:
@@ -239,7 +281,7 @@ def find_checkpoint(run: str, step: int | None = None) -> tuple[Checkpoints, int
         wanted, asked = [n for n in found if n == step], f" of step {step}"
     if not wanted:
         raise InputError(f"run {run} has no checkpoint{asked}; it has {found}")
-    metas = {n: checkpoints.meta(n) for n in wanted}
+    metas = whole_metas(checkpoints, wanted)
 
     def age(n: int) -> tuple[float, int]:
         since = metas[n]["since_reset"]
@@ -247,6 +289,38 @@ def find_checkpoint(run: str, step: int | None = None) -> tuple[Checkpoints, int
 
     best = max(metas, key=age)
     return checkpoints, best, metas[best]
+
+
+def whole_metas(checkpoints: Checkpoints, steps: list[int]) -> dict[int, dict]:
+    """{step: what is known of it} of checkpoints; those whose metadata are damaged are left out.
+
+    Raises Damaged where none is left.
+    """
+    metas, problem = {}, None
+    for step in steps:
+        try:
+            metas[step] = checkpoints.meta(step)
+        except Damaged as error:
+            problem = error
+            if len(steps) > 1:
+                print(f"{error}; it is left out", file=sys.stderr, flush=True)
+    if not metas:
+        raise problem
+    return metas
+
+
+def refuse_unreadable(place: Path, error: Exception):
+    """Raise InputError if what went wrong with a checkpoint is that its disk cannot be read now."""
+    said = f"checkpoint {place} cannot be read now ({{reason}}); nothing was changed, so try again"
+    with user_errors(OSError, InputError, said):
+        while error.__cause__:
+            error = error.__cause__
+        gone = FileNotFoundError, NotADirectoryError, IsADirectoryError
+        if isinstance(error, OSError) and not isinstance(error, gone):
+            raise error
+        for path in place.rglob("*"):
+            if path.is_file():
+                file_hash(path)  # reads all of it
 
 
 def borrow(sources: dict[str, str]) -> dict[str, Loan]:
@@ -307,25 +381,42 @@ def borrowed(by: str, loans: dict[str, Loan], like: dict) -> dict[str, jax.Array
         with user_errors(Damaged):
             lent = checkpoints.some_params(step, wanted)
         for name, theirs in names.items():
-            if loans[name].checksum != checksum(lent[theirs]):
+            if loans[name].checksum not in (None, checksum(lent[theirs])):
                 raise InputError(f"{needs}, and {theirs} has changed since; put back what it was")
             found[name] = lent[theirs]
     return found
 
 
 def checksum(x: jax.Array) -> int:
-    """The sum of the bits of an array, see `checksums`."""
+    """The hash of an array, see `checksums`."""
     with jax.ensure_compile_time_eval():  # an edit may load a run while shapes are traced
         return int(checksums({"x": x})["x"])
 
 
 @jax.jit
 def checksums(state: State | dict) -> dict[str, jax.Array]:
-    """The sum of the bits of each array of a state, uint32: the same on any mesh."""
+    """A hash of each array of a state, uint32: the same on any mesh.
 
-    def bits(x):
-        words = lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}")
-        return jnp.sum(words, dtype=jnp.uint32)
-
+    It is the sum of scrambled words, each of an element's bits and its place in the whole array. So
+    elements that are changed, swapped or moved change it.
+    """
     leaves = jax.tree.leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): bits(x) for path, x in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): hashed(x) for path, x in leaves}
+
+
+def hashed(x: jax.Array) -> jax.Array:
+    """The hash of an array."""
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    words = lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}")
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(scrambled(words.astype(jnp.uint32) ^ scrambled(place + 1)), dtype=jnp.uint32)
+
+
+def scrambled(bits: jax.Array) -> jax.Array:
+    """uint32 numbers, one to one, by the last step of MurmurHash3: each bit changes all of them."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)

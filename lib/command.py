@@ -65,12 +65,12 @@ FIELD_OF = RENAMED | {word: field for field, words in OTHER_NAMES.items() for wo
 # What other codebases have and is no field here.
 OUT = "a run's directory is RUNS/NAME: --runs DIR --name NAME"
 TEXT = ("text comes from the config file's data.sources; one that takes a path has "
-        "--data.sources.NAME.documents.path PATH")
+        "--data.sources.NAME.documents.path PATH, and configs/mine.py --path PATH reads any")
 TRACKER = "a tracker is named: --tracker wandb or --tracker tensorboard"
 DEVICES = ("all devices that JAX finds are used, those of JAX_PLATFORMS=cpu, cuda or tpu before "
            "the command; --mesh.data N and --mesh.fsdp N lay them out")
-EPOCHS = ("a run's length is --phases.N.steps; --data.sources.NAME.epochs is how often a source "
-          "may be passed over")
+EPOCHS = ("a run's length is --epochs N passes, or --tokens N, or --phases.N.steps; "
+          "--data.sources.NAME.epochs is how often a source may be passed over")
 RESUME = "the command that began a run resumes it, and --init_from RUN starts from another's end"
 FILE = "the config file is the first word: python train.py FILE"
 DROPOUT = "the model has none"
@@ -79,7 +79,7 @@ OTHER_ANSWERS = {
     TEXT: "dataset datasets data_path data_dir dataset_name train_file train_data corpus",
     TRACKER: "wandb tensorboard report_to logger wandb_project use_wandb wandb_log track project",
     DEVICES: "device devices gpus num_gpus gpu cpu cuda tpu accelerator platform backend",
-    EPOCHS: "epochs num_epochs num_train_epochs max_epochs n_epochs",
+    EPOCHS: "num_epochs num_train_epochs max_epochs n_epochs",
     RESUME: "resume resume_from resume_from_checkpoint checkpoint ckpt ckpt_path pretrained load",
     FILE: "config config_file cfg config_name config_path",
     DROPOUT: "dropout attn_dropout hidden_dropout attention_dropout",

@@ -21,16 +21,19 @@ from lib.fields import (
     allowed_names,
     changed_settings,
     check_value,
+    describe,
     field_types,
     inside,
     join,
+    kind,
     options,
     plain,
     setting_types,
     settings,
 )
+from lib.trust import ROOT, may_run, read_record
 
-ROOT = Path(__file__).resolve().parent.parent
+FUNCTION = {"function", "arguments"}  # keys of a function in JSON, which has "source" besides
 HOUSE = "lib", "tools", "configs"  # whose files import one another by dotted names
 
 
@@ -211,11 +214,23 @@ def to_json(value):
 
 def read_json(path: str, kind: type):
     """The config in a run's config.json. Raises InputError for what is none."""
+    read_record(Path(path).parent)
     with config_errors(path):
-        found = from_json(kind, json.loads(Path(path).read_text("utf-8")))
-    if not isinstance(found, kind):
-        raise InputError(f"config file {path} is not the config.json of a run: it is no object")
-    return found
+        written = json.loads(Path(path).read_text("utf-8"))
+        if isinstance(written, dict):
+            return from_json(kind, written)
+    raise InputError(f"config file {path} is not the config.json of a run: it is no object")
+
+
+def run_json(directory: Path) -> dict:
+    """What a run's config.json holds. Raises InputError where it is not a config's."""
+    read_record(directory)
+    path = directory / "config.json"
+    with config_errors(str(path)):
+        written = json.loads(path.read_text("utf-8"))
+    if isinstance(written, dict) and {"model", "optimizer"} <= written.keys():
+        return written
+    raise InputError(f"{path} is not the config.json of a run: it has no model or no optimizer")
 
 
 def from_json(hint, value):
@@ -223,7 +238,10 @@ def from_json(hint, value):
 
     Raises InputError for a field or a function that is not there.
     """
-    if isinstance(value, dict) and {"function", "arguments"} <= value.keys():
+    if isinstance(value, dict) and FUNCTION <= value.keys():
+        if not option(hint, lambda of: kind(of) is Callable):
+            raise InputError(f"the config has the function {value['function']!r} where "
+                             f"{describe(hint)} is allowed")
         return function_of(value)
     if isinstance(value, dict):
         made = option(hint, dataclasses.is_dataclass)
@@ -264,14 +282,21 @@ def function_of(written: dict) -> Callable:
 
 @functools.cache
 def function_of_text(text: str) -> Callable:
-    """The same for a text of JSON."""
+    """The same for a text of JSON. Raises InputError for what may not run; see lib/trust.py."""
     written = json.loads(text)
-    file, name = written["function"].rsplit(":", 1)
-    if not (ROOT / file).is_file():
-        raise InputError(f"the config has the function {name} of {file}, a file that is gone")
-    function = getattr(load_module(str(ROOT / file)), name, None)
-    if function is None:
+    file, _, name = str(written["function"]).rpartition(":")
+    found = []
+    for place in may_run(file, name):
+        if not place.is_file():
+            raise InputError(f"the config has the function {name} of {file}, a file that is gone")
+        function = getattr(load_module(str(place)), name, None)
+        own = inspect.isfunction(function) or inspect.isclass(function)
+        if own and Path(inspect.getsourcefile(function)).resolve() == place:
+            found.append(function)
+    if not found:
         raise InputError(f"the config has the function {name}, which {file} does not define")
+    same = [one for one in found if digest(inspect.getsource(one)) == written.get("source")]
+    function = [*same, *found][0]  # the file may have changed since a copy was made of it
     partial = functools.partial(function, **written["arguments"])
     changed = changed_settings(partial)
     return functools.partial(function, **changed) if changed else function

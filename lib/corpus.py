@@ -8,11 +8,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from lib.cache import Cache, build, cache_directory
+import numpy as np
+
+from lib.cache import Cache, build, open_cache
 from lib.config import ROOT, to_json
 from lib.disk import write
 from lib.errors import InputError
 from lib.help import short
+from lib.sources import SPLITS
 from lib.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 
@@ -35,7 +38,7 @@ def assemble(config, tokenizer_file: Path | None = None):
         for kind in counts:
             if kind.startswith("skipped"):
                 print(f"source {name}: {counts[kind]} documents {kind}")
-        check_splits(name, counts, config.data, config.data.sources[name].split)
+        check_splits(name, counts, config.data)
     return config, tokenizer, caches
 
 
@@ -51,14 +54,16 @@ def set_vocab(config, tokenizer: Tokenizer):
     return config
 
 
-def check_splits(name: str, counts: Counter, data, own: str):
+def check_splits(name: str, counts: Counter, data):
     """Raise InputError unless a source has documents in each split that has a share.
 
-    own: its `split`. Where that, or every document, says which split it is, no other is missed.
+    Where the source, or every document, says which split it is, no other is missed.
     """
+    own = data.sources[name].split
     if own or counts["documents of a split of their own"] == counts["documents"]:
         return
-    for split, share in {"train": 1, "dev": data.dev, "test": data.test}.items():
+    dev, test = data.shares(name)
+    for split, share in {"train": 1, "dev": dev, "test": test}.items():
         if share and not counts.get(f"{split} documents"):
             raise InputError(
                 f"source {name!r} has {counts['documents']} documents, none in {split}; give it "
@@ -76,12 +81,43 @@ def open_caches(config, tokenizer: Tokenizer) -> dict[str, Cache]:
     return caches
 
 
+def open_held_out(config, tokenizer: Tokenizer, caches: dict[str, Cache]) -> dict[str, Cache]:
+    """{name: token cache} of what `data.held_out` names, complete even where sources stream.
+
+    Says how many of its documents are among those of `caches` that are trained on.
+    """
+    found = {}
+    for name, source in config.data.held_out.items():
+        found[name] = build(name, config.data.alone(name, source), tokenizer, config.seed)
+    if found and not config.data.stream:
+        for name, shared in trained_on_too(found, caches).items():
+            if shared:
+                print(f"held-out {name}: {shared} of {found[name].total['counts']['documents']} "
+                      "documents are trained on too: their text is that of a training document")
+    return found
+
+
+def trained_on_too(held_out: dict[str, Cache], caches: dict[str, Cache]) -> dict[str, int]:
+    """{name: how many of its documents have the text of one that is trained on}."""
+    trained = []
+    for cache in caches.values():
+        for number in range(cache.wait()):
+            shard = cache.shard(number)
+            trained.append(shard.texts[shard.split == SPLITS.index("train")])
+    known = np.concatenate(trained)
+    found = {}
+    for name, cache in held_out.items():
+        shards = map(cache.shard, range(cache.wait()))
+        found[name] = sum(int(np.isin(shard.texts, known).sum()) for shard in shards)
+    return found
+
+
 def stream(config, name: str, tokenizer: Tokenizer) -> Cache:
     """The token cache of a source, which a process is still building unless it is complete."""
-    directory = cache_directory(name, config.data, tokenizer, config.seed)
-    if (directory / "complete").exists():
-        return Cache(directory, name)
-    return Cache(directory, name, builder=spawn(config, name, directory))
+    cache = open_cache(name, config.data, tokenizer, config.seed)
+    if cache.length() is None:
+        cache.builder = spawn(config, name, cache.directory)
+    return cache
 
 
 def spawn(config, name: str, directory: Path) -> tuple[subprocess.Popen, Path]:
@@ -94,7 +130,7 @@ def spawn(config, name: str, directory: Path) -> tuple[subprocess.Popen, Path]:
     log = directory.with_suffix(".log")
     write(config_file, json.dumps(to_json(config)))
     command = [sys.executable, ROOT / "train.py", "corpus", "build", config_file]
-    command += ["--only", name, "--parent", str(os.getpid())]
+    command += ["--only", name, "--parent", str(os.getpid()), "--trust"]  # of this process
     with open(log, "w") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)

@@ -4,7 +4,6 @@ The top panel has bits per byte, which is what to compare by, beside what gzip a
 Below it are the training loss, in nats per token, and the learning rate. All three share an axis
 of training FLOPs.
 """
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.disk import read_rows
+from lib.disk import metric_rows, read_object
 
 MOST_TIME = 0.05  # share of a run's time that drawing may take
 SETTLED = 0.1  # share of the FLOPs after which values decide what a panel shows
@@ -57,7 +56,7 @@ def follow(directory: Path, flush: Callable[[], None]):
 def draw(directory: Path):
     """Write curves.png into a run's directory; nothing while the run has no finite loss."""
     from matplotlib.figure import Figure  # takes a second: a short run spends it at its end alone
-    rows = read_rows(directory / "metrics.jsonl")
+    rows, _ = metric_rows(directory / "metrics.jsonl")
     steps = [row for row in rows if row.get("train/loss") is not None]
     if not steps:
         return
@@ -82,9 +81,7 @@ def read_compressors(directory: Path) -> dict[str, float]:
     """
     found = {}
     for name in ("summary.json", "eval.json"):  # eval.json is the newer one
-        file = directory / name
-        if file.is_file():
-            found |= json.loads(file.read_text("utf-8"))
+        found |= read_object(directory / name)
     bits = {}
     for name, key in (("gzip -9", "gzip_bpb"), ("xz -9", "xz_bpb")):
         if found.get(key) is not None:

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 from jax.sharding import Mesh
 
-from lib.bind import bind, parameters
+from lib.bind import bind
 from lib.continuations import continue_prompts
 from lib.errors import InputError
 from lib.evaluate import HeldOut, Setting, open_source
@@ -77,8 +77,9 @@ def held_out(
     where it is not counted; `texts()` gives the documents in UTF-8, and `paths` their paths. most:
     only the first documents by the hash of their path that have at most so many tokens together.
     """
+    names = setting.caches if split == "train" else setting.caches | setting.held_out
     for name, found, allowed in (
-        ("source", source, setting.caches),
+        ("source", source, names),
         ("split", split, SPLITS),
     ):
         if found not in allowed:
@@ -105,8 +106,3 @@ def own_evals(scores: Callable, params, step: int, setting: Setting) -> dict[str
     for function in setting.config.evals:
         found |= bind(function, **given)(params, apply)
     return found
-
-
-def ask_for(name: str, config) -> bool:
-    """Whether one of a config's own `evals` has a parameter of this name."""
-    return any(name in parameters(function) for function in config.evals)

@@ -20,7 +20,8 @@ from lib.disk import digest, finite, write
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
 from lib.processes import is_main_process
 from lib.sharding import put
-from lib.sources import SPLITS
+from lib.sources import READ_AS
+from lib.tables import columns
 from lib.tokenizers import Tokenizer
 from model import CAUSAL, ModelConfig, reparametrised, whole
 
@@ -124,6 +125,15 @@ class HeldOut:
         begin, end = shard.offsets[place.number:place.number + 2]
         return shard.tokens[begin:end]
 
+    @property
+    def hashes(self) -> list[str]:
+        """What each document's text is known by, wherever it came from."""
+        found = []
+        for place in self.places:
+            known = self.cache.shard(place.shard).texts[place.number]
+            found.append(f"{known:016x}")
+        return found
+
     def texts(self) -> Iterator[bytes]:
         """The text of each document, in UTF-8."""
         for document in range(len(self.places)):
@@ -158,7 +168,7 @@ class HeldOut:
 def places_in(cache: Cache, number: int, split: str) -> list[Place]:
     """The documents of a split in one shard."""
     shard = cache.shard(number)
-    which = np.flatnonzero(shard.split == SPLITS.index(split)).tolist()
+    which = np.flatnonzero(np.isin(shard.split, READ_AS[split])).tolist()
     if not which:
         return []
     documents = shard.documents()
@@ -238,6 +248,13 @@ class Setting(NamedTuple):
     caches: dict[str, Cache]  # by source
     tokenizer: Tokenizer
     mesh: Mesh
+    held_out: dict[str, Cache] = {}  # of `data.held_out`, in place of a source's own dev and test
+
+    def cache(self, source: str, split: str) -> Cache:
+        """The cache that holds a split of a source."""
+        if split == "train" or source not in self.held_out:
+            return self.caches[source]
+        return self.held_out[source]
 
 
 def open_source(setting: Setting, source: str, split: str, most: int | None = None) -> HeldOut:
@@ -246,14 +263,17 @@ def open_source(setting: Setting, source: str, split: str, most: int | None = No
     Of a streamed source the documents of the first window alone.
     """
     data, phase = setting.config.data, setting.phase
-    shards = data.window if data.stream else None
+    cache = setting.cache(source, split)
+    streamed = data.stream and cache is setting.caches.get(source)
+    shards = data.window if streamed else None
     rows = setting.tokenizer, phase.seq, phase.batch, setting.config.overlap
-    return held_out(setting.caches[source], split, *rows, most, shards)
+    return held_out(cache, split, *rows, most, shards)
 
 
 def open_split(setting: Setting, split: str, most: int | None = None) -> dict[str, HeldOut]:
-    """The documents of a split by source; see `open_source`."""
-    return {name: open_source(setting, name, split, most) for name in setting.caches}
+    """The documents of dev or test by source; see `open_source`."""
+    names = setting.caches | setting.held_out
+    return {name: open_source(setting, name, split, most) for name in names}
 
 
 def measure(losses: Callable, held: dict[str, HeldOut], name: str) -> dict[str, float]:
@@ -310,58 +330,73 @@ def compressed(texts: list[bytes]) -> dict[str, float]:
     }
 
 
-def has_test(config) -> bool:
-    """Whether a `train.Config` holds documents out for the test split."""
-    sources = config.data.sources.values()
-    return config.data.test > 0 or any(source.split == "test" for source in sources)
-
-
 def test_figures(
-    losses: Callable, caches: dict[str, Cache], config, tokenizer: Tokenizer, mesh: Mesh
+    losses: Callable,
+    caches: dict[str, Cache],
+    config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    held_out: dict[str, Cache] | None = None,
 ) -> dict:
-    """What a run is reported by: figures of the whole test split, printed too; empty without one.
+    """What a run is reported by: figures of all test documents, printed too; empty without any.
 
-    `eval/SOURCE.test/FIGURE`, the figures of `compressed`, and `held_out_paths`, the documents. The
-    config's own `evals` are not run. losses: a batch's arrays -> nats [b t]; it is not asked where
-    the model predicts no pieces.
+    `eval/SOURCE.test/FIGURE`, the figures of `compressed`, `held_out_paths`, the documents, and
+    `held_out_texts`, {source: what their texts are known by}. The config's own `evals` are not run.
+    losses: a batch's arrays -> nats [b t]; it is not asked where the model predicts no pieces.
+    held_out: caches of `data.held_out`.
     """
-    if not has_test(config):
+    setting = Setting(config, config.phases[-1], caches, tokenizer, mesh, held_out or {})
+    held = open_split(whole_batches(setting), "test")
+    held = {name: documents for name, documents in held.items() if documents.places}
+    if not held:  # all documents are for training or dev
         return {}
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    phase = config.phases[-1]
-    batches = math.ceil(phase.batch / parts)
-    phase = replace(phase, batch=batches * parts)
-    held = open_split(Setting(config, phase, caches, tokenizer, mesh), "test")
-    found = {}
-    if predicts_text(config):
-        found = measure(losses, held, "eval/{}.test")
-    texts = []
+    found = whole_figures(losses, held, config, "eval/{}.test")
     paths = []
     for documents in held.values():
-        texts += documents.texts()
         paths += documents.paths
-    if not texts:  # all sources are for training alone
-        return {}
+    hashes = {name: documents.hashes for name, documents in held.items()}
+    return found | {"held_out_paths": paths, "held_out_texts": hashes}
+
+
+def whole_batches(setting: Setting) -> Setting:
+    """The same with batches that the mesh divides."""
+    parts = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"]
+    batches = math.ceil(setting.phase.batch / parts)
+    return setting._replace(phase=replace(setting.phase, batch=batches * parts))
+
+
+def whole_figures(losses: Callable, held: dict[str, HeldOut], config, name: str) -> dict:
+    """The figures of `measure` and `compressed` of whole texts, printed too as a table."""
+    found = {}
+    if predicts_text(config):
+        found = measure(losses, held, name)
+    texts = []
+    for documents in held.values():
+        texts += documents.texts()
     found |= compressed(texts)
-    show_test(found, held)
-    return found | {"held_out_paths": paths}
+    print(figures_table(found, held, name))
+    return found
 
 
-def show_test(found: dict[str, float], held: dict[str, HeldOut]):
-    """Print the figures of the test split, a line for each source and two for the compressors."""
+def figures_table(found: dict[str, float], held: dict[str, HeldOut], name: str) -> str:
+    """The figures of texts: a line for each source, and four for the compressors."""
+    rows = [["", "documents", "bytes", "bits per byte", "nats per token"]]
+    means = []
     for source, documents in held.items():
-        if f"eval/{source}.test/bpb" not in found:
+        at = name.format(source)
+        if f"{at}/bpb" not in found:
             continue
-        bpb = found[f"eval/{source}.test/bpb"]
-        half = HALF_95 * found[f"eval/{source}.test/bpb_se"]
-        count, size = len(documents.places), documents.bytes.sum()
-        print(
-            f"held-out {source}: {bpb:.3f} ± {half:.3f} bits per byte "
-            f"({count} documents, {size:,} bytes; ± is half a 95 % interval)"
-        )
-    for how, key in (("each compressed alone", "bpb"), ("compressed together", "together_bpb")):
-        gzip_bpb, xz_bpb = found[f"gzip_{key}"], found[f"xz_{key}"]
-        print(f"the same documents, {how}: gzip -9 {gzip_bpb:.3f}, xz -9 {xz_bpb:.3f}")
+        means.append(found[f"{at}/bpb"])
+        bits = f"{means[-1]:.3f} ± {HALF_95 * found[f'{at}/bpb_se']:.3f}"
+        size = [f"{len(documents.places):,}", f"{documents.bytes.sum():,}"]
+        rows.append([f"held-out {source}", *size, bits, f"{found[f'{at}/loss']:.3f}"])
+    if len(means) > 1:
+        rows.append(["mean of these", "", "", f"{np.mean(means):.3f}", ""])
+    for how, key in (("each document alone", "bpb"), ("all as one text", "together_bpb")):
+        for program in ("gzip", "xz"):
+            bits = f"{found[f'{program}_{key}']:.3f}"
+            rows.append([f"{program} -9 of the same, {how}", "", "", bits, ""])
+    return columns(rows) + "\n± is half a 95 % interval"
 
 
 def write_figures(directory: Path, figures: dict):

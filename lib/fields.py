@@ -34,6 +34,7 @@ Whole = Annotated[int, FROM_0]
 Positive = Annotated[float, ABOVE_0]
 NotNegative = Annotated[float, FROM_0]
 Share = Annotated[float, FROM_0, TO_1]
+ExitCode = Annotated[int, FROM_0, Bound(lambda value: value <= 255, "at most 255")]
 PositiveShare = Annotated[float, ABOVE_0, TO_1]
 
 # A rule about several fields: whether it is broken, and the sentence that says so.

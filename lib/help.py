@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib.config import ROOT, verbs, walk
 from lib.errors import user_errors
-from lib.fields import changed_settings, kind, options, plain, settings
+from lib.fields import changed_settings, describe, kind, options, plain, settings
 
 USAGE = """\
 python train.py [CONFIG] [--path.to.field VALUE ...]    train, or resume
@@ -45,6 +45,8 @@ def said(parameter: inspect.Parameter) -> str:
     words = ""
     if parameter.annotation is not parameter.empty:
         words = f", {getattr(parameter.annotation, '__name__', parameter.annotation)}"
+        if kind(parameter.annotation) is typing.Literal:
+            words = f", {describe(parameter.annotation)}"
     if parameter.default is parameter.empty:
         return f"{words}, needed; what follows are the defaults of every config"
     return f"{words}, {parameter.default!r} without it"

@@ -1,51 +1,40 @@
-"""Hugging Face directories in Llama's layout: how they name parameters, and how they are read."""
+"""Hugging Face directories: the table of families, how they are read, and what is in a tensor."""
 import functools
+import json
 import math
-from pathlib import Path
+import re
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
+from lib.config import from_json, to_json
 from lib.errors import InputError, user_errors
+from lib.families.family import ONLY, ROPE, Family, rope_of, usual_fields
+from lib.families.gemma3 import GEMMA3
+from lib.families.gpt2 import GPT2
+from lib.families.gpt_neox import GPT_NEOX
+from lib.families.granite import GRANITE
+from lib.families.layout import is_turned, layers_of, shift, sides, size_in_file, unpack
+from lib.families.llama import LLAMA, MISTRAL, QWEN3
+from lib.families.olmo2 import OLMO2
+from lib.families.qwen2 import QWEN2
+from lib.families.smollm3 import SMOLLM3
+from lib.fields import plain
+from lib.hub import place
 from lib.tokenizers import read_hf_json
-from model import ModelConfig, Param, plain_table
+from model import ModelConfig, Param, draw, head_logits, plain_table, table
 
-# Parameters of `model.plain_table` by their names in a Llama checkpoint; {} is the layer.
-NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "attn_norm": "model.layers.{}.input_layernorm.weight",
-    "q": "model.layers.{}.self_attn.q_proj.weight",
-    "k": "model.layers.{}.self_attn.k_proj.weight",
-    "v": "model.layers.{}.self_attn.v_proj.weight",
-    "o": "model.layers.{}.self_attn.o_proj.weight",
-    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "gate": "model.layers.{}.mlp.gate_proj.weight",
-    "up": "model.layers.{}.mlp.up_proj.weight",
-    "down": "model.layers.{}.mlp.down_proj.weight",
-}
-# The fields that `ModelConfig.rope_scaling` holds, by the kind of RoPE that a config.json names.
-ROPE = {
-    "default": [],
-    "linear": ["factor"],
-    "llama3": [
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ],
-}
-# Fields of a config.json that allow one value only, which is also what their absence means.
-PLAIN = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-    "sliding_window": None,
+LISTED = LLAMA, QWEN3, MISTRAL, QWEN2, GRANITE, SMOLLM3, OLMO2, GEMMA3, GPT_NEOX, GPT2
+FAMILIES = {family.kind: family for family in LISTED}
+# Tensors that are constants of a family, which some files hold.
+CONSTANT = re.compile(r"inv_freq$|masked_bias$|\.(attn|attention)\.bias$")
+# What to do about a field of config.json that is refused.
+MEND = {
+    "quantization_config": "load it by transformers, `.dequantize()` it, and save that",
+    "rope_type": "load it by transformers with a `rope_parameters` of these, which computes the "
+                 "same up to the old context, and save that",
 }
 
 
@@ -57,84 +46,116 @@ def safetensors_package() -> ModuleType:
     return safetensors
 
 
-def tensors(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """{name of a tensor in a checkpoint: (parameter, layer)}; the layer is None outside blocks."""
+# ----------------------------------------------------------------------------------- which family
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family whose layout a model has. Raises InputError where there is none."""
+    forward = plain(config.forward)
+    near = []
+    for family in LISTED:
+        if family.forward == forward:
+            near.append(family)
+    if config.outputs != head_logits:
+        raise InputError(no_layout("outputs", config.outputs, "model.head_logits"))
+    if not near:
+        raise InputError(no_layout("forward", config.forward, "model.llama and a family's"))
+    for family in near:
+        if family.qk_norm == config.qk_norm:
+            return family
+    raise InputError(
+        f"model.qk_norm is {config.qk_norm}, for which the layout of {near[0].kind} has no place; "
+        f"allowed is {near[0].qk_norm}"
+    )
+
+
+def no_layout(field: str, function, allowed: str) -> str:
+    """That no family has a function of a model's config."""
+    return (
+        f"model.{field} is {plain(function).__name__}, for which no family of Hugging Face models "
+        f"has a place; allowed is {allowed} (docs/models.md lists the families)"
+    )
+
+
+def rows_of(config: ModelConfig) -> dict[str, Param]:
+    """The parameters that a model of a family has; rows of a Llama that train besides are none."""
+    return table(config) if family_of(config).rows else plain_table(config)
+
+
+def stored_rows(config: ModelConfig) -> dict[str, Param]:
+    """Those of them that a checkpoint has tensors for."""
+    rows = rows_of(config)
+    named = " ".join(family_of(config).names.values()).split()
+    return {name: row for name, row in rows.items() if name in named}
+
+
+def tensors(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], int | None]]:
+    """{tensor of a checkpoint: (parameters in it, layer)}; the layer is None outside blocks."""
+    rows = stored_rows(config)
     found = {}
-    for name, p in plain_table(config).items():
-        for layer in layers_of(p):
-            found[NAMES[name].format(layer)] = (name, layer)
+    for tensor, names in family_of(config).names.items():
+        names = tuple(names.split())
+        if names[0] not in rows:  # the head of a tied model
+            continue
+        for layer in layers_of(rows[names[0]]):
+            found[tensor.format(layer)] = (names, layer)
     return found
 
 
-def layers_of(p: Param) -> list[int | None]:
-    """The layers that a parameter has a tensor for, or [None]."""
-    if p.axes[0] == "layers":
-        return list(range(p.shape[0]))
-    return [None]
-
-
-def sides(p: Param) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a layer's inputs and outputs, see `model.dense`.
-
-    A lookup table and gains have no outputs: they are no factor of a product. A checkpoint holds
-    factors as matrices [outputs, inputs].
-    """
-    shape, axes = p.shape, p.axes
-    if axes[0] == "layers":
-        shape, axes = shape[1:], axes[1:]
-    if p.group in ("embed", "vector"):
-        inputs = len(axes)
-    elif axes[0] == "embed":
-        inputs = 1
-    else:
-        inputs = len(axes) - 1
-    return shape[:inputs], shape[inputs:]
+# --------------------------------------------------------------------------------------- reading
 
 
 def read_shape(name: str) -> ModelConfig:
-    """The model of hf:DIR. Raises InputError for what Llama does not have, by its field."""
+    """The model of hf:DIR. Raises InputError for what its family does not have, by its field."""
     found = read_hf_json(name, "config.json")
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}  # transformers 5 and 4
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    check_plain(name, found, rope, kind)
-    context = {"original_max_position_embeddings": found.get("max_position_embeddings")}
-    context |= rope
-    sentence = f"{name}: config.json does not have all that a Llama model needs ({{reason}})"
+    family = FAMILIES.get(found.get("model_type"))
+    if not family:
+        raise InputError(no_family(name, found.get("model_type")))
+    found = family.absent | by_usual_names(found, family)
+    check_fields(name, found, family)
+    sentence = (
+        f"{name}: config.json does not have all that a model of type {family.kind} needs "
+        "({reason})"
+    )
     with user_errors((KeyError, TypeError, ValueError), InputError, sentence):
-        heads = found["num_attention_heads"]
-        embed = found["hidden_size"]
-        theta = rope.get("rope_theta") or found.get("rope_theta") or 1e4
-        scaling = [float(context[field]) for field in ROPE[kind]]
-        return ModelConfig(
-            layers=found["num_hidden_layers"],
-            embed=embed,
-            heads=heads,
-            kv_heads=found.get("num_key_value_heads") or heads,
-            head_dim=found.get("head_dim") or embed // heads,
-            mlp=found["intermediate_size"],
-            vocab=found["vocab_size"],
-            tied=found.get("tie_word_embeddings", False),
-            norm_eps=float(found.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(theta),
-            rope_scaling=tuple(scaling),
-        )
+        fields = dict(usual_fields(found), qk_norm=family.qk_norm)
+        made = ModelConfig(**fields | family.read(found))
+    return from_json(ModelConfig, json.loads(json.dumps(to_json(made))))
 
 
-def check_plain(name: str, found: dict, rope: dict, kind: str):
-    """Raise InputError for a field of config.json that a plain Llama does not have so."""
-    rules: list[tuple[str, Any, list]] = []
-    for field, plain in PLAIN.items():
-        default = None if field == "model_type" else plain  # which must be there
-        rules.append((field, found.get(field, default), [plain]))
-    partial_rotary = (found | rope).get("partial_rotary_factor")
-    rules.append(("rope_type", kind, list(ROPE)))
-    rules.append(("partial_rotary_factor", partial_rotary, [None, 1.0]))
+def by_usual_names(found: dict, family: Family) -> dict:
+    """A config.json by Llama's names of fields, without those that the family has not."""
+    others = family.also.keys() | set(family.unsaid)
+    said = {field: value for field, value in found.items() if field not in others}
+    for field, usual in family.also.items():
+        if field in found:
+            said[usual] = found[field]
+    return said
+
+
+def no_family(name: str, kind: str | None) -> str:
+    """That nothing here reads a kind of model, and what to do."""
+    said = f"{name}: model_type in config.json is {kind!r}; allowed are {', '.join(FAMILIES)}"
+    inner = FAMILIES.get(f"{kind}_text")
+    if inner:
+        return f"{said}: load it as a {inner.architecture} by transformers, and save that"
+    return f"{said}; another family is a file of 20 to 60 lines, see docs/models.md"
+
+
+def check_fields(name: str, found: dict, family: Family):
+    """Raise InputError for a field of config.json that its family does not have so here."""
+    kind, rope = rope_of(found)
+    rules: list[tuple[str, Any, tuple]] = [("rope_type", kind, tuple(ROPE))]
+    for field, allowed in (ONLY | family.only).items():
+        if allowed:
+            rules.append((field, (found | rope).get(field, allowed[0]), allowed))
+    its = {usual: field for field, usual in family.also.items()}
     for field, value, allowed in rules:
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
-            raise InputError(
-                f"{name}: {field} in config.json is {value!r}; allowed is {choices}"
-            )
+            named = its.get(field, field)
+            said = f"{name}: {named} in config.json is {value!r}; allowed is {choices}"
+            raise InputError("; ".join([said, *filter(None, [MEND.get(field)])]))
 
 
 def read_params(
@@ -142,27 +163,38 @@ def read_params(
     config: ModelConfig,
     like: dict[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """The plain model's parameters of hf:DIR, in the dtypes and places that `like` has for them.
+    """The parameters of hf:DIR, in the dtypes and places that `like` has for them.
 
     Each device reads its own part. Raises InputError for tensors that are missing, unknown, or not
     of the shape that config.json says.
     """
     views = open_tensors(name, config)
-    rows = plain_table(config)
     check_shapes(name, config, views)
+    inside = {}
+    for tensor, names in family_of(config).names.items():
+        inside |= {parameter: (tensor, names.split()) for parameter in names.split()}
     params = {}
-    for parameter, row in rows.items():
+    for parameter, row in rows_of(config).items():
         x = like[parameter]
-        read = functools.partial(read_part, views, parameter, row, x.dtype)
+        if parameter in inside:
+            where = inside[parameter]
+            read = functools.partial(read_part, views, *where, parameter, config, x.dtype)
+        else:  # a fact of each layer, that config.json says
+            read = np.asarray(draw(parameter, row, jax.random.key(0), x.dtype)).__getitem__
         params[parameter] = jax.make_array_from_callback(x.shape, x.sharding, read)
     return params
 
 
 def open_tensors(name: str, config: ModelConfig) -> dict[str, Any]:
     """Views of a directory's tensors by name; nothing of them is read yet."""
-    directory = Path(name.removeprefix("hf:")).expanduser()
+    directory = place(name)
     safetensors = safetensors_package()
     index = read_hf_json(name, "model.safetensors.index.json")
+    only = "model.safetensors"
+    if not index and not (directory / only).is_file():
+        raise InputError(
+            f"{name} has no {only}; load it by transformers and save that, which writes one"
+        )
     sentence = f"{name} cannot be read ({{reason}})"
 
     @functools.cache
@@ -170,38 +202,52 @@ def open_tensors(name: str, config: ModelConfig) -> dict[str, Any]:
         return safetensors.safe_open(directory / file, framework="np")
 
     with user_errors((OSError, safetensors.SafetensorError), InputError, sentence):
-        files = index.get("weight_map")
-        if not files:
-            only = "model.safetensors"
-            files = dict.fromkeys(open_file(only).keys(), only)
+        files = index.get("weight_map") or dict.fromkeys(open_file(only).keys(), only)
         wanted = tensors(config)
-        check_names(name, set(wanted), set(files))
-        return {tensor: open_file(files[tensor]).get_slice(tensor) for tensor in wanted}
+        called = own_names(config, set(wanted), set(files))
+        check_names(name, config, set(wanted), set(called))
+        views = {}
+        for tensor in wanted:
+            there = called[tensor]
+            views[tensor] = open_file(files[there]).get_slice(there)
+        return views
 
 
-def check_names(name: str, wanted: set[str], found: set[str]):
+def own_names(config: ModelConfig, wanted: set[str], found: set[str]) -> dict[str, str]:
+    """{tensor as its family calls it: as a file does}: one without a head may lack the prefix."""
+    prefix = family_of(config).prefix
+    called = {}
+    for tensor in found:
+        longer = prefix + tensor
+        known = longer if longer in wanted and tensor not in wanted else tensor
+        called[known] = tensor
+    return called
+
+
+def check_names(name: str, config: ModelConfig, wanted: set[str], found: set[str]):
     """Raise InputError where a directory has not the tensors that its config.json asks for."""
-    harmless = {NAMES["head"]}  # a tied model may have its head written out
-    harmless |= {tensor for tensor in found if tensor.endswith("inv_freq")}
-    odd = sorted((found - wanted - harmless) | (wanted - found))
+    family = family_of(config)
+    odd = wanted - found
+    for tensor in found - wanted:
+        written_out = config.tied and family.names.get(tensor) == "head"
+        if not written_out and not CONSTANT.search(tensor):
+            odd.add(tensor)
     if odd:
-        listed = ", ".join(odd[:6])
+        listed = ", ".join(sorted(odd)[:6])
         if len(odd) > 6:
             listed += ", ..."
         raise InputError(
-            f"{name}: tensors are missing, or do not belong to the Llama model that config.json "
-            f"describes: {listed}"
+            f"{name}: tensors are missing, or do not belong to the {family.architecture} that "
+            f"config.json describes: {listed}"
         )
 
 
 def check_shapes(name: str, config: ModelConfig, views: dict[str, Any]):
     """Raise InputError for a tensor that is not of the shape that config.json says."""
-    rows = plain_table(config)
-    for tensor, (parameter, _) in tensors(config).items():
-        inputs, outputs = sides(rows[parameter])
-        size = list(inputs)
-        if outputs:
-            size = [math.prod(outputs), math.prod(inputs)]
+    family = family_of(config)
+    rows = rows_of(config)
+    for tensor, (names, _) in tensors(config).items():
+        size = size_in_file([rows[parameter] for parameter in names], family)
         found = views[tensor].get_shape()
         if found != size:
             raise InputError(f"{name}: tensor {tensor} is {found}; config.json asks for {size}")
@@ -209,29 +255,46 @@ def check_shapes(name: str, config: ModelConfig, views: dict[str, Any]):
 
 def read_part(
     views: dict[str, Any],
+    tensor: str,
+    names: list[str],
     parameter: str,
-    p: Param,
+    config: ModelConfig,
     dtype,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """The part of a parameter at an index, which has a slice for each axis."""
+    """The part of a parameter at an index, which has a slice for each axis.
+
+    Of a tensor that several parameters share, each device reads the whole of a layer.
+    """
+    family, rows = family_of(config), rows_of(config)
+    p = rows[parameter]
+    group = [rows[name] for name in names]
     index = [slice(*one.indices(n)[:2]) for one, n in zip(index, p.shape, strict=True)]
-    layers = layers_of(p)
-    inner = index
-    if p.axes[0] == "layers":
-        layers = layers[index[0]]
-        inner = index[1:]
-    inputs, outputs = sides(p)
-    if outputs:
-        rows = flat(outputs, inner[len(inputs)])
-        columns = flat(inputs, inner[0])
-        inner = [rows, columns]
+    layers, inner = layers_of(p), index
+    if p.layered:
+        layers, inner = layers[index[0]], index[1:]
     made = []
     for layer in layers:
-        x = views[NAMES[parameter].format(layer)][tuple(inner)]
-        made.append(x.T if outputs else x)
+        view = views[tensor.format(layer)]
+        if len(group) == 1:
+            made.append(read_slice(view, p, family, inner))
+        else:
+            whole = unpack(view[:], group, family)
+            made.append(whole[names.index(parameter)][tuple(inner)])
     shape = [one.stop - one.start for one in index]
-    return np.stack(made).astype(dtype).reshape(shape)
+    x = np.stack(made).astype(dtype).reshape(shape)
+    return x + shift(p, family).astype(dtype)
+
+
+def read_slice(view, p: Param, family: Family, inner: list[slice]) -> np.ndarray:
+    """A part of a layer's parameter, flat on each side, from a tensor of its own."""
+    inputs, outputs = sides(p)
+    places = [flat(outputs, inner[len(inputs)])]
+    if inputs:
+        places.insert(0, flat(inputs, inner[0]))
+    if is_turned(p, family):
+        return view[tuple(reversed(places))].T
+    return view[tuple(places)]
 
 
 def flat(side: tuple[int, ...], first: slice) -> slice:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from lib.disk import digest
 from lib.errors import InputError
 from lib.fields import changed_settings, settings
@@ -19,7 +21,7 @@ def function_key(function: Callable | None) -> Any:
     """What a function of a config computes, as JSON; None for None.
 
     It depends on the function's source, on its file's up to the config, on its arguments, on the
-    files and runs that these name, and on the interpreter.
+    files and runs that these name, and on Python's minor version, not on its patch release.
     """
     if function is None:
         return None
@@ -32,7 +34,7 @@ def function_key(function: Callable | None) -> Any:
         "file": digest(source_above(inner)),
         "arguments": arguments,
         "read": read,
-        "python": sys.version,
+        "python": list(sys.version_info[:2]),
     }
 
 
@@ -64,9 +66,30 @@ def read_key(name: str, value: Any, given: bool) -> list:
         return run_key(run, step)
     if name == "path" or (given and os.path.exists(os.path.expanduser(value))):
         with contextlib.suppress(InputError):  # no such file: whoever reads it will say so
-            fs, found = files(value)
-            return [[path, fs.ukey(path)] for _, path in found]
+            return files_key(value)
     return []
+
+
+def names_place(name: str, value: Any) -> bool:
+    """Whether a setting says where files or a run are."""
+    if isinstance(value, list | tuple):
+        return any(names_place("", item) for item in value)
+    if not isinstance(value, str) or not value:
+        return False
+    run, _ = run_step(value)
+    return name == "path" or is_run(run) or os.path.exists(os.path.expanduser(value))
+
+
+def files_key(path: str) -> list:
+    """[[name, size, time of the last change]] of each file that a path means.
+
+    Owner, permissions and inode do not matter: a copy that keeps times, or a backup, is the same
+    file. A file system that is not this machine's says a file's version in its own way.
+    """
+    fs, found = files(path)
+    if isinstance(fs, LocalFileSystem):
+        return [[name, *file_key(Path(place))[1:]] for name, place in found]
+    return [[name, fs.ukey(place)] for name, place in found]
 
 
 def run_step(name: str) -> tuple[str, int | None]:

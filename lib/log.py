@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lib.curves import follow
-from lib.disk import finite, write
+from lib.disk import finite, metric_row, write
 from lib.errors import InputError
 from lib.hardware import peak
 from lib.processes import is_main_process
@@ -24,6 +24,7 @@ from model import count
 
 RECENT = 100  # losses that a new one is compared with
 SPIKE = 6  # standard deviations above their mean at which it is reported
+LEAST = 0.01  # nats that a standard deviation counts at least: near zero loss any is small
 PAUSE = 5.0  # seconds between lines where the output is no terminal
 
 
@@ -37,18 +38,21 @@ def say(text: str):
 def rows_kept(path: Path, step: int, complete: bool) -> bytes:
     """The lines of a metrics.jsonl that a run which goes on from `step` keeps.
 
-    Steps that its checkpoint has not seen come again. So do the test figures, which end a run.
+    Steps that its checkpoint has not seen come again. So does the row that ends a run.
     """
     if step == 0 or not path.exists():
         return b""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    kept, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        row = metric_row(line)
         if not line.endswith(b"\n"):  # torn
             continue
-        row = json.loads(line)
-        of_test = any(".test/" in name for name in row)
-        if row["step"] <= step and (complete or not of_test):
+        if row is None:
+            damaged.append(str(number))
+        elif row["step"] <= step and (complete or "final" not in row):
             kept.append(line)
+    if damaged:
+        say(f"{path} is damaged in line {', '.join(damaged)}; what stood there is left out")
     return b"".join(kept)
 
 
@@ -145,7 +149,8 @@ class Log:
     def report_spike(self, step: int, loss: float):
         """Say so where a loss is far above the last ones."""
         if len(self.recent) > 50:
-            above = (loss - np.mean(self.recent)) / np.std(self.recent)
+            spread = max(LEAST, np.std(self.recent))
+            above = (loss - np.mean(self.recent)) / spread
             if above > SPIKE:
                 config = self.path.with_name("config.json")
                 say(

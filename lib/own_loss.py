@@ -48,7 +48,7 @@ def dev_rows(setting: Setting, loader: Loader, source: int) -> Rows:
     phase = setting.phase
     sources = config.data.sources.values()
     return Rows(
-        setting.caches[loader.names[source]],
+        setting.cache(loader.names[source], "dev"),
         phase.seq,
         phase.packing,
         shuffled,

@@ -223,6 +223,16 @@ def smaller(config: ModelConfig, asked: dict[str, int]) -> ModelConfig:
     return replace(config, **after, heads=heads, norm_eps=norm_eps)
 
 
+def with_gains(params: Params, rows: dict[str, Param], factor) -> Params:
+    """Parameters with the gains along the stream multiplied by a factor."""
+    out = dict(params)
+    for name, row in rows.items():
+        if row.group == "vector" and "embed" in row.axes:
+            x = out[name]
+            out[name] = (x * factor).astype(x.dtype)
+    return out
+
+
 def prune(
     model: Model,
     context: Context,
@@ -254,9 +264,7 @@ def prune(
         energy = scores["energy"]
         left = energy[index["embed"]]
         gain = jnp.sqrt(jnp.mean(left) / jnp.mean(energy))
-        for name, x in params.items():
-            if rows[name].group == "vector":
-                params[name] = (x * gain).astype(x.dtype)
+        params = with_gains(params, rows, gain)
 
     def mapped(tree, moment):
         return cut(tree)

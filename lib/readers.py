@@ -1,4 +1,4 @@
-"""Readers of records: JSON Lines, Parquet, Hugging Face data sets and TensorFlow Datasets."""
+"""Readers of records: JSON, Parquet, Hugging Face data sets and TensorFlow Datasets."""
 import json
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError, user_errors
-from lib.sources import Document, Skipped, files, text
+from lib.sources import Document, Skipped, files, text_of
 
 SHOWN_KEYS = 20  # of a record that lacks one
 
@@ -79,11 +79,40 @@ def jsonl(path: str, content: str = "text", meta: tuple = (), key: str = "",
     Its path is `file#line`, from 1, or what stands under `key`. A line over `longest` bytes is
     skipped.
     """
-    for line in text(path, "\n", longest):
+    fs, found = files(path)
+    for name, place in found:
+        yield from jsonl_of(fs, name, place, content, meta, key, longest)
+
+
+def jsonl_of(fs, name: str, place: str, content: str = "text", meta: tuple = (), key: str = "",
+             longest: int = 2**26) -> Iterator[Document | Skipped]:
+    """The same for one file, see `files`."""
+    for line in text_of(fs, name, place, "\n", longest):
         if isinstance(line, Document):
             yield compose(line.text, line.path, content, meta, key)
         else:
             yield line
+
+
+def json_of(fs, name: str, place: str, content: str = "text", meta: tuple = (),
+            key: str = "") -> Iterator[Document | Skipped]:
+    """A document for each record of a .json file: of a list, one alone, or a record a line.
+
+    Its path is `file#number`, from 1, or what stands under `key`. Memory holds the whole file.
+    """
+    whole = next(text_of(fs, name, place))
+    if isinstance(whole, Skipped):
+        yield whole
+        return
+    try:
+        found = json.loads(whole.text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        yield from jsonl_of(fs, name, place, content, meta, key)
+        return
+    records = found if isinstance(found, list) else [found]
+    for number, record in enumerate(records, 1):
+        given = record if isinstance(record, dict) else json.dumps(record)
+        yield compose(given, f"{name}#{number}", content, meta, key)
 
 
 def parquet(path: str, content: str = "text", meta: tuple = (),
@@ -93,24 +122,37 @@ def parquet(path: str, content: str = "text", meta: tuple = (),
     Its path is `file#group.row`, both from 1, or what stands under `key`. Memory holds one row
     group at a time.
     """
-    said = "Parquet files need the package pyarrow: pip install pyarrow"
-    with user_errors(ImportError, sentence=said):
-        import pyarrow.parquet
+    need_pyarrow()
     fs, found = files(path)
     for name, place in found:
+        yield from parquet_of(fs, name, place, content, meta, key)
+
+
+def need_pyarrow():
+    """Raise InputError where the package is not installed."""
+    said = "Parquet files need the package pyarrow: pip install pyarrow"
+    with user_errors(ImportError, sentence=said):
+        import pyarrow.parquet  # noqa: F401
+
+
+def parquet_of(fs, name: str, place: str, content: str = "text", meta: tuple = (),
+               key: str = "") -> Iterator[Document | Skipped]:
+    """The same for one file, see `files`."""
+    need_pyarrow()
+    import pyarrow.parquet
+    try:
+        file = pyarrow.parquet.ParquetFile(fs.open(place))
+    except (pyarrow.ArrowException, OSError):  # the index of row groups stands at the end
+        yield Skipped(name, "truncated archive")
+        return
+    for group in range(file.num_row_groups):
         try:
-            file = pyarrow.parquet.ParquetFile(fs.open(place))
-        except (pyarrow.ArrowException, OSError):  # the index of row groups stands at the end
-            yield Skipped(name, "truncated archive")
+            records = file.read_row_group(group).to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+            yield Skipped(f"{name}#{group + 1}", "unreadable row group")
             continue
-        for group in range(file.num_row_groups):
-            try:
-                records = file.read_row_group(group).to_pylist()
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
-                yield Skipped(f"{name}#{group + 1}", "unreadable row group")
-                continue
-            for row, record in enumerate(records, 1):
-                yield compose(record, f"{name}#{group + 1}.{row}", content, meta, key)
+        for row, record in enumerate(records, 1):
+            yield compose(record, f"{name}#{group + 1}.{row}", content, meta, key)
 
 
 def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple = (),

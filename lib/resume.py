@@ -11,11 +11,11 @@ import jax
 
 from data import shuffled
 from lib.checkpoint import Loan, borrow, find_checkpoint, unchanged
-from lib.config import flatten, from_json, to_json
-from lib.disk import digest
-from lib.errors import InputError
+from lib.config import FUNCTION, flatten, from_json, run_json, to_json
+from lib.disk import digest, file_hash
+from lib.errors import InputError, user_errors
 from lib.hf import read_params, read_shape
-from lib.keys import run_step
+from lib.keys import names_place, run_step
 from lib.objectives import asks
 from lib.optim import State, init_opt_state, places
 from lib.schedule import Plan
@@ -37,7 +37,7 @@ def as_json(value) -> Any:
 
 def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
     """What the first `step` steps depend on, flat; a run that goes on must have it in common."""
-    fields = {name: value for name, value in as_json(config).items() if name in PAST}
+    fields = past_fields(config)
     phases = []
     for written, phase, end in zip(fields["phases"], config.phases, plan.ends, strict=True):
         begin = end - phase.steps
@@ -55,10 +55,42 @@ def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
         taken = lr[1 : step + 1]
         if taken.any():
             rates[group] = taken.tolist()
-    return flatten(fields) | {
+    return flatten(without_places(fields)) | {
         "data.sources (their order)": list(config.data.sources),
         "schedule (the rates of steps already taken)": digest(rates),
     }
+
+
+def past_fields(config) -> dict[str, Any]:
+    """Fields that steps depend on, as JSON, but not the settings that say where texts are.
+
+    What is in them is known by the fingerprint, wherever they are now.
+    """
+    fields = {}
+    for name, value in as_json(config).items():
+        if name in PAST:
+            fields[name] = value
+    for source in fields["data"]["sources"].values():
+        for use in ("documents", "prepare", "score"):
+            if source[use] is None:
+                continue
+            given = source[use]["arguments"]
+            places = [name for name, value in given.items() if names_place(name, value)]
+            for name in places:
+                del given[name]
+    return fields
+
+
+def without_places(written: Any) -> Any:
+    """A config's JSON without the directories of its functions: their source is in it."""
+    if isinstance(written, list):
+        return [without_places(part) for part in written]
+    if not isinstance(written, dict):
+        return written
+    found = {name: without_places(part) for name, part in written.items()}
+    if FUNCTION <= found.keys():
+        found["function"] = found["function"].rpartition("/")[2]
+    return found
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -80,7 +112,7 @@ def start_config(config, directory: Path) -> tuple[Any, Path | None]:
     name = config.init_from
     begun = any(directory.glob("checkpoints/[0-9]*"))
     if begun:
-        shape = json.loads((directory / "config.json").read_text())["model"]
+        shape = run_json(directory)["model"]
     elif name.startswith("hf:"):
         shape = as_json(read_shape(name))
     else:
@@ -92,7 +124,7 @@ def start_config(config, directory: Path) -> tuple[Any, Path | None]:
         data = replace(config.data, tokenizer=tokenizer_of(name))
         config = replace(config, data=data)
     if begun:
-        return config, directory / "tokenizer.model"
+        return config, own_tokenizer(directory, find_checkpoint(str(directory))[2])
     return config, None
 
 
@@ -100,8 +132,18 @@ def tokenizer_of(name: str) -> str:
     """The tokenizer of what `init_from` names, as `data.tokenizer` says it."""
     if name.startswith("hf:"):
         return name
-    run, _ = run_step(name)
-    return f"{run}/tokenizer.model"
+    checkpoints, _, meta = find_checkpoint(*run_step(name))
+    return str(own_tokenizer(checkpoints.root.parent, meta))
+
+
+def own_tokenizer(directory: Path, meta: dict) -> Path:
+    """The file of a run's tokenizer; raises InputError where it is not as its checkpoint says."""
+    file = directory / "tokenizer.model"
+    with user_errors(OSError, sentence=f"the tokenizer of run {directory} is gone ({{reason}})"):
+        known = file_hash(file)
+    if meta.get("tokenizer", known) != known:  # an older version did not write it
+        raise InputError(f"{file} is damaged (not what its checkpoints know); put back what it was")
+    return file
 
 
 class Start(NamedTuple):
@@ -124,13 +166,14 @@ def start_from(config, model: ModelConfig, state: State, like: State) -> Start:
         return Start(with_params(state, params, config.optimizer, model, like))
     checkpoints, step, meta = find_checkpoint(*run_step(name))
     home = checkpoints.root.parent
-    loans = borrow({n: f"{home}@{step}:{n}" for n in like.params}) if "checksums" in meta else {}
+    loans = borrow({n: f"{home}@{step}:{n}" for n in like.params}) if "format" in meta else {}
     if config.init_with == "params":
         params = checkpoints.params(step, like)
         begun = with_params(state, params, config.optimizer, model, like)
         return Start(begun, meta["since_reset"], borrowed=unchanged(loans, params))
-    written = json.loads((home / "config.json").read_text())["optimizer"]
-    if to_json(from_json(Callable, written)) != to_json(config.optimizer):
+    written = run_json(home)["optimizer"]
+    same = without_places(as_json(config.optimizer)) == without_places(written)
+    if not same:
         raise InputError(f'init_with is "all", but {name} has another optimizer')
     taken = checkpoints.state(step, like)
     state = state.replace(params=taken.params, opt=taken.opt)

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import sysconfig
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any, Literal
 
 import fsspec
 
-from lib.errors import InputError
+from lib.errors import InputError, first_cause
 from lib.fields import NotNegative, strict
 
-SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test", "held_out")  # the last is dev and test alike
+# The splits, as indices into SPLITS, that documents are in who are read as one of them.
+READ_AS = {"train": [0], "dev": [1, 3], "test": [2, 3], "held_out": [3]}
+TRIES, PAUSE = 3, 0.5  # how often a file is read that the disk fails to give; first pause, seconds
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
 
 
@@ -29,7 +33,7 @@ class Document:
     meta: dict = field(default_factory=dict)
     group: str = ""  # documents of one group are in one split: its hash decides, not the path's
     prefix: str = ""  # read before the text, but not predicted: no loss on it
-    split: str = ""  # "train", "dev" or "test": the split it is in, whatever any hash says
+    split: str = ""  # one of SPLITS: the split it is in, whatever any hash says
     # (start, end) of spans of the text, in characters: they become row["marks"], where the source
     # says that it has marks. A token is marked if it holds a character of a span.
     marks: tuple[tuple[int, int], ...] = ()
@@ -56,14 +60,15 @@ class Source:
     # a training document out; dev and test documents stay, so that runs with and without a score
     # are measured on the same text.
     score: Callable | None = None
-    split: Literal["", "train", "dev", "test"] = ""  # of all its documents; "": by their hashes
+    # of all its documents; "": by their hashes; "held_out": dev and test alike
+    split: Literal["", "train", "dev", "test", "held_out"] = ""
     marks: bool = False  # its documents have marks, which rows then hold; see `Document`
     epochs: NotNegative = 0.0  # passes that a run may make over it; 0 is any number
     after: Literal["stop", "renormalise"] = "stop"  # then: refuse, or leave its share to the others
 
 
 def path_hash(path: str) -> int:
-    """64 bits that a document's path alone decides."""
+    """64 bits that a document's path, or another text, alone decides."""
     encoded = path.encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest())
 
@@ -116,6 +121,9 @@ def files(path: str) -> tuple[Any, list[tuple[str, str]]]:
         places = [place for place in visible if fs.isfile(place)]
     except (ImportError, ValueError, OSError) as error:  # a protocol is unknown, or wants a package
         raise InputError(f"source path {path!r} cannot be read: {error}") from None
+    except Exception as error:  # without a network each file system of fsspec has its own
+        raise InputError(f"source path {path!r} cannot be read ({first_cause(error)}); is there a "
+                         "network, and are you allowed to read it?") from None
     named = [(place[len(base):].lstrip("/"), place) for place in places]
     return fs, sorted(named, key=lambda file: file[0].split("/"))
 
@@ -125,20 +133,43 @@ def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Docum
 
     With a `separator` each file is cut after it; the pieces are documents `file#number`, from 1.
     Where that is a line end, lines are read one by one: those over `longest` bytes are skipped, and
-    those before the break of a truncated archive are kept.
+    those before the break of a truncated archive are kept. Raises InputError for a file that the
+    disk cannot read, tried again TRIES times: what it holds is not lost, and must not count so.
     """
     fs, found = files(path)
     for name, place in found:
-        compression = compression_of(name)
+        yield from text_of(fs, name, place, separator, longest)
+
+
+def text_of(fs, name: str, place: str, separator: str = "",
+            longest: int = 2**26) -> Iterator[Document | Skipped]:
+    """The same for one file, see `files`. It is read again where the disk fails to give it."""
+    compression, given = compression_of(name), 0
+    for again in range(TRIES):
         try:
             with fs.open(place, compression=compression) as raw:
                 file = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
                 for number, piece in enumerate(cut(file, separator, longest), 1):
-                    yield decode(piece, f"{name}#{number}" if separator else name)
+                    if number > given:
+                        given = number
+                        yield decode(piece, f"{name}#{number}" if separator else name)
+            break
         except EOFError:
             yield Skipped(name, "truncated archive")
-        except Exception:  # each file system of fsspec and each kind of archive has its own
-            yield Skipped(name, "unreadable")
+            break
+        except Exception as error:  # each file system and each kind of archive has its own
+            if getattr(error, "errno", None) is None:  # none of the disk's
+                yield Skipped(name, "unreadable")
+                break
+            wait_or_refuse(place, error, again)
+
+
+def wait_or_refuse(place: str, error: OSError, again: int):
+    """Wait before a file is read again; raise InputError after the last time."""
+    if again + 1 == TRIES:
+        raise InputError(f"source file {place!r} cannot be read ({error.strerror}); mend that, or "
+                         "move it elsewhere; what was built so far is kept") from None
+    time.sleep(PAUSE * 2**again)
 
 
 def compression_of(name: str) -> str | None:

@@ -1,6 +1,5 @@
 """What a study's runs say: figures of each run, paired differences, intervals and verdicts."""
 import itertools
-import json
 import math
 import statistics
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-from lib.disk import read_rows
+from lib.disk import digest, metric_rows, read_object
 from lib.errors import InputError, user_errors
 from lib.fields import allowed_names
 from lib.study import OF_RUN, Claim
@@ -80,15 +79,17 @@ def run_figures(
     a measure that names a metric which the run does not have. Returns
 
         bpb, dev   means over sources on test and dev, at the end; None where there is no such split
+        held_out   {source: its test documents, as number and digest}; {} where it does not say
         last       every metric's last value, and the study's `measures` of the rows
         curve      tokens, flops and dev bits per byte at each evaluation
         made_by    versions, commit, host and device
     """
-    rows = read_rows(run / "metrics.jsonl")
-    summary = json.loads((run / "summary.json").read_text())
+    rows, _ = metric_rows(run / "metrics.jsonl")
+    summary = read_object(run / "summary.json")
     last = {}
     for row in rows:
         last |= row
+    last.pop("final", None)  # which marks the row that ends a run
     for name, measure in (measures or {}).items():
         if not isinstance(measure, str):
             last[name] = measure(rows)
@@ -104,9 +105,34 @@ def run_figures(
         flops=rows[-1]["train/flops"] + elsewhere,
         bpb=mean_bpb(last, "test"),
         dev=curve["dev"][-1] if curve["dev"] else None,
+        held_out=documents_of(summary),
         last=last,
         curve=curve,
         made_by={name: summary[name] for name in MADE_BY})
+
+
+def documents_of(summary: dict) -> dict[str, list]:
+    """{source: [number of test documents, digest of their texts]} of a run's summary."""
+    texts = summary.get("held_out_texts", {})
+    return {name: [len(own), digest(sorted(own))] for name, own in texts.items()}
+
+
+def tested_alike(arm: dict, control: dict, measure: str) -> bool:
+    """Were two runs tested on the same documents, as far as a measure depends on that?
+
+    By `eval/SOURCE/` that is so of the source's alone, by bits per byte and speed-ups of all of
+    them. Those of dev are not known; they are as alike as those of test. Runs that do not say what
+    they were tested on are taken for alike.
+    """
+    one, other = arm["held_out"], control["held_out"]
+    if not one or not other:
+        return True
+    if measure == "bpb" or measure.startswith("speed_up_"):
+        return sorted(one.values()) == sorted(other.values())
+    for name in one.keys() & other.keys():
+        if measure.startswith((f"eval/{name}/", f"eval/{name}.test/")):
+            return one[name] == other[name]
+    return True
 
 
 def curve_of(rows: list[dict], elsewhere: float) -> dict[str, list[float]]:
@@ -154,7 +180,12 @@ def speed_up(arm: dict, control: dict, axis: str) -> float:
 
 
 def difference(arm: dict, control: dict, measure: str) -> float | None:
-    """A measure of two runs: arm less control, or the speed-up; None where one does not have it."""
+    """A measure of two runs: arm less control, or the speed-up.
+
+    None where one does not have it, or where it is of other documents.
+    """
+    if not tested_alike(arm, control, measure):
+        return None
     if measure.startswith("speed_up_"):
         if arm["dev"] is None or control["dev"] is None:
             return None

@@ -1,6 +1,8 @@
 """When a run saves besides its plan, or ends early: by the clock, by a signal to any process."""
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 
@@ -11,34 +13,71 @@ from lib.sharding import largest
 
 # What a process asks for; all of them do the largest that any of them asks for.
 NOTHING, SAVE, EXIT = range(3)
+PATIENCE = 0.5  # seconds after a signal in which the same one is taken for an echo of it
 
 
 class Stop:
-    """Listens for SIGTERM and SIGINT while it is open; Ctrl-C once more ends the process at once.
+    """Listens for SIGTERM and SIGINT while it is open; a second one ends the process at once.
 
-    Several processes hear of what one of them asks a step later, the same step everywhere: by then
-    its value is there, so that no device waits. abandon: called at a signal, to end what waits for
-    rows to come.
+    Before `begin` nothing needs to be saved, and the first one ends it too. Several processes hear
+    of what one of them asks a step later, the same step everywhere: by then its value is there, so
+    that no device waits. code: the exit code of a process that is ended before `begin`.
     """
 
-    def __init__(self, mesh: Mesh, save_minutes: float, abandon: Callable[[], None]):
-        self.mesh, self.save_minutes, self.abandon = mesh, save_minutes, abandon
+    def __init__(self, save_minutes: float, code: int = 0):
+        self.save_minutes, self.code = save_minutes, code
+        self.mesh, self.abandon, self.alone = None, None, True  # see `begin`
         self.signals, self.agreed, self.asked = [], NOTHING, None
         self.saved = time.monotonic()
 
     def __enter__(self):
+        # The thread speaks at once, while the main one may wait for a device or a compilation.
+        self.listening, self.speaking = os.pipe()
+        os.set_blocking(self.speaking, False)
+        self.woken = signal.set_wakeup_fd(self.speaking, warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self.answer, daemon=True)
+        self.thread.start()
         self.before = {n: signal.signal(n, self.heard) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.woken)
+        os.close(self.speaking)
+        self.thread.join()
+        os.close(self.listening)
+
+    def begin(self, mesh: Mesh, abandon: Callable[[], None]):
+        """From here on the run ends between steps, with all saved.
+
+        abandon: called at a signal, to end what waits for rows to come.
+        """
+        self.alone = jax.process_count() == 1  # not asked in `heard`: JAX may hold its lock there
+        self.mesh, self.abandon = mesh, abandon
+
+    def answer(self):
+        """Say what a signal does, and end the process where it is not to wait."""
+        first = None  # when the first one came
+        while said := os.read(self.listening, 1):
+            name, now = signal.Signals(said[0]).name, time.monotonic()
+            if self.abandon is None:
+                print(f"stopped by {name} before the first step; the same command begins again",
+                      flush=True)
+                os._exit(self.code)
+            if first is None:
+                first = now
+                print(f"{name}: what is at work is finished and saved first; once more ends it at "
+                      "once", flush=True)
+            elif now - first > PATIENCE or name == "SIGINT":
+                print(f"error: interrupted by {name}; the same command resumes from the last "
+                      "checkpoint", flush=True)
+                os._exit(128 + said[0])
 
     def heard(self, number: int, _):
         """Take note of a signal."""
         self.signals.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if jax.process_count() == 1:
+        if self.abandon and self.alone:
             self.abandon()
 
     def own(self) -> int:
@@ -50,7 +89,7 @@ class Stop:
 
     def listen(self):
         """Agree on what to do after this step."""
-        if jax.process_count() == 1:
+        if self.alone:
             self.agreed = self.own()
             return
         before, self.asked = self.asked, largest(self.own(), self.mesh)
@@ -64,8 +103,7 @@ class Stop:
     @property
     def wants_exit(self) -> bool:
         """Is the run to save and end after this step?"""
-        alone = jax.process_count() == 1 and bool(self.signals)
-        return alone or self.agreed == EXIT
+        return (self.alone and bool(self.signals)) or self.agreed == EXIT
 
     def restart_clock(self):
         """A checkpoint was saved just now, in all processes; what they asked before is done."""

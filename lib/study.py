@@ -44,6 +44,7 @@ from lib.fields import (
     strict,
 )
 from lib.keys import run_step
+from lib.length import asked
 from model import groups
 
 # Measures that every study with held-out text has.
@@ -240,6 +241,9 @@ def need_rules(study: Study) -> Rules:
                                    "allowed is another name, also for an equal config")
     for kind, configs in {"arms": study.arms, "needs": needs}.items():
         for name, config in configs.items():
+            yield (asked(config),
+                   f"{kind}.{name} says how long it is by {', '.join(asked(config))}; allowed in a "
+                   "study are steps, which are known before its runs (configs/base.py: steps_for)")
             for path, need in needs_of(config).items():
                 yield known(f"the run needed by {kind}.{name}.{path}", need, needs)
     for name in needs:
@@ -278,7 +282,7 @@ def measure_rules(study: Study) -> Rules:
         yield known("tuned_by", study.tuned_by, measures)
     elif len(rates) > 1:
         for name, arm in study.arms.items():
-            yield (arm.data.dev <= 0,
+            yield (not arm.data.dev and not arm.data.held_out,
                    f"data.dev of the arm {name!r} is {arm.data.dev}; allowed is a share to tune "
                    "its rate on, or a study without peak_lrs")
 
@@ -330,19 +334,28 @@ def metric_rule(config: Any, where: str, name: str, arm: str, more=()) -> tuple[
 
 def metrics_of(config: Any) -> list[str]:
     """What the core can say of a config's runs: the paired measures, and names in metrics.jsonl."""
-    sources, names, splits = list(config.data.sources), [], []
-    if config.data.test:
-        names += PAIRED[:1]
-        splits.append(".test")
-    if config.data.dev:
-        names += PAIRED[1:]
-        splits.append("")
-    names += [f"eval/{name}{end}/{of}" for end in splits for name in sources for of in OF_EVAL]
+    sources = list(config.data.sources)
+    names = held_out_names(config.data)
     for kind, of_kind in OF_KIND.items():
         names += [f"{kind}/{of}" for of in of_kind]
     names += group_names(config)
     if len(sources) > 1:
         names += [f"data/{source}/rows" for source in sources]
+    return names
+
+
+def held_out_names(data: Any) -> list[str]:
+    """What is measured on held-out text: the paired measures, and names in metrics.jsonl."""
+    names, splits = [], []
+    if data.test or data.held_out:
+        names += PAIRED[:1]
+        splits.append(".test")
+    if data.dev or data.held_out:
+        names += PAIRED[1:]
+        splits.append("")
+    for end in splits:
+        for source in data.sources | data.held_out:
+            names += [f"eval/{source}{end}/{of}" for of in OF_EVAL]
     return names
 
 
@@ -362,7 +375,8 @@ def may_be_its_own(config: Any, name: str) -> bool:
     if not any(functions) and config.reduce is default["reduce"]:
         return False
     heads = ["train/", "data/", "perf/", "model/", "speed_up_"]  # the core's
-    heads += [f"eval/{source}{end}/" for source in config.data.sources for end in ("", ".test")]
+    measured = config.data.sources | config.data.held_out
+    heads += [f"eval/{source}{end}/" for source in measured for end in ("", ".test")]
     return not name.startswith(tuple(heads))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from lib.config import ROOT
-from lib.disk import read_rows, write
+from lib.disk import metric_rows, write
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
 
@@ -37,7 +37,8 @@ def made_by() -> dict:
 def write_summary(directory: Path) -> dict:
     """Write summary.json, from metrics.jsonl's last step and eval.json; gives what it holds."""
     figures = json.loads((directory / "eval.json").read_text())
-    steps = [row for row in read_rows(directory / "metrics.jsonl") if "train/loss" in row]
+    rows, _ = metric_rows(directory / "metrics.jsonl")
+    steps = [row for row in rows if "train/loss" in row]
     summary = steps[-1] | figures | made_by()
     write(directory / "summary.json", json.dumps(summary, indent=1))
     return summary

@@ -87,7 +87,7 @@ def judged(
     ids = []
     for context, rest in pairs:
         longest = max(seq, len(rest)) + 1
-        whole = np.array([*context, *rest], np.int32)
+        whole = np.concatenate([context, rest], dtype=np.int32, casting="unsafe")
         ids.append(whole[-longest:])
     rest_sizes = [len(rest) for _, rest in pairs]
     width = np.array([row_width(len(row) - 1) for row in ids])
@@ -191,22 +191,30 @@ def minimal_pairs(
         out |= proportion(f"blimp/{name}", right[begin:end])
         begin = end
     paradigms = [f"blimp/{name}" for name in files]
-    return out | mean_of_proportions(out, paradigms) | proportion("blimp_pairs", right)
+    return out | mean_of_proportions("blimp", out, paradigms) | proportion("blimp_pairs", right)
 
 
-def mean_of_proportions(found: dict[str, float], names: list[str]) -> dict[str, float]:
-    """`blimp`: the mean of proportions, with an interval made of theirs (Zou & Donner 2008)."""
-    each = np.array([found[name] for name in names])
-    errors = [found[f"{name}_se"] for name in names]
-    below = each - [found[f"{name}_low"] for name in names]
-    above = np.array([found[f"{name}_high"] for name in names]) - each
-    middle = float(each.mean())
-    n = len(names)
+def mean_of_proportions(
+    name: str,
+    found: dict[str, float],
+    names: list[str],
+    baselines: list[float] | float = 0.0,
+) -> dict[str, float]:
+    """The figures of `proportion` for the mean of proportions; its interval is made of theirs.
+
+    baselines: of each proportion, (x - baseline) / (1 - baseline) is taken. Interval: Zou & Donner
+    2008.
+    """
+    ends = ("", "_se", "_low", "_high")
+    each, error, low, high = (np.array([found[of + end] for of in names]) for end in ends)
+    room = 1 - np.asarray(baselines)
+    middle = float(np.mean((each - baselines) / room))
+    errors, below, above = (x / room / len(names) for x in (error, each - low, high - each))
     return {
-        "blimp": middle,
-        "blimp_se": float(np.linalg.norm(errors)) / n,
-        "blimp_low": middle - float(np.linalg.norm(below)) / n,
-        "blimp_high": middle + float(np.linalg.norm(above)) / n,
+        name: middle,
+        f"{name}_se": float(np.linalg.norm(errors)),
+        f"{name}_low": middle - float(np.linalg.norm(below)),
+        f"{name}_high": middle + float(np.linalg.norm(above)),
     }
 
 
@@ -248,7 +256,7 @@ def read_item(where: str, record: dict, tokenizer: Tokenizer, delimiter: str) ->
         answer = None
         delimiter = ""
     else:
-        texts = read_choices(where, record)
+        texts = read_choices(where, record, "choices")
         answer = read_answer(where, record, texts)
     pairs = [encode_pair(tokenizer, context, delimiter + text) for text in texts]
     if not all(rest for _, rest in pairs):
@@ -273,18 +281,17 @@ def read_items(
     return items
 
 
-def read_choices(where: str, record: dict) -> list[str]:
-    """The choices of a question."""
-    choices = record.get("choices")
+def read_choices(where: str, record: dict, name: str, empty: bool = False) -> list[str]:
+    """The choices that a record holds under a name."""
+    choices = record.get(name)
     if not isinstance(choices, list) or len(choices) < 2:
         raise InputError(
-            f"{where}: choices is {choices!r}; allowed is a list of two or more texts, "
-            "or a completion in their place"
+            f"{where}: {name} is {choices!r}; allowed is a list of two or more texts"
         )
     texts = []
     for i, choice in enumerate(choices):
         record = {"text": choice}
-        texts.append(text_of(f"{where}, choice {i}", record, "text"))
+        texts.append(text_of(f"{where}, choice {i}", record, "text", empty=empty))
     return texts
 
 
@@ -316,6 +323,15 @@ def completion_metrics(
     return found | per_byte(nats, size)
 
 
+def fewest_nats(nats: np.ndarray, counts: list[int]) -> np.ndarray:
+    """Which choice of each item has the fewest nats, int [items]; the first of equals.
+
+    nats: of all choices of all items in turn. counts: how many choices each item has.
+    """
+    ends = np.cumsum(counts)
+    return np.array([np.argmin(each) for each in np.split(nats, ends[:-1])])
+
+
 def choice_metrics(items: list[Item], nats: np.ndarray) -> dict[str, float]:
     """The metrics of multiple choice; nats: of all choices of all items in turn."""
     lengths = {
@@ -323,15 +339,12 @@ def choice_metrics(items: list[Item], nats: np.ndarray) -> dict[str, float]:
         "acc_norm": len,
         "acc_bytes": lambda text: len(text.encode()),
     }
-    ends = np.cumsum([len(item.texts) for item in items])
-    scores = np.split(-nats, ends[:-1])
+    answers = [item.answer for item in items]
+    counts = [len(item.texts) for item in items]
     found = {}
     for name, length in lengths.items():
-        right = []
-        for item, score in zip(items, scores, strict=True):
-            best = np.argmax(score / [length(text) for text in item.texts])
-            right.append(best == item.answer)
-        found |= mean(name, right)
+        sizes = [length(text) for item in items for text in item.texts]
+        found |= mean(name, fewest_nats(nats / sizes, counts) == answers)
     return found
 
 

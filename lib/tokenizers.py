@@ -14,8 +14,9 @@ import sentencepiece
 
 from lib.bind import bind, parameters
 from lib.config import function_of, to_json
-from lib.disk import FORMAT, cache_home, digest, locked, write
+from lib.disk import FORMAT, cache_home, digest, locked, read_checked, write_checked
 from lib.errors import InputError, user_errors
+from lib.hub import place
 from lib.keys import function_key, source_above
 from lib.sources import (
     SPLITS,
@@ -240,6 +241,13 @@ class Own:
         return np.asarray(self.inner.spans(text), np.int64).reshape(-1, 2)
 
 
+def class_of(tokenizer: "Tokenizer") -> dict:
+    """{"function": FILE:CLASS} of a tokenizer whose class a config file defines, otherwise {}."""
+    if not isinstance(tokenizer, Own):
+        return {}
+    return {"function": json.loads(tokenizer.model)["class"]}
+
+
 Tokenizer = SentencePiece | Bytes | Numbers | HuggingFace | Own
 
 
@@ -307,9 +315,13 @@ def kept_tokenizer(key: list, make: Callable[[], bytes]) -> Tokenizer:
     """The tokenizer whose file `make` gives, made once for a key and kept in the cache."""
     path = cache_home() / "tokenizers" / f"{digest([FORMAT, *key])}.model"
     with locked(path.with_suffix(".lock")):
-        if not path.exists():
-            write(path, make())
-    return load_tokenizer(path)
+        model = read_checked(path)
+        if model is None:
+            if path.exists():
+                print(f"the tokenizer {path} is damaged; it is made again", flush=True)
+            model = make()
+            write_checked(path, model)
+    return tokenizer_of_model(model, str(path))
 
 
 def texts_key(config) -> list:
@@ -317,7 +329,8 @@ def texts_key(config) -> list:
     documents = [[name, function_key(s.documents)] for name, s in config.sources.items()]
     splits = {name: s.split for name, s in config.sources.items() if s.split}
     more = [splits] if splits else []
-    return [config.sample_mib, config.dev, config.test, documents, *more]
+    shares = [config.shares(name) for name in config.sources]
+    return [config.sample_mib, shares, documents, *more]
 
 
 def call_tokenizer(config, vocab: int) -> Tokenizer:
@@ -363,6 +376,11 @@ def load_tokenizer(path: str | Path, own: bool = True) -> Tokenizer:
             f"data.tokenizer is {str(path)!r}, which cannot be read ({error.strerror}); allowed "
             'are "bpe", "bytes", "numbers:N", the path of a SentencePiece model, "hf:DIRECTORY" '
             "and a function") from None
+    return tokenizer_of_model(model, str(path), own)
+
+
+def tokenizer_of_model(model: bytes, path: str, own: bool = True) -> Tokenizer:
+    """The tokenizer that the content of a `tokenizer.model` is of. path: for what is said."""
     if model == Bytes.model:
         return Bytes()
     if model.startswith(NUMBERS):
@@ -374,7 +392,7 @@ def load_tokenizer(path: str | Path, own: bool = True) -> Tokenizer:
     try:
         return SentencePiece(model or b"nothing")  # no bytes at all would end the process
     except RuntimeError:
-        sentence = f"tokenizer file {str(path)!r} is not a SentencePiece model"
+        sentence = f"tokenizer file {path!r} is not a SentencePiece model"
         if model.startswith(b"{"):
             sentence += "; a tokenizer.json is given as hf:DIRECTORY, with what lies beside it"
         raise InputError(sentence) from None
@@ -424,7 +442,7 @@ def tokenizer_texts(config) -> list[str]:
     most = int(config.sample_mib * 2**20 / len(config.sources))
     texts, problems = [], []
     for name, source in config.sources.items():
-        found, left_out = sample_texts(source, most, config)
+        found, left_out = sample_texts(source, most, config.shares(name))
         texts += found
         if not any(found):
             why = describe_skipped(left_out, source) if left_out else "gives no documents"
@@ -434,16 +452,17 @@ def tokenizer_texts(config) -> list[str]:
     return texts
 
 
-def sample_texts(source: Source, most: int, config) -> tuple[list[str], Counter]:
+def sample_texts(source: Source, most: int,
+                 shares: tuple[float, float]) -> tuple[list[str], Counter]:
     """(texts, what was left out by kind): the training documents of lowest path hash.
 
     They have about `most` characters, and do not depend on the order of the documents. A source
-    without end is read until it gave 64 times as many.
+    without end is read until it gave 64 times as many. shares: (dev, test) by the hash of the path.
     """
     heap = []  # by falling hash: the largest is dropped first
     left_out, held, seen = Counter(), 0, 0
     for number, document in enumerate(source.documents()):
-        kind = why_left_out(document, source, config)
+        kind = why_left_out(document, source, shares)
         if kind:
             left_out[kind] += 1
             continue
@@ -457,20 +476,20 @@ def sample_texts(source: Source, most: int, config) -> tuple[list[str], Counter]
     return [text[:most] for _, _, text in sorted(heap, reverse=True)], left_out
 
 
-def why_left_out(document, source: Source, config) -> str:
+def why_left_out(document, source: Source, shares: tuple[float, float]) -> str:
     """Why a tokenizer does not learn from a document; "" if it does."""
     if isinstance(document, Skipped):
         return document.kind
     if SURROGATE.search(document.text):
         return "lone surrogates"
-    if SPLITS[split_in(document, source, config.dev, config.test)] != "train":
+    if SPLITS[split_in(document, source, *shares)] != "train":
         return "held out"
     return "" if document.text else "empty"
 
 
 def read_hf_json(name: str, file: str) -> dict:
-    """A JSON file of hf:DIRECTORY; {} where it is not there, but config.json must be."""
-    path = Path(name.removeprefix("hf:")).expanduser() / file
+    """A JSON file of hf:DIRECTORY or hf:ORG/NAME; {} without it, but config.json must be there."""
+    path = place(name) / file
     if not path.is_file() and file != "config.json":
         return {}
     sentence = f"{name} is no local Hugging Face directory: {path} cannot be read ({{reason}})"
@@ -483,8 +502,7 @@ def read_hf_tokenizer(name: str) -> Tokenizer:
     tokenizer = read_hf_json(name, "tokenizer.json")
     config = read_hf_json(name, "config.json")
     if not tokenizer:
-        directory = Path(name.removeprefix("hf:")).expanduser()
-        return load_tokenizer(directory / "tokenizer.model", own=False)
+        return load_tokenizer(place(name) / "tokenizer.model", own=False)
     eos = hf_special(name, "eos", tokenizer)
     bos = hf_special(name, "bos", tokenizer)
     if eos is None:

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.config import to_json
-from lib.disk import digest, read_rows, write
+from lib.disk import digest, metric_rows, write
 from lib.errors import user_errors
 from lib.processes import is_main_process
 
 # What the row of an evaluation repeats of the row of its step.
-KNOWN = {"step", "train/tokens", "train/flops", "phase"}
+KNOWN = {"step", "train/tokens", "train/flops", "phase", "final"}
 
 
 def start_tracker(config, directory: Path, start: int) -> Callable[[dict], None] | None:
@@ -28,7 +28,7 @@ def start_tracker(config, directory: Path, start: int) -> Callable[[dict], None]
         return None
     begin = {"tensorboard": tensorboard, "wandb": weights_and_biases}[config.tracker]
     send, first = begin(config, directory, start)
-    for row in read_rows(directory / "metrics.jsonl"):
+    for row in metric_rows(directory / "metrics.jsonl")[0]:
         if row["step"] >= first:
             send(row)
     return send

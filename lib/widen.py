@@ -39,6 +39,7 @@ from model import (
     axis_sizes,
     draw,
     groups,
+    plain_table,
     table,
 )
 
@@ -81,8 +82,21 @@ def widen(
     return Edited(
         Model(growth.config, params),
         policy=dict.fromkeys(groups(model.config), policy),
-        preserves=new != "next",
+        preserves=new != "next" and has_plain_vectors(model.config),
     )
+
+
+def has_plain_vectors(config: ModelConfig) -> bool:
+    """Whether the vectors along `embed` are the gains of the plain Llama alone.
+
+    The factors above are for those. Norms that stand behind a block's parts, LayerNorm and biases
+    of the stream need others, so a model with them is changed a little.
+    """
+    known = plain_table(config)
+    for name, row in table(config).items():
+        if row.group in ("vector", "bias") and "embed" in row.axes and name not in known:
+            return False
+    return True
 
 
 class Axis(NamedTuple):

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_train import (
+from train_cases import (
     TINY,
     answer,
     bad_policy,
@@ -251,7 +251,7 @@ def test_json_names_functions_by_file_and_arguments():
     assert written["optimizer"]["function"] == "lib/optim.py:adamw"
     assert written["optimizer"]["arguments"] == dict(
         b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, frozen=[])
-    assert written["phases"][1]["edits"][0]["function"] == "tests/test_train.py:silence"
+    assert written["phases"][1]["edits"][0]["function"] == "tests/train_cases.py:silence"
     assert len({json.dumps(to_json(f)["source"]) for f in (silence, bad_policy, answer)}) == 3
 
 
@@ -453,7 +453,7 @@ ELSEWHERE = {
     "lr": "--schedule.peak",
     "learning_rate": "--schedule.peak",
     "batch_size": "--phases.0.batch",
-    "epochs": "--data.sources.NAME.epochs",
+    "num_epochs": "--data.sources.NAME.epochs",
     "steps": "--phases.0.steps or --phases.1.steps",
     "seq_len": "--phases.0.seq",
     "context": "--phases.0.seq",

@@ -42,6 +42,9 @@ BORROWS = {
         for name in ("SIZES", "large", "plain", "small", "tuned", "wide")
     },
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "baselines/strong": {"configs.baselines.muon.muon"},
+    "baselines/strong_parts": {"configs.baselines.muon.muon"} | {
+        f"configs.baselines.strong.{name}" for name in ("capped", "config", "parts", "strong")},
     "continual/agem": {
         "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
         "configs.continual.rewarm.first"},

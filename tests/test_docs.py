@@ -166,7 +166,8 @@ def test_every_config_on_a_page_is_accepted(tmp_path):
             train.check(config)
             if page.stem == "data":
                 readers |= {source.documents.func for source in config.data.sources.values()}
-    assert {reader.__name__ for reader in readers} == {"text", "parquet", "hugging_face", "tfds"}
+    assert {reader.__name__ for reader in readers} == {
+        "any_text", "text", "parquet", "hugging_face", "tfds"}
 
 
 # --------------------------------------------------------------------------------------- commands

@@ -3,7 +3,9 @@ import gzip
 import json
 import lzma
 import math
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,15 +34,16 @@ def test_the_end_of_a_run_measures_the_test_split_alone(cache, corpus, data_conf
     assert found["eval/corpus.test/bpb"] == pytest.approx(bpb)
     assert {name: found[name] for name in compressed(texts)} == compressed(texts)
     half = 1.96 * found["eval/corpus.test/bpb_se"]
-    assert capsys.readouterr().out.splitlines() == [
-        f"held-out corpus: {bpb:.3f} ± {half:.3f} bits per byte ({len(texts)} documents, "
-        f"{sizes.sum():,} bytes; ± is half a 95 % interval)",
-        f"the same documents, each compressed alone: gzip -9 {found['gzip_bpb']:.3f}, "
-        f"xz -9 {found['xz_bpb']:.3f}",
-        f"the same documents, compressed together: gzip -9 {found['gzip_together_bpb']:.3f}, "
-        f"xz -9 {found['xz_together_bpb']:.3f}"]
-    nothing = train.replace(config, data=train.replace(data_config, test=0))
-    assert evaluate.test_figures(None, {"corpus": cache}, nothing, BYTES, mesh) == {}
+    lines = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    loss = f"{found['eval/corpus.test/loss']:.3f}"
+    assert lines == [
+        ["", "documents", "bytes", "bits per byte", "nats per token"],
+        ["held-out corpus", str(len(texts)), f"{sizes.sum():,}", f"{bpb:.3f} ± {half:.3f}", loss],
+        *([f"{how} -9 of the same, {of}", f"{found[f'{how}_{key}']:.3f}"]
+          for of, key in (("each document alone", "bpb"), ("all as one text", "together_bpb"))
+          for how in ("gzip", "xz")),
+        ["± is half a 95 % interval"]]
+    assert evaluate.test_figures(None, {}, config, BYTES, mesh) == {}
 
 
 def test_what_is_not_finite_is_null_in_eval_json(tmp_path):
@@ -67,7 +70,7 @@ def test_documents_that_repeat_each_other_are_smaller_together():
 
 
 def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
-    """At its size, on the rest of the text; a run without dev and test ends with its figures and a sample."""
+    """At its size, on the rest of the text, which is held out as the document that it is."""
     shakespeare = load_file(ROOT / "configs/baselines/shakespeare_char.py")
     size = 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 64 * 128 + 128  # of a GPT-2 without biases, head tied
     assert model.count(shakespeare.config.model) == pytest.approx(size, rel=0.02)
@@ -78,9 +81,11 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
             "--model.kv_heads 2 --model.head_dim 8 --evals.0.windows 300 --sample_tokens 4 --eval_every 2 "
             f"--data.sources.shakespeare.documents.path {tmp_path}/input.txt")
     config, file = parse(line.split())
-    assert "".join(d.text for d in config.data.sources["shakespeare"].documents()) == text[:2_700]
+    begin, rest = config.data.sources["shakespeare"].documents()
+    assert (begin.text, rest.text) == (text[:2_700], text[2_700:])
     params = table(5)
-    found = shakespeare.validation(params, bigram, config)
+    held_out = SimpleNamespace(texts=lambda: [rest.text.encode()])
+    found = shakespeare.validation(params, bigram, config, lambda *_: held_out)
     ids, wide = list(text[2_700:].encode()), params.astype(np.float64)
     each = np.array([np.log(np.exp(wide[a]).sum()) - wide[a, b] for a, b in zip(ids, ids[1:], strict=False)])
     rows = np.array([each[i:i + 16].mean() for i in range(len(ids) - 16)])
@@ -92,6 +97,7 @@ def test_tiny_shakespeare_is_validated_as_nanogpt_does_it(tmp_path, capsys):
     metrics = [json.loads(r) for r in (here / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in metrics if "eval/validation/loss" in r] == [2, 4]
     assert summary["eval/validation/loss"] == pytest.approx(shakespeare.last(metrics), rel=1e-5)
+    assert summary["held_out_paths"] == ["rest"] and summary["eval/shakespeare.test/bpb"] > 0
     assert (here / "samples.txt").read_text().startswith("ROMEO")
     (tmp_path / "input.txt").write_text("é" * 99)
     assert train.main(line.split()) == 2 and "ASCII" in capsys.readouterr().err

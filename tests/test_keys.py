@@ -24,10 +24,17 @@ def train(run, checkpoints: dict[int, dict]):
     """Make a run directory anew, with {step: checksums}."""
     shutil.rmtree(run, ignore_errors=True)
     for step, sums in checkpoints.items():
-        (run / "checkpoints" / str(step) / "meta").mkdir(parents=True)
+        meta = run / "checkpoints" / str(step) / "meta"
+        meta.mkdir(parents=True)
         metadata = json.dumps(dict(step=step, checksums=sums))
-        (run / "checkpoints" / str(step) / "meta" / "metadata").write_text(metadata)
+        (meta / "metadata").write_text(metadata)
     (run / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Where a run's directory is made."""
+    return tmp_path / "run"
 
 
 def by_run(document, tokens, run: str) -> float:
@@ -45,98 +52,193 @@ def plan_by_run(lengths, seq: int, run: str):
     return concat_and_split(lengths, seq)
 
 
-def test_a_score_by_a_run_is_made_anew_when_the_run_is(home, tmp_path):
+def different(keys) -> int:
+    """How many different keys there are."""
+    return len({json.dumps(key) for key in keys})
+
+
+# ----------------------------------------------------------------------- what is made anew by a key
+
+
+def test_a_score_by_a_run_is_made_anew_when_the_run_is(home, run):
     """Trained anew under the same name it has other checksums; trained alike it has the same."""
-    config = with_many(score=partial(by_run, run=str(tmp_path / "run")))
-    places = []
-    for sums in (dict(embed=1), dict(embed=2), dict(embed=1)):
-        train(tmp_path / "run", {10: dict(embed=0), 20: sums})
-        places.append(build("many", config, Bytes(), 0).directory)
-    assert places[0] == places[2] != places[1]
+    config = with_many(score=partial(by_run, run=str(run)))
+
+    def built_with(last_checkpoint):
+        train(run, {10: dict(embed=0), 20: last_checkpoint})
+        return build("many", config, Bytes(), 0).directory
+
+    first = built_with(dict(embed=1))
+    other = built_with(dict(embed=2))
+    again = built_with(dict(embed=1))
+
+    assert first != other
+    assert first == again
 
 
-def test_a_plan_by_a_run_is_made_anew_when_the_run_is(home, tmp_path):
+def test_a_plan_by_a_run_is_made_anew_when_the_run_is(home, run):
     cache = build("many", MANY, Bytes(), 0)
-    phase = SimpleNamespace(steps=2, batch=2, seq=32, mixture=None, lengths=None, steer=0,
-                            order=data.shuffled, objective=data.causal,
-                            packing=partial(plan_by_run, run=str(tmp_path / "run")))
-    for number, sums in enumerate((dict(embed=1), dict(embed=1), dict(embed=2))):
-        train(tmp_path / "run", {10: sums})
+    phase = SimpleNamespace(
+        steps=2,
+        batch=2,
+        seq=32,
+        mixture=None,
+        lengths=None,
+        steer=0,
+        order=data.shuffled,
+        objective=data.causal,
+        packing=partial(plan_by_run, run=str(run)),
+    )
+
+    def plans_with(checkpoint) -> int:
+        train(run, {10: checkpoint})
         Loader({"many": cache}, [phase], MANY, Bytes(), 0)
-        assert len(list((cache.directory / "plans").iterdir())) == (1, 1, 2)[number]
+        plans = cache.directory / "plans"
+        return len(list(plans.iterdir()))
+
+    assert plans_with(dict(embed=1)) == 1
+    assert plans_with(dict(embed=1)) == 1
+    assert plans_with(dict(embed=2)) == 2
 
 
-def test_the_key_of_a_run_follows_the_step_that_is_named(tmp_path):
-    run = tmp_path / "run"
-    def keys(sums):
-        train(run, {10: dict(embed=0), 20: sums})
-        named = [partial(by_run, run=f"{run}{step}") for step in ("", "@10", "@20", "@30")]
-        return [function_key(f) for f in (*named, partial(by_runs, runs=[str(run), "other"]))]
-    changed = [one != other for one, other in zip(keys(dict(embed=1)), keys(dict(embed=2)), strict=True)]
-    assert changed == [True, False, True, False, True]
-    assert run_step("a@b@3") == ("a@b", 3) and run_step("a@b") == ("a@b", None)
+# ------------------------------------------------------------------------------------- keys of runs
 
 
-def test_the_key_of_a_run_without_checksums_follows_its_files(tmp_path):
-    run = tmp_path / "run"
+@pytest.mark.parametrize("step, follows", [
+    ("", True),
+    ("@10", False),
+    ("@20", True),
+    ("@30", False),
+])
+def test_the_key_of_a_run_follows_the_step_that_is_named(run, step, follows):
+    """The checkpoint of step 20 changes, that of step 10 does not; there is none of step 30."""
+    function = partial(by_run, run=f"{run}{step}")
+
+    train(run, {10: dict(embed=0), 20: dict(embed=1)})
+    before = function_key(function)
+    train(run, {10: dict(embed=0), 20: dict(embed=2)})
+
+    assert (function_key(function) != before) == follows
+
+
+def test_the_key_of_several_runs_follows_each(run):
+    function = partial(by_runs, runs=[str(run), "other"])
+    train(run, {10: dict(embed=0), 20: dict(embed=1)})
+    before = function_key(function)
+    train(run, {10: dict(embed=0), 20: dict(embed=2)})
+    assert function_key(function) != before
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("a@b@3", ("a@b", 3)),
+    ("a@b", ("a@b", None)),
+])
+def test_a_step_is_a_number_after_the_last_at_sign(name, parts):
+    assert run_step(name) == parts
+
+
+def test_the_key_of_a_run_without_checksums_follows_its_files(run):
+    """Their contents, their times, whether they can be read, and whether there is a summary."""
     train(run, {10: {}})
-    metadata, keys = run / "checkpoints/10/meta/metadata", []
-    for content, when in (("{}", 1), ("{}", 2), ("{ }", 2), ("damaged", 2)):
+    metadata = run / "checkpoints/10/meta/metadata"
+    keys = []
+    for content, when in [("{}", 1), ("{}", 2), ("{ }", 2), ("damaged", 2)]:
         metadata.write_text(content)
         os.utime(metadata, ns=(when, when))
         keys.append(run_key(str(run)))
     (run / "summary.json").write_text("{}")
     keys.append(run_key(str(run)))
-    assert len({json.dumps(key) for key in keys}) == 5
+
+    assert different(keys) == 5
 
 
-def test_the_key_reads_the_checksums_of_real_checkpoints(tmp_path):
+def key_of_saved(run, value: float):
+    """The key of a run, made anew, whose checkpoint holds a value."""
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    zero = jnp.zeros((), jnp.int32)
+    state = State({"embed": jnp.full(4, value)}, {}, zero, zero)
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    return run_key(str(run))
+
+
+def test_the_key_reads_the_checksums_of_real_checkpoints(run):
     """Where Orbax keeps the metadata is no promise of its: this test says if it moves it."""
-    keys = []
-    for value in (1.0, 1.0, 2.0):
-        run = tmp_path / "run"
-        shutil.rmtree(run, ignore_errors=True)
-        run.mkdir()
-        (run / "config.json").write_text("{}")
-        checkpoints = Checkpoints(run / "checkpoints", keep=2)
-        zero = jnp.zeros((), jnp.int32)
-        checkpoints.save(3, State({"embed": jnp.full(4, value)}, {}, zero, zero), {})
-        checkpoints.close()
-        keys.append(run_key(str(run)))
-    assert keys[0] == keys[1] != keys[2]
-    (step, key), = keys[0]
-    assert step == 3 and isinstance(key, str)  # a digest of checksums, not the files' times
+    first = key_of_saved(run, 1.0)
+    again = key_of_saved(run, 1.0)
+    other = key_of_saved(run, 2.0)
+
+    assert first == again
+    assert first != other
+    [(step, key)] = first
+    assert step == 3
+    assert isinstance(key, str)  # a digest of checksums, not the files' times
+
+
+# -------------------------------------------------------------------------------- keys of functions
 
 
 @pytest.mark.parametrize("value", ["", "x" * 5_000, "no\x00file", 3, None, ["a", 2], {"a": 1}])
 def test_arguments_that_name_no_file_are_no_error(value):
     key = function_key(partial(by_run, run=value))
-    assert key["arguments"] == dict(run=value) and "by_run" in key["source"]
-    assert json.dumps(key) and function_key(None) is None
+    assert key["arguments"] == dict(run=value)
+    assert "by_run" in key["source"]
+    assert json.loads(json.dumps(key)) == key
 
 
-def by_default(document, tokens, path: str = "one.txt", split: str = "train", run: str = "run") -> float:
+def test_no_function_has_no_key():
+    assert function_key(None) is None
+
+
+def by_default(
+    document, tokens, path: str = "one.txt", split: str = "train", run: str = "run"
+) -> float:
     """A score that reads a file, and a run, of its own."""
     return float(len(tokens))
 
 
-def test_a_key_follows_what_defaults_name_but_not_what_is_so_called_by_chance(tmp_path, monkeypatch):
+@pytest.fixture
+def defaults_there(tmp_path, run, monkeypatch):
+    """A directory that holds the file and the run which `by_default` names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.txt").write_text("tree")
-    train(tmp_path / "run", {10: dict(embed=1)})
+    train(run, {10: dict(embed=1)})
+    return tmp_path
+
+
+def test_a_default_that_is_given_has_the_same_key(defaults_there):
+    assert function_key(by_default) == function_key(partial(by_default, path="one.txt"))
+
+
+def test_a_key_does_not_follow_a_file_that_is_called_like_a_default_by_chance(defaults_there):
     first = function_key(by_default)
-    assert first == function_key(partial(by_default, path="one.txt"))
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a").write_text("tree")
+    (defaults_there / "train").mkdir()
+    (defaults_there / "train" / "a").write_text("tree")
     assert function_key(by_default) == first
-    train(tmp_path / "run", {10: dict(embed=2)})
+
+
+def test_a_key_follows_the_file_and_the_run_that_defaults_name(defaults_there, run):
+    first = function_key(by_default)
+    train(run, {10: dict(embed=2)})
     other_run = function_key(by_default)
-    (tmp_path / "one.txt").write_text("trees")
-    assert first != other_run != function_key(by_default)
+    (defaults_there / "one.txt").write_text("trees")
+    other_file = function_key(by_default)
+
+    assert first != other_run
+    assert other_run != other_file
 
 
-def test_a_key_follows_source_file_and_arguments():
-    keys = [function_key(f) for f in (many, by_run, partial(by_run, run="a"), partial(by_run, run="b"))]
-    assert len({json.dumps(key) for key in keys}) == 4
+def test_a_key_follows_source_and_arguments():
+    functions = [many, by_run, partial(by_run, run="a"), partial(by_run, run="b")]
+    keys = [function_key(function) for function in functions]
+    assert different(keys) == 4
     assert keys[0]["source"] == inspect.getsource(many)
-    assert function_key(data.text)["file"] == function_key(data.stdlib)["file"] != keys[1]["file"]
+
+
+def test_a_key_follows_the_file_that_a_function_stands_in():
+    in_data = function_key(data.text)["file"]
+    assert in_data == function_key(data.stdlib)["file"]
+    assert in_data != function_key(by_run)["file"]

@@ -421,6 +421,19 @@ def test_collectives_are_counted_as_often_as_loops_turn():
     }
 
 
+def test_a_collective_that_is_fused_with_others_is_counted_once():
+    """XLA's async fusions have its line at their start and at their end."""
+    line = "  %{name} = f32[8]{{0}} all-gather(%x), channel_id={channel}, replica_groups={{{{0,1}}}}"
+    computations = [
+        f"%{name} (x: f32[4]) -> f32[8] {{\n{line.format(name=name, channel=channel)}\n}}"
+        for name, channel in (("start", 7), ("end", 7), ("other", 8))
+    ]
+    calls = [f"  %c{name} = f32[8] fusion(%x), calls=%{name}" for name in ("start", "end", "other")]
+    entry = ["ENTRY %main (x: f32[4]) -> f32[8] {", *calls, "}"]
+    module = "\n".join([*computations, *entry])
+    assert fit.collectives(module, 2) == {"all-gather": [2, 2 * 16]}
+
+
 class Report(NamedTuple):
     """What `fit` says."""
 
@@ -487,6 +500,7 @@ def test_fit_says_what_a_device_holds_and_sends(place):
     ("--topology v5e:4x4", "pip install --target .*libtpu"),
     ("--topology h100:1", "pip install --target .*jax-cuda13-plugin"),
     ("--topology h100:16", "h100:1 to h100:8"),
+    ("--topology rtx9:1", "'rtx9:1'; allowed kinds of devices are v4, v5e, v5p, v6e, a100"),
     ("--devices 8 --mesh.fsdp 3", "mesh is data -1, fsdp 3"),
     ("--devices 8 --model.embed 36 --mesh.fsdp 8", "axis embed"),
     ("--devices 2 --model.vocab 0 --data.tokenizer bpe", "vocab"),

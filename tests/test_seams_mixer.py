@@ -1,4 +1,4 @@
-"""What a mixer of `model.stream` may ask for."""
+"""What a mixer of `model.stream` may ask for, and an MLP of a config's own."""
 import jax.numpy as jnp
 import numpy as np
 from conftest import strong
@@ -27,3 +27,18 @@ def test_a_mixer_is_told_the_stream_before_its_norm_and_its_layer(tiny):
     assert layers.tolist() == list(range(tiny.layers))
     gains = params["attn_norm"][:, None, None]
     np.testing.assert_array_equal(normed, model.rms_norm(before, gains, tiny.norm_eps))
+
+
+def test_a_block_s_mlp_may_be_another(tiny):
+    """It gets the normed stream, and its output is added; the default is the SwiGLU."""
+    batch = model.whole(jnp.arange(12, dtype=jnp.int32).reshape(2, 6))
+    params = strong(tiny)
+    x = model.embedded(params, batch, tiny)
+
+    def doubled(n, w, times):
+        return 2 * model.gated_mlp(n, w, times)
+
+    twice = params | {"down": 2 * params["down"]}
+    found, _ = model.stream(params, x, batch, model.CAUSAL, tiny, mlp=doubled)
+    expected, _ = model.stream(twice, x, batch, model.CAUSAL, tiny)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,9 @@ def two(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(lib.stop, "largest", lambda value, mesh: value)
     monkeypatch.setattr(lib.stop.time, "monotonic", lambda: now[0])
-    return Stop(None, 1.0, lambda: None), now
+    stop = Stop(1.0)
+    stop.begin(None, lambda: None)
+    return stop, now
 
 
 def heard(stop: Stop) -> tuple[bool, bool]:

@@ -2,7 +2,8 @@
 
 build: tokenizer and token cache. tokenizer: it alone, trained here if need be.
 
-inspect: rows of a batch as text, a colour for each segment, faint where there is no loss.
+inspect: rows of a batch as text, a colour for each segment, faint where there is no loss; below
+each row the paths of the documents that its pieces are of.
 
 bench: packings of the training documents, the speed of batch(step) from the finished cache, and
 that of tokenizing beside raw SentencePiece. With --lengths lognormal: packings of 100,000 drawn
@@ -27,10 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from data import Loader
+from data import Batch, Loader
 from lib.arguments import Arguments
 from lib.cache import build
-from lib.corpus import assemble
+from lib.corpus import assemble, open_held_out
 from lib.errors import InputError
 from lib.packing import DOCUMENT, ROW, best_fit, concat_and_split, fill, first_fit
 from lib.sources import SURROGATE, Document
@@ -225,7 +226,7 @@ def bench(config: Config, seconds: float) -> dict:
 
 
 def inspect(config: Config, step: int, rows: int):
-    """Print rows of batch(step): its segments in turn in different colours, `|` between them."""
+    """Print rows of batch(step): their documents, and segments in turn in colours, `|` between."""
     run = prepare(config)
     last = run.loader.ends[-1]
     if not 1 <= step <= last:
@@ -241,9 +242,26 @@ def inspect(config: Config, step: int, rows: int):
             f"row {number} of step {step}, source {source}: {row['segments'].max()} segments, "
             f"{used} of {len(row['tokens'])} positions, {int(row['weights'].sum())} with loss",
             style="bold")
+        made = run.loader.row(step, number)
+        paths = [made.document(piece).path for piece in range(made.pieces)]
         console.print(row_text(row, run.tokenizer))
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in batch.metrics.items())
-    console.print(metrics, style="bold")
+        console.print(f"pieces of: {', '.join(paths)}", style="dim")
+    console.print(counted(batch), style="bold")
+
+
+def counted(batch: Batch) -> str:
+    """What the metrics of a batch count, in words."""
+    of = batch.metrics
+    words = [
+        f"all {batch.rows} rows of the step: {of['data/waste']:.1%} of the positions are padding",
+        f"{of['data/segments']:.3g} pieces of documents a row",
+        f"{of['data/truncated']:.1%} of the pieces end before their document does",
+    ]
+    for name, value in of.items():
+        if name.endswith("/rows"):
+            source = name.removeprefix("data/").removesuffix("/rows")
+            words.append(f"{value:,} rows of {source}")
+    return ", ".join(words)
 
 
 def row_text(row: dict, tokenizer) -> Text:
@@ -268,7 +286,9 @@ def build_all(config: Config):
     """Build a config's tokenizer and token caches, and say what they hold."""
     config, tokenizer, caches = assemble(config)
     print(f"tokenizer: {tokenizer.vocab} pieces")
-    for name, cache in caches.items():
+    held_out = open_held_out(config, tokenizer, caches)
+    of_both = caches | {f"held-out {name}": cache for name, cache in held_out.items()}
+    for name, cache in of_both.items():
         total = cache.total
         counts = ", ".join(f"{number:,} {kind}" for kind, number in total["counts"].items())
         print(f"{name}: {total['shards']} shards, {counts}; fingerprint {total['fingerprint']}")

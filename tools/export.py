@@ -1,7 +1,8 @@
-"""A run's model as a Hugging Face directory in Llama's layout.
+"""A run's model as a Hugging Face directory in the layout of its family.
 
-    python train.py export RUN DIR [--step N] [--dtype bfloat16] [--shard-mb M]
-    python train.py CONFIG --init_from hf:DIR ...
+    python train.py export RUN DIR [--step N] [--dtype bfloat16] [--shard-mb M] [--license NAME]
+                           [--push ORG/NAME]
+    python train.py CONFIG --init_from hf:DIR|hf:ORG/NAME ...
 
 DIR gets config.json (for transformers 4 and 5), generation_config.json, safetensors, the tokenizer
 as tokenizer.model and tokenizer.json, and README.md. The step is the newest one, or where
@@ -9,17 +10,19 @@ embeddings are forgotten the one longest after that. The tokenizer puts bos in f
 gives the same ids as the run's own for every text, since it is told to read what spells a special
 token as text.
 
-A run may start from hf:DIR, for models of type "llama" (RoPE plain, linear or Llama 3's). It takes
-shape, parameters and tokenizer from there. A `data.tokenizer` other than "bpe" comes first, and may
-be hf:DIR too. Where there is no bos, eos takes its place. The embedding may have more rows than the
-tokenizer has tokens.
+A run may start from hf:DIR, for the families that docs/models.md lists. It takes shape, parameters
+and tokenizer from there. A `data.tokenizer` other than "bpe" comes first, and may be hf:DIR too.
+Where there is no bos, eos takes its place. The embedding may have more rows than the tokenizer has
+tokens.
 """
+import contextlib
 import json
 import math
+import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,15 +31,23 @@ from data import batch_lengths
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.config import to_json
+from lib.disk import read_object
 from lib.errors import InputError, user_errors
-from lib.hf import PLAIN, ROPE, safetensors_package, sides, tensors
+from lib.families.family import written
+from lib.families.layout import pack, size_in_file
+from lib.hf import family_of, rows_of, safetensors_package, stored_rows, tensors
+from lib.hub import NAME, hub_package, push
 from lib.teacher import alone
 from lib.tokenizers import ESCAPES, Bytes, HuggingFace, SentencePiece, Tokenizer
-from model import ModelConfig, head_logits, llama, plain_table, reparametrised, table
+from model import ModelConfig, reparametrised, table
 from train import Config, load
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
-SCORES = ("eval/", "blimp", "gzip", "xz", "train/tokens", "train/flops")  # that the card shows
+UNSAID = "unknown"  # the licence of a model whose owner has not said one
+LICENCE = "Whoever shares the model says which, by the licences of its text and of its start."
+SCORES = (
+    "eval/", "blimp", "core", "gzip", "xz", "train/tokens", "train/flops",
+)  # that the card shows
 
 
 # ------------------------------------------------------------------------------------ the tokenizer
@@ -213,43 +224,17 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tuple[dict, dict]:
 # ---------------------------------------------------------------------------------------- the files
 
 
-def rope_kind(config: ModelConfig) -> str:
-    """The kind of RoPE that a config.json names for a model."""
-    fields = len(config.rope_scaling)
-    return next(kind for kind, names in ROPE.items() if len(names) == fields)
-
-
-def describe(config: Config, tokenizer: Tokenizer, dtype: str) -> dict:
+def describe(config: Config, tokenizer: Tokenizer, params: dict, dtype: str) -> dict:
     """config.json of a model, as transformers 4 and 5 read it."""
     m = config.model
-    kind = rope_kind(m)
-    scaling: dict[str, Any] = dict(zip(ROPE[kind], m.rope_scaling, strict=True))
-    scaling["rope_type"] = kind
     rows = [max(batch_lengths(phase)[0]) for phase in config.phases]
-    context = max(rows)
-    if kind == "llama3":
-        factor, _, _, old = m.rope_scaling
-        scaling["original_max_position_embeddings"] = int(old)
-        context = max(context, int(factor * old))
-    plain = {field: value for field, value in PLAIN.items() if value is not None}
-    return plain | {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": m.vocab,
-        "hidden_size": m.embed,
-        "head_dim": m.head_dim,
-        "intermediate_size": m.mlp,
-        "num_hidden_layers": m.layers,
-        "num_attention_heads": m.heads,
-        "num_key_value_heads": m.kv_heads,
-        "rms_norm_eps": m.norm_eps,
-        "tie_word_embeddings": m.tied,
-        "max_position_embeddings": context,
-        "rope_theta": m.rope_theta,
-        "rope_scaling": scaling if m.rope_scaling else None,
-        "rope_parameters": scaling | {"rope_theta": m.rope_theta},
+    if len(m.rope_scaling) > 1:
+        factor, _, _, old, *_ = m.rope_scaling
+        rows.append(int(factor * old))
+    return {"max_position_embeddings": max(rows)} | written(family_of(m), m, params) | {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
-        "attention_dropout": 0.0,
+        "pad_token_id": tokenizer.eos,
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -260,36 +245,54 @@ def known_scores(run: Path) -> dict[str, float]:
     """The figures of a run that its card shows."""
     found = {}
     for file in (run / "summary.json", run / "eval.json"):
-        if file.exists():
-            found |= json.loads(file.read_text())
+        found |= read_object(file)
     numbers = {name: x for name, x in found.items() if isinstance(x, int | float)}
     return {name: x for name, x in numbers.items() if name.startswith(SCORES)}
 
 
-def card(run: Path, config: Config, meta: dict, ends: dict[str, str]) -> str:
+def without_places(value):
+    """A config as JSON, where paths of this machine are their last part."""
+    if isinstance(value, dict):
+        return {name: without_places(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_places(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    before, colon, path = value.rpartition(":") if value.startswith("hf:") else ("", "", value)
+    file, *function = path.split(":")
+    if not file.startswith(("/", "~", "..")) and not Path(file).is_absolute():
+        return value
+    return before + colon + ":".join([Path(file).name, *function])
+
+
+def card(name: str, run: Path, config: Config, meta: dict, ends: dict[str, str], terms: str) -> str:
     """README.md: what the model is, what it was trained on, its scores, its config."""
+    family = family_of(config.model)
     facts = {"parameters": f"{size_of(config.model):,}", "checkpoint": f"step {meta['step']}"}
-    for name, fingerprint in meta["fingerprints"].items():
-        shards = meta["sealed"][name]
-        facts[f"text of {name}"] = f"fingerprint {fingerprint} of the first {shards} shards"
-    for name, x in known_scores(run).items():
-        facts[f"`{name}`"] = f"{x:,}" if isinstance(x, int) else f"{x:.4g}"
-    rows = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
+    for source, fingerprint in meta["fingerprints"].items():
+        shards = meta["sealed"][source]
+        facts[f"text of {source}"] = f"fingerprint {fingerprint} of the first {shards} shards"
+    for score, x in known_scores(run).items():
+        facts[f"`{score}`"] = f"{x:,}" if isinstance(x, int) else f"{x:.4g}"
+    rows = "\n".join(f"| {fact} | {said} |" for fact, said in facts.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [coppice, jax, llama]
+license: {terms}
+tags: [coppice, jax, {family.kind}]
 ---
-# {run.name}
+# {name}
 
-A language model in Llama's layout, trained with Coppice. Each document of its text began with the
-token `{ends["bos_token"]}` and ended with `{ends["eos_token"]}`. What spells a special token is
-read as text.
+A language model in the layout of {family.architecture}, trained with Coppice. Each document of its
+text began with the token `{ends["bos_token"]}` and ended with `{ends["eos_token"]}`. What spells a
+special token is read as text.
+
+Licence: {terms}. {LICENCE if terms == UNSAID else ""}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{run.name}")
-model = AutoModelForCausalLM.from_pretrained("{run.name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
 | | |
@@ -299,16 +302,23 @@ model = AutoModelForCausalLM.from_pretrained("{run.name}")
 Scores are those that the run ended with.
 
 ```json
-{json.dumps(to_json(config), indent=1)}
+{json.dumps(without_places(to_json(config)), indent=1)}
 ```
 """
 
 
-def text_files(config: Config, tokenizer: Tokenizer, dtype: str) -> tuple[dict[str, dict], dict]:
-    """(the JSON files of a directory by name, the names of bos and eos)."""
+def text_files(
+    config: Config, tokenizer: Tokenizer, params: dict, dtype: str
+) -> tuple[dict[str, dict], dict]:
+    """(the JSON files of a directory by name, the names of bos and eos).
+
+    Batches are padded by eos on the left, where nothing follows that is generated.
+    """
     fast, ends = fast_tokenizer(tokenizer)
-    described = describe(config, tokenizer, dtype)
+    described = describe(config, tokenizer, params, dtype)
     named = ends | {
+        "pad_token": ends["eos_token"],
+        "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
@@ -317,7 +327,7 @@ def text_files(config: Config, tokenizer: Tokenizer, dtype: str) -> tuple[dict[s
     if unknown:
         named["unk_token"] = unknown
     named["model_max_length"] = described["max_position_embeddings"]
-    sampling = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    sampling = {f"{name}_token_id": described[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
     if config.sample_temperature:
         sampling |= {"do_sample": True, "temperature": config.sample_temperature}
     files = {
@@ -333,7 +343,7 @@ def text_files(config: Config, tokenizer: Tokenizer, dtype: str) -> tuple[dict[s
 
 
 def llama_params(config: Config, params: dict, step: int) -> dict:
-    """The parameters of a Llama that computes what the run's model does.
+    """The parameters of a family's model, such as a Llama, that computes what the run's does.
 
     Raises InputError if none does.
     """
@@ -346,44 +356,36 @@ def llama_params(config: Config, params: dict, step: int) -> dict:
         with user_errors((KeyError, TypeError, IndexError), InputError, sentence):
             params = reparametrised(config.reparam, params, jnp.int32(step), {}, config.model)
     check_rows(config, params)
-    return {name: params[name] for name in plain_table(config.model)}
+    return {name: params[name] for name in rows_of(config.model)}
 
 
 def size_of(config: ModelConfig) -> int:
-    """Number of parameters that a Llama of this shape has; a run may store others."""
-    return sum(param.size for param in plain_table(config).values())
+    """Number of parameters in a file of this shape; a run may store others."""
+    return sum(param.size for param in stored_rows(config).values())
 
 
 def check_model(m: ModelConfig):
-    """Raise InputError for a model that computes something else than a Llama does."""
-    for name, function, plain in (
-        ("forward", m.forward, llama),
-        ("outputs", m.outputs, head_logits),
-    ):
-        if function != plain:
-            own = getattr(function, "func", function).__name__
-            raise InputError(
-                f"model.{name} is {own}, for which Llama's layout has no place; allowed is "
-                f"model.{plain.__name__}"
-            )
-    if m.qk_norm:
-        raise InputError(
-            "model.qk_norm is true, for which Llama's layout has no place; allowed is false"
-        )
-    if m.embed % m.heads:
+    """Raise InputError for a model that no family, or not one of its shape, computes."""
+    family = family_of(m)
+    if family.heads != "free" and m.embed % m.heads:
         raise InputError(
             f"model.embed is {m.embed}, which transformers refuses for {m.heads} heads; allowed is "
             "a multiple of model.heads"
         )
+    if family.heads == "fill" and (m.kv_heads * m.head_dim != m.embed or m.kv_heads != m.heads):
+        raise InputError(
+            f"model.heads is {m.heads} of {m.head_dim} and kv_heads {m.kv_heads}; the layout of "
+            f"{family.kind} allows heads that fill the stream ({m.embed}), each with its own keys"
+        )
 
 
 def check_rows(config: Config, params: dict):
-    """Raise InputError unless parameters, through `reparam` if there is one, are those of a Llama.
+    """Raise InputError unless parameters, through `reparam` if there is one, are those of a family.
 
-    A `reparam` may leave stored rows that the Llama does not read, such as those of an adapter that
-    it has merged; without one, a row besides the plain ones is refused.
+    A `reparam` may leave stored rows that the family does not read, such as those of an adapter
+    that it has merged; without one, a row besides those of the family is refused.
     """
-    plain = {name: row.shape for name, row in plain_table(config.model).items()}
+    plain = {name: row.shape for name, row in rows_of(config.model).items()}
     given = {name: x.shape for name, x in params.items()}
     if config.reparam:
         read = given.keys() - (table(config.model).keys() - plain)
@@ -401,12 +403,12 @@ def check_rows(config: Config, params: dict):
 
 def shards_of(config: ModelConfig, dtype: str, most: float) -> tuple[list[list[str]], int]:
     """(the tensors of each file, of at most so many bytes or one tensor; bytes of all of them)."""
-    rows = plain_table(config)
+    rows, family = rows_of(config), family_of(config)
     width = jnp.dtype(dtype).itemsize
     shards: list[list[str]] = [[]]
     held = total = 0
-    for tensor, (name, _) in tensors(config).items():
-        size = math.prod(map(math.prod, sides(rows[name]))) * width
+    for tensor, (names, _) in tensors(config).items():
+        size = math.prod(size_in_file([rows[name] for name in names], family)) * width
         if shards[-1] and held + size > most:
             shards.append([])
             held = 0
@@ -416,18 +418,10 @@ def shards_of(config: ModelConfig, dtype: str, most: float) -> tuple[list[list[s
     return shards, total
 
 
-def as_tensor(x, outputs: tuple[int, ...], dtype: str) -> np.ndarray:
-    """A layer's parameter as a checkpoint has it, a factor as a matrix [outputs, inputs]."""
-    x = np.asarray(x).astype(jnp.dtype(dtype))
-    if not outputs:
-        return x
-    matrix = x.reshape(-1, math.prod(outputs))
-    return np.ascontiguousarray(matrix.T)
-
-
 def write_params(directory: Path, params: dict, config: ModelConfig, dtype: str, most: float):
     """Safetensors of at most so many bytes each, or one tensor; an index for several."""
-    rows = plain_table(config)
+    rows, family = rows_of(config), family_of(config)
+    held = {name: np.asarray(x) for name, x in params.items()}
     wanted = tensors(config)
     shards, total = shards_of(config, dtype, most)
     where = {}
@@ -437,12 +431,13 @@ def write_params(directory: Path, params: dict, config: ModelConfig, dtype: str,
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         made = {}
         for tensor in shard:
-            name, layer = wanted[tensor]
-            x = params[name] if layer is None else params[name][layer]
-            _, outputs = sides(rows[name])
-            made[tensor] = as_tensor(x, outputs, dtype)
+            names, layer = wanted[tensor]
+            xs = [held[name] if layer is None else held[name][layer] for name in names]
+            x = pack(xs, [rows[name] for name in names], family)
+            made[tensor] = np.ascontiguousarray(x.astype(jnp.dtype(dtype)))
             where[tensor] = file
         safetensors_package().numpy.save_file(made, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # save_file lets the owner alone read it
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -460,34 +455,54 @@ def parse_arguments(arguments: list[str]):
     add("--step", type=int, help="checkpoint; see above")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     add("--shard-mb", type=float, default=5e3, help="megabytes of a safetensors file at most")
+    add("--push", metavar="ORG/NAME", help="upload it to the Hugging Face Hub; private if it is new")
+    add("--license", default=UNSAID, help="of the model, as its card says it: apache-2.0, mit ...")
     a = parser.parse_args(arguments)
     if not a.shard_mb > 0:
         parser.error(f"--shard-mb is {a.shard_mb}; allowed is more than 0")
+    if a.push and not NAME.fullmatch(a.push):
+        parser.error(f"--push is {a.push}; allowed is ORG/NAME")
     there = a.directory.exists()
     if there and (not a.directory.is_dir() or any(a.directory.iterdir())):
         parser.error(f"{a.directory} is there already and not empty; allowed is a new directory")
     return a
 
 
+@contextlib.contextmanager
+def made_whole(directory: Path) -> Iterator[Path]:
+    """A new directory, which takes the name `directory` at the end; after an error it is gone."""
+    partly = directory.with_name(f"{directory.name}.{secrets.token_hex(8)}.partial")
+    partly.mkdir(parents=True)  # nobody else's
+    try:
+        yield partly
+        partly.rename(directory)
+    except BaseException:
+        shutil.rmtree(partly, ignore_errors=True)
+        raise
+
+
 def main(arguments: list[str]):
     """Command line."""
     a = parse_arguments(arguments)
     safetensors_package()
+    if a.push:
+        hub_package("--push", f"or `hf upload {a.push} {a.directory}` after an export without it")
     _, step, meta = find_checkpoint(a.run, a.step)
     params, config, tokenizer, _ = load(a.run, step)
     config = replace(config, model=alone(config.model))  # a teacher is not exported
     params = {name: params[name] for name in table(config.model)}
     params = llama_params(config, params, step)
-    files, ends = text_files(config, tokenizer, a.dtype)
-    partly = a.directory.with_name(f"{a.directory.name}.partial")
-    shutil.rmtree(partly, ignore_errors=True)
-    partly.mkdir(parents=True)
-    write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
-    for file, content in files.items():
-        (partly / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-    if not isinstance(tokenizer, HuggingFace):
-        (partly / "tokenizer.model").write_bytes(tokenizer.model)
-    (partly / "README.md").write_text(card(a.run, config, meta, ends), "utf-8")
-    partly.rename(a.directory)
+    files, ends = text_files(config, tokenizer, params, a.dtype)
+    with made_whole(a.directory) as partly:
+        write_params(partly, params, config.model, a.dtype, a.shard_mb * 1e6)
+        for file, content in files.items():
+            said = json.dumps(content, indent=1, ensure_ascii=False)
+            (partly / file).write_text(said, "utf-8")
+        if not isinstance(tokenizer, HuggingFace):
+            (partly / "tokenizer.model").write_bytes(tokenizer.model)
+        said = card(a.directory.resolve().name, a.run, config, meta, ends, a.license)
+        (partly / "README.md").write_text(said, "utf-8")
     parameters = size_of(config.model)
     print(f"{a.directory}: step {step} of {a.run}, {parameters:,} parameters in {a.dtype}")
+    if a.push:
+        print(f"{a.push}: {push(a.directory, a.push)}")

@@ -58,6 +58,7 @@ GPUS = {"a100": ("NVIDIA A100", 8, 108, 64, 167_936, 41_943_040, 1.41),
         "h100": ("NVIDIA H100", 9, 132, 128, 233_472, 52_428_800, 1.98),
         "h200": ("NVIDIA H200", 9, 132, 128, 233_472, 62_914_560, 1.98),
         "b200": ("NVIDIA B200", 10, 148, 128, 233_472, 132_644_864, 1.965)}
+TPUS = "v4", "v5e", "v5p", "v6e"
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 REMAT = "none", "elementwise", "all"  # what is computed again: nothing, some, all
 WIDTH = {  # bytes; others have 4
@@ -167,13 +168,23 @@ def turns(line: str, condition: list[str]) -> int:
 
 
 def collectives(text: str, devices: int) -> dict[str, list[int]]:
-    """{collective: [how many, bytes that a device sends]} of a compiled module."""
+    """{collective: [how many, bytes that a device sends]} of a compiled module.
+
+    Where XLA fuses a collective with what it overlaps, it repeats the line, with the same channel,
+    in the computations of its start and of its end. A channel is counted once.
+    """
     bodies, entry = computations(text)
     found = {}
+    channels = set()
 
     def visit(name: str, times: int):
         for line in bodies.get(name, ()):
+            channel = re.search(r"channel_id=\d+", line)
             sent = sent_by(line, devices)
+            if sent and channel:
+                if channel[0] in channels:
+                    continue
+                channels.add(channel[0])
             if sent:
                 kind, size = sent
                 total = found.setdefault(kind, [0, 0])
@@ -495,6 +506,9 @@ def compiler(topology: str) -> dict[str, str]:
     kind = topology.partition(":")[0]
     if kind in GPUS:
         return gpu_compiler(topology)
+    if kind not in TPUS:
+        known = ", ".join([*TPUS, *GPUS])
+        raise InputError(f"--topology is {topology!r}; allowed kinds of devices are {known}")
     library = os.environ.get("TPU_LIBRARY_PATH") or cache_home() / "libtpu/libtpu/libtpu.so"
     if not os.path.exists(library):
         needs = importlib.metadata.requires("jax")

@@ -18,7 +18,7 @@ import numpy as np
 
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten
-from lib.disk import write
+from lib.disk import metric_rows, read_object, write
 from lib.errors import InputError
 
 HALF_95 = 1.96  # standard errors in half a 95 % interval
@@ -174,29 +174,13 @@ class Run(NamedTuple):
 
 # ---------------------------------------------------------------------------------- what is there
 
-def read_object(path: Path) -> dict:
-    """A JSON object from a file; empty if there is none, or part of one."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_rows(path: Path) -> tuple[list[dict], int]:
     """(the rows of a metrics.jsonl, the number of its lines that are no rows)."""
     if not path.exists():
         return [], 0
-    lines = path.read_bytes().splitlines()
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn
-            continue
-        if isinstance(row, dict) and {"step", "phase", "train/tokens", "train/flops"} <= row.keys():
-            rows.append(row)
-    return rows, len(lines) - len(rows)
+    found, damaged = metric_rows(path)
+    rows = [row for row in found if {"phase", "train/tokens", "train/flops"} <= row.keys()]
+    return rows, len(damaged) + len(found) - len(rows)
 
 
 def runs_inside(path: Path, result: dict) -> dict[Path, str]:
@@ -279,11 +263,24 @@ class Group(NamedTuple):
 
 
 def documents(run: Run) -> tuple | None:
-    """The paths of a run's test documents; None if it was not tested or does not say."""
-    paths = run.summary.get("held_out_paths")
-    if not isinstance(paths, list):
-        return None
-    return tuple(sorted(map(str, paths)))
+    """A run's test documents: what their texts are known by, source by source, or their paths.
+
+    None if it was not tested or does not say. Texts are known wherever they lie, so that a corpus
+    has the same documents as JSON Lines and as a directory.
+    """
+    texts, paths = (run.summary.get(f"held_out_{what}") for what in ("texts", "paths"))
+    if isinstance(texts, dict):
+        return tuple(sorted(tuple(sorted(map(str, own))) for own in texts.values()))
+    if isinstance(paths, list):
+        return (tuple(sorted(map(str, paths))),)
+    return None
+
+
+def in_common(one: tuple, other: tuple) -> tuple[int, int]:
+    """(the number of some test documents, how many of them are among others); see `documents`."""
+    own = [document for source in one for document in source]
+    others = {document for source in other for document in source}
+    return len(own), len(others.intersection(own))
 
 
 def group_by_documents(runs: list[Run], names: list[str]) -> list[Group]:
@@ -300,13 +297,13 @@ def group_by_documents(runs: list[Run], names: list[str]) -> list[Group]:
     groups = []
     for paths, members in places.items():
         said = some([names[place] for place in members])
-        note = f"<p>{said}: tested on {len(paths):,} documents.</p>"
+        number, shared = in_common(paths, next(iter(places)))
+        note = f"<p>{said}: tested on {number:,} documents.</p>"
         if groups:
-            shared = {*paths} & {*documents(runs[groups[0].members[0]])}
             first = some([names[place] for place in groups[0].members])
             note = (
                 f"<p class=note>{said}: tested on other documents than {first}; not comparable "
-                f"with them. ({len(paths):,} documents, {len(shared):,} of them in common.)</p>"
+                f"with them. ({number:,} documents, {shared:,} of them in common.)</p>"
             )
         groups.append(Group(members, note))
     if unknown:
@@ -712,6 +709,9 @@ def arms_of(result: dict) -> str:
             row.append(figure(arm["bpb"][0], ".4f", arm["bpb"][1]))
             if name == control:
                 row += ["control", "", "", ""]
+            elif arm.get("other_documents"):
+                row[-1] = figure(None)  # not among figures that it cannot be compared with
+                row += ["tested on other documents", "", "", ""]
             else:
                 row += compared(less[name], images[name])
         rows.append(row)
@@ -787,6 +787,8 @@ def notes_of(result: dict) -> list[str]:
         notes.append("--quick: too short to say anything of the question, so no claim is judged")
     notes += [f"{run} failed, {why}" for run, why in result["failed"].items()]
     for name, arm in result["arms"].items():
+        if arm.get("other_documents"):
+            notes.append(f"{name}: {arm['other_documents']}")
         if arm.get("needs"):
             notes.append(f"{name}: its FLOPs are with those of the runs that it needs, "
                          f"{', '.join(arm['needs'])}")

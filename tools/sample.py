@@ -4,9 +4,9 @@
     python train.py sample RUN --prompts FILE --stop "\\n\\n" --json  a prompt a line, or JSON Lines
 
 Rows are counted over prompts and --n, from 0. Row i draws by the seed --seed + i and the number of
-each token, so alone, with that seed, it gives the same text. On a terminal a single continuation
-appears as it is made. For a model that does not fit one device there are --mesh.data, --mesh.fsdp
-and --mesh.tensor; those that are not given are the run's own.
+each token, so alone, with that seed, it gives the same text. On a terminal the first continuation
+appears as it is made, and the others follow. For a model that does not fit one device there are
+--mesh.data, --mesh.fsdp and --mesh.tensor; those that are not given are the run's own.
 """
 import json
 import math
@@ -75,7 +75,7 @@ def make_parser() -> Arguments:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
     add("--seed", type=int, default=0, help="of the first row's draws; of the next, one more")
     add("--step", type=int, help="checkpoint; the newest by default")
-    add("--stream", action="store_true", help="show a single continuation as it comes")
+    add("--stream", action="store_true", help="show the first continuation as it comes")
     add("--json", action="store_true", help="a JSON object a row: prompt, text, seed, ended")
     for axis in AXES:
         add(f"--mesh.{axis}", dest=axis, type=int, help="devices on that axis; default: one device")
@@ -112,17 +112,14 @@ def parse_arguments(arguments: list[str]):
     return a, parser
 
 
-def streams(a, texts: list[str], parser: Arguments) -> bool:
-    """Whether text is shown as it is made: on a terminal, or with --stream, for a single text."""
+def streams(a, parser: Arguments) -> bool:
+    """Whether text is shown as it is made: on a terminal, or with --stream."""
     processes = jax.process_count()
-    alone = len(texts) == 1 and not a.json and processes == 1  # processes must go at one pace
-    if a.stream and not alone:
-        form = " and --json" if a.json else ""
-        parser.error(
-            f"--stream is given for {len(texts)} continuations{form} in {processes} processes; "
-            "allowed is one, as text, in one"
-        )
-    return a.stream or (alone and sys.stdout.isatty())
+    possible = not a.json and processes == 1  # processes must go at one pace
+    if a.stream and not possible:
+        form = "--json" if a.json else f"{processes} processes"
+        parser.error(f"--stream is given with {form}; allowed is text, in one process")
+    return a.stream or (possible and sys.stdout.isatty())
 
 
 class Screen:
@@ -152,7 +149,7 @@ def main(arguments: list[str]) -> str:
     if not texts:
         print(f"the config of {a.run} has no prompts")
         return ""
-    stream = streams(a, texts, parser)
+    stream = streams(a, parser)
     if not a.json:
         print(f"sample of {a.run}, temperature {temperature}:", flush=True)
     screen = Screen()

@@ -43,8 +43,8 @@ from matplotlib.figure import Figure
 
 from lib import equal, results
 from lib.arguments import Arguments
-from lib.config import ROOT, flatten, load_module, to_json, walk
-from lib.disk import digest, finite, write
+from lib.config import ROOT, flatten, load_module, run_json, to_json, walk
+from lib.disk import digest, finite, read_object, write
 from lib.errors import InputError
 from lib.fields import allowed_names
 from lib.schedule import Schedule
@@ -58,6 +58,7 @@ from lib.statistics import (
     next_rate,
     run_figures,
     stacked,
+    tested_alike,
     value_of,
     verdict,
 )
@@ -76,7 +77,7 @@ from train import Config, check, parse
 
 # Fields of a config that change nothing of what a study reads of a run.
 HARMLESS = ("name", "runs", "prompts", "sample_tokens", "sample_temperature", "save_every", "keep",
-            "tracker")
+            "tracker", "stop_code")
 # Small programs are kept in the compilation cache too, for the runs to come.
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -257,7 +258,7 @@ def complete(request: Request, job: Job) -> bool:
     config, _ = parse(command(request, job))
     check(config)
     run = request.directory / job.name
-    whole = (run / "summary.json").exists()
+    whole = bool(read_object(run / "summary.json"))
     changed = changed_fields(run, config, request, job) if whole else []
     if run.is_symlink():
         if changed or not whole:
@@ -288,7 +289,7 @@ def ends_of(request: Request, job: Job) -> dict[str, str]:
 
 def changed_fields(run: Path, config: Config, request: Request, job: Job) -> list[str]:
     """Fields in which a run's config is another one; where runs lie that it needs is none."""
-    old = flatten(json.loads((run / "config.json").read_text()))
+    old = flatten(run_json(run))
     now = flatten(json.loads(json.dumps(to_json(config))))
     now["model.vocab"] = now["model.vocab"] or old["model.vocab"]  # 0 becomes the tokenizer's
     given = ("model.", "data.tokenizer") if config.init_from else ()  # by the run it starts from
@@ -449,7 +450,7 @@ class Runner:
         log = self.log_of(job)
         lines = log.read_text(errors="replace").splitlines()
         said = lines[-1] if lines else ""
-        whole = (self.request.directory / job.name / "summary.json").exists()
+        whole = bool(read_object(self.request.directory / job.name / "summary.json"))
         if self.stopping or (code == 0 and not whole):
             print(f"{job.name} was stopped; the same command resumes the study", flush=True)
             raise SystemExit(0)
@@ -544,11 +545,20 @@ def result_of(request: Request) -> dict:
     concluded = conclusions(request, runs)
     return dict(
         study=request.directory.name, control=study.first, seeds=request.seeds,
-        quick=request.quick, failed=runner.failed, measures=measures,
+        tuned_on_test=tuned_on_test(request), quick=request.quick, failed=runner.failed, measures=measures,
         made_by=makers([*tuned, *compared]), cost=cost_of(request, tuned, compared),
         claims=[judged(request, claim, runs, concluded) for claim in request.claims],
         conclusions=concluded, needs=needs_figures(needed),
         arms={arm: arms[arm] | {"needs": study.needed_by(arm)} for arm in request.arms})
+
+
+def tuned_on_test(request: Request) -> bool:
+    """Are rates chosen on the documents that are reported, as those of `data.held_out` may be?"""
+    held_out = []
+    for arm in request.arms:
+        held_out += request.study.config_of(arm).data.held_out.values()
+    both = any(source.split in ("", "held_out") for source in held_out)
+    return both and len(request.study.peak_lrs) > 1 and not request.study.tuned_by
 
 
 def needs_figures(needed: dict[Job, dict]) -> dict[str, dict]:
@@ -579,10 +589,29 @@ def arm_figures(own: dict[int, dict], control: dict[int, dict]) -> dict:
     ends = [run["bpb"] for run in own.values() if run["bpb"] is not None]
     one = next(iter(own.values()))
     return dict(
+        other_documents=other_documents(one, next(iter(control.values()))),
         tokens=one["tokens"], flops=one["flops"],
         bpb=interval(ends) if ends else (None, None),
         less_control={measure: compare(own, control, measure) for measure in PAIRED},
         runs=own)
+
+
+def alike(arm: dict[int, dict], control: dict[int, dict], measure: str) -> bool:
+    """Were the runs of two arms {seed: figures} tested on the same documents? See `tested_alike`."""
+    both = arm.keys() & control
+    return all(tested_alike(arm[seed], control[seed], measure) for seed in both)
+
+
+def other_documents(run: dict, control: dict) -> str:
+    """What is said of runs that were tested on other documents than the control's; else ""."""
+    if tested_alike(run, control, "bpb"):
+        return ""
+    sizes = []
+    for one in (run, control):
+        own = (f"{name} {number:,}" for name, (number, _) in one["held_out"].items())
+        sizes.append(", ".join(own))
+    return (f"tested on other documents than the control ({sizes[0]}; the control: {sizes[1]}), so "
+            "that their bits per byte are not compared")
 
 
 def own_figures(own: dict[int, dict], control: dict[int, dict], name: str) -> dict:
@@ -595,12 +624,14 @@ def judged(request: Request, claim: Claim, runs: dict[str, dict[int, dict]],
            concluded: dict[str, dict]) -> dict:
     """A claim with what came of it; concluded: the study's conclusions."""
     control = request.study.control_of(claim)
+    other = runs.get(control)
     if claim.arm:
-        other = None if control is None else runs[control]
         found = compare(runs[claim.arm], other, claim.measure)
     else:
         found = found_of(request, claim, concluded)
     said = NOT_JUDGED if request.quick else verdict(found["mean"], found["half"], claim)
+    if other and not alike(runs[claim.arm], other, claim.measure):
+        said = NOT_JUDGED
     about = dict(says=claim.says, arm=claim.arm, control=control) | claim.bound
     return about | found | {"verdict": said}
 
@@ -737,6 +768,8 @@ def arm_row(arm: str, f: dict, control: bool) -> list[str]:
     """The cells of an arm in the table."""
     warned = " (!)" if f["bracketed"] is False else ""
     cells = [arm, show(f["rate"], form="g") + warned, f"{f['tokens']:,}", f"{f['flops']:.3g}"]
+    if f["other_documents"]:
+        return [*cells, "-", "other documents", "-", "-"]
     cells.append(show(*f["bpb"]))
     forms = "+.4f", "+.1%", "+.1%"
     for less, form in zip(f["less_control"].values(), forms, strict=True):
@@ -774,11 +807,16 @@ def notes(result: dict) -> list[str]:
     lines.append(f"{seeds} paired seeds; {PLUS_MINUS}" if seeds > 1 else "one seed: no intervals")
     lines.append(f"the runs compared took {cost['flops']:.3g} FLOPs and {cost['tokens']:,} tokens, "
                  f"tuning took {cost['tuning_flops']:.3g} and {cost['tuning_tokens']:,}")
+    if result["tuned_on_test"]:
+        lines.append("rates were chosen on the documents that are tested on: in data.held_out, split "
+                     '"dev" and "test" tell them apart')
     for arm, f in result["arms"].items():
         if f["needs"]:
             spent = [f"{name} {result['needs'][name]['flops']:.3g}" for name in f["needs"]]
             lines.append(f"{arm}: its FLOPs are with those of the runs that it needs: "
                          f"{', '.join(spent)}")
+        if f["other_documents"]:
+            lines.append(f"{arm}: {f['other_documents']}")
         if f["bracketed"] is False:
             lines.append(f"(!) {arm}: its best rate is an end of those tried, "
                          f"{', '.join(f['tuning'])}: not bracketed")
@@ -841,7 +879,8 @@ def draw_arm(top, bottom, axis: str, arm: str, found: dict, control: dict | None
         return
     points = np.array(next(iter(curves.values()))[axis])
     dev = np.mean([curve["dev"] for curve in curves.values()], 0)
-    top.plot(points, dev, ".-", label=arm, color=color)
+    label = f"{arm}, other documents" if found.get("other_documents") else arm
+    top.plot(points, dev, ".-", label=label, color=color)
     end = found["less_control"]["bpb"]
     if control is None or not end["values"]:
         return

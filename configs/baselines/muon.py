@@ -5,46 +5,101 @@ Paper: Muon: An optimizer for hidden layers in neural networks, Jordan et al. 20
 Method: orthogonalise the momentum of each matrix by a Newton-Schulz iteration. Liu et al. give it
     weight decay and an update of AdamW's size, so that one rate serves all parameters.
 Here: AdamW and Muon after equal steps, each at its best rate. Embeddings, gains and an untied head
-    keep AdamW. `muon` works for any config: `optimizer=muon`.
+    keep AdamW. `muon` works for any config: `optimizer=muon`. strong.py has the options on.
 Cost: not run in full yet: twelve runs of 300 steps, perhaps half an hour on two CPU cores.
 Run:
     python train.py study configs/baselines/muon.py --seeds 3 --jobs 2
     python train.py configs/baselines/muon.py:muon                  one arm by hand, two minutes
 """
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from configs import base
+from lib.edits import check_options
+from lib.matrices import flat
 from lib.optim import adamw
 from lib.study import Claim, Paper, Study
 from model import Param
 
+# (a, b, c) of x -> (a + b x x' + c x x' x x') x, in turn. Five times the first gives singular
+# values between 0.7 and 1.2. Those of Polar Express (Amsel et al. 2025, arXiv 2505.16932) send all
+# from 1e-3 on to within 0.15 of 1; figures of modded-nanogpt, for safety 2e-2 and cushion 2.
+COEFFICIENTS = dict(newton_schulz=((3.4445, -4.7750, 2.0315),) * 5, polar_express=(
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)))
+
 
 def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_decay: float = 0.1,
+         iteration: Literal["newton_schulz", "polar_express"] = "newton_schulz",
+         outputs: Literal["plain", "equal", "normal"] = "plain", beta2: float = 0.95,
          **adam) -> dict[str, optax.GradientTransformation]:
     """Muon (Jordan et al. 2024) for the matrices, AdamW for the rest.
 
     Each layer's matrix is orthogonalised, with the input and output axes that the table names. The
     update has the root mean square `rms`, about that of AdamW, so that one rate serves all (Liu et
-    al. 2025, eq. 4).
+    al. 2025, eq. 4). outputs: "equal" gives them equal norms before that (MuonEq, arXiv
+    2603.28254); "normal" divides each after it by its root mean square over past steps, of decay
+    beta2 (NorMuon, Li et al. 2025, arXiv 2510.05491), a state that growth can only reset.
     """
-    def axes(p: Param) -> optax.contrib.MuonDimensionNumbers:
-        first, last = p.axes.index("layers") + 1, len(p.axes) - 1
-        split = first + 1 if p.axes[first] == "embed" else last  # inputs stand before outputs
-        inputs, outputs = tuple(range(first, split)), tuple(range(split, last + 1))
-        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+    check_options(muon, iteration=iteration, outputs=outputs)
+    rows = {name: row for name, row in table.items() if row.group == "matrix"}
+    alone = [name for name, row in rows.items() if not row.layered]
+    if alone:
+        raise ValueError(f"muon: {', '.join(alone)} is no matrix of a block; allowed are those with "
+                         "an axis of layers in front, and groups other than matrix")
 
-    numbers = {name: axes(p) for name, p in table.items() if p.group == "matrix"}
-    widths = {name: max(math.prod(table[name].shape[i] for i in side) for side in sides)
-              for name, sides in numbers.items()}
-    scale = optax.stateless(lambda tree, _: {name: rms * math.sqrt(widths[name]) * x
-                                             for name, x in tree.items()})
-    matrices = optax.chain(
-        optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=numbers), scale,
-        optax.add_decayed_weights(weight_decay))
+    def directed(x):
+        x = x / rms_of(x, 1) if outputs == "equal" else x
+        return orthogonal(x, COEFFICIENTS[iteration]) * math.sqrt(max(x.shape[1:]))
+
+    more = [normal_outputs(rows, beta2)] if outputs == "normal" else []
+    matrices = optax.chain(optax.trace(beta, nesterov=True), each(rows, directed), *more,
+                           optax.scale(rms), optax.add_decayed_weights(weight_decay))
     return adamw(table, weight_decay=weight_decay, **adam) | {"matrix": matrices}
+
+
+def each(rows: dict[str, Param], change: Callable) -> optax.GradientTransformation:
+    """Change updates as matrices [layers inputs outputs]."""
+    return optax.stateless(lambda tree, _: {
+        name: change(flat(x, rows[name])).reshape(x.shape) for name, x in tree.items()})
+
+
+def rms_of(x, axes) -> jax.Array:
+    """Root mean square over axes, which stay; never 0."""
+    return jnp.sqrt(jnp.mean(jnp.square(x), axes, keepdims=True)) + 1e-12
+
+
+def orthogonal(x, coefficients) -> jax.Array:
+    """Matrices [l i o] with their singular values sent to about 1."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.swapaxes(1, 2), coefficients).swapaxes(1, 2)
+    x = x / (1.02 * math.sqrt(math.prod(x.shape[1:])) * rms_of(x, (1, 2)))  # none is above 1
+    for a, b, c in coefficients:
+        square = x @ x.swapaxes(1, 2)
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+def normal_outputs(rows: dict[str, Param], beta2: float) -> optax.GradientTransformation:
+    """Each output divided by its root mean square over past steps; the whole has one of 1."""
+    def update(tree, state, params=None):
+        found = {name: flat(x, rows[name]) for name, x in tree.items()}
+        state = {name: beta2 * state[name] + (1 - beta2) * rms_of(x, 1)[:, 0]**2
+                 for name, x in found.items()}
+        found = {name: x / jnp.sqrt(state[name])[:, None] for name, x in found.items()}
+        return {name: (x / rms_of(x, (1, 2))).reshape(tree[name].shape)
+                for name, x in found.items()}, state
+    return optax.GradientTransformation(lambda params: {
+        name: 0 * flat(x, rows[name])[:, 0] for name, x in params.items()}, update)
 
 
 adam = replace(base.deep, phases=(replace(base.deep.phases[0], steps=300, seq=128),), overlap=16)

@@ -8,7 +8,8 @@ Here: arms differ in the optimiser alone. plain: nanoGPT's: AdamW, 1e-3, 100 ste
     cosine to a tenth. adamw: a higher rate, that falls in a line to nothing. muon: Muon for the
     matrices, at a higher rate still. What all three have beyond GPT-2: SwiGLU, RoPE, RMSNorm,
     smaller initial outputs, and rows end to end, so that 1.5 passes leave no character out, where
-    random starts miss a fifth. Characters are bytes: 258 pieces, of which the text has 65. The text
+    random starts miss a fifth. The last tenth is held out as one document, so a run ends with bits
+    per byte of all of it too. Characters are bytes: 258 pieces, of which the text has 65. The text
     is that of karpathy/char-rnn, looked for in ../shared/data.
 Cost: a run takes about four minutes on two CPU cores that do nothing else, an estimate.
 Run:
@@ -31,22 +32,18 @@ from model import ModelConfig
 from train import Config, Phase, Schedule
 
 
-def parts(path: str, share: float = 0.9) -> tuple[str, str]:
-    """The first `share` of a text's characters, and the rest."""
+def published(path: str, share: float = 0.9) -> Iterator[Document]:
+    """nanoGPT's split: the first `share` of a text's characters is trained on, the rest held out."""
     whole = next(text(path))
     if not isinstance(whole, Document) or not whole.text.isascii():
         raise InputError(f"source path {path!r} is no text of ASCII characters, which are one byte "
                          "each")
     end = int(share * len(whole.text))
-    return whole.text[:end], whole.text[end:]
+    yield Document("beginning", whole.text[:end], split="train")
+    yield Document("rest", whole.text[end:], split="held_out")
 
 
-def beginning(path: str, share: float = 0.9) -> Iterator[Document]:
-    """What is trained on, as one document; rows are cut from it end to end."""
-    yield Document("beginning", parts(path, share)[0])
-
-
-def validation(params, apply, config: Config, windows: int = 2_000,
+def validation(params, apply, config: Config, held_out, windows: int = 2_000,
                seed: int = 0) -> dict[str, float]:
     """Nats per character of the rest as nanoGPT takes them.
 
@@ -54,8 +51,8 @@ def validation(params, apply, config: Config, windows: int = 2_000,
     each character. `loss_se` is by the draw of these windows; `whole` is the same of all of the
     rest, in rows end to end.
     """
-    rest = parts(**config.data.sources["shakespeare"].documents.keywords)[1]
-    seq, ids = config.phases[-1].seq, np.frombuffer(rest.encode(), np.uint8).astype(np.int32)
+    (rest,) = held_out("shakespeare", "test").texts()
+    seq, ids = config.phases[-1].seq, np.frombuffer(rest, np.uint8).astype(np.int32)
 
     def nats(starts: np.ndarray) -> np.ndarray:
         each = np.split(ids[starts[:, None] + np.arange(seq + 1)], range(250, len(starts), 250))
@@ -63,8 +60,7 @@ def validation(params, apply, config: Config, windows: int = 2_000,
                                for rows in each])
 
     drawn = nats(np.random.default_rng(seed).integers(0, len(ids) - seq, windows))
-    found = dict(loss=drawn.mean(), loss_se=drawn.std(ddof=1) / windows**0.5,
-                 bpb=drawn.mean() / np.log(2))
+    found = dict(loss=drawn.mean(), loss_se=drawn.std(ddof=1) / windows**0.5)
     out = {f"eval/validation/{name}": float(value) for name, value in found.items()}
     return out | {"eval/whole/loss": float(nats(np.arange(0, len(ids) - seq, seq)).mean())}
 
@@ -78,7 +74,7 @@ def last(rows: list[dict]) -> float:
 config = Config(
     model=ModelConfig(layers=4, embed=128, heads=4, kv_heads=4, head_dim=32, mlp=328, vocab=258),
     data=DataConfig(sources={"shakespeare": Source(partial(
-        beginning, path="../shared/data/tinyshakespeare.txt"))}, tokenizer="bytes", dev=0.0,
+        published, path="../shared/data/tinyshakespeare.txt"))}, tokenizer="bytes", dev=0.0,
         test=0.0),
     phases=(Phase(steps=2_000, batch=12, seq=64),),
     schedule=Schedule(shape="linear", peak=4e-3, warmup=50, final=0.0),

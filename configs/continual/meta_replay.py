@@ -48,16 +48,15 @@ def interpolated(inner: optax.GradientTransformation, beta: float, every: int):
 
     def update(grads, state, params, rate, **more):
         ahead, after = inner.update(grads, state.inner, params)
-        slow = state.slow
         count = state.count + 1
 
         def back():
             """Directions that end between, and where that is; the step multiplies by the rate."""
             scale = (1 - beta) / jnp.maximum(rate, 1e-12)
-            back = {n: beta * ahead[n] + scale * (x - slow[n]) for n, x in params.items()}
+            back = {n: beta * ahead[n] + scale * (x - state.slow[n]) for n, x in params.items()}
             return back, {n: x - rate * back[n] for n, x in params.items()}
 
-        directions, slow = lax.cond(count % every == 0, back, lambda: (ahead, slow))
+        directions, slow = lax.cond(count % every == 0, back, lambda: (ahead, state.slow))
         return directions, Reptile(after, slow, count)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,8 +8,8 @@ Here: 4 layers 96 wide on Python's library, in bytes, marks are control characte
     decoder reads both in one row, the text by a prefix mask. t5: that many layers twice, at equal
     FLOPs. half: half as many layers twice, the parameters of prefix_lm but for cross-attention, and
     its FLOPs too, by more steps. These are T5's comparisons (Raffel et al. 2020). Rotary positions
-    stand for T5's biases, AdamW for Adafactor, with T5's inverse root of steps. The recipe's other
-    advice is about hardware, and is not needed at this size.
+    stand for T5's biases, AdamW for Adafactor, with T5's inverse root of steps. What the paper
+    advises on hardware and data loading is left out.
 Cost: 9 runs of some 25 seconds, four minutes on two CPU cores.
 Run:
     python train.py study configs/growth/t5.py --jobs 2

@@ -1,0 +1,60 @@
+"""Parts of strong: what is each part of the strong baseline worth?
+
+Paper: Value Residual Learning For Alleviating Attention Concentration In Transformers, Zhou et al.
+    2024 (arXiv 2410.17897), of the values; where the others are from is said in strong.py
+Method: the strong baseline, and it without each of its parts.
+Here: at equal rows, steps and rate, and FLOPs within 0.5 %. What is in it was chosen by looks at
+    one seed. all_parts is the plain Llama with a tied head and AdamW.
+Cost: 51 runs of 150 steps, about an hour on two CPU cores that do nothing else, an estimate.
+Run:
+    python train.py study configs/baselines/strong_parts.py --jobs 2
+    python train.py study configs/baselines/strong_parts.py --arms values,pairs --seeds 1
+    python train.py configs/baselines/strong_parts.py:values        the run without values
+"""
+from dataclasses import replace
+from functools import partial
+
+from configs import base
+from configs.baselines.muon import muon
+from configs.baselines.strong import capped, config, parts, strong
+from lib.optim import adamw
+from lib.study import Claim, Paper, Study
+from train import Config
+
+
+def lacks(**off) -> Config:
+    """The strong run with these arguments of its parts."""
+    return replace(whole, model=replace(model, rows=partial(parts, **off)))
+
+
+whole = base.scaled(config, 150)
+model, phase = whole.model, whole.phases[0]
+plain = replace(whole, model=base.shape(), optimizer=adamw, phases=(replace(phase, lr={}),))
+arms = {  # by what is left out
+    "all_parts": plain,
+    "muon": replace(whole, optimizer=adamw),
+    "polar_express": replace(whole, optimizer=muon),
+    "group_rates": replace(whole, phases=plain.phases),
+    "wide_embeddings": lacks(embed=0.0),
+    "small_head": lacks(head=0.0),
+    "zero_outputs": lacks(silent=False),
+    "plain_norms": lacks(gains=True),
+    "values": lacks(values=False),
+    "pairs": lacks(pairs=0),
+    "head_gates": lacks(gates=False),
+    "smear": lacks(smear=False),
+    "squared_relu": replace(whole, model=replace(model, mlp=344, rows=partial(parts, gated=True))),
+    "key_shift": replace(whole, model=replace(model, forward=partial(strong, shift=False))),
+    "embedding_norm": replace(whole, model=replace(model, forward=partial(strong, normed=False))),
+    "cap": replace(whole, model=replace(model, outputs=partial(capped, cap=0.0))),
+}
+study = Study(
+    question="What is each part of the strong baseline worth?",
+    paper=Paper(title="Value Residual Learning For Alleviating Attention Concentration In "
+                      "Transformers", authors="Zhou et al.", year=2024),
+    arms={"strong": whole} | arms,
+    quick=base.quick({"model.layers": 2}),
+    claims=[Claim(says=f"without {name.replace('_', ' ')} it is behind", arm=name, above=0.0)
+            for name in arms],
+    seeds=3,
+)
