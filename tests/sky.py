@@ -90,6 +90,16 @@ def rows_of(made: data.Loader, phase: int = 0, source: int = 0) -> data.Rows:
     return made.rows[phase][0][source]
 
 
+def drawn(made: data.Loader, steps: int, phase: int = 0) -> np.ndarray:
+    """Rows [sources] that a phase of one row length has drawn after so many steps."""
+    return made.draws[phase].after(steps)[0]
+
+
+def first_rows(made: data.Loader, phase: int) -> np.ndarray:
+    """The row [sources] that a phase of one row length begins with."""
+    return made.draws[phase].first()[0]
+
+
 # ---------------------------------------------------------------------------------- reading batches
 
 

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import sky
 from corpora import Points, documents_of, many, stars, token_count, with_many
-from sky import halves, loader, moons, phase, pieces_of, rising, rows_of, same, trained_places
+from sky import (
+    drawn,
+    first_rows,
+    halves,
+    loader,
+    moons,
+    phase,
+    pieces_of,
+    rising,
+    rows_of,
+    same,
+    trained_places,
+)
 
 import data
 from data import DataConfig, Document, InputError, Source
@@ -21,6 +33,14 @@ from lib.tokenizers import Bytes
 
 equal = np.testing.assert_array_equal
 STARS = ("stars",)
+MOONS = ("moons",)
+
+
+def bytes_loader(config: DataConfig, *phases) -> data.Loader:
+    """A loader of the one source of a config, in bytes."""
+    (name,) = config.sources
+    cache = build(name, config, Bytes(), 0)
+    return data.Loader({name: cache}, phases, config, Bytes(), 0)
 
 
 # ------------------------------------------------------------------------------- what a batch holds
@@ -167,7 +187,8 @@ def test_documents_and_rows_are_shuffled_within_their_window():
     within = []
     for step in range(1, size + 1):
         pieces = pieces_of(made.batch(step).arrays)
-        begins = [piece.targets[0] for piece in pieces if piece.targets[0] != Points.eos]
+        begins = [piece.targets[0] for piece in pieces]
+        begins = [target for target in begins if target != Points.eos]
         between += begins[:1]
         within += (np.diff(begins) > 0).tolist()
     assert 0.3 < np.mean(np.diff(between) > 0) < 0.7
@@ -224,10 +245,11 @@ def test_a_phase_begins_where_the_last_one_ended():
     first = 5 * 3 * 32  # positions
     second = first + 4 * 2 * 20
 
-    begins = [draws.first()[0].tolist() for draws in made.draws]
+    begins = [first_rows(made, number).tolist() for number in range(3)]
     assert begins == [[0], [first // 20], [second // 96]]
     for row, draw in enumerate((24, 25)):
-        for name, values in rows_of(made, phase=1).get(draw).arrays.items():
+        expected = rows_of(made, phase=1).get(draw).arrays
+        for name, values in expected.items():
             equal(made.batch(6).arrays[name][row], values)
     steps = (1, 5, 6, 9, 10, 13)
     assert [made.phase_of(step) for step in steps] == [0, 0, 1, 1, 2, 2]
@@ -238,8 +260,10 @@ def test_phases_of_one_length_share_an_epoch():
     epoch = rows_of(loader(phase(), names=STARS)).epoch
     third = epoch // 3
     rest = epoch - 2 * third
-    made = loader(phase(steps=third, batch=2), phase(steps=rest, batch=1), names=STARS)
-    check_every_star_once(trained_targets(made, range(1, third + rest + 1)))
+    phases = phase(steps=third, batch=2), phase(steps=rest, batch=1)
+    made = loader(*phases, names=STARS)
+    steps = range(1, third + rest + 1)
+    check_every_star_once(trained_targets(made, steps))
 
 
 def test_each_source_is_followed_by_its_own_count():
@@ -247,14 +271,15 @@ def test_each_source_is_followed_by_its_own_count():
     mixed = phase(steps=5, mixture=dict(stars=3, moons=1))
     moons_alone = phase(steps=2, seq=16, mixture=dict(moons=1))
     made = loader(mixed, moons_alone)
-    assert made.draws[0].after(5)[0].tolist() == [15, 5]
-    assert made.draws[1].first()[0].tolist() == [30, 10]
+    assert drawn(made, 5).tolist() == [15, 5]
+    assert first_rows(made, 1).tolist() == [30, 10]
 
     star_rows = rows_of(made, phase=1, source=0)
     moon_rows = rows_of(made, phase=1, source=1)
     rows = [moon_rows.get(draw).arrays["tokens"] for draw in range(10, 14)]
     equal(made.batch(6).arrays["tokens"], rows)
-    assert made.epochs(7) == {"stars": 30 / star_rows.epoch, "moons": 18 / moon_rows.epoch}
+    epochs = made.epochs(7)
+    assert epochs == {"stars": 30 / star_rows.epoch, "moons": 18 / moon_rows.epoch}
 
 
 # ----------------------------------------------------------------- orders, row lengths and packings
@@ -279,18 +304,20 @@ def always(draw, rows, progress, key, place):
 
 
 def test_an_order_is_told_the_draw_and_the_progress():
-    made = loader(phase(steps=40, batch=1, order=backwards), names=("moons",))
+    made = loader(phase(steps=40, batch=1, order=backwards), names=MOONS)
     rows = rows_of(made).epoch
     for step in (1, 2, 20, 21, 40):
         place = backwards(step - 1, rows, (step - 1) / 40, ())
         fixed = phase(steps=40, batch=1, order=partial(always, place=place))
-        same(made.batch(step), loader(fixed, names=("moons",)).batch(1))
+        same(made.batch(step), loader(fixed, names=MOONS).batch(1))
 
 
 def test_an_order_counts_on_after_an_epoch():
-    made = loader(phase(steps=400, batch=1, order=in_turn), names=("moons",))
+    made = loader(phase(steps=400, batch=1, order=in_turn), names=MOONS)
     rows = rows_of(made).epoch
-    equal(made.batch(rows + 1).arrays["tokens"], made.batch(1).arrays["tokens"])
+    first = made.batch(1)
+    after_an_epoch = made.batch(rows + 1)
+    equal(after_an_epoch.arrays["tokens"], first.arrays["tokens"])
 
 
 def mostly_short(progress):
@@ -309,10 +336,11 @@ def test_row_lengths_keep_to_their_weights_and_batches_to_their_size():
     short = np.array([length == 16 for _, length in shapes])
     assert np.max(np.abs(np.cumsum(short) - np.cumsum(share))) <= 1
 
-    drawn = {16: 0, 64: 0}
+    total = {16: 0, 64: 0}
     for rows, length in shapes:
-        drawn[length] += rows
-    assert made.draws[0].after(400)[:, 0].tolist() == list(drawn.values())
+        total[length] += rows
+    star_rows = made.draws[0].after(400)[:, 0]
+    assert star_rows.tolist() == [total[16], total[64]]
 
 
 @pytest.mark.parametrize("length", [16, 64])
@@ -359,12 +387,11 @@ def upper_half(lengths, seq, documents):
 
 def test_a_packing_may_ask_about_its_documents_and_its_plan_is_kept(home):
     config = with_many(score=token_count)
-    cache = build("many", config, Bytes(), 0)
-    phases = [phase(steps=5, packing=upper_half)]
+    asking = phase(steps=5, packing=upper_half)
     TOLD.clear()
 
-    first = data.Loader({"many": cache}, phases, config, Bytes(), 0).batch(3)
-    second = data.Loader({"many": cache}, phases, config, Bytes(), 0).batch(3)
+    first = bytes_loader(config, asking).batch(3)
+    second = bytes_loader(config, asking).batch(3)
 
     same(first, second)
     (told,) = TOLD  # the second loader found the plan
@@ -397,8 +424,7 @@ def quiet_targets(piece: sky.Piece) -> int:
 def test_a_prefix_is_read_but_not_predicted(home):
     """The header's bytes are inputs without loss, and every byte of the text has its loss."""
     config = replace(with_many(prepare=with_header), dev=0.0, test=0.0)
-    cache = build("many", config, Bytes(), 0)
-    made = data.Loader({"many": cache}, [phase(seq=48)], config, Bytes(), 0)
+    made = bytes_loader(config, phase(seq=48))
     headers = {f"<{document.path}>" for document in documents_of(many)}
     epoch = rows_of(made).epoch
     assert epoch >= 16
@@ -424,9 +450,9 @@ def one_document():
 @pytest.mark.parametrize("mixture", [None, dict(one=1.0)])
 def test_a_source_without_training_documents_is_refused(home, mixture):
     config = DataConfig(sources={"one": Source(one_document)}, dev=0.5, test=0.5)
-    cache = build("one", config, Bytes(), 0)
+    build("one", config, Bytes(), 0)  # which is no error yet
     with pytest.raises(InputError, match="'one' has no document in its train split"):
-        data.Loader({"one": cache}, [phase(mixture=mixture)], config, Bytes(), 0).batch(1)
+        bytes_loader(config, phase(mixture=mixture)).batch(1)
 
 
 def slowly(lengths, seq):
@@ -438,10 +464,8 @@ def slowly(lengths, seq):
 def test_threads_plan_and_draw_as_one(home):
     """One makes batches while others count epochs: no window is planned twice, no row is lost."""
     config = replace(with_many(), window=1)
-    cache = build("many", config, Bytes(), 0)
-    phases = [phase(steps=400, seq=8)]
-    alone = data.Loader({"many": cache}, phases, config, Bytes(), 0)
-    shared = data.Loader({"many": cache}, phases, config, Bytes(), 0)
+    alone = bytes_loader(config, phase(steps=400, seq=8))
+    shared = bytes_loader(config, phase(steps=400, seq=8))
     rows_of(shared).packing = slowly
 
     threads = [threading.Thread(target=shared.epochs, args=(400,)) for _ in range(4)]

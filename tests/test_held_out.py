@@ -40,7 +40,11 @@ def predicted(held: HeldOut) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("split, documents", [("dev", 3), ("test", 6), ("train", 31)])
+@pytest.mark.parametrize("split, documents", [
+    ("dev", 3),
+    ("test", 6),
+    ("train", 31),
+])
 def test_every_byte_of_a_split_is_predicted_once_and_in_order(cache, corpus, split, documents):
     held = opened(cache, split)
     contents = [(corpus / path).read_bytes() for path in held.paths]
@@ -54,8 +58,9 @@ def test_every_byte_of_a_split_is_predicted_once_and_in_order(cache, corpus, spl
 def test_as_many_documents_are_read_as_fit_a_limit_but_at_least_one(cache):
     whole = opened(cache)
     sizes = np.cumsum(whole.bytes + 1)
-    third = int(sizes[2])
-    for most, kept in ((third, 3), (third - 1, 2), (1, 1), (10**9, len(sizes))):
+    three = int(sizes[2])
+    cases = {three: 3, three - 1: 2, 1: 1, 10**9: len(sizes)}
+    for most, kept in cases.items():
         held = opened(cache, most=most)
         counted = sum(len(targets) for targets in predicted(held))
         assert held.paths == whole.paths[:kept]
@@ -90,7 +95,8 @@ def test_bits_per_byte_are_those_of_known_losses(cache):
     nats = np.array(sums) / 100
     bits = nats / math.log(2)
     bpb = bits.sum() / held.bytes.sum()
-    assert got["loss"] == pytest.approx(nats.sum() / (held.bytes + 1).sum())
+    tokens = (held.bytes + 1).sum()
+    assert got["loss"] == pytest.approx(nats.sum() / tokens)
     assert got["bpb"] == pytest.approx(bpb)
     residual = bits - bpb * held.bytes
     n = len(nats)
