@@ -38,7 +38,7 @@ import jax
 from jax.sharding import Mesh
 
 from data import Source
-from lib.any_text import any_text
+from lib.any_text import any_text, survey
 from lib.arguments import Arguments
 from lib.cache import build
 from lib.checkpoint import find_checkpoint
@@ -76,7 +76,7 @@ def show(found: dict[str, float]):
 
 
 def arguments_of(arguments: list[str]):
-    """The command line. Files of tasks are read at once, so that a mistake there ends it now."""
+    """The command line. Files are looked for at once, so that a mistake there ends it now."""
     parser = Arguments("eval", __doc__)
     add = parser.add_argument
     add("run", help="run directory")
@@ -96,6 +96,8 @@ def arguments_of(arguments: list[str]):
         parser.error(f"--tasks has files {', '.join(names)}; allowed are names that differ")
     if a.blimp:
         json_lines(a.blimp)
+    for path in a.data:
+        survey(path)
     texts = [name_of(path) for path in a.data]
     if len(set(texts)) < len(texts):
         parser.error(f"--data has {', '.join(texts)}; allowed are names that differ")
