@@ -110,6 +110,8 @@ def test_names_of_data_differ(runs, forms, capsys):
     both = [forms[form][1] for form in ("jsonl", "parquet")]
     assert train.main(["eval", str(runs["jsonl"]), "--data", *both]) == 2
     assert "--data has x, x" in capsys.readouterr().err
+    assert train.main(["eval", "runs/none", "--data", "gone.txt"]) == 2
+    assert "'gone.txt' cannot be read: does not exist" in capsys.readouterr().err
 
 
 def test_dev_during_the_run_is_of_the_same_documents(runs):

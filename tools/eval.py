@@ -44,7 +44,7 @@ import jax
 from jax.sharding import Mesh
 
 from data import Source
-from lib.any_text import any_text
+from lib.any_text import any_text, survey
 from lib.arguments import Arguments
 from lib.cache import build
 from lib.checkpoint import find_checkpoint
@@ -99,7 +99,7 @@ def show_core(found: dict[str, float], tasks: list[Task]):
 
 
 def arguments_of(arguments: list[str]):
-    """The command line. Files of tasks are read at once, so that a mistake there ends it now."""
+    """The command line. Files are looked for at once, so that a mistake there ends it now."""
     parser = Arguments("eval", __doc__)
     add = parser.add_argument
     add("run", help="run directory")
@@ -124,6 +124,8 @@ def arguments_of(arguments: list[str]):
     if a.most is not None and not a.core:
         parser.error(f"--most is {a.most} without --core, whose tasks it is for")
     a.core = read_core(a.core, a.most) if a.core else []
+    for path in a.data:
+        survey(path)
     texts = [name_of(path) for path in a.data]
     if len(set(texts)) < len(texts):
         parser.error(f"--data has {', '.join(texts)}; allowed are names that differ")
