@@ -169,6 +169,13 @@ def test_segments_are_apart(whole):
     equal(model.apply(params, changed, whole)[:, second], packed[:, second])
 
 
+def test_it_computes_in_the_dtype_that_is_asked_for(whole):
+    config = replace(whole, dtype="bfloat16")
+    forward = partial(model.forward, mask=CAUSAL, config=config)
+    states, _ = jax.eval_shape(forward, strong(config), batch_of())
+    assert states.dtype == jnp.bfloat16
+
+
 # ------------------------------------------------------------------------------------------- a run
 
 
