@@ -82,7 +82,7 @@ class Family:
     read: Callable = nothing  # config.json -> further fields of `ModelConfig`
     write: Callable = nothing  # (ModelConfig, parameters) -> further fields of config.json
     gain: float = 0.0  # what is added to a gain in the file
-    transposed: bool = True  # matrices are [outputs, inputs]
+    transposed: bool = True  # matrices of blocks are [outputs, inputs]
     # heads that transformers allows: any, so many that embed is a multiple, or such that fill it
     heads: Literal["free", "divide", "fill"] = "free"
     by_head: bool = False  # of several parameters in a tensor, the parts of a head stand together

@@ -30,12 +30,16 @@ def sides(p: Param) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def is_turned(p: Param, family: Family) -> bool:
-    """Whether its tensor is [outputs, inputs]; a lookup table, and a vector, is as it is."""
+    """Whether its tensor is [outputs, inputs]; a lookup table, and a vector, is as it is.
+
+    The head always is, and the matrices of blocks where the family says so.
+    """
     inputs, _ = sides(p)
     if not inputs:
         return False
-    lookup = not p.layered and p.axes[-1] == "embed"
-    return family.transposed and not lookup
+    if p.layered:
+        return family.transposed
+    return p.axes[-1] != "embed"
 
 
 def flat_size(p: Param) -> list[int]:
