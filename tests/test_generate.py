@@ -487,6 +487,22 @@ def test_text_appears_as_it_is_made_on_a_terminal(said, monkeypatch):
     assert all(plain.startswith(text) for text in begun)
 
 
+def test_of_several_texts_the_first_appears_as_it_is_made(said, monkeypatch):
+    """The others follow at its end."""
+    several = [*STREAMED, "--n", 2]
+    plain = said(*several)
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        said(*several)
+
+    assert terminal.getvalue() == plain
+    assert plain.count("the tree") >= 2
+    first = plain.partition("\n\n----")[0]
+    begun = [text for text in dict.fromkeys(terminal.shown) if text in first and "the tree" in text]
+    assert len(begun) > 6
+
+
 MISTAKES = [
     (["--top-p", 0], ["--top-p", "0.0"]),
     (["--top-p", "nan"], ["nan"]),

@@ -353,3 +353,23 @@ def test_the_pages_have_commands():
     found = list(commands())
     assert len(found) >= 9 and len(set(found)) == len(found)
     assert sum("held_out" in line for line in found) >= 2 and any("eval" in line for line in found)
+
+
+def test_inspect_shows_documents_and_says_what_it_counts(here, capsys):
+    """Below each row the paths of its pieces, in their order; at the end counts in words."""
+    line = ["corpus", "inspect", MINE, "--path", "notes", "--rows", "2", *SMALL.split()]
+    assert train.main([*line, "--phases.0.seq", "256"]) == 0
+    out = capsys.readouterr().out
+    found = re.findall(r"pieces of: (.*)", out)
+    assert len(found) == 2
+    for number, paths in enumerate(found):
+        row = out.split(f"row {number} of step 1")[1]
+        segments = int(re.search(r"mine: (\d+) segments", row)[1])
+        texts = row.split("with loss\n")[1].split("|")
+        assert len(paths.split(", ")) == segments
+        for path, text in zip(paths.split(", "), texts, strict=False):
+            whole = (here / "notes" / path).read_text()
+            assert " ".join(text.split()) in " ".join(whole.split())  # a terminal has no tabs
+    share = r"\d+\.\d%"
+    assert re.search(f"all 8 rows of the step: {share} of the positions are padding, ", out)
+    assert re.search(rf", \S+ pieces of documents a row, {share} of the pieces end before ", out)
