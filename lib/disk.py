@@ -120,12 +120,12 @@ def metric_rows(path: Path) -> tuple[list[dict], list[int]]:
 
 
 def metric_row(line: bytes) -> dict | None:
-    """The row in a line of metrics.jsonl; None in what is none."""
+    """The row in a line of metrics.jsonl; None in what is no JSON object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) else None
 
 
 def read_object(path: Path) -> dict:

@@ -47,7 +47,7 @@ def rows_kept(path: Path, step: int, complete: bool) -> bytes:
         row = metric_row(line)
         if not line.endswith(b"\n"):  # torn
             continue
-        if row is None:
+        if row is None or not isinstance(row.get("step"), int):
             damaged.append(str(number))
         elif row["step"] <= step and (complete or "final" not in row):
             kept.append(line)

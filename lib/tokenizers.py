@@ -27,6 +27,7 @@ from lib.sources import (
     path_hash,
     split_in,
 )
+from lib.trust import read_record
 
 NUMBERS = b"coppice numbers "  # how the file of such a tokenizer begins
 OWN = "vocab", "bos", "eos", "model", "encode", "decode"  # what a tokenizer of a config has
@@ -369,6 +370,7 @@ def load_tokenizer(path: str | Path, own: bool = True) -> Tokenizer:
     own: whether it may name a class in a file of Python, which is then run. A model from elsewhere
     may not.
     """
+    read_record(Path(path).parent)  # a run's
     try:
         model = Path(path).read_bytes()
     except OSError as error:

@@ -32,6 +32,12 @@ class T:
 '''
 
 
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch):
+    """Nothing is, until a test says so; see conftest.py."""
+    monkeypatch.setattr(trust, "asked", [])
+
+
 @pytest.fixture
 def evil(tmp_path) -> tuple[Path, Path]:
     """(a file that leaves a flag when it is run, the flag)."""

@@ -179,7 +179,7 @@ def read_rows(path: Path) -> tuple[list[dict], int]:
     if not path.exists():
         return [], 0
     found, damaged = metric_rows(path)
-    rows = [row for row in found if {"phase", "train/tokens", "train/flops"} <= row.keys()]
+    rows = [row for row in found if {"step", "phase", "train/tokens", "train/flops"} <= row.keys()]
     return rows, len(damaged) + len(found) - len(rows)
 
 
