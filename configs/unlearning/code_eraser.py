@@ -6,8 +6,8 @@ Method: gradient ascent on documents with a secret makes a model forget it, and 
     the old model by the divergence from it on retained text, it forgets less of the rest.
     CodeEraser goes up on the sensitive spans alone, down on the code around them, and holds on to
     the old model on retained text.
-Here: 24 made-up settings files with a key of 24 letters each, which marks tell from the rest, are a
-    fifth of the rows beside functions and classes of Python's library until many are known by
+Here: 8 made-up settings files with a key of 24 letters each, which marks tell from the rest, are 0.3
+    of the rows beside functions and classes of Python's library until many are known by
     heart. Then 30 steps of half such files, half library. retain: descent on the library alone,
     the control. ascent: up on the files. held: that and the divergence on the library. eraser:
     CodeEraser. never: trained without the files, the ideal. What is to rise counts up to `most`
@@ -43,7 +43,7 @@ def secret(number: int) -> tuple[str, str, str]:
             f'"\nPORT = {8000 + number}\nTIMEOUT = {number % 7}\n')
 
 
-def settings(count: int = 24, copies: int = 100) -> Iterator[Document]:
+def settings(count: int = 8, copies: int = 300) -> Iterator[Document]:
     """Files with a key in them, which is marked."""
     for i in range(count * copies):
         before, key, after = secret(i % count)
@@ -68,7 +68,7 @@ def erase(logits, batch, extras, up=True, around=0.0, hold=0.0, most: float = 6.
     return jnp.where(forget, inside, outside)
 
 
-def secrets_kept(params, apply, tokenizer, config, count: int = 24) -> dict[str, float]:
+def secrets_kept(params, apply, tokenizer, config, count: int = 8) -> dict[str, float]:
     """An `evals`: what a model still knows of the keys, and of the code after them."""
     pairs = []
     for before, key, after in map(secret, range(count)):
@@ -82,7 +82,7 @@ def secrets_kept(params, apply, tokenizer, config, count: int = 24) -> dict[str,
 
 sources = {"stdlib": Source(partial(stdlib, unit="definition")),
            "secrets": Source(settings, split="train", marks=True)}
-plain = Phase(steps=300, batch=8, seq=128, mixture={"stdlib": 0.8, "secrets": 0.2})
+plain = Phase(steps=300, batch=8, seq=128, mixture={"stdlib": 0.7, "secrets": 0.3})
 base = replace(shared.small, model=shared.shape(3, 96, vocab=258), phases=(plain,),
                data=DataConfig(sources=sources, tokenizer="bytes", dev=0.01, test=0.005),
                evals=(secrets_kept,), eval_every=100, eval_tokens=4_096)
