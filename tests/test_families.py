@@ -138,7 +138,7 @@ CASES = {
         "YaRN with all its fields",
         dict(
             head_dim=32,
-            rope_parameters=YARN | dict(beta_fast=16, beta_slow=2, attention_factor=1.3),
+            rope_parameters=YARN | dict(beta_fast=16, beta_slow=2, attention_factor=0.9),
         ),
     ),
 }
@@ -247,9 +247,11 @@ def changed(model_: model.Model, order: tuple[int, ...]) -> model.Model:
 def test_what_was_grown_pruned_and_forgotten_is_of_its_family_still(kind, tmp_path):
     """Also where layers are of two kinds, which growth carries along in any order."""
     shape, params = read(made(tmp_path / "in", KINDS[kind]))
-    after = changed(model.Model(shape, params), (1, 0, 0, 2, 2))
+    last = shape.layers - 1
+    after = changed(model.Model(shape, params), (1, 0, 0, last, last - 1))
     write(tmp_path / "out", *after)
-    assert apart(ours(*after), theirs(tmp_path / "out")) < NEAR
+    mine = ours(*after)  # new embeddings make larger logits
+    assert apart(mine, theirs(tmp_path / "out")) < NEAR * max(1, np.abs(mine).max())
     again, back = read(f"hf:{tmp_path / 'out'}")
     assert again.layers == 5 and again.mlp == 56
     for name, x in after.params.items():
