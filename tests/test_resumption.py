@@ -100,7 +100,7 @@ def killed(run, log):
     raise ZeroDivisionError
 
 
-def test_a_longer_run_that_is_killed_at_its_very_end_is_concluded(tmp_path, one_device, monkeypatch):
+def test_a_longer_run_that_is_killed_at_its_end_is_concluded(tmp_path, one_device, monkeypatch):
     """A summary of the shorter run is not taken for one of the longer."""
     schedule = Schedule(shape="constant", warmup=2)
     short = tiny_config(tmp_path, schedule=schedule, phases=(short_phase(4),))

@@ -39,7 +39,7 @@ def test_the_budget_to_reach_a_loss_is_that_of_the_first_time():
 
 
 def evaluated(*dev: float, scale: float = 1) -> dict:
-    """The figures of a run by its losses on dev, after 1, 2, 3 and 4 tokens and FLOPs times scale."""
+    """The figures of a run by its losses on dev at 1 to 4 tokens, and as many FLOPs times scale."""
     tokens = [1, 2, 3, 4]
     flops = [scale * n for n in tokens]
     return dict(dev=dev[-1], curve=dict(tokens=tokens, flops=flops, dev=[*dev]))

@@ -214,7 +214,7 @@ def test_an_update_that_is_not_finite_is_left_out(case):
     assert [int(state.skipped) for state in states] == [0, 1, 2, 0]
 
 
-# ------------------------------------------------------------------ the optimiser's state after edits
+# ---------------------------------------------------------------- the optimiser's state after edits
 
 
 def taken(config: Config, steps: int) -> State:
@@ -234,7 +234,7 @@ DRAWN_ANEW = [
 
 @pytest.mark.parametrize("tied, drawn", DRAWN_ANEW)
 def test_a_reset_of_the_embeddings_leaves_the_body_alone(tied, drawn):
-    """Embeddings are drawn anew, and a head; their optimiser counts from 0. The rest is bit-equal."""
+    """Embeddings and a head are drawn anew, their optimiser counts from 0; the rest is bit-equal."""
     config = tiny_config(model=replace(TINY, tied=tied))
     before = taken(config, 3)
     after, shape = after_edits([reset_embeddings], before, config, seed=5)
