@@ -62,6 +62,7 @@ def logged(run: Path) -> dict[str, dict[int, float]]:
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         step = row.pop("step")
+        row.pop("final", None)  # which marks the last row, and is no figure
         for name, value in row.items():
             if value is not None:
                 metrics.setdefault(name, {})[step] = value
