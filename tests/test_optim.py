@@ -1,7 +1,6 @@
 """lib/optim.py and configs' optimisers: AdamW, Muon, and steps of accumulated gradients."""
 import math
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -18,58 +17,126 @@ from lib.optim import State, adamw, init_opt_state
 
 equal = np.testing.assert_array_equal
 
+DECAYS = dict(embed=0.0, vector=0.0, matrix=0.25, head=0.25)
 
-def test_adamw_decays_matrices_and_head_alone(tiny):
+
+@pytest.mark.parametrize("group", DECAYS)
+def test_adamw_decays_matrices_and_head_alone(tiny, group):
     """With no gradient, what is left of a direction is the decay."""
-    config = replace(tiny, tied=False)
-    for group, transform in adamw(model.table(config), weight_decay=0.25).items():
-        ones, none = {"x": jnp.ones(3)}, {"x": jnp.zeros(3)}
-        direction, _ = transform.update(none, transform.init(ones), ones)
-        equal(direction["x"], np.full(3, 0.25 if group in ("matrix", "head") else 0.0))
+    table = model.table(replace(tiny, tied=False))
+    transforms = adamw(table, weight_decay=0.25)
+    ones = {"x": jnp.ones(3)}
+    no_gradient = {"x": jnp.zeros(3)}
+
+    state = transforms[group].init(ones)
+    direction, _ = transforms[group].update(no_gradient, state, ones)
+
+    equal(direction["x"], np.full(3, DECAYS[group]))
+    assert set(transforms) == set(DECAYS)
 
 
-def test_muon_orthogonalises_each_layer_with_the_table_s_axes(tiny, params):
-    """Each layer's update of a matrix, inputs against outputs, has singular values near one another, and the
-    root mean square that was asked for; other groups are AdamW's."""
-    old, rows_ = used(tiny, params), model.table(tiny)
-    grads = {n: jnp.asarray(np.random.default_rng(i).normal(size=x.shape), x.dtype)
-             for i, (n, x) in enumerate(old.items())}
-    got = {}
-    for make in (partial(muon, weight_decay=0.0), partial(adamw, weight_decay=0.0)):
-        transforms = make(rows_)
-        for group, names in model.groups(tiny).items():
-            g, p = ({n: tree[n] for n in names} for tree in (grads, old))
-            got[make.func, group], _ = transforms[group].update(g, transforms[group].init(p), p)
-    for name, row in rows_.items():
-        for layer in range(2) if row.group == "matrix" else ():
-            x = np.asarray(got[muon, "matrix"][name][layer])
-            inputs = 32 if row.axes[1] == "embed" else math.prod(row.shape[1:-1])
-            values = np.linalg.svd(x.reshape(inputs, -1), compute_uv=False)
-            values /= 0.2 * math.sqrt(max(inputs, x.size // inputs))
-            assert np.mean((values > 0.6) & (values < 1.3)) > 0.9, name  # but for those near 0 before
+@pytest.fixture(scope="module")
+def tied_params(tiny, params):
+    """The parameters that the tiny model has."""
+    return used(tiny, params)
+
+
+@pytest.fixture(scope="module")
+def grads(tied_params):
+    """A random gradient."""
+    drawn = {}
+    for i, (name, x) in enumerate(tied_params.items()):
+        normal = np.random.default_rng(i).normal(size=x.shape)
+        drawn[name] = jnp.asarray(normal, x.dtype)
+    return drawn
+
+
+def first_directions(optimizer, tiny, params, grads):
+    """{group: {name: direction}} of an optimiser's first step, without decay."""
+    transforms = optimizer(model.table(tiny), weight_decay=0.0)
+    directions = {}
+    for group, names in model.groups(tiny).items():
+        own = {name: params[name] for name in names}
+        gradient = {name: grads[name] for name in names}
+        state = transforms[group].init(own)
+        directions[group], _ = transforms[group].update(gradient, state, own)
+    return directions
+
+
+@pytest.fixture(scope="module")
+def by_muon(tiny, tied_params, grads):
+    """Muon's first directions."""
+    return first_directions(muon, tiny, tied_params, grads)
+
+
+def inputs_of(row: model.Param) -> int:
+    """How many inputs a matrix of the table has: the embedding's axis, or all axes but that."""
+    if row.axes[1] == "embed":
+        return 32
+    return math.prod(row.shape[1:-1])
+
+
+def test_muon_orthogonalises_each_layer_with_the_table_s_axes(tiny, by_muon):
+    """A layer's update, inputs against outputs, has singular values near one another.
+
+    Its root mean square is the one that was asked for.
+    """
+    table = model.table(tiny)
+    assert set(by_muon["matrix"]) == {"q", "k", "v", "o", "gate", "up", "down"}
+    for name, directions in by_muon["matrix"].items():
+        inputs = inputs_of(table[name])
+        assert len(directions) == 2
+        for layer in range(2):
+            x = np.asarray(directions[layer])
+            outputs = x.size // inputs
+            values = np.linalg.svd(x.reshape(inputs, outputs), compute_uv=False)
+            values /= 0.2 * math.sqrt(max(inputs, outputs))
+            near_one = (values > 0.6) & (values < 1.3)
+            assert np.mean(near_one) > 0.9, name  # all but those that were near 0 before
             assert np.sqrt(np.mean(x**2)) == pytest.approx(0.2, rel=0.25)
-    for group in ("embed", "vector"):
-        jax.tree.map(equal, got[muon, group], got[adamw, group])
 
 
-def a_run(optimizer=adamw, clip=0.0):
+@pytest.mark.parametrize("group", ["embed", "vector"])
+def test_other_groups_are_adamw_s(tiny, tied_params, grads, by_muon, group):
+    by_adamw = first_directions(adamw, tiny, tied_params, grads)
+    jax.tree.map(equal, by_muon[group], by_adamw[group])
+
+
+def a_run():
     """What `make_step` needs of a config."""
-    return SimpleNamespace(optimizer=optimizer, reparam=None, token_loss=model.cross_entropy,
-                           reduce=model.weighted_mean, gradient=None, clip=clip)
+    return SimpleNamespace(
+        optimizer=adamw,
+        reparam=None,
+        token_loss=model.cross_entropy,
+        reduce=model.weighted_mean,
+        gradient=None,
+        clip=0.5,
+    )
+
+
+def one_step(tiny, params, batch, parts: int):
+    """(state, metrics) after a step whose batch is taken in so many parts."""
+    zero = jnp.int32(0)
+    state = State(params, init_opt_state(params, tiny, adamw), zero, zero)
+    rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-3))
+    step = train.make_step(a_run(), tiny, train.Phase(accumulate=parts))
+    compiled = jax.jit(step, static_argnames="mask")
+    return compiled(state, batch, rates, mask=Mask("causal", 0))
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_is_the_whole_batch(tiny, params, parts):
-    """With loss weights that differ from part to part: sums over all, not means of means."""
+def test_accumulation_is_the_whole_batch(tiny, tied_params, parts):
+    """Loss weights differ from part to part: sums are over all, not means of means."""
     weights = np.random.default_rng(0).random((4, 24)) * [[0.1], [3], [1], [0]]
     batch = rows(batch=4) | dict(weights=jnp.asarray(weights, jnp.float32))
-    state = State(used(tiny, params), init_opt_state(used(tiny, params), tiny, adamw),
-                        jnp.int32(0), jnp.int32(0))
-    rates = dict.fromkeys(model.groups(tiny), jnp.float32(1e-3))
-    out = [jax.jit(train.make_step(a_run(clip=0.5), tiny, train.Phase(accumulate=n)), static_argnames="mask")(
-        state, batch, rates, mask=Mask("causal", 0)) for n in (1, parts)]
+
+    whole, metrics = one_step(tiny, tied_params, batch, 1)
+    in_parts, metrics_in_parts = one_step(tiny, tied_params, batch, parts)
+
     for name in ("train/loss", "train/grad_norm"):
-        assert float(out[0][1][name]) == pytest.approx(float(out[1][1][name]), rel=1e-5)
-    for group in out[0][0].opt:  # moments, since Adam's first step is the gradient's sign
-        for one, other in zip(*(jax.tree.leaves(o[0].opt[group]) for o in out), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+        assert float(metrics[name]) == pytest.approx(float(metrics_in_parts[name]), rel=1e-5)
+    # Moments are compared, since the first step of Adam is the gradient's sign.
+    moments = jax.tree.leaves(whole.opt)
+    assert moments
+    for one, other in zip(moments, jax.tree.leaves(in_parts.opt), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
