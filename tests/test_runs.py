@@ -289,7 +289,7 @@ def test_complete_run_leaves_every_file(complete):
         "checkpoints",
     }
     names = {path.name for path in (run / "source").iterdir()}
-    assert names == {"train.py", "model.py", "data.py", "lib", "tiny.py"}
+    assert names == {"train.py", "model.py", "data.py", "lib", "tiny.py", "code.json"}
     assert (run / "source/tiny.py").read_text().startswith('"""A tiny run with hooks')
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert isinstance(load_tokenizer(run / "tokenizer.model"), Bytes)

@@ -69,7 +69,7 @@ def test_a_run_writes_the_metrics_that_a_claim_may_be_by(quick):
     for row in read_rows(quick.directory / "grown-0.02-s1/metrics.jsonl"):
         written |= row.keys()
     claimable = {*metrics_of(config)}
-    assert written <= claimable | {"step", "phase"}
+    assert written <= claimable | {"step", "phase", "final"}
     assert claimable - written <= {*PAIRED, "perf/mfu", "perf/save_s"}
 
 
