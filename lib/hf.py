@@ -153,8 +153,11 @@ def check_fields(name: str, found: dict, family: Family):
     for field, value, allowed in rules:
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
-            said = f"{name}: {its.get(field, field)} in config.json is {value!r}; allowed is {choices}"
-            raise InputError("; ".join([said, *filter(None, [MEND.get(field)])]))
+            its_name = its.get(field, field)
+            said = f"{name}: {its_name} in config.json is {value!r}; allowed is {choices}"
+            if field in MEND:
+                said += f"; {MEND[field]}"
+            raise InputError(said)
 
 
 def read_params(
