@@ -32,7 +32,7 @@ from train import Config, Phase
 equal = np.testing.assert_array_equal
 
 
-# ------------------------------------------------------------------------------ refused before any work
+# ----------------------------------------------------------------------- refused before any work
 
 
 UNFIT_MESHES = [
@@ -81,9 +81,9 @@ def test_a_stack_of_layers_that_are_not_there_is_refused():
 
 # ----------------------------------------------------------------------------------- one whole run
 
-# Losses of the first three steps of the `plain` run, on one CPU device in float32. They change when
-# draws, data order, packing, model or optimiser do. Either such a change was not meant to alter what
-# a run computes, and is wrong; or it was, and these are to be replaced in the same commit.
+# Losses of the first three steps of the `plain` run, on one CPU device in float32. They change
+# when draws, data order, packing, model or optimiser do. Either such a change was not meant to
+# alter what a run computes, and is wrong; or it was, and these are replaced in the same commit.
 GOLDEN = [5.985122, 4.487022, 3.712576]
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -344,7 +344,7 @@ def test_evaluations_come_at_chosen_steps_besides(tmp_path, one_device):
 
 
 def test_a_run_stops_after_too_many_updates_that_are_not_finite(tmp_path, one_device):
-    """The sentence names the step; the rows up to it have null for the loss; so again on resuming."""
+    """The sentence names the step; rows up to it have null for the loss; so again on resuming."""
     config = tiny_config(
         tmp_path,
         token_loss=partial(undefined, first=3, last=99),
