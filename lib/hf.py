@@ -153,17 +153,11 @@ def check_fields(name: str, found: dict, family: Family):
     for field, value, allowed in rules:
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
-<<<<<<< HEAD
-            named = its.get(field, field)
-            said = f"{name}: {named} in config.json is {value!r}; allowed is {choices}"
-            raise InputError("; ".join([said, *filter(None, [MEND.get(field)])]))
-=======
             its_name = its.get(field, field)
             said = f"{name}: {its_name} in config.json is {value!r}; allowed is {choices}"
             if field in MEND:
                 said += f"; {MEND[field]}"
             raise InputError(said)
->>>>>>> b6e5ed93531684aee9a89e57d02f415c6e8f8d4e
 
 
 def read_params(
