@@ -393,7 +393,7 @@ def test_rows_longer_than_the_positions_of_a_gpt2_are_refused(tmp_path):
     ("qwen2", dict(qk_norm=True), "model.qk_norm is True.*layout of qwen2"),
     ("qwen2", dict(outputs=changed), "model.outputs is changed.*no family"),
     ("qwen2", dict(forward=changed), "model.forward is changed.*no family.*docs/models.md"),
-], ids=str)
+], ids=["gpt2-embed", "llama-embed", "qwen2-qk_norm", "qwen2-outputs", "qwen2-forward"])
 def test_what_no_family_has_a_layout_for_is_not_exported(kind, fields, words, tmp_path):
     shape = read_shape(made(tmp_path, KINDS[kind]))
     with pytest.raises(InputError, match=words):

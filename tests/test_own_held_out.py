@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import prose
-from test_study import FILE, Trainer, call, study
+from study_cases import FILE, Trainer, call, change, make_up_runs, study, write_file
 
 import train
 from data import DataConfig, Document, InputError, Source
@@ -257,23 +257,24 @@ def test_figures_of_other_documents_are_no_difference():
 class OnOthers(Trainer):
     """Runs that are made up: `grown` is tested on other documents."""
 
-    def __call__(self, line, stdout, stderr, env):
-        super().__call__(line, stdout, stderr, env)
-        config, arm = train.parse([str(word) for word in line[2:]])[0], line[2].split(":")[-1]
+    def __init__(self):
+        super().__init__()
+        self.best["grown"] = 2e-2  # the rate of the file
+
+    def write_run(self, config, arm: str):
+        super().write_run(config, arm)
+        texts = ["1", "2", "3"] if arm == "grown" else ["1", "2"]
         place = Path(config.runs) / config.name / "summary.json"
-        texts = {"a": ["1", "2", "3"] if arm == "grown" else ["1", "2"]}
-        write(place, json.dumps(json.loads(place.read_text()) | {"held_out_texts": texts}))
-        return self
+        summary = json.loads(place.read_text()) | {"held_out_texts": {"a": texts}}
+        write(place, json.dumps(summary))
 
 
 def test_a_study_says_so_and_does_not_judge(tmp_path, corpus, monkeypatch, capsys):
     """The other arm's figure is not in the column; a claim by something else is judged."""
-    file = tmp_path / "tiny.py"
-    code = FILE.replace("    peak_lrs=(1e-2, 2e-2, 4e-2),\n", "")
-    file.write_text(code.replace("PATH", str(corpus)))
-    fake = OnOthers(dict(deep=2e-2, grown=2e-2), dict(deep=1.0, grown=0.8))
-    monkeypatch.setattr(study.subprocess, "Popen", fake)
-    monkeypatch.setattr(study, "gpus", list)
+    file = write_file(tmp_path / "tiny.py", corpus)
+    change(file, "    peak_lrs=(1e-2, 2e-2, 4e-2),\n", "")
+    make_up_runs(monkeypatch)
+    monkeypatch.setattr(study.subprocess, "Popen", OnOthers())
     result = call(file, "--seeds", "2")
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("| grown"))
@@ -287,8 +288,8 @@ def test_a_study_says_so_and_does_not_judge(tmp_path, corpus, monkeypatch, capsy
 
 @pytest.mark.parametrize("said, told", [("", True), (', split="held_out"', True), (', split="test"', False)])
 def test_a_study_says_where_rates_are_chosen_by_what_is_reported(tmp_path, said, told):
-    file = tmp_path / "tiny.py"
     own = f'tokenizer="bytes", held_out={{"a": Source(partial(text, path="PATH"){said})}}'
+    file = tmp_path / "tiny.py"
     file.write_text(FILE.replace('tokenizer="bytes"', own))
     found = study.load_study(str(file))
     request = study.Request(str(file), found, tmp_path, ["deep", "grown"], 1, False, 1)
