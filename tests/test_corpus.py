@@ -91,5 +91,5 @@ def test_a_builder_is_a_command_that_ends_with_this_process(home, config, monkey
     (command,) = commands
     train = lib.corpus.ROOT / "train.py"
     this_process = str(os.getpid())
-    flags = ["--only", "corpus", "--parent", this_process]
+    flags = ["--only", "corpus", "--parent", this_process, "--trust"]  # as tests do, see conftest
     assert command == [sys.executable, train, "corpus", "build", file, *flags]

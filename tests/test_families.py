@@ -32,6 +32,8 @@ from lib.widen import widen
 from model import ModelConfig
 from tools import export
 
+pytestmark = pytest.mark.library
+
 torch = transformers = None  # see `libraries`
 
 equal = np.testing.assert_array_equal

@@ -6,8 +6,8 @@ Method: gradient ascent on documents with a secret makes a model forget it, and 
     the old model by the divergence from it on retained text, it forgets less of the rest.
     CodeEraser goes up on the sensitive spans alone, down on the code around them, and holds on to
     the old model on retained text.
-Here: 8 made-up settings files with a key of 24 letters each, which marks tell from the rest, are 0.3
-    of the rows beside functions and classes of Python's library until many are known by
+Here: 8 made-up settings files with a key of 24 letters each, which marks tell from the rest, are
+    0.3 of the rows beside functions and classes of Python's library until many are known by
     heart. Then 30 steps of half such files, half library. retain: descent on the library alone,
     the control. ascent: up on the files. held: that and the divergence on the library. eraser:
     CodeEraser. never: trained without the files, the ideal. What is to rise counts up to `most`
