@@ -5,7 +5,7 @@ Paper: Skill-it! A Data-Driven Skills Framework for Understanding and Training L
 Method: what is still hard comes more often, and so does what helps that, by windowed multiplicative
     weights on dev losses and a graph A: A[i, j] is what training on skill i does for skill j,
     estimated from short runs on one skill each.
-Here: the digits of sums of two numbers of three digits; skill i is to give digit i, from the right.
+Here: the digits of sums of two numbers of two digits; skill i is to give digit i, from the right.
     All runs go on from a base that knows the text's form. A[i, j] is how far j's dev loss falls on
     i alone, over how far it falls on j alone, cut to [0, 1], and 0 below a tenth (the paper also
     has a run for each pair). uniform: equal shares. identity: each skill helps itself. estimated:
@@ -31,11 +31,11 @@ NAMES = ["digit0", "digit1", "digit2"]
 
 
 def sums(digit: int, documents: int = 20_000, seed: int = 0) -> Iterator[Document]:
-    """Documents "427+195|0?", read without loss, and "2": a digit of the sum, 0 the last one."""
+    """Documents "42+95|0?", read without loss, and "7": a digit of the sum, 0 the last one."""
     rng = np.random.default_rng([seed, digit])
-    for i, (a, b) in enumerate(rng.integers(0, 1_000, (documents, 2)).tolist()):
+    for i, (a, b) in enumerate(rng.integers(0, 100, (documents, 2)).tolist()):
         answer = (a + b) // 10**digit % 10
-        yield Document(f"{digit}/{i}", str(answer), prefix=f"{a:03d}+{b:03d}|{digit}?")
+        yield Document(f"{digit}/{i}", str(answer), prefix=f"{a:02d}+{b:02d}|{digit}?")
 
 
 def graph_of(falls: np.ndarray, weak: float = 0.1) -> np.ndarray:
@@ -87,7 +87,7 @@ known = replace(
     data=DataConfig(sources={n: Source(partial(sums, digit=i)) for i, n in enumerate(NAMES)},
                     tokenizer="bytes", dev=0.02, test=0.05),
     phases=(replace(phase, mixture=dict.fromkeys(NAMES, 1.0)),),
-    eval_every=100, eval_at=(0,), overlap=0, eval_tokens=4_096, prompts=("427+195|0?",))
+    eval_every=100, eval_at=(0,), overlap=0, eval_tokens=4_096, prompts=("42+95|0?",))
 
 
 def on(steps: int, mixture, steer: int = 0):
