@@ -16,11 +16,11 @@ skill_it = load_file(ROOT / "configs/selection/skill_it.py")
 def test_a_skill_asks_for_a_digit_of_a_sum(digit):
     asked = set()
     for document in islice(skill_it.sums(digit), 200):
-        a, b, which = re.fullmatch(r"(\d{3})\+(\d{3})\|(\d)\?", document.prefix).groups()
+        a, b, which = re.fullmatch(r"(\d{2})\+(\d{2})\|(\d)\?", document.prefix).groups()
         assert which == str(digit)
-        assert document.text == f"{int(a) + int(b):04d}"[-1 - digit]
+        assert document.text == f"{int(a) + int(b):03d}"[-1 - digit]
         asked.add(document.text)
-    assert len(asked) == 10
+    assert len(asked) == (2 if digit == 2 else 10)  # no sum reaches 200
 
 
 def test_the_graph_is_what_one_skill_does_for_another_relative_to_what_it_does_for_itself():
