@@ -41,6 +41,7 @@ from lib.packing import (
 )
 from lib.sources import (  # noqa: F401
     READ_AS,
+    SPLITS,
     Document,
     Skipped,
     Source,
@@ -53,7 +54,7 @@ from lib.tokenizers import Tokenizer
 # What is known at a step of a phase with `steer`, of one evaluation before: its whole row, as
 # "eval/SOURCE/bpb" or what the config's own evals give, and {source: dev loss in nats a token}.
 Evaluation = dict[str, float]
-HELD_OUT = "dev", "test", "held_out"  # what `Source.split` is of a source that no step draws
+HELD_OUT = SPLITS[1:]  # what `Source.split` is of a source that no step draws
 
 
 @strict

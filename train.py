@@ -194,8 +194,8 @@ class Config:
     save_every: Count = 200  # steps between checkpoints; there is one at the end of each phase too
     save_minutes: Positive = 15.0  # from one checkpoint to the next at most
     keep: Count = 3  # checkpoints kept, the newest
-    stop_code: ExitCode = 0  # exit code of a run that a signal stopped, with all saved
     keep_every: Whole = 0  # and those of each multiple of so many steps; 0 is none
+    stop_code: ExitCode = 0  # exit code of a run that a signal stopped, with all saved
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
     sample_tokens: Count = 200  # of each continuation
     sample_temperature: NotNegative = 0.8  # 0 takes the likeliest token
@@ -231,12 +231,14 @@ def name_rules(config: Config) -> Rules:
         f"name is {config.name!r}; allowed is a directory below {config.runs}, of printable "
         "characters",
     )
-    for name in config.data.sources:
-        yield (
-            "/" in name or not name.isprintable() or len(name) not in range(1, 101),
-            f"data.sources has the name {name!r}; allowed are 1 to 100 printable characters "
-            "without a slash",
-        )
+    data = {"sources": config.data.sources, "held_out": config.data.held_out}
+    for field_name, sources in data.items():
+        for name in sources:
+            yield (
+                "/" in name or not name.isprintable() or len(name) not in range(1, 101),
+                f"data.{field_name} has the name {name!r}; allowed are 1 to 100 printable "
+                "characters without a slash",
+            )
 
 
 def start_rules(config: Config) -> Rules:
@@ -283,7 +285,8 @@ def mixture_rules(config: Config) -> Rules:
         yield (
             phase.steer and not (reads_log(phase) and may_steer(config)),
             f"phases.{i}.steer is {phase.steer}; allowed is 0, unless the mixture is a function, "
-            "or order or objective ask for the log, and there is a dev split or evals to steer by",
+            "or order or objective ask for the log, and a dev split, held-out text or evals are "
+            "there to steer by",
         )
         by_size = mixture is None and len(sources) > 1
         yield (

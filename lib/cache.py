@@ -234,7 +234,7 @@ def build(name: str, config, tokenizer: Tokenizer, seed: int) -> Cache:
     return cache
 
 
-def open_cache(name: str, config, tokenizer: Tokenizer, seed: int, builder=None) -> Cache:
+def open_cache(name: str, config, tokenizer: Tokenizer, seed: int) -> Cache:
     """The token cache of source `name` as far as it is there; see `Cache`."""
     directory = cache_directory(name, config, tokenizer, seed)
     remake = remaker(directory, name, config, tokenizer, seed)
@@ -243,7 +243,7 @@ def open_cache(name: str, config, tokenizer: Tokenizer, seed: int, builder=None)
         with locked(directory.with_suffix(".lock")):
             remake(number)
 
-    return Cache(directory, name, builder, mend)
+    return Cache(directory, name, mend=mend)
 
 
 class Row(NamedTuple):

@@ -35,6 +35,7 @@ def with_steps(config, loader: Loader, last: ModelConfig):
         return config
     sizes = [phase.batch * phase.seq for phase in config.phases]
     total = sum(phase.steps * size for phase, size in zip(config.phases, sizes, strict=True))
+    # One of the three is not 0, see `length_rules`.
     wanted = config.tokens + config.tokens_per_param * count(last)
     if config.epochs:
         wanted = config.epochs * one_pass(loader)

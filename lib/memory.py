@@ -9,7 +9,7 @@ from lib.optim import state_like
 
 LESS = (
     "allowed is a smaller model, more parts of a batch (--phases.N.accumulate), --model.remat "
-    "full, or the same spread over more devices (--mesh.fsdp)"
+    "all, or the same spread over more devices (--mesh.fsdp)"
 )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows, used
+from sky import phase
 
 import data
 import model
@@ -506,19 +507,8 @@ def packed():
     """Arrays [4, 128] of the first two batches of a Loader."""
     source = data.Source(verses)
     config = data.DataConfig(sources={"verses": source}, tokenizer="bytes")
-    phase = SimpleNamespace(
-        steps=4,
-        batch=4,
-        seq=128,
-        mixture=None,
-        lengths=None,
-        steer=0,
-        order=data.shuffled,
-        packing=data.concat_and_split,
-        objective=data.causal,
-    )
     caches = {"verses": build("verses", config, Bytes(), 0)}
-    loader = data.Loader(caches, [phase], config, Bytes(), 0)
+    loader = data.Loader(caches, [phase(steps=4, seq=128)], config, Bytes(), 0)
 
     batches = [loader.batch(step) for step in (1, 2)]
 

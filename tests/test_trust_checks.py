@@ -1,11 +1,13 @@
 """What is refused in time: names that lead elsewhere, states that fit nowhere, disks that give nothing."""
 import gzip
 import math
+import re
 
 import jax
 import pytest
 
 import data
+import model
 import train
 from lib import memory, output, sources
 from lib.config import ROOT, load_file
@@ -28,6 +30,14 @@ def test_the_name_of_a_source_is_no_path(name):
     source = data.Source(data.stdlib)
     with pytest.raises(InputError, match="^data.sources has the name .*without a slash"):
         train.check(train.Config(name="a", data=data.DataConfig(sources={name: source})))
+    with pytest.raises(InputError, match="^data.held_out has the name .*without a slash"):
+        train.check(train.Config(name="a", data=data.DataConfig(held_out={name: source})))
+
+
+def test_what_is_advised_where_memory_is_out_is_allowed():
+    """A config takes the value that the sentence names."""
+    (value,) = re.findall(r"--model.remat (\w+)", memory.LESS)
+    train.check(train.Config(name="a", model=model.ModelConfig(remat=value)))
 
 
 @pytest.mark.parametrize("name", ["a", "a/b", "an idea.2", "été"])

@@ -62,6 +62,7 @@ from lib.evaluate import (
     write_figures,
 )
 from lib.sharding import MeshConfig, make_mesh, shardings
+from lib.tables import columns
 from lib.tasks import json_lines, minimal_pairs, tasks
 from model import table
 from train import load
@@ -84,16 +85,20 @@ def show(found: dict[str, float]):
 
 def show_core(found: dict[str, float], tasks: list[Task]):
     """Print the accuracy of each task of CORE as a table, with its 95 % interval."""
-    wide = max(len(task.label) for task in tasks)
-    print(f"{'CORE':<{wide}}  shots  items  accuracy                baseline  centred")
+    rows = [["CORE", "shots", "items", "accuracy", "baseline", "centred"]]
     for task in tasks:
         name = f"core/{task.label}"
         share, low, high = (found[name + end] for end in ("", "_low", "_high"))
-        print(
-            f"{task.label:<{wide}}  {task.shots:>5}  {len(task.questions):>5}  "
-            f"{share:.3f} [{low:.3f}, {high:.3f}]    {task.baseline:>8.3f}  "
-            f"{found[f'{name}/centred']:>7.3f}"
-        )
+        centred = found[f"{name}/centred"]
+        rows.append([
+            task.label,
+            str(task.shots),
+            str(len(task.questions)),
+            f"{share:.3f} [{low:.3f}, {high:.3f}]",
+            f"{task.baseline:.3f}",
+            f"{centred:.3f}",
+        ])
+    print(columns(rows))
     low, high = found["core_low"], found["core_high"]
     print(f"core: {found['core']:.4f} [{low:.4f}, {high:.4f}], the mean of centred accuracies")
 
