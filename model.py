@@ -46,7 +46,7 @@ class ModelConfig:
     head_dim: Count = 32  # width of one head; even, since RoPE rotates pairs
     mlp: Count = 344  # hidden width of the SwiGLU
     vocab: Whole = 0  # pieces of the tokenizer that is trained; 0: as many as a given one has
-    tied: bool = True  # the head is the transposed embedding table
+    tied: bool = False  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     # (factor,), Llama 3's (factor, low, high, context), or YaRN's, see `yarn`
     rope_scaling: tuple[Positive, ...] = ()
@@ -152,13 +152,15 @@ def table(config: ModelConfig) -> dict[str, Param]:
 def plain_table(config: ModelConfig) -> dict[str, Param]:
     """Every parameter of the plain Llama, by name.
 
-    What reads the residual stream is drawn with standard deviation 1/sqrt(embed), what writes to
-    it with GPT-2's 0.02/sqrt(2 layers). So the stream begins as the embedding. With larger outputs
-    small models learn slower (0.8 nats behind after 150 steps of the quickstart).
+    What reads the residual stream is drawn with standard deviation 1/sqrt(embed). What writes to it
+    begins as 0, so that the stream begins as the embedding. A head of its own is drawn small, so
+    that the first logits are near 0, and its embeddings large, so that the blocks' first outputs
+    are small beside them (nanochat, Karpathy 2025). A tied table cannot be both: it is drawn as
+    what reads the stream. configs/baselines/recipe.py has what each of these is worth.
     """
     size = axis_sizes(config)
     read = config.embed**-0.5
-    write = 0.02 / math.sqrt(2 * config.layers)
+    write = 0.0
 
     def param(axes: str, init: float | None) -> Param:
         names = tuple(axes.split())
@@ -166,7 +168,7 @@ def plain_table(config: ModelConfig) -> dict[str, Param]:
         return Param(names, shape, init)
 
     rows = {
-        "embed": param("vocab embed", read),
+        "embed": param("vocab embed", read if config.tied else 0.8),
         "attn_norm": param("layers embed", None),
         "q": param("layers embed kv_heads q_per_kv head_dim", read),
         "k": param("layers embed kv_heads head_dim", read),
@@ -182,7 +184,7 @@ def plain_table(config: ModelConfig) -> dict[str, Param]:
         rows["q_norm"] = param("layers head_dim", None)
         rows["k_norm"] = param("layers head_dim", None)
     if not config.tied:
-        rows["head"] = param("embed vocab", read)
+        rows["head"] = param("embed vocab", 0.001)
     return rows
 
 

@@ -1,4 +1,5 @@
 """Optimisers: AdamW, and the state that a step changes."""
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from lib.sharding import shardings
+from lib.sharding import FREE, shardings
 from model import ModelConfig, Param, Params, dtype_of, groups, init, table
 
 
@@ -21,13 +22,19 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     frozen: tuple[str, ...] = (),
+    embed_lr: float = 10.0,
+    base_width: int = 64,
 ) -> dict[str, optax.GradientTransformation]:
     """AdamW (Loshchilov & Hutter 2019) for each optimiser group of the table.
 
-    Matrices and the head decay, embeddings and gains do not. Returns unscaled descent directions;
-    the step multiplies each group's by its learning rate. frozen: groups that it leaves out.
+    Matrices and the head decay, embeddings and gains do not. Returns descent directions; the step
+    multiplies each group's by its learning rate. frozen: groups that it leaves out.
+
+    One learning rate serves all widths by the factors of maximal update parametrisation (Yang et
+    al. 2022, table 8), see `lr_factors`. configs/baselines/recipe.py measures what they are worth.
     """
     decay = {"matrix": weight_decay, "head": weight_decay}
+    factors = lr_factors(table, embed_lr, base_width)
     transforms = {}
     for param in table.values():
         group = param.group
@@ -36,8 +43,43 @@ def adamw(
         transforms[group] = optax.chain(
             optax.scale_by_adam(b1, b2, eps),
             optax.add_decayed_weights(decay.get(group, 0.0)),
+            scale_each(factors),
         )
     return transforms
+
+
+def lr_factors(table: dict[str, Param], embed_lr: float, base_width: int) -> dict[str, float]:
+    """{name: factor on its learning rate} of the rows of a table.
+
+    What reads or writes the residual stream learns at base_width / its inputs; at 1 if base_width
+    is 0. Embeddings that are no head learn at embed_lr, whatever the width. All else learns at 1:
+    gains, a tied table, and rows with axes of a config's own.
+    """
+    factors = {}
+    for name, row in table.items():
+        factors[name] = 1.0
+        if row.group == "embed" and "head" in table:
+            factors[name] = embed_lr
+        elif base_width and row.group in ("matrix", "head") and not set(row.axes) & set(FREE):
+            factors[name] = base_width / inputs(row)
+    return factors
+
+
+def inputs(param: Param) -> int:
+    """How many inputs an output of a matrix has, in one layer."""
+    sizes = param.shape[1:] if param.layered else param.shape
+    axes = param.axes[1:] if param.layered else param.axes
+    if axes[0] == "embed":
+        return sizes[0]
+    return math.prod(sizes[:-1])
+
+
+def scale_each(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiply the update of each parameter by its factor."""
+    def scaled(updates, params):
+        return {name: factors[name] * x for name, x in updates.items()}
+
+    return optax.stateless(scaled)
 
 
 class State(flax.struct.PyTreeNode):

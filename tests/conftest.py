@@ -139,6 +139,7 @@ def tiny() -> model.ModelConfig:
         head_dim=8,
         mlp=48,
         vocab=258,
+        tied=True,
     )
 
 
