@@ -55,21 +55,28 @@ def lr_factors(table: dict[str, Param], embed_lr: float, base_width: int) -> dic
     is 0. Embeddings that are no head learn at embed_lr, whatever the width. All else learns at 1:
     gains, a tied table, and rows with axes of a config's own.
     """
+    untied = "head" in table
     factors = {}
     for name, row in table.items():
         factors[name] = 1.0
-        if row.group == "embed" and "head" in table:
+        if row.group == "embed" and untied:
             factors[name] = embed_lr
-        elif base_width and row.group in ("matrix", "head") and not set(row.axes) & set(FREE):
+        elif base_width and on_stream(row):
             factors[name] = base_width / inputs(row)
     return factors
 
 
+def on_stream(param: Param) -> bool:
+    """Whether a parameter is a matrix or the head, with none but the model's own axes."""
+    own = not set(param.axes) & set(FREE)
+    return own and param.group in ("matrix", "head")
+
+
 def inputs(param: Param) -> int:
     """How many inputs an output of a matrix has, in one layer."""
-    sizes = param.shape[1:] if param.layered else param.shape
-    axes = param.axes[1:] if param.layered else param.axes
-    if axes[0] == "embed":
+    first = 1 if param.layered else 0
+    sizes = param.shape[first:]
+    if param.axes[first] == "embed":
         return sizes[0]
     return math.prod(sizes[:-1])
 

@@ -2,9 +2,9 @@
 
 Paper: none; nanochat (Karpathy 2025) and records of modded-nanogpt (Jordan et al. 2024)
 Method: Muon by Polar Express with equal outputs; embeddings at twice the plain Llama's rate; norms
-    without gains, of embeddings, queries and keys too; squared ReLU; gates of heads. Tables of values in each layer, gated, and
-    of pairs of tokens cost memory and no FLOPs. Half of a key is that of the token before, and its
-    embedding is mixed in by a gate (smear). Logits are capped.
+    without gains, of embeddings, queries and keys too; squared ReLU; gates of heads. Tables of
+    values in each layer, gated, and of pairs of tokens cost memory and no FLOPs. Half of a key is
+    that of the token before, and its embedding is mixed in by a gate (smear). Logits are capped.
 Here: each part is an argument; strong_parts.py measures what each is worth. Its tables make it four
     times as large as the plain Llama of its shape. Residual scalars that feed the embedding again,
     as nanochat has them, are left out: with them it was behind.
