@@ -552,6 +552,22 @@ class Batch(NamedTuple):
     rows: int  # of the whole batch, which may be more than are made here
 
 
+class Drawn(NamedTuple):
+    """What a step's batch is drawn from, before its objective."""
+
+    phase: int
+    rows: list[Rows]  # of each source, of the batch's row length
+    sources: list[int]  # of each row of the batch
+    draws: list[int]  # which draw of its source each row is
+    progress: float  # share of the phase that is over
+    log: list[Evaluation]  # that was taken before the step
+
+    def row(self, number: int) -> Row:
+        """A row of the batch."""
+        rows = self.rows[self.sources[number]]
+        return rows.get(self.draws[number], self.progress, self.log)
+
+
 class Loader:
     """`batch(step)` for all steps of a run, from its caches and phases (see `train.Phase`)."""
 
@@ -644,38 +660,37 @@ class Loader:
 
         own: takes the number of its rows and gives those that are made here, in ascending order.
         """
-        number, steps = self.within(step)
-        phase = self.phases[number]
-        length, sources, draws = self.draws[number].batch(steps - 1)
-        progress = (steps - 1) / phase.steps
-        log = self.draws[number].decisions(steps - 1)
-        mine = own(len(sources))
-        trained = self.draws[number].trained
-        masks = declared_masks(objective_of(phase.objective, name) for name in trained)
-        needed = mine if masks else range(len(sources))  # undeclared masks show in all rows alone
+        drawn = self.drawn(step)
+        objectives = self.phases[drawn.phase].objective
+        mine = own(len(drawn.sources))
+        trained = self.draws[drawn.phase].trained
+        masks = declared_masks(objective_of(objectives, name) for name in trained)
+        needed = mine
+        if not masks:  # undeclared masks show in all rows alone
+            needed = range(len(drawn.sources))
         rows, made = {}, {}
         for r in needed:
-            row = self.rows[number][length][sources[r]].get(draws[r], progress, log)
-            row.arrays["source"] = np.full_like(row.arrays["tokens"], sources[r])
+            source = drawn.sources[r]
+            row = drawn.row(r)
+            row.arrays["source"] = np.full_like(row.arrays["tokens"], source)
             rng = np.random.default_rng([self.seed, step, r])
-            objective = objective_of(phase.objective, self.names[sources[r]])
-            made[r] = self.told(objective, row, progress, log)(row.arrays, rng)
-            rows[r] = row
-        arrays, mask = stack(made, mine, masks, f"phases.{number}.objective")
+            objective = objective_of(objectives, self.names[source])
+            told = self.told(objective, row, drawn.progress, drawn.log)
+            rows[r], made[r] = row, told(row.arrays, rng)
+        arrays, mask = stack(made, mine, masks, f"phases.{drawn.phase}.objective")
         metrics = packing_metrics([rows[r] for r in mine], arrays)
         if len(self.names) > 1:
             for source, name in enumerate(self.names):
-                metrics[f"data/{name}/rows"] = sources.count(source)
-        return Batch(arrays, mask, metrics, len(sources))
+                metrics[f"data/{name}/rows"] = drawn.sources.count(source)
+        return Batch(arrays, mask, metrics, len(drawn.sources))
 
-    def row(self, step: int, number: int) -> Row:
-        """A row of a step's batch, before its objective."""
-        phase, steps = self.within(step)
-        length, sources, draws = self.draws[phase].batch(steps - 1)
-        progress = (steps - 1) / self.phases[phase].steps
-        log = self.draws[phase].decisions(steps - 1)
-        rows = self.rows[phase][length][sources[number]]
-        return rows.get(draws[number], progress, log)
+    def drawn(self, step: int) -> Drawn:
+        """The rows of a step's batch, before its objective."""
+        number, steps = self.within(step)
+        length, sources, draws = self.draws[number].batch(steps - 1)
+        progress = (steps - 1) / self.phases[number].steps
+        log = self.draws[number].decisions(steps - 1)
+        return Drawn(number, self.rows[number][length], sources, draws, progress, log)
 
     def told(self, objective: Callable, row: Row, progress: float,
              log: list[Evaluation]) -> Callable:

@@ -575,7 +575,6 @@ class Run:
     compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     programs: dict = field(default_factory=dict)  # steps being compiled, by what they depend on
     begun: set[int] = field(default_factory=set)  # phases that took a step in this process
-    evaluators: dict = field(default_factory=dict)  # compiled, by the shape of the model or `Loss`
     checkpoints: Checkpoints | None = None
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset
     summary: dict[str, Any] | None = None  # of a run that has ended
@@ -758,16 +757,20 @@ def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
 
 
 def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Future:
-    """The step of a phase as it is being compiled, for a state and batches of these shapes."""
-    key = phase, arrays["tokens"].shape, mask
+    """The step of a phase as it is being compiled, for a state and batches of these shapes.
+
+    Phases have one step together where all that `make_step` reads of them is the same.
+    """
+    config, model, own = run.config, run.plan.models[phase], run.config.phases[phase]
+    frozen = run.plan.frozen(phase)
+    read = loss_of(config, model, own), own.accumulate, frozen
+    key = read, arrays["tokens"].shape, mask
     if key not in run.programs:
-        model, config = run.plan.models[phase], run.config
         with user_errors():
             choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
         lr = {group: np.float32(0) for group in groups(model)}
-        more = config.phases[phase], run.plan.frozen(phase)
         run.programs[key] = run.compiler.submit(
-            compile_step, config, model, run.mesh, state, arrays, lr, mask, *more
+            compile_step, config, model, run.mesh, state, arrays, lr, mask, own, frozen
         )
     return run.programs[key]
 
@@ -849,18 +852,13 @@ def trained_losses(run: Run, state: State, step: int, setting: Setting) -> dict[
     entered = model == run.plan.models[run.plan.phase_of(step)]  # else its edits are still to come
     if not entered or is_plain(loss, phase, run.caches):
         return {}
-    if loss not in run.evaluators:
-        run.evaluators[loss] = summing(loss, run.mesh)
-    sums = run.evaluators[loss]
+    sums = summing(loss, run.mesh)
     return own_losses(sums, state.params, state.step, step, setting, run.loader)
 
 
 def held_out_programs(run: Run, step: int) -> tuple[Callable, Callable]:
-    """`evaluators` of the model after a step, compiled once for each shape."""
-    model = run.plan.model_after(step)
-    if model not in run.evaluators:
-        run.evaluators[model] = evaluators(run.config.reparam, model, run.mesh)
-    return run.evaluators[model]
+    """`evaluators` of the model after a step."""
+    return evaluators(run.config.reparam, run.plan.model_after(step), run.mesh)
 
 
 def save(run: Run, state: State, step: int, log: Log):

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from lib.readers import hugging_face, json_of, jsonl_of, parquet_of
-from lib.sources import Document, Skipped, files, text_of
+from lib.sources import Document, Skipped, files, texts_in
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 READERS = {"jsonl": jsonl_of, "json": json_of, "parquet": parquet_of}  # of files of records
@@ -61,7 +61,7 @@ def texts(seen: Survey, separator: str | None) -> Iterator[Document | Skipped]:
     if separator is None:
         separator = "\n\n" if alone else ""
     for name, place in seen.files:
-        for item in text_of(seen.fs, name, place, separator):
+        for item in texts_in(seen.fs, name, place, separator):
             if not alone and item == Skipped(name, "undecodable"):
                 item = Skipped(name, "no text")  # a picture among texts, say
             yield item

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 
@@ -393,7 +394,6 @@ def checksum(x: jax.Array) -> int:
         return int(checksums({"x": x})["x"])
 
 
-@jax.jit
 def checksums(state: State | dict) -> dict[str, jax.Array]:
     """A hash of each array of a state, uint32: the same on any mesh.
 
@@ -401,17 +401,26 @@ def checksums(state: State | dict) -> dict[str, jax.Array]:
     elements that are changed, swapped or moved change it.
     """
     leaves = jax.tree.leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): hashed(x) for path, x in leaves}
+    begin = np.uint32(0)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): hashed(x, begin)
+        for path, x in leaves
+    }
 
 
-def hashed(x: jax.Array) -> jax.Array:
-    """The hash of an array."""
+@jax.jit
+def hashed(x: jax.Array, begin) -> jax.Array:
+    """The hash of an array; one program for all of a shape. begin: the place of its first element.
+
+    `begin` is an argument because what depends on none is worked out before a program, by
+    `ensure_compile_time_eval`, and becomes a constant in it: as large as the array.
+    """
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     words = lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}")
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    place = begin
+    for size in words.shape:
+        place = place[..., None] * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
     return jnp.sum(scrambled(words.astype(jnp.uint32) ^ scrambled(place + 1)), dtype=jnp.uint32)
 
 

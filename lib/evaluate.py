@@ -5,7 +5,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from model import CAUSAL, ModelConfig, reparametrised, whole
 HALF_95 = 1.96  # standard errors that make half of a 95 % interval
 
 
+@lru_cache(maxsize=8)  # whoever loads a run again has nothing compiled anew
 def evaluators(
     reparam: Callable | None, config: ModelConfig, mesh: Mesh
 ) -> tuple[Callable, Callable]:

@@ -1,7 +1,7 @@
 """Optimisers: AdamW, and the state that a step changes."""
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.struct
@@ -129,15 +129,20 @@ def first_state(
     key: jax.Array,
 ) -> State:
     """The state before any step, born sharded."""
+    return drawing(config, optimizer, mesh)(key)
 
-    def make() -> State:
+
+@lru_cache(maxsize=8)
+def drawing(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> Callable:
+    """The program key -> first state, which runs of all seeds share."""
+
+    def draw(key: jax.Array) -> State:
         params = init(config, key)
         opt = init_opt_state(params, config, optimizer)
         zero = jnp.int32(0)
         return State(params, opt, step=zero, skipped=zero)
 
-    like = state_like(config, optimizer, mesh)
-    return jax.jit(make, out_shardings=places(like))()
+    return jax.jit(draw, out_shardings=places(state_like(config, optimizer, mesh)))
 
 
 def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError, user_errors
-from lib.sources import Document, Skipped, files, text_of
+from lib.sources import Document, Skipped, files, texts_in
 
 SHOWN_KEYS = 20  # of a record that lacks one
 
@@ -87,7 +87,7 @@ def jsonl(path: str, content: str = "text", meta: tuple = (), key: str = "",
 def jsonl_of(fs, name: str, place: str, content: str = "text", meta: tuple = (), key: str = "",
              longest: int = 2**26) -> Iterator[Document | Skipped]:
     """The same for one file, see `files`."""
-    for line in text_of(fs, name, place, "\n", longest):
+    for line in texts_in(fs, name, place, "\n", longest):
         if isinstance(line, Document):
             yield compose(line.text, line.path, content, meta, key)
         else:
@@ -100,7 +100,7 @@ def json_of(fs, name: str, place: str, content: str = "text", meta: tuple = (),
 
     Its path is `file#number`, from 1, or what stands under `key`. Memory holds the whole file.
     """
-    whole = next(text_of(fs, name, place))
+    whole = next(texts_in(fs, name, place))
     if isinstance(whole, Skipped):
         yield whole
         return

@@ -138,10 +138,10 @@ def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Docum
     """
     fs, found = files(path)
     for name, place in found:
-        yield from text_of(fs, name, place, separator, longest)
+        yield from texts_in(fs, name, place, separator, longest)
 
 
-def text_of(fs, name: str, place: str, separator: str = "",
+def texts_in(fs, name: str, place: str, separator: str = "",
             longest: int = 2**26) -> Iterator[Document | Skipped]:
     """The same for one file, see `files`. It is read again where the disk fails to give it."""
     compression, given = compression_of(name), 0

@@ -26,7 +26,13 @@ COLUMNS = 100
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Configs that others start from, and processes whose rows several studies share.
-SHARED = {"configs.base", "configs.quickstart", "configs.bursty", "configs.points"}
+SHARED = {
+    "configs.base",
+    "configs.bursty",
+    "configs.parts_of_speech",
+    "configs.points",
+    "configs.quickstart",
+}
 
 
 def name_of(path: Path) -> str:

@@ -34,16 +34,16 @@ from functools import partial
 
 from lib.edits import reset_embeddings
 from lib.edits import stack
-from data import DataConfig, Source, causal, text
+from data import DataConfig, Source, shuffled, text
 from model import ModelConfig
 from lib.schedule import Schedule
 from train import Config, Edit, Phase
 
 
-def slow(row, rng, seconds=0.0):
-    """The plain objective, taking its time."""
+def slow(draw, rows, progress, key, seconds=0.0):
+    """The plain order, taking its time."""
     time.sleep(seconds)
-    return causal(row, rng)
+    return shuffled(draw, rows, progress, key)
 
 
 first = Phase(
@@ -51,7 +51,7 @@ first = Phase(
     batch=8,
     seq=32,
     repeat=(Edit(reset_embeddings, every=5),),
-    objective=partial(slow),
+    order=partial(slow),
 )
 deeper = Phase(steps=8, batch=8, seq=32, edits=(partial(stack, times=2, moments="map"),))
 config = Config(
@@ -229,7 +229,7 @@ def test_a_mesh_and_processes_compute_what_one_device_does(place, whole):
 
 def seconds_a_row(seconds: float) -> tuple[str, str]:
     """Arguments of a run whose rows take their time."""
-    return "--phases.0.objective.seconds", str(seconds)
+    return "--phases.0.order.seconds", str(seconds)
 
 
 def test_sigterm_to_one_process_saves_all_at_one_step(place, whole):

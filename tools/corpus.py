@@ -231,7 +231,7 @@ def inspect(config: Config, step: int, rows: int):
     last = run.loader.ends[-1]
     if not 1 <= step <= last:
         raise InputError(f"--step is {step}; allowed are 1 to {last}")
-    batch = run.loader.batch(step)
+    batch, drawn = run.loader.batch(step), run.loader.drawn(step)
     names = list(run.caches)
     console = Console(soft_wrap=True, highlight=False)
     for number in range(min(rows, len(batch.arrays["tokens"]))):
@@ -242,7 +242,7 @@ def inspect(config: Config, step: int, rows: int):
             f"row {number} of step {step}, source {source}: {row['segments'].max()} segments, "
             f"{used} of {len(row['tokens'])} positions, {int(row['weights'].sum())} with loss",
             style="bold")
-        made = run.loader.row(step, number)
+        made = drawn.row(number)
         paths = [made.document(piece).path for piece in range(made.pieces)]
         console.print(row_text(row, run.tokenizer))
         console.print(f"pieces of: {', '.join(paths)}", style="dim")
