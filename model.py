@@ -29,7 +29,7 @@ from jax.sharding import get_abstract_mesh
 
 from lib.bind import bind
 from lib.fields import Count, NotNegative, Positive, Rules, Whole, join, strict
-from lib.kernels import Mask, attention, dense, float32_or_wider, lookup, nll, residual
+from lib.kernels import Mask, attention, dense, float32_or_wider, kept, lookup, nll, residual
 
 Params = dict[str, jax.Array]
 
@@ -53,7 +53,10 @@ class ModelConfig:
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # see lib/kernels.py
+    # how attention is computed, see lib/kernels.py
+    attention: Literal[
+        "auto", "reference", "xla", "cudnn", "cudnn_packed", "cudnn_causal", "splash"
+    ] = "auto"
     unroll: Whole = 0  # layers compiled one by one; 0 is all: slow to compile, fast to run
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
@@ -491,8 +494,7 @@ def rematerialised(layer: Callable, config: ModelConfig) -> Callable:
     """`layer`, of which the backward pass computes again what `config.remat` says."""
     if config.remat == "none":
         return layer
-    saved = ["product"] if config.remat == "elementwise" else []
-    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    policy = kept if config.remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
     return jax.checkpoint(layer, policy=policy)
 
 

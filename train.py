@@ -60,7 +60,7 @@ from lib.fields import (
     strict,
 )
 from lib.hardware import tune_for_cpu
-from lib.kernels import Mask, choose
+from lib.kernels import Mask, choose, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
 from lib.memory import check_state
@@ -100,6 +100,7 @@ from model import (
     cross_entropy,
     forward,
     groups,
+    llama,
     reparametrised,
     table,
     weighted_mean,
@@ -759,11 +760,12 @@ def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
 
 def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Future:
     """The step of a phase as it is being compiled, for a state and batches of these shapes."""
+    model, config = run.plan.models[phase], run.config
+    length = arrays["tokens"].shape[1]
+    with user_errors():
+        mask = settled(model.attention, mask, length, model.head_dim, model.dtype)
     key = phase, arrays["tokens"].shape, mask
     if key not in run.programs:
-        model, config = run.plan.models[phase], run.config
-        with user_errors():
-            choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
         lr = {group: np.float32(0) for group in groups(model)}
         more = config.phases[phase], run.plan.frozen(phase)
         run.programs[key] = run.compiler.submit(
@@ -787,7 +789,7 @@ def compile_first(run: Run):
         return
     batch = run.loader.batch(1)
     arrays = put(batch.arrays, run.mesh, batch.rows)
-    compile_ahead(run, 0, shapes_of(arrays), Mask(**batch.mask))
+    compile_ahead(run, 0, shapes_of(arrays), mask_of(batch, run.plan.models[0]))
 
 
 def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
@@ -795,6 +797,16 @@ def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
     if jax.process_count() == 1:
         state = state_like(run.plan.models[phase], run.config.optimizer, run.mesh)
         compiled(run, phase, state, arrays, mask)
+
+
+def mask_of(batch: Batch, model: ModelConfig) -> Mask:
+    """The mask of a batch, for a model."""
+    return bounded(Mask(**batch.mask), batch.segments, model)
+
+
+def bounded(mask: Mask, segments: int, model: ModelConfig) -> Mask:
+    """The mask with a bound on the segments of a row; a forward of its own may have others."""
+    return replace(mask, segments=segments) if model.forward is llama else mask
 
 
 def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -809,12 +821,13 @@ def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, 
     """Dispatch one update; gives the state after it and its metrics, both still on the devices."""
     phase = run.plan.phase_of(step)
     model = run.plan.models[phase]
-    arrays, mask = put(batch.arrays, run.mesh, batch.rows), Mask(**batch.mask)
+    arrays, mask = put(batch.arrays, run.mesh, batch.rows), mask_of(batch, model)
     lr = {group: np.float32(run.plan.lr[group][step]) for group in groups(model)}
     update = compiled(run, phase, state, arrays, mask).result()
     if phase not in run.begun:
         if not run.begun:
-            attention = choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
+            length = arrays["tokens"].shape[1]
+            attention = choose(model.attention, mask, length, model.head_dim, model.dtype)
             banner(run, update, attention)
         run.begun.add(phase)
         compile_next(run, phase, shapes_of(arrays), mask)

@@ -4,72 +4,25 @@ Letters of axes: b batch, t and s position, k key-value head, g query head of a 
 h head_dim, v vocab; n any number of rows, i inputs and o outputs of a matrix.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
+from lib import flash
+from lib.flash import Case
+from lib.hardware import capability
+from lib.masks import Mask, allowed
 from lib.sharding import FREE, ROWS, RULES, constrain, rule
 
 
 def float32_or_wider(dtype):
     """The dtype in which sums and normalisers of `dtype` are computed."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-# -------------------------------------------------------------------------------------- masks
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys a query sees, always within its own segment.
-
-    causal: keys at or before the query. prefix: these, and every key that `prefix` marks.
-    bidirectional: all keys. window: a query sees the `window` nearest keys at or before it
-    (bidirectional: and as many after it); 0: all.
-
-    There are no defaults: whoever attends must say. Raises ValueError for anything else.
-    """
-
-    kind: Literal["causal", "prefix", "bidirectional"]
-    window: int
-
-    def __post_init__(self):
-        known = self.kind in ("causal", "prefix", "bidirectional")
-        if not known or self.window < 0:
-            raise ValueError(
-                f"mask {self}: kind is causal, prefix or bidirectional, and window is 0 or more"
-            )
-
-
-def allowed(
-    mask: Mask,
-    q_index,
-    k_index,
-    q_segment,
-    k_segment,
-    k_prefix=None,
-) -> jax.Array:
-    """bool [b t s]: may the query at `q_index` [t] see the key at `k_index` [s]?
-
-    Segments are [b t] and [b s]. k_prefix [b s] marks what all see under a prefix mask.
-    """
-    ahead = k_index[None, :] - q_index[:, None]  # [t s], positive in the future
-    if mask.kind == "bidirectional":
-        visible = jnp.ones_like(ahead, bool)[None]
-    else:
-        visible = (ahead <= 0)[None]
-    if mask.kind == "prefix":
-        visible = visible | (k_prefix[:, None, :] > 0)
-    if mask.window:
-        visible = visible & (abs(ahead) < mask.window)[None]
-    q_segment = q_segment[:, :, None]
-    k_segment = k_segment[:, None, :]
-    return visible & (q_segment == k_segment)
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -92,7 +45,7 @@ def attention(
     """
     if mask.kind == "prefix" and prefix is None:
         raise ValueError("a prefix mask needs the batch key `prefix` [b, t]")
-    name = choose(implementation, mask, q.shape[1], q.dtype)
+    name = choose(implementation, mask, q.shape[1], q.shape[-1], q.dtype)
     compute = ATTENTION[name].function
     return compute(q, k, v, mask, segments, prefix)
 
@@ -101,36 +54,47 @@ def choose(
     implementation: str,
     mask: Mask,
     length: int,
+    head_dim: int,
     dtype,
-    platform: str | None = None,
+    device: tuple[str, tuple[int, int]] | None = None,
 ) -> str:
     """The name in ATTENTION of an implementation; "auto" takes the first that is able.
 
-    platform: cpu, gpu or tpu; None is that of the mesh, or without one the default. Raises
-    ValueError for an implementation that is not able.
+    One that is not able gives way to what ATTENTION names in its place. device: `Case.platform`
+    and `Case.capability`; None is that of the mesh, or without one the default. Raises ValueError
+    where nothing is able.
     """
-    if platform is None:
-        device = get_abstract_mesh().abstract_device
-        platform = getattr(device, "platform", jax.default_backend())
-    case = Case(mask, length, jnp.dtype(dtype), platform)
+    device = device or here()
+    case = Case(mask, length, head_dim, jnp.dtype(dtype), *device)
     able = [name for name, entry in ATTENTION.items() if entry.able(case)]
     if implementation == "auto":
         return able[0]
-    if implementation not in able:
+    name = implementation
+    while name and name not in able:
+        name = ATTENTION[name].otherwise
+    if not name:
         raise ValueError(
             f"model.attention is {implementation}; allowed for {mask.kind} rows of {length} "
-            f"in {dtype} on {platform} are auto, {', '.join(able)}"
+            f"in {dtype} on {case.platform} are auto, {', '.join(able)}"
         )
-    return implementation
+    return name
 
 
-class Case(NamedTuple):
-    """What an implementation is asked for."""
+def here() -> tuple[str, tuple[int, int]]:
+    """(cpu, gpu or tpu; an NVIDIA GPU's capability) of the mesh, or without one of the default."""
+    device = get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return device.platform, capability(device.device_kind)
 
-    mask: Mask
-    length: int  # positions of a row
-    dtype: jnp.dtype
-    platform: str  # cpu, gpu or tpu
+
+def settled(implementation: str, mask: Mask, length: int, head_dim: int, dtype) -> Mask:
+    """The mask, with its bound on segments only where what is chosen depends on it.
+
+    A step is compiled once for each mask.
+    """
+    name = choose(implementation, mask, length, head_dim, dtype)
+    return mask if ATTENTION[name].counts else replace(mask, segments=0)
 
 
 def reference(q, k, v, mask, segments, prefix):
@@ -168,63 +132,23 @@ def blockwise(q, k, v, mask, segments, prefix):
     return jnp.concatenate(out, axis=1)
 
 
+NAMED = jax.checkpoint_policies.save_only_these_names("product", "attention")
+
+
+def kept(primitive, *arguments, **parameters) -> bool:
+    """The policy of `jax.checkpoint` that keeps products, and what attention's gradient needs.
+
+    Without the sums of a kernel that makes its scores anew, the backward pass would run it twice.
+    cuDNN's has no names, but is an operation of its own.
+    """
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    return NAMED(primitive, *arguments, **parameters)
+
+
 def anywhere(case: Case) -> bool:
     """Every platform, mask and dtype."""
     return True
-
-
-def splash(q, k, v, mask, segments, prefix=None, interpret=False):
-    """`attention` by the Pallas kernel for TPUs of that name, which skips blocks nobody sees."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    b, t, kv, g, h = q.shape
-    size = next(size for size in (512, 256, 128) if t % size == 0)
-    visible = masks.CausalMask((t, t))
-    if mask.window:
-        visible = masks.LocalMask((t, t), (mask.window - 1, 0), 0)
-    of_heads = kernel.make_splash_mqa_single_device(
-        masks.MultiHeadMask([visible] * g),
-        block_sizes=kernel.BlockSizes(*[size] * 8),
-        interpret=interpret,
-    )
-    of_groups = jax.vmap(of_heads, (0, 0, 0, None))
-    of_rows = jax.vmap(of_groups)
-    q = q * h**-0.5
-    out = of_rows(
-        jnp.moveaxis(q, 1, 3),
-        jnp.moveaxis(k, 1, 2),
-        jnp.moveaxis(v, 1, 2),
-        kernel.SegmentIds(segments, segments),
-    )
-    return jnp.moveaxis(out, 3, 1)
-
-
-def splash_able(case: Case) -> bool:
-    """On TPUs, causal rows of whole blocks."""
-    causal = case.mask.kind == "causal"
-    return case.platform == "tpu" and causal and case.length % 128 == 0
-
-
-def cudnn(q, k, v, mask, segments, prefix):
-    """`attention` by NVIDIA's flash attention."""
-    b, t, kv, g, h = q.shape
-    index = jnp.arange(t)
-    visible = allowed(mask, index, index, segments, segments, prefix)
-    out = jax.nn.dot_product_attention(
-        q.reshape(b, t, kv * g, h),
-        k,
-        v,
-        mask=visible[:, None],
-        is_causal=mask.kind == "causal",
-        implementation="cudnn",
-    )
-    return out.reshape(q.shape)
-
-
-def cudnn_able(case: Case) -> bool:
-    """On GPUs, in a dtype of 16 bits."""
-    return case.platform == "gpu" and case.dtype.itemsize == 2
 
 
 def on_each_device(kernel: Callable) -> Callable:
@@ -253,14 +177,22 @@ class Implementation(NamedTuple):
 
     able: Callable[[Case], bool]
     function: Callable[..., jax.Array]  # (q, k, v, mask, segments, prefix): as `attention`
+    otherwise: str = ""  # what is taken in its place where it is not able
+    counts: bool = False  # does it depend on `Mask.segments`?
 
 
-# "auto" takes the first that is able. cuDNN stands last: nobody has compared it yet.
+# "auto" takes the first that is able.
 ATTENTION = {
-    "splash": Implementation(splash_able, on_each_device(splash)),
+    "splash": Implementation(flash.splash_able, on_each_device(flash.splash)),
+    "cudnn_causal": Implementation(
+        flash.cudnn_causal_able, on_each_device(flash.cudnn_causal), "cudnn_packed", counts=True
+    ),
+    "cudnn_packed": Implementation(
+        flash.cudnn_packed_able, on_each_device(flash.cudnn_packed), "cudnn", counts=True
+    ),
+    "cudnn": Implementation(flash.cudnn_able, on_each_device(flash.cudnn)),
     "xla": Implementation(anywhere, blockwise),
     "reference": Implementation(anywhere, reference),
-    "cudnn": Implementation(cudnn_able, on_each_device(cudnn)),
 }
 
 
@@ -298,6 +230,7 @@ def softmax_mix_forward(q, k, v, mask):
     scores = jnp.where(mask, scores, least)
     probs = jax.nn.softmax(scores).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", probs, v)
+    out = checkpoint_name(out, "attention")
     return out, (q, k, v, probs, out)
 
 
