@@ -3,6 +3,8 @@
 Letters of axes: b batch, t and s position, k key-value head, g query head of a key-value head,
 h head_dim, v vocab; n any number of rows, i inputs and o outputs of a matrix.
 """
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
@@ -17,7 +20,7 @@ from lib import flash
 from lib.flash import Case
 from lib.hardware import capability
 from lib.masks import Mask, allowed
-from lib.sharding import FREE, ROWS, RULES, constrain, rule
+from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, split_of
 
 
 def float32_or_wider(dtype):
@@ -88,7 +91,13 @@ def here() -> tuple[str, tuple[int, int]]:
     return device.platform, capability(device.device_kind)
 
 
-def settled(implementation: str, mask: Mask, length: int, head_dim: int, dtype) -> Mask:
+def settled(
+    implementation: str,
+    mask: Mask,
+    length: int,
+    head_dim: int,
+    dtype,
+) -> Mask:
     """The mask, with its bound on segments only where what is chosen depends on it.
 
     A step is compiled once for each mask.
@@ -157,7 +166,7 @@ def on_each_device(kernel: Callable) -> Callable:
     rows = PartitionSpec(ROWS)
 
     def spread(q, k, v, mask, segments, prefix):
-        if get_abstract_mesh().empty:
+        if get_abstract_mesh().empty or is_local():
             return kernel(q, k, v, mask, segments, prefix)
         if prefix is None:
             prefix = jnp.zeros_like(segments)
@@ -255,6 +264,29 @@ softmax_mix.defvjp(softmax_mix_forward, softmax_mix_backward)
 # ----------------------------------------------------------------------------------- products
 
 
+def keeping_arguments(function: Callable, static: tuple[int, ...] = ()) -> Callable:
+    """A function whose gradient keeps its arguments alone, and computes the rest again.
+
+    static: places of arguments that are no arrays, after all others.
+    """
+    again = jax.custom_vjp(function, nondiff_argnums=static)
+
+    def forward(*arguments):
+        return function(*arguments), arguments[:len(arguments) - len(static)]
+
+    def backward(*given):
+        *fixed, arrays, d_out = given
+
+        def plain(*arrays):
+            return function(*arrays, *fixed)
+
+        _, back = jax.vjp(plain, *arrays)
+        return back(d_out)
+
+    again.defvjp(forward, backward)
+    return functools.wraps(function)(again)
+
+
 def lookup(table, tokens, dtype) -> jax.Array:
     """Rows [b t d] of a table [v d] for tokens [b t], in `dtype`."""
     whole = constrain(table, RULES["vocab"], None)  # gathered once, not once for each token
@@ -274,24 +306,18 @@ def dense(x, w, axes: tuple[str, ...], out=None) -> jax.Array:
     input; else all but the last are.
     The result has the checkpoint name "product".
     """
-    # One two-dimensional product. From one with two batch axes XLA on CPU would get the gradient
-    # of w by writing a transposed copy of the activations.
-    first = axes[0] == "embed" or axes[0] in FREE
-    inputs = 1 if first else len(axes) - 1
-    outputs = w.shape[inputs:]
-    b, t = x.shape[:2]
     if out is None:
         out = x.dtype
-    y = matmul(x.reshape(b * t, -1), w, axes, out)
-    y = y.reshape(b, t, *outputs)
+    y = matmul(x, w, axes, out)
     return checkpoint_name(y, "product")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x, w, axes: tuple[str, ...], out) -> jax.Array:
-    """x [n i] times w, as a matrix [i o] in the dtype of x: [n o] in the dtype `out`.
+    """x [b t i...] or [n i] times w [i... o...] in the dtype of x: [b t o...] or [n o...].
 
-    axes: names of those of w. The gradient is its own.
+    The result is in the dtype `out`. axes: names of those of w, see `dense`. The gradient is its
+    own. It keeps x as it came, so that products which share an input keep it once.
     What the mesh axis fsdp splits of w is gathered for the product alone, in the dtype of x, and
     again for the backward pass. The gradient of w is summed over devices in w's own dtype, and
     split as w is.
@@ -301,35 +327,82 @@ def matmul(x, w, axes: tuple[str, ...], out) -> jax.Array:
 
 def matmul_forward(x, w, axes, out):
     """(y, residuals) of `matmul`."""
-    whole = gathered(x, w, axes)
-    y = jnp.matmul(x, whole, preferred_element_type=out)
-    return y, (x, w)
+    rows = x.shape[:min(2, x.ndim - 1)]
+    whole = gathered(w, axes, x.dtype)
+    outputs = whole.shape[inputs_of(axes):]
+    y = jnp.matmul(flat(x), matrix(whole, axes), preferred_element_type=out)
+    return y.reshape(*rows, *outputs), (x, w)
 
 
 def matmul_backward(axes, out, residuals, dy):
     """Gradients of x and w in `matmul`."""
     x, w = residuals
-    dy = dy.astype(x.dtype)
-    whole = gathered(x, w, axes)
-    dx = jnp.einsum("no,io->ni", dy, whole)
-    padded = padded_for_cache(dy)
-    dw = jnp.einsum("ni,no->io", x, padded, preferred_element_type=w.dtype)
-    dw = dw[:, : dy.shape[1]]
-    dw = dw.reshape(w.shape)
-    places = [rule(axis, "of a product") for axis in axes]
-    return dx, constrain(dw, *places)
+    whole = gathered(w, axes, x.dtype)
+    weights = matrix(whole, axes)
+    dy = dy.astype(x.dtype).reshape(-1, weights.shape[1])
+    dx = jnp.einsum("no,io->ni", dy, weights)
+    dw = gradient_of_weights(flat(x), dy, w.dtype)
+    return dx.reshape(x.shape), placed(dw.reshape(whole.shape), axes)
 
 
 matmul.defvjp(matmul_forward, matmul_backward)
 
 
-def gathered(x, w, axes) -> jax.Array:
-    """w as a matrix that x [n i] can be multiplied with: in its dtype, whole but for `tensor`."""
-    places = [rule(axis, "of a product") for axis in axes]
+def inputs_of(axes: tuple[str, ...]) -> int:
+    """How many of the axes of a weight are its input, see `dense`."""
+    first = axes[0] == "embed" or axes[0] in FREE
+    return 1 if first else len(axes) - 1
+
+
+def flat(x) -> jax.Array:
+    """x [b t i...] or [n i] as a matrix [n i].
+
+    Products are two-dimensional. From one with two batch axes XLA on CPU would get the gradient of
+    the weights by writing a transposed copy of the activations.
+    """
+    rows = math.prod(x.shape[:min(2, x.ndim - 1)])
+    return x.reshape(rows, -1)
+
+
+def gradient_of_weights(x, dy, dtype) -> jax.Array:
+    """The sum [i o] over rows of x [n i] times dy [n o], in a dtype."""
+    padded = padded_for_cache(dy)
+    dw = jnp.einsum("ni,no->io", x, padded, preferred_element_type=dtype)
+    return dw[:, : dy.shape[1]]
+
+
+def places_of(axes: tuple[str, ...]) -> list[str | None]:
+    """The mesh axis that each axis of a weight is split over."""
+    return [rule(axis, "of a product") for axis in axes]
+
+
+def placed(dw, axes) -> jax.Array:
+    """The gradient of a weight, split as the weight is, and summed over the devices.
+
+    On one device alone: summed over the axis fsdp, see lib/own_gradient.py.
+    """
+    places = places_of(axes)
+    split = split_of(places)
+    if is_local() and split is not None:
+        return lax.psum_scatter(dw, "fsdp", scatter_dimension=split, tiled=True)
+    return constrain(dw, *places)
+
+
+def matrix(w, axes) -> jax.Array:
+    """A weight as a matrix [i o]."""
+    inputs = math.prod(w.shape[:inputs_of(axes)])
+    return w.reshape(inputs, -1)
+
+
+def gathered(w, axes, dtype) -> jax.Array:
+    """A weight in the dtype of a product: whole, but for what the mesh axis tensor splits."""
+    places = places_of(axes)
+    split = split_of(places)
+    w = w.astype(dtype)
+    if is_local() and split is not None:
+        return lax.all_gather(w, "fsdp", axis=split, tiled=True)
     places = [None if place == "fsdp" else place for place in places]
-    w = w.astype(x.dtype)
-    w = constrain(w, *places)
-    return w.reshape(x.shape[1], -1)
+    return constrain(w, *places)
 
 
 def padded_for_cache(dy) -> jax.Array:
@@ -352,6 +425,7 @@ def padded_for_cache(dy) -> jax.Array:
 def nll(logits, targets) -> jax.Array:
     """Negative log-likelihood [b t], in nats, of targets [b t] under logits [b t v].
 
+    Float32 or wider, whatever the logits are.
     Its own gradient, (softmax - one hot) · d(out), is one pass over the logits, where automatic
     differentiation makes several.
     """
@@ -360,8 +434,9 @@ def nll(logits, targets) -> jax.Array:
 
 def nll_forward(logits, targets):
     """(out, residuals) of `nll`."""
-    normaliser = jax.nn.logsumexp(logits, -1)
-    out = normaliser - at_targets(logits, targets)
+    wide = logits.astype(float32_or_wider(logits.dtype))
+    normaliser = jax.nn.logsumexp(wide, -1)
+    out = normaliser - at_targets(wide, targets)
     return out, (logits, targets, normaliser)
 
 
@@ -371,10 +446,115 @@ def nll_backward(residuals, d_out):
     vocab = jnp.arange(logits.shape[-1])
     one_hot = vocab == targets[..., None]
     probs = jnp.exp(logits - normaliser[..., None])
-    return (probs - one_hot) * d_out[..., None], None
+    gradient = (probs - one_hot) * d_out[..., None]
+    return gradient.astype(logits.dtype), None
 
 
 nll.defvjp(nll_forward, nll_backward)
+
+
+HEAD = "embed", "vocab"  # the axes of a head
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_nats(
+    states,
+    head,
+    targets,
+    weights,
+    chunk: int,
+) -> jax.Array:
+    """The sum of `nll` times weights [b t], for states [b t d] and a head [d v].
+
+    Logits are in the dtype of the states, in chunks of so many of the t positions. Gradients of
+    states and head are made where the logits are, so that no logits are kept or made again: the
+    gradient of a sum is known but for a factor.
+    """
+    given = states, targets, weights
+    whole = whole_head(head, states)
+    nats = over_chunks(lambda part: chunk_of_nats(whole, part)[0], given, chunk)
+    return jnp.sum(nats * weights)
+
+
+def weighted_nats_forward(
+    states,
+    head,
+    targets,
+    weights,
+    chunk,
+):
+    """(out, residuals) of `weighted_nats`: the gradients of states, head and weights."""
+    whole = whole_head(head, states)
+    d_head = jnp.zeros(head.shape, head.dtype)
+    given = states, targets, weights
+
+    def add(d_head, part):
+        nats, d_states, own = gradients_of_nats(whole, part, head.dtype)
+        return d_head + own, (nats, d_states)
+
+    d_head, found = lax.scan(add, d_head, in_chunks(given, chunk))
+    nats, d_states = jax.tree.map(out_of_chunks, found)
+    if not is_local():
+        d_head = placed(d_head, HEAD)
+    return jnp.sum(nats * weights), (d_states, d_head, nats)
+
+
+def weighted_nats_backward(chunk, residuals, d_out):
+    """Gradients of states, head and weights in `weighted_nats`; the targets have none."""
+    d_states, d_head, d_weights = (x * d_out.astype(x.dtype) for x in residuals)
+    return d_states, d_head, None, d_weights
+
+
+weighted_nats.defvjp(weighted_nats_forward, weighted_nats_backward)
+
+
+def whole_head(head, states) -> jax.Array:
+    """The head in the dtype of the states; gathered and rounded once, not once a chunk."""
+    if is_local():
+        return head.astype(states.dtype)
+    return gathered(head, HEAD, states.dtype)
+
+
+def chunk_of_nats(whole, part):
+    """`nll_forward` of a chunk of (states [b c d], targets, weights) under a head [d v]."""
+    x, targets, _ = part
+    logits = jnp.matmul(flat(x), whole, preferred_element_type=x.dtype)
+    logits = logits.reshape(*targets.shape, -1)
+    return nll_forward(logits, targets)
+
+
+def gradients_of_nats(whole, part, dtype):
+    """(`nll` [b c], its weighted sum's gradients of states [b c d] and head [d v]) of a chunk."""
+    x, _, weights = part
+    nats, kept = chunk_of_nats(whole, part)
+    d_logits, _ = nll_backward(kept, weights)
+    d_logits = d_logits.reshape(-1, whole.shape[1])
+    dx = jnp.einsum("no,io->ni", d_logits, whole)
+    d_head = gradient_of_weights(flat(x), d_logits, dtype)
+    return nats, dx.reshape(x.shape), d_head
+
+
+def over_chunks(function: Callable, tree, chunk: int):
+    """function(part) of each chunk of positions of arrays [b t ...], put together again."""
+    found = lax.map(function, in_chunks(tree, chunk))
+    return jax.tree.map(out_of_chunks, found)
+
+
+def in_chunks(tree, chunk: int):
+    """Arrays [b t ...] as [t/chunk b chunk ...]."""
+
+    def split(x):
+        b, t, *rest = x.shape
+        parts = x.reshape(b, t // chunk, chunk, *rest)
+        return jnp.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def out_of_chunks(x) -> jax.Array:
+    """An array [n b chunk ...] as [b n·chunk ...]."""
+    n, b, chunk, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(b, n * chunk, *rest)
 
 
 def at_targets(x, targets) -> jax.Array:

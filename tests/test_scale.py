@@ -470,8 +470,8 @@ def fsdp_on_eight(place) -> Report:
 def test_fit_says_what_a_device_holds_and_sends(place):
     """With fsdp each device has an eighth of the state.
 
-    Weights are gathered for each product of the forward and the backward pass and their gradients
-    summed. Nothing of the size of activations is sent.
+    Weights are gathered for each product of the forward and the backward pass, and their gradients
+    scattered as they are summed. Nothing of the size of activations is sent.
     """
     code, out, found = fsdp_on_eight(place)
     assert code == 0
@@ -489,10 +489,11 @@ def test_fit_says_what_a_device_holds_and_sends(place):
 
     outside_blocks = 258 * 96 + 96
     layer_bytes = 4 * (shallow["parameters"] - outside_blocks) // 2
-    expected = 2 * 2 * layer_bytes * 7 / 8  # of two more layers, there and back
-    for kind in ("all-gather", "all-reduce"):
+    once = 2 * layer_bytes * 7 / 8  # of two more layers
+    for kind, times in ("all-gather", 2), ("reduce-scatter", 1):
         more = deep["collectives"][kind][1] - shallow["collectives"][kind][1]
-        assert more == pytest.approx(expected, rel=0.05)
+        assert more == pytest.approx(times * once, rel=0.05)
+    assert "all-to-all" not in deep["collectives"]
 
 
 @pytest.mark.parametrize("arguments, words", [

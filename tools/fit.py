@@ -180,21 +180,22 @@ def turns(line: str, condition: list[str]) -> int:
 def collectives(text: str, devices: int) -> dict[str, list[int]]:
     """{collective: [how many, bytes that a device sends]} of a compiled module.
 
-    Where XLA fuses a collective with what it overlaps, it repeats the line, with the same channel,
-    in the computations of its start and of its end. A channel is counted once.
+    Where XLA fuses a collective with what it overlaps, it repeats the line, with the same channel
+    and attributes, in the computations of its start and of its end. It is counted once. Elsewhere
+    a channel says nothing: all that are written by hand have the same.
     """
     bodies, entry = computations(text)
     found = {}
-    channels = set()
+    seen = set()
 
-    def visit(name: str, times: int):
+    def visit(name: str, times: int, fused: bool = False):
         for line in bodies.get(name, ()):
-            channel = re.search(r"channel_id=\d+", line)
             sent = sent_by(line, devices)
-            if sent and channel:
-                if channel[0] in channels:
+            if sent and fused and "channel_id=" in line:
+                known = *sent, *re.findall(r"channel_id=\d+|frontend_attributes=\{.*?\}", line)
+                if known in seen:
                     continue
-                channels.add(channel[0])
+                seen.add(known)
             if sent:
                 kind, size = sent
                 total = found.setdefault(kind, [0, 0])
@@ -205,7 +206,7 @@ def collectives(text: str, devices: int) -> dict[str, list[int]]:
                 visit(loop[2], times * turns(line, bodies[loop[1]]))
                 continue
             for called in re.findall(r"(?:calls|called_computations)=\{?%?([\w.\-]+)", line):
-                visit(called, times)
+                visit(called, times, fused=True)
 
     visit(entry, 1)
     return found
