@@ -34,6 +34,7 @@ from lib.packing import (
     QUIET,
     ROW,
     START,
+    bound_on_segments,
     concat_and_split,  # noqa: F401  (for config files)
     fill,
     fill_marks,
@@ -550,6 +551,7 @@ class Batch(NamedTuple):
     mask: dict  # the arguments of `lib.kernels.Mask`
     metrics: dict[str, float]  # of the rows that are made here
     rows: int  # of the whole batch, which may be more than are made here
+    segments: int = 0  # in a row at most, see `bound_on_segments`; 0: not known
 
 
 class Drawn(NamedTuple):
@@ -682,7 +684,9 @@ class Loader:
         if len(self.names) > 1:
             for source, name in enumerate(self.names):
                 metrics[f"data/{name}/rows"] = drawn.sources.count(source)
-        return Batch(arrays, mask, metrics, len(drawn.sources))
+        number = len(drawn.sources)
+        bound = bound_on_segments(arrays["segments"]) if len(mine) == number else 0
+        return Batch(arrays, mask, metrics, number, bound)
 
     def drawn(self, step: int) -> Drawn:
         """The rows of a step's batch, before its objective."""

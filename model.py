@@ -15,11 +15,11 @@ Letters of axes in shapes and in einsum strings:
     b batch    t, s position          d embed       f mlp    v vocab
     k key-value head    g query head of a key-value head     h head_dim
 """
-import functools
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,7 +29,21 @@ from jax.sharding import get_abstract_mesh
 
 from lib.bind import bind
 from lib.fields import Count, NotNegative, Positive, Rules, Whole, join, strict
-from lib.kernels import Mask, attention, dense, float32_or_wider, lookup, nll, residual
+from lib.kernels import (
+    Mask,
+    attention,
+    dense,
+    float32_or_wider,
+    here,
+    keeping_arguments,
+    kept,
+    lookup,
+    nll,
+    over_chunks,
+    residual,
+    weighted_nats,
+)
+from lib.sharding import is_local
 
 Params = dict[str, jax.Array]
 
@@ -53,11 +67,17 @@ class ModelConfig:
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # see lib/kernels.py
-    unroll: Whole = 0  # layers compiled one by one; 0 is all: slow to compile, fast to run
+    # how attention is computed, see lib/kernels.py
+    attention: Literal[
+        "auto", "reference", "xla", "cudnn", "cudnn_packed", "cudnn_causal", "splash"
+    ] = "auto"
+    # layers compiled one by one: more are slower to compile and faster to run; 0 is by device,
+    # all of them on CPUs and GPUs and one on TPUs
+    unroll: Whole = 0
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
-    logits_mib: Count = 256  # the loss is computed in chunks whose float32 logits fit in this
+    # the loss is computed in chunks whose logits fit in this; 0 is by device: 256 on CPUs or 1024
+    logits_mib: Whole = 0
     rows: Callable | None = None  # config, rows of the plain Llama -> the rows that are stored
     # params, batch, mask, config -> states [b t d], or (states, {name: [b t ...]} for the loss)
     forward: Callable = field(default_factory=lambda: llama)
@@ -68,7 +88,7 @@ class ModelConfig:
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
-        at = functools.partial(join, path)
+        at = partial(join, path)
         yield (self.heads % self.kv_heads,
                f"{at('heads')} is {self.heads}, which {at('kv_heads')} ({self.kv_heads}) does not "
                "divide; allowed is a multiple of it: each key-value head serves as many "
@@ -84,7 +104,7 @@ class ModelConfig:
                "attention factor), with low below high and slow below fast")
         yield (self.unroll and self.layers % self.unroll,
                f"{at('unroll')} is {self.unroll}, which does not divide {at('layers')} "
-               f"({self.layers}); allowed is a divisor, or 0 for all")
+               f"({self.layers}); allowed is a divisor, or 0 for what suits the device")
 
 
 @dataclass(frozen=True)
@@ -246,10 +266,11 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     return 6 * matmul + 6 * attended
 
 
+@partial(keeping_arguments, static=(2,))
 def rms_norm(x, gain, eps):
     """x / rms(x) · gain over the last axis (Zhang & Sennrich 2019).
 
-    The mean square is in float32 or wider, the result in the dtype of x.
+    The mean square is in float32 or wider, the result in the dtype of x. The gradient keeps x.
     """
     wide = x.astype(float32_or_wider(x.dtype))
     mean_square = jnp.mean(wide * wide, -1, keepdims=True)
@@ -343,7 +364,13 @@ def gated_mlp(x, w, times: Callable, activation: Callable = jax.nn.silu):
     """The plain MLP of a block, SwiGLU (Shazeer 2020): normed x [b t d] -> [b t d]."""
     gate = times(x, "gate")
     up = times(x, "up")
-    return times(activation(gate) * up, "down")
+    return times(gated(gate, up, activation), "down")
+
+
+@partial(keeping_arguments, static=(2,))
+def gated(gate, up, activation: Callable):
+    """activation(gate) · up [b t f]. The gradient keeps gate and up."""
+    return activation(gate) * up
 
 
 def block(
@@ -429,7 +456,8 @@ def stream(
 
     stacked = {name: w[first:last] for name, w in blocks(params, config).items()}
     numbers = jnp.arange(config.layers)[first:last]
-    unroll = max(1, min(config.unroll or len(numbers), len(numbers)))
+    of_device = 1 if here()[0] == "tpu" else len(numbers)
+    unroll = max(1, min(config.unroll or of_device, len(numbers)))
     return lax.scan(rematerialised(layer, config), x, (numbers, stacked), unroll=unroll)
 
 
@@ -493,16 +521,19 @@ def rematerialised(layer: Callable, config: ModelConfig) -> Callable:
     """`layer`, of which the backward pass computes again what `config.remat` says."""
     if config.remat == "none":
         return layer
-    saved = ["product"] if config.remat == "elementwise" else []
-    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    policy = kept if config.remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
     return jax.checkpoint(layer, policy=policy)
 
 
 def head_logits(params: Params, states, batch, config: ModelConfig) -> jax.Array:
     """The plain `outputs`: logits [b t v] in float32 or wider, from final states [b t d]."""
-    head = params["embed"].T if config.tied else params["head"]
     wide = float32_or_wider(config.dtype)
-    return dense(states, head, ("embed", "vocab"), wide)
+    return dense(states, head_of(params, config), ("embed", "vocab"), wide)
+
+
+def head_of(params: Params, config: ModelConfig) -> jax.Array:
+    """The head [d v]."""
+    return params["embed"].T if config.tied else params["head"]
 
 
 def whole(batch) -> dict[str, jax.Array]:
@@ -587,25 +618,34 @@ def chunked_losses(
 
     if chunk == t:
         return loss(states, batch, given)
-
-    def split(x):  # [b t ...] -> [chunks b chunk ...]
-        parts = x.reshape(b, t // chunk, chunk, *x.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
-
     loss_again = jax.checkpoint(loss)  # the backward pass computes a chunk's logits again
-    parts = jax.tree.map(split, (states, batch, given))
-    each = lax.map(lambda part: loss_again(*part), parts)
-    return jnp.moveaxis(each, 0, 1).reshape(b, t)
+    parts = states, batch, given
+    return over_chunks(lambda part: loss_again(*part), parts, chunk)
 
 
-def chunk_length(b: int, t: int, config: ModelConfig) -> int:
+def weighted_sum(params: Params, states, batch, config: ModelConfig) -> jax.Array:
+    """The numerator of `weighted_mean` of `cross_entropy` of `head_logits`, at once.
+
+    Logits are in `config.dtype`, sums of them in float32 or wider.
+    """
+    head = head_of(params, config)
+    width = min(4, jnp.dtype(config.dtype).itemsize)
+    chunk = chunk_length(*states.shape[:2], config, width)
+    return weighted_nats(states, head, batch["targets"], batch["weights"], chunk)
+
+
+def chunk_length(b: int, t: int, config: ModelConfig, width: int = 4) -> int:
     """The largest divisor of t such that so many positions' logits fit in `config.logits_mib`.
 
-    Of b rows, which the devices share, in float32.
+    Of b rows, which the devices share, in `width` bytes.
     """
     devices = max(1, get_abstract_mesh().size)  # without a mesh the size is 0
+    if is_local():
+        devices = 1
     logits = b * config.vocab // devices
-    fit = config.logits_mib * 2**20 // (4 * max(1, logits))
+    of_device = 256 if here()[0] == "cpu" else 1024
+    mib = config.logits_mib or of_device
+    fit = mib * 2**20 // (width * max(1, logits))
     longest = min(t, max(1, fit))
     divisors = (n for n in range(longest, 0, -1) if t % n == 0)
     return next(divisors)

@@ -60,7 +60,7 @@ from lib.fields import (
     strict,
 )
 from lib.hardware import tune_for_cpu
-from lib.kernels import Mask, choose
+from lib.kernels import Mask, choose, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
 from lib.memory import check_state
@@ -76,7 +76,9 @@ from lib.optim import (
     update_ratios,
 )
 from lib.output import answered, forgiving
+from lib.own_gradient import applies, summed_over_devices
 from lib.own_loss import is_plain, own_losses, summing
+from lib.packed import pack
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
@@ -100,9 +102,12 @@ from model import (
     cross_entropy,
     forward,
     groups,
+    head_logits,
+    llama,
     reparametrised,
     table,
     weighted_mean,
+    weighted_sum,
 )
 
 MOST_STEPS = 100_000_000  # rates and budgets of each are worked out in advance
@@ -337,10 +342,25 @@ class Loss(NamedTuple):
     reduce: Callable
     change: Callable | None  # of the gradient, see `Config.gradient`
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the weighted mean of the nats of each target."""
+        said = self.model.outputs, self.token_loss, self.reduce
+        return said == (head_logits, cross_entropy, weighted_mean)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether a batch's sums and gradient are the sums of those of its rows, for certain."""
+        alone = self.model.forward is llama and not self.reparam and not self.change
+        return self.is_plain and alone
+
     def sums(self, trained: dict, frozen: dict, batch: dict, step, mask: Mask):
         """(numerator, (denominator, metrics)) of a batch; the gradient is that of `trained`."""
         params = reparametrised(self.reparam, trained | frozen, step, batch, self.model)
         states, given = forward(params, batch, mask, self.model)
+        if self.is_plain:
+            numerator = weighted_sum(params, states, batch, self.model)
+            return numerator, (jnp.sum(batch["weights"]), {})
         told = {"step": step}
         each = chunked_losses(params, states, given, batch, self.model, self.token_loss, told)
         told |= {"params": params, "config": self.model}
@@ -380,6 +400,17 @@ def accumulated(gradient: Callable, batch: dict, parts: int):
     ((numerator, (denominator, metrics)), grads), _ = lax.scan(add, zeros, split)
     metrics = jax.tree.map(lambda x: x / parts, metrics)
     return (numerator, (denominator, metrics)), grads
+
+
+def summed(loss: Loss, moving: dict, still: dict, batch: dict, step, mask: Mask, parts: int):
+    """(sums, gradient of `moving`) of a batch; each device makes its own where they add up."""
+
+    def own(moving, still, batch):
+        return accumulated(loss.gradient(moving, still, step, mask), batch, parts)
+
+    if loss.adds_up and applies(len(batch["tokens"])):
+        return summed_over_devices(own, moving, still, batch, table(loss.model))
+    return own(moving, still, batch)
 
 
 def squared_norms(grads: dict, members: dict[str, list[str]], scale, dtype) -> dict[str, jax.Array]:
@@ -442,8 +473,8 @@ def make_step(
     def step(state: State, batch: dict, lr: dict, mask: Mask):
         moving = {name: x for name, x in state.params.items() if name in trained}
         still = {name: x for name, x in state.params.items() if name not in trained}
-        gradient = loss.gradient(moving, still, state.step, mask)
-        sums, grads = accumulated(gradient, batch, phase.accumulate)
+        parts = phase.accumulate
+        sums, grads = summed(loss, moving, still, batch, state.step, mask, parts)
         numerator, (denominator, metrics) = sums
         scale = 1 / jnp.maximum(denominator, 1e-9)
         mean = numerator * scale
@@ -471,13 +502,21 @@ def compile_step(
     phase: Phase = Phase(),
     frozen: frozenset[str] = frozenset(),
 ):
-    """The step as an executable `(state, batch, lr) -> (state, metrics)`.
+    """The step as an executable `(state, batch, lr) -> (state, lib.packed.Packed metrics)`.
 
-    It reuses the memory of its state.
+    It reuses the memory of its state. lr: {optimiser group: rate}, or rates in the groups' order.
     """
+    one = make_step(config, model, phase, frozen)
+
+    def packed(state: State, batch: dict, lr, mask: Mask):
+        if not isinstance(lr, dict):
+            lr = dict(zip(groups(model), lr, strict=True))
+        state, metrics = one(state, batch, lr, mask)
+        return state, pack(metrics)
+
     out = places(state_like(model, config.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        make_step(config, model, phase, frozen),
+        packed,
         static_argnames="mask",
         donate_argnums=0,
         out_shardings=out,
@@ -764,14 +803,20 @@ def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Fu
     config, model, own = run.config, run.plan.models[phase], run.config.phases[phase]
     frozen = run.plan.frozen(phase)
     read = loss_of(config, model, own), own.accumulate, frozen
-    key = read, arrays["tokens"].shape, mask
+    shape = arrays["tokens"].shape
+    asked = read, shape, mask
+    if asked in run.programs:
+        return run.programs[asked]
+    with user_errors():
+        mask = settled(model.attention, mask, shape[1], model.head_dim, model.dtype)
+    key = read, shape, mask
     if key not in run.programs:
-        with user_errors():
-            choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
-        lr = {group: np.float32(0) for group in groups(model)}
+        everywhere = NamedSharding(run.mesh, PartitionSpec())
+        lr = jax.ShapeDtypeStruct((len(groups(model)),), np.float32, sharding=everywhere)
         run.programs[key] = run.compiler.submit(
             compile_step, config, model, run.mesh, state, arrays, lr, mask, own, frozen
         )
+    run.programs[asked] = run.programs[key]
     return run.programs[key]
 
 
@@ -790,7 +835,7 @@ def compile_first(run: Run):
         return
     batch = run.loader.batch(1)
     arrays = put(batch.arrays, run.mesh, batch.rows)
-    compile_ahead(run, 0, shapes_of(arrays), Mask(**batch.mask))
+    compile_ahead(run, 0, shapes_of(arrays), mask_of(batch, run.plan.models[0]))
 
 
 def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
@@ -798,6 +843,16 @@ def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
     if jax.process_count() == 1:
         state = state_like(run.plan.models[phase], run.config.optimizer, run.mesh)
         compiled(run, phase, state, arrays, mask)
+
+
+def mask_of(batch: Batch, model: ModelConfig) -> Mask:
+    """The mask of a batch, for a model."""
+    return bounded(Mask(**batch.mask), batch.segments, model)
+
+
+def bounded(mask: Mask, segments: int, model: ModelConfig) -> Mask:
+    """The mask with a bound on the segments of a row; a forward of its own may have others."""
+    return replace(mask, segments=segments) if model.forward is llama else mask
 
 
 def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -808,24 +863,44 @@ def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, dict]:
+class Given(NamedTuple):
+    """What a step takes besides the state."""
+
+    arrays: dict[str, jax.Array]  # of its batch, on the devices
+    mask: Mask
+    lr: jax.Array | np.ndarray  # float32, the rate of each optimiser group
+    metrics: dict[str, float]  # of its batch
+
+
+def given(run: Run, step: int) -> Given:
+    """What a step takes, put onto the devices; made by a thread, ahead of the loop."""
+    batch = run.loader.batch(step, own=functools.partial(own_rows, run.mesh))
+    model = run.plan.models[run.plan.phase_of(step)]
+    lr = np.array([run.plan.lr[group][step] for group in groups(model)], np.float32)
+    if jax.process_count() == 1:
+        lr = jax.device_put(lr, NamedSharding(run.mesh, PartitionSpec()))
+    arrays = put(batch.arrays, run.mesh, batch.rows)
+    return Given(arrays, mask_of(batch, model), lr, batch.metrics)
+
+
+def train_step(run: Run, state: State, batch: Given, step: int) -> tuple[State, Any]:
     """Dispatch one update; gives the state after it and its metrics, both still on the devices."""
     phase = run.plan.phase_of(step)
     model = run.plan.models[phase]
-    arrays, mask = put(batch.arrays, run.mesh, batch.rows), Mask(**batch.mask)
-    lr = {group: np.float32(run.plan.lr[group][step]) for group in groups(model)}
+    arrays, mask = batch.arrays, batch.mask
     update = compiled(run, phase, state, arrays, mask).result()
     if phase not in run.begun:
         if not run.begun:
-            attention = choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
+            length = arrays["tokens"].shape[1]
+            attention = choose(model.attention, mask, length, model.head_dim, model.dtype)
             banner(run, update, attention)
         run.begun.add(phase)
         compile_next(run, phase, shapes_of(arrays), mask)
     edited = any(step - n in run.plan.edits for n in range(1, 6))  # in the last five steps
     before = jax.tree.map(jnp.copy, state.params) if edited else None
-    state, metrics = update(state, arrays, lr)
+    state, metrics = update(state, arrays, batch.lr)
     if edited:
-        metrics |= update_ratios(before, state.params, model)
+        metrics = dict(metrics) | update_ratios(before, state.params, model)
     return state, metrics
 
 
@@ -940,7 +1015,7 @@ def opened(run: Run):
 
 def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
     """The batches of the steps after `step`, made ahead; a signal may end them early."""
-    make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
+    make = functools.partial(given, run)
     steps = range(step + 1, run.plan.total + 1)
     return Prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit)
 

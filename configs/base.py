@@ -81,7 +81,7 @@ deep = Config(  # 1.8 million parameters, 1.2 million tokens
 )
 llama = Config(  # 124 million parameters, 2.5 billion tokens, on JSON Lines of yours
     model=ModelConfig(layers=12, embed=768, heads=12, kv_heads=12, head_dim=64, mlp=2048,
-                      vocab=32_000, dtype="bfloat16", unroll=1),
+                      vocab=32_000, dtype="bfloat16"),
     data=DataConfig(sources={"mine": Source(partial(jsonl, path="~/my_jsonl"))}, sample_mib=64.0,
                     stream=True, dev=0.005, test=0.005, shard_tokens=2**25),
     phases=(Phase(steps=4_800, batch=512, seq=1_024, accumulate=16),),

@@ -17,6 +17,7 @@ import numpy as np
 from lib.tokenizers import Tokenizer
 
 PLAN = ROW, SEGMENT, DOCUMENT, START, LENGTH, QUIET = range(6)
+BOUNDS = 1, 8, 32, 128  # on the segments of a row, that a step may be compiled for
 
 
 def plan_of(
@@ -221,6 +222,22 @@ def fill_marks(
         row[at:at + len(marks)] = marks
         at += length
     return row
+
+
+def bound_on_segments(segments: np.ndarray) -> int:
+    """The first of BOUNDS that no row of `segments` [rows, seq] has more of them than.
+
+    Padding counts as one. 0 where a row has more than any of BOUNDS, or one that does not lie
+    together.
+    """
+    in_order = np.sort(segments, axis=1)
+    runs = 1 + np.count_nonzero(np.diff(segments), axis=1)
+    distinct = 1 + np.count_nonzero(np.diff(in_order), axis=1)
+    if np.any(distinct < runs):
+        return 0
+    most = np.max(runs)
+    enough = [bound for bound in BOUNDS if most <= bound]
+    return min(enough, default=0)
 
 
 def predictions(
