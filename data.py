@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from lib.packing import (
     fill_marks,
     permute,
 )
+from lib.seams import TOKENIZER
 from lib.sources import (  # noqa: F401
     READ_AS,
     SPLITS,
@@ -67,7 +68,8 @@ class DataConfig:
     # trained on as a whole. With `split` "dev" or "test" they are that alone, otherwise both.
     held_out: dict[str, Source] = field(default_factory=dict)
     # "bpe" is trained to model.vocab pieces. A function is [texts, vocab] -> tokenizer.
-    tokenizer: str | Callable = "bpe"  # or "bytes", "numbers:N", "hf:DIR", a file, a function
+    # Others are "bytes", "numbers:N", "hf:DIR", and a file.
+    tokenizer: str | Annotated[Callable, TOKENIZER] = "bpe"
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
     dev: Share = 0.05  # share of documents for steering, tuning and selection
     test: Share = 0.05  # share of documents for what is reported

@@ -20,7 +20,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,21 @@ from jax import lax
 from jax.sharding import get_abstract_mesh
 
 from lib.bind import bind
-from lib.fields import Count, NotNegative, Positive, Rules, Whole, join, strict
+from lib.fields import (
+    FROM_0,
+    Count,
+    Layers,
+    NotNegative,
+    Positive,
+    Rules,
+    Size,
+    Whole,
+    at_most,
+    join,
+    strict,
+)
 from lib.kernels import Mask, attention, dense, float32_or_wider, lookup, nll, residual
+from lib.seams import FLOPS, FORWARD, OUTPUTS, ROWS
 
 Params = dict[str, jax.Array]
 
@@ -39,13 +52,14 @@ Params = dict[str, jax.Array]
 class ModelConfig:
     """The shape of a transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
 
-    layers: Count = 4  # blocks
-    embed: Count = 128  # width of the residual stream
-    heads: Count = 4  # query heads
-    kv_heads: Count = 4  # key and value heads; each serves heads / kv_heads query heads
-    head_dim: Count = 32  # width of one head; even, since RoPE rotates pairs
-    mlp: Count = 344  # hidden width of the SwiGLU
-    vocab: Whole = 0  # pieces of the tokenizer that is trained; 0: as many as a given one has
+    layers: Layers = 4  # blocks
+    embed: Size = 128  # width of the residual stream
+    heads: Size = 4  # query heads
+    kv_heads: Size = 4  # key and value heads; each serves heads / kv_heads query heads
+    head_dim: Size = 32  # width of one head; even, since RoPE rotates pairs
+    mlp: Size = 344  # hidden width of the SwiGLU
+    # pieces of the tokenizer that is trained; 0: as many as a given one has
+    vocab: Annotated[int, FROM_0, at_most(2**24)] = 0
     tied: bool = True  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     # (factor,), Llama 3's (factor, low, high, context), or YaRN's, see `yarn`
@@ -58,13 +72,14 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
     logits_mib: Count = 256  # the loss is computed in chunks whose float32 logits fit in this
-    rows: Callable | None = None  # config, rows of the plain Llama -> the rows that are stored
+    # config, rows of the plain Llama -> the rows that are stored
+    rows: Annotated[Callable, ROWS] | None = None
     # params, batch, mask, config -> states [b t d], or (states, {name: [b t ...]} for the loss)
-    forward: Callable = field(default_factory=lambda: llama)
+    forward: Annotated[Callable, FORWARD] = field(default_factory=lambda: llama)
     # params, states [b t d], batch, config -> logits [b t v], or whatever the loss takes
-    outputs: Callable = field(default_factory=lambda: head_logits)
+    outputs: Annotated[Callable, OUTPUTS] = field(default_factory=lambda: head_logits)
     # config, row length -> FLOPs of training on a token
-    flops: Callable = field(default_factory=lambda: flops_per_token)
+    flops: Annotated[Callable, FLOPS] = field(default_factory=lambda: flops_per_token)
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""

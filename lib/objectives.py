@@ -13,6 +13,7 @@ import numpy as np
 
 from lib.bind import parameters
 from lib.errors import InputError
+from lib.fields import Share
 
 CAUSAL = {"kind": "causal", "window": 0}
 BIDIRECTIONAL = {"kind": "bidirectional", "window": 0}
@@ -31,7 +32,7 @@ def one_segment(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
     return row | {"segments": real, "positions": positions}, CAUSAL
 
 
-def masked(row: dict, rng: np.random.Generator, tokenizer, share: float = 0.15):
+def masked(row: dict, rng: np.random.Generator, tokenizer, share: Share = 0.15):
     """Predict a share of the tokens from both sides; see `hide` (BERT, Devlin et al. 2019)."""
     chosen = choose(row["weights"] > 0, share, rng)
     made = hide(row, chosen, rng, tokenizer)

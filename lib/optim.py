@@ -10,16 +10,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
+from lib.fields import Decay, NotNegative, Positive
 from lib.sharding import shardings
 from model import ModelConfig, Param, Params, dtype_of, groups, init, table
 
 
 def adamw(
     table: dict[str, Param],
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.1,
     frozen: tuple[str, ...] = (),
 ) -> dict[str, optax.GradientTransformation]:
     """AdamW (Loshchilov & Hutter 2019) for each optimiser group of the table.

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 
 from data import batch_lengths
 from lib.fields import NotNegative, Positive, PositiveShare, Whole, strict
+from lib.seams import SHAPE
 from model import Context, Model, ModelConfig, groups, init, table
 
 
@@ -18,7 +19,7 @@ class Schedule:
     """The learning rate over the consumed budget: a linear warm-up to the peak, then a shape."""
 
     # wsd: stable, then a decay; or a function, share of the budget -> share of the peak
-    shape: Literal["constant", "cosine", "linear", "wsd"] | Callable = "wsd"
+    shape: Literal["constant", "cosine", "linear", "wsd"] | Annotated[Callable, SHAPE] = "wsd"
     peak: Positive = 3e-3  # rate after the warm-up
     warmup: Whole = 20  # steps
     decay: PositiveShare = 0.2  # wsd: the share of the budget at the end over which the rate falls

@@ -10,18 +10,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import fsspec
 
 from lib.errors import InputError, first_cause
-from lib.fields import NotNegative, strict
+from lib.fields import SURROGATE as SURROGATE
+from lib.fields import Count, NotNegative, strict
+from lib.seams import DOCUMENTS, PREPARE, SCORE
 
 SPLITS = ("train", "dev", "test", "held_out")  # the last is dev and test alike
 # The splits, as indices into SPLITS, that documents are in who are read as one of them.
 READ_AS = {"train": [0], "dev": [1, 3], "test": [2, 3], "held_out": [3]}
 TRIES, PAUSE = 3, 0.5  # how often a file is read that the disk fails to give; first pause, seconds
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class Skipped:
 class Source:
     """Where documents come from and what is done to each before packing, by functions."""
 
-    documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...) ...
-    prepare: Callable | None = None  # (document, rng) -> document or list; training documents only
+    documents: Annotated[Callable, DOCUMENTS]  # stdlib, partial(text, path=...) ...
+    # (document, rng) -> document or list; training documents only
+    prepare: Annotated[Callable, PREPARE] | None = None
     # (document, tokens) -> float or vector [k], kept in the cache; with a parameter `documents`
     # (documents, tokens) -> [n] or [n k], for at most 256 at once. -inf, or a vector of it, leaves
     # a training document out; dev and test documents stay, so that runs with and without a score
     # are measured on the same text.
-    score: Callable | None = None
+    score: Annotated[Callable, SCORE] | None = None
     # of all its documents; "": by their hashes; "held_out": dev and test alike
     split: Literal["", "train", "dev", "test", "held_out"] = ""
     marks: bool = False  # its documents have marks, which rows then hold; see `Document`
@@ -94,7 +96,7 @@ def split_in(document: Document, source: Source, dev: float, test: float) -> int
     return SPLITS.index(split)
 
 
-def nothing(documents: int = 1) -> Iterator[Document]:
+def nothing(documents: Count = 1) -> Iterator[Document]:
     """Documents of one token or so, for an objective that fills rows itself, from its `rng`.
 
     They can be encoded by "bytes" and "numbers:N" alike, and all are for training.
@@ -128,7 +130,7 @@ def files(path: str) -> tuple[Any, list[tuple[str, str]]]:
     return fs, sorted(named, key=lambda file: file[0].split("/"))
 
 
-def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Document | Skipped]:
+def text(path: str, separator: str = "", longest: Count = 2**26) -> Iterator[Document | Skipped]:
     """A document for each UTF-8 file that `path` means, see `files`; .gz and .zst are unpacked.
 
     With a `separator` each file is cut after it; the pieces are documents `file#number`, from 1.
