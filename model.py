@@ -42,7 +42,17 @@ from lib.fields import (
     strict,
 )
 from lib.kernels import Mask, attention, dense, float32_or_wider, lookup, nll, residual
-from lib.seams import FLOPS, FORWARD, OUTPUTS, ROWS
+from lib.seams import (
+    FLOPS,
+    FORWARD,
+    INIT,
+    OUTPUTS,
+    REPARAM,
+    ROWS,
+    TOKEN_LOSS,
+    is_array,
+    require_gave,
+)
 
 Params = dict[str, jax.Array]
 
@@ -127,6 +137,12 @@ class Param:
         return math.prod(self.shape)
 
     @property
+    def whole(self) -> bool:
+        """Has it a size for each axis?"""
+        sizes = all(isinstance(size, int) and size > 0 for size in self.shape)
+        return sizes and len(self.shape) == len(self.axes)
+
+    @property
     def layered(self) -> bool:
         """Is it stacked over the blocks of the model?"""
         return self.axes[:1] == ("layers",)
@@ -161,7 +177,14 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 def table(config: ModelConfig) -> dict[str, Param]:
     """Every parameter that is stored, by name: what `rows` makes of those of the plain Llama."""
     rows = plain_table(config)
-    return config.rows(config, rows) if config.rows else rows
+    if config.rows is None:
+        return rows
+    made = config.rows(config, rows)
+    require_gave(isinstance(made, dict), ROWS, config.rows, made)
+    for name, row in made.items():
+        fine = isinstance(name, str) and isinstance(row, Param) and row.whole
+        require_gave(fine, ROWS, config.rows, {name: row}, ", with a size above 0 for each axis")
+    return made
 
 
 def plain_table(config: ModelConfig) -> dict[str, Param]:
@@ -212,7 +235,10 @@ def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
         return jnp.zeros(param.shape, dtype)
     own = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if callable(param.init):
-        return param.init(own, param.shape, dtype).astype(dtype)
+        value = param.init(own, param.shape, dtype)
+        fine = is_array(value) and value.shape == param.shape
+        require_gave(fine, INIT, param.init, value, f", {param.shape} for {name}")
+        return value.astype(dtype)
     normal = jax.random.normal(own, param.shape, dtype)
     return param.init * normal
 
@@ -499,7 +525,17 @@ def llama(params: Params, batch, mask: Mask, config: ModelConfig) -> jax.Array:
 def forward(params: Params, batch, mask: Mask, config: ModelConfig) -> tuple[jax.Array, dict]:
     """(final states [b t d], {name: [b t ...]} of what else the loss is to see)."""
     found = config.forward(params, batch, mask, config)
-    return found if isinstance(found, tuple) else (found, {})
+    pair = found if isinstance(found, tuple) else (found, {})
+    fine = len(pair) == 2 and isinstance(pair[1], dict)
+    place = batch["tokens"].shape[:2]
+    fine = fine and all(has_shape(x, place) for x in (pair[0], *pair[1].values()))
+    require_gave(fine, FORWARD, config.forward, found, f", where [b t] is {place}")
+    return pair
+
+
+def has_shape(x, begin: tuple[int, ...]) -> bool:
+    """Is this an array whose shape begins so?"""
+    return is_array(x) and x.shape[:len(begin)] == begin
 
 
 def rematerialised(layer: Callable, config: ModelConfig) -> Callable:
@@ -596,7 +632,12 @@ def chunked_losses(
 
     def loss(states, part, given):
         scores = config.outputs(params, states, part, config)
-        return token_loss(scores, part, extras | given)
+        require_gave(is_array(scores), OUTPUTS, config.outputs, scores)
+        each = token_loss(scores, part, extras | given)
+        place = states.shape[:2]
+        fine = is_array(each) and each.shape == place and jnp.issubdtype(each.dtype, jnp.floating)
+        require_gave(fine, TOKEN_LOSS, token_loss, each, f", where [b c] is {place}")
+        return each
 
     if chunk == t:
         return loss(states, batch, given)
@@ -630,7 +671,15 @@ def reparametrised(
     """The parameters that the forward pass uses: through a config's `reparam`, if it has one."""
     if reparam is None:
         return params
-    return bind(reparam, config=config)(params, step, batch)
+    used = bind(reparam, config=config)(params, step, batch)
+    fine = isinstance(used, dict) and all(map(is_array, used.values()))
+    require_gave(fine, REPARAM, reparam, used)
+    if config.forward is llama:
+        for name, row in plain_table(config).items():
+            fine = has_shape(used.get(name), row.shape)
+            more = f", {name} with the shape {row.shape} among them"
+            require_gave(fine, REPARAM, reparam, {name: used.get(name)}, more)
+    return used
 
 
 class Model(NamedTuple):

@@ -42,7 +42,7 @@ from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
 from lib.corpus import assemble, open_held_out
 from lib.curves import draw
-from lib.disk import cache_home, content_hash, digest, locked, read_object, write
+from lib.disk import cache_home, content_hash, digest, locked, read_object, user_path, write
 from lib.errors import InputError, user_errors
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
@@ -77,6 +77,7 @@ from lib.optim import (
     places,
     state_like,
     trained_groups,
+    transforms_of,
     update_ratios,
 )
 from lib.output import answered, forgiving
@@ -85,7 +86,7 @@ from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
 from lib.resume import changed_fields, own_tokenizer, resume_key, start_config, start_from
-from lib.schedule import Plan, Schedule, make_plan
+from lib.schedule import Plan, Schedule, check_declared, checked_edit, make_plan
 from lib.seams import (
     EDIT,
     EVALS,
@@ -99,6 +100,8 @@ from lib.seams import (
     REDUCE,
     REPARAM,
     TOKEN_LOSS,
+    is_number,
+    require_gave,
 )
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.sizes import sizes_of
@@ -369,7 +372,9 @@ class Loss(NamedTuple):
         told = {"step": step}
         each = chunked_losses(params, states, given, batch, self.model, self.token_loss, told)
         told |= {"params": params, "config": self.model}
-        (numerator, denominator), metrics = bind(self.reduce, extras=told | given)(each, batch)
+        found = bind(self.reduce, extras=told | given)(each, batch)
+        require_gave(is_reduced(found), REDUCE, self.reduce, found)
+        (numerator, denominator), metrics = found
         return numerator, (denominator, metrics)
 
     def gradient(self, moving: dict, still: dict, step, mask: Mask) -> Callable:
@@ -381,7 +386,33 @@ class Loss(NamedTuple):
 
         if self.change is None:
             return functools.partial(plain, moving)
-        return lambda part: self.change(plain, moving, part, step)
+
+
+        def changed(part):
+            found = self.change(plain, moving, part, step)
+            require_gave(is_gradient(found, moving), GRADIENT, self.change, found)
+            return found
+
+        return changed
+
+
+def is_reduced(found) -> bool:
+    """Whether a value is ((numerator, denominator), {metric: value}), all of them numbers."""
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        return False
+    sums, metrics = found
+    pair = isinstance(sums, tuple) and len(sums) == 2
+    return pair and all(map(is_number, (*sums, *metrics.values())))
+
+
+def is_gradient(found, params: dict) -> bool:
+    """Whether a value is ((numerator, (denominator, metrics)), gradients shaped like `params`)."""
+    try:
+        (numerator, (denominator, metrics)), grads = found
+        alike = jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    except (TypeError, ValueError):  # not of this form
+        return False
+    return alike and is_reduced(((numerator, denominator), metrics))
 
 
 def loss_of(config: Config, model: ModelConfig, phase: Phase) -> Loss:
@@ -459,7 +490,7 @@ def make_step(
     loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
     """
     loss = loss_of(config, model, phase)
-    transforms = config.optimizer(table(model)).items()
+    transforms = transforms_of(config.optimizer, model).items()
     optimizers = {group: optax.with_extra_args_support(each) for group, each in transforms}
     members = trained_groups(model, config.optimizer, frozen)
     trained = {name for names in members.values() for name in names}
@@ -553,8 +584,9 @@ def apply_edits(
     borrowed = {}
     for i, edit in enumerate(edits):
         own = context._replace(key=jax.random.fold_in(context.key, i))
-        edited = edit(Model(model, state.params), own)
+        edited = checked_edit(edit, edit(Model(model, state.params), own))
         new, params = edited.model
+        check_declared(params, new, getattr(edit, "func", edit).__name__)
         opt = transfer_opt_state(state.opt, init_opt_state(params, new, optimizer), edited, model)
         state = state.replace(params=params, opt=opt)
         state = jax.device_put(state, places(state_like(new, optimizer, mesh)))
@@ -640,7 +672,7 @@ def prepare(config: Config, file: str = "") -> Run:
     """Check a config, and work out all that its run needs before it holds a state."""
     check(config)
     require(unmet_rules(config, file))
-    directory, own = Path(config.runs).expanduser() / config.name, None
+    directory, own = user_path(config.runs) / config.name, None
     if config.init_from:
         config, own = start_config(config, directory)
         check(config)

@@ -2,11 +2,11 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lib.disk import user_path
 from lib.errors import InputError, user_errors
 from lib.sources import Document, Skipped, files, text_of
 
@@ -167,7 +167,7 @@ def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple 
         import datasets
     said = f"source path {path!r} is no directory that save_to_disk wrote: {{error}}"
     with user_errors((OSError, ValueError), sentence=said):
-        found = datasets.load_from_disk(str(Path(path).expanduser()))
+        found = datasets.load_from_disk(str(user_path(path)))
     if isinstance(found, dict):
         if split not in found:
             raise InputError(f"{path!r} has no split {split!r}; allowed are {', '.join(found)}")
@@ -187,7 +187,7 @@ def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str =
             "pip install tensorflow-datasets array_record")
     with user_errors(ImportError, sentence=said):
         import tensorflow_datasets
-    place = str(Path(data_dir).expanduser()) if data_dir else None
+    place = str(user_path(data_dir)) if data_dir else None
     try:
         examples = tensorflow_datasets.data_source(
             data_set, split=split, data_dir=place, download=False)

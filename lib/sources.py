@@ -17,7 +17,7 @@ import fsspec
 from lib.errors import InputError, first_cause
 from lib.fields import SURROGATE as SURROGATE
 from lib.fields import Count, NotNegative, strict
-from lib.seams import DOCUMENTS, PREPARE, SCORE
+from lib.seams import DOCUMENTS, PREPARE, SCORE, require_gave
 
 SPLITS = ("train", "dev", "test", "held_out")  # the last is dev and test alike
 # The splits, as indices into SPLITS, that documents are in who are read as one of them.
@@ -67,6 +67,30 @@ class Source:
     marks: bool = False  # its documents have marks, which rows then hold; see `Document`
     epochs: NotNegative = 0.0  # passes that a run may make over it; 0 is any number
     after: Literal["stop", "renormalise"] = "stop"  # then: refuse, or leave its share to the others
+
+
+def documents_of(source: Source) -> Iterator[Document | Skipped]:
+    """What a source gives, each looked at. Raises InputError for what is neither of the two."""
+    found = source.documents()
+    require_gave(isinstance(found, Iterable), DOCUMENTS, source.documents, found)
+    for one in found:
+        fine = isinstance(one, Skipped) or is_document(one)
+        require_gave(fine, DOCUMENTS, source.documents, one, " with texts in its fields")
+        yield one
+
+
+def is_document(value: Any) -> bool:
+    """Whether a value is a Document whose fields hold what they may."""
+    if not isinstance(value, Document):
+        return False
+    texts = value.path, value.text, value.group, value.prefix, value.split
+    whole = all(isinstance(each, str) for each in texts) and isinstance(value.meta, dict)
+    return whole and all(is_span(mark) for mark in value.marks)
+
+
+def is_span(value: Any) -> bool:
+    """Whether a value is a pair of integers."""
+    return isinstance(value, tuple | list) and [type(end) for end in value] == [int, int]
 
 
 def path_hash(path: str) -> int:
@@ -269,7 +293,7 @@ def describe_skipped(counts: dict[str, int], source: Source) -> str:
     if not counts:
         return "skipped nothing"
     words = "skipped " + ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
-    for document in itertools.islice(source.documents(), 1000):
+    for document in itertools.islice(documents_of(source), 1000):
         if isinstance(document, Skipped) and document.detail:
             return f"{words} ({document.path}: {document.detail})"
     return words

@@ -53,11 +53,11 @@ def refused(made: train.Config) -> str:
 @pytest.mark.parametrize("function, said", [
     (no_row, "phases.0.objective is no_row, which cannot be called as it is: too many positional arguments; "
              "it is called with (row, rng), and may ask for tokenizer, progress, log, document"),
-    (one_more, "phases.0.objective is one_more, which is not told its what; allowed is a value for it: "
-               "--phases.0.objective.what VALUE"),
+    (one_more, "phases.0.objective is one_more, which is not told its what; allowed is a value for "
+               "it: --phases.0.objective.what VALUE"),
     (partial(one_more, rng=3), "phases.0.objective is one_more, which is not told its what; allowed is"),
     (partial(told, rng=3), "phases.0.objective is told, which cannot be called as it is: "),
-    (partial(bounded, times=2.5), "phases.0.objective.times is 2.5 (float); allowed is an integer, 1 or more"),
+    (partial(bounded, times=2.5), "phases.0.objective.times is 2.5 (float); allowed is an integer"),
     (partial(bounded, times=0), "phases.0.objective.times is 0; allowed is an integer, 1 or more"),
     (partial(bounded, share=1.5), "phases.0.objective.share is 1.5; allowed is a finite number, 0 or more"),
     (partial(bounded, how="c"), "phases.0.objective.how is 'c' (str); allowed is 'a' or 'b'"),

@@ -34,7 +34,7 @@ from lib.cache import build
 from lib.corpus import assemble, open_held_out
 from lib.errors import InputError
 from lib.packing import DOCUMENT, ROW, best_fit, concat_and_split, fill, first_fit
-from lib.sources import SURROGATE, Document
+from lib.sources import SURROGATE, Document, documents_of
 from lib.tokenizers import Bytes, SentencePiece, make_tokenizer
 from train import Config, check, parse, prepare
 
@@ -178,7 +178,7 @@ def bench_tokenizing(config: Config, tokenizer) -> dict:
     """
     texts = []
     for source in config.data.sources.values():
-        for document in source.documents():
+        for document in documents_of(source):
             if isinstance(document, Document) and not SURROGATE.search(document.text):
                 texts.append(document.text)
     megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6

@@ -39,7 +39,7 @@ from data import HELD_OUT, Document, batch_lengths
 from lib.arguments import Arguments
 from lib.banner import grid
 from lib.bind import bind
-from lib.disk import cache_home
+from lib.disk import cache_home, is_step
 from lib.errors import InputError, user_errors
 from lib.hardware import hardware
 from lib.kernels import Mask
@@ -482,7 +482,7 @@ def here(a, config: Config) -> int:
 def gpu_compiler(topology: str) -> dict[str, str]:
     """`compiler` for the GPUs of one host."""
     kind, _, size = topology.partition(":")
-    if not size.isdigit() or not 1 <= int(size) <= 8:
+    if not is_step(size) or not 1 <= int(size) <= 8:
         raise InputError(
             f"--topology is {topology!r}; allowed for the GPUs of a host is {kind}:1 to {kind}:8"
         )

@@ -19,6 +19,7 @@ import jax
 
 import train
 from lib.arguments import Arguments
+from lib.disk import is_step
 from lib.errors import InputError
 from lib.processes import is_main_process
 
@@ -38,7 +39,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, dict[str, int], list[str
         given[rest[0]] = "".join(rest[1:2])
         rest = rest[2:]
     expected = 0 if address == "auto" else 2
-    whole = all(number.isdigit() for number in given.values())
+    whole = all(is_step(number) for number in given.values())
     if not whole or len(given) != expected:
         parser.error(
             f"{' '.join(arguments[:5])} is given; allowed is auto alone, or HOST:PORT --processes "
