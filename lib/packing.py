@@ -69,15 +69,21 @@ def plan_rules(plan: np.ndarray, lengths: np.ndarray, seq: int) -> Iterator[tupl
     """Pairs of which pieces of a plan break a rule [pieces], and the rule."""
     row, segment, document, start, length, quiet = plan.T
     last = len(lengths) - 1
-    yield (document < 0) | (document > last), f"documents from 0 to {last}"
+    unknown = (document < 0) | (document > last)
+    yield unknown, f"documents from 0 to {last}"
     left = lengths[document] - start
     outside = (start < 0) | (length > left)
-    yield outside | (length < 1), "pieces within their documents"
-    yield np.diff(row, prepend=-1) > 1, "rows from 0 without a gap"
-    yield np.diff(row, prepend=0) < 0, "pieces in the order of their rows"
+    outside |= length < 1
+    yield outside, "pieces within their documents"
+    before = np.append(-1, row[:-1])
+    yield row - before > 1, "rows from 0 without a gap"
+    back = row < np.maximum(before, 0)
+    yield back, "pieces in the order of their rows"
     used = np.bincount(row, length)
-    yield used[row] > seq, f"rows of at most {seq} positions"
-    yield (quiet < 0) | (quiet > length), "QUIET from 0 to LENGTH"
+    full = used[row] > seq
+    yield full, f"rows of at most {seq} positions"
+    loud = (quiet < 0) | (quiet > length)
+    yield loud, "QUIET from 0 to LENGTH"
     yield segment < 1, "segments from 1"
 
 

@@ -136,7 +136,8 @@ def test_odd_json_is_one_sentence(content, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"eos_token_id": []}, {"eos_token_id": "x"}, {"eos_token_id": -1}, {"vocab_size": None}, {"vocab_size": "9"}])
+    {"eos_token_id": []}, {"eos_token_id": "x"}, {"eos_token_id": -1}, {"vocab_size": None},
+    {"vocab_size": "9"}])
 def test_an_odd_tokenizer_is_one_sentence(change, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | change))
     for content in ({"added_tokens": 3}, {"added_tokens": [{}]}, {"model": []}, {"a": 1}):

@@ -21,6 +21,7 @@ from lib.continuations import as_text, continue_prompts
 from lib.errors import InputError, user_errors
 from lib.fields import SURROGATE
 from lib.generate import sampling
+from lib.tables import printable
 from train import load
 
 MOST = 100_000  # continuations of a prompt
@@ -135,7 +136,7 @@ class Screen:
 
     def show(self, text: str):
         """Print what `text` has beyond what is shown already."""
-        print(text[len(self.shown):], end="", flush=True)
+        print(printable(text[len(self.shown):]), end="", flush=True)
         self.shown = text
 
 
