@@ -38,6 +38,7 @@ from lib.keys import function_key
 from lib.prefetch import prefetch
 from lib.seams import PREPARE, SCORE, require_gave
 from lib.sources import (
+    ODD_KINDS,
     SPLITS,
     SURROGATE,
     Document,
@@ -52,7 +53,8 @@ from lib.sources import (
 from lib.tokenizers import Tokenizer, marked_tokens
 
 # Kinds that are skipped, but no damage.
-CHOSEN = ("deselected", "duplicate", "near-duplicate", "no text")
+CHOSEN = ("deselected", "duplicate", "near-duplicate", "no text", *ODD_KINDS)
+DOUBTFUL = "doubtful: they stand before the break of a damaged archive"
 GROUP = 256  # documents that are tokenized together
 JUDGED = 1_000  # documents after which the share of damaged ones is judged, and at the end
 
@@ -406,6 +408,9 @@ def next_group(stream: Iterator[Document | Skipped], config, name: str, tokenize
     documents = [item for item in group if isinstance(item, Document)]
     counts = Counter(f"skipped: {item.kind}" for item in group if isinstance(item, Skipped))
     counts.update("read" for _ in group)
+    doubtful = sum(item.doubtful for item in group if isinstance(item, Skipped))
+    if doubtful:
+        counts[DOUBTFUL] += doubtful
     rows = list(tokenize(documents, config, name, tokenizer, seed, counts))
     return rows, counts
 

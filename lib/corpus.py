@@ -37,7 +37,7 @@ def assemble(config, tokenizer_file: Path | None = None):
         shards = min(most, cache.wait(most))
         counts = cache.counts(shards)
         for kind in counts:
-            if kind.startswith("skipped"):
+            if kind.startswith(("skipped", "doubtful")):
                 print(printable(f"source {name}: {counts[kind]} documents {kind}"))
         check_splits(name, counts, config.data)
     return config, tokenizer, caches
