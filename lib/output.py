@@ -29,8 +29,12 @@ def answered(work: Callable[[], int]) -> int:
         return 130
 
 
+complaints: list[str] = []  # what went wrong in this process, for others of the same run
+
+
 def complain(sentence: str):
     """Say on stderr what went wrong, if that can be written."""
+    complaints.append(sentence)
     with forgiving():
         sys.stderr.write(f"error: {printable(sentence)}\n")  # at once: threads may write too
         sys.stderr.flush()
