@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,18 @@ from jax import lax
 from jax.sharding import get_abstract_mesh
 
 from lib.bind import bind
-from lib.fields import Count, NotNegative, Positive, Rules, Whole, join, strict
+from lib.fields import (
+    FROM_0,
+    Layers,
+    NotNegative,
+    Positive,
+    Rules,
+    Size,
+    Whole,
+    at_most,
+    join,
+    strict,
+)
 from lib.kernels import (
     Mask,
     attention,
@@ -43,6 +54,17 @@ from lib.kernels import (
     residual,
     weighted_nats,
 )
+from lib.seams import (
+    FLOPS,
+    FORWARD,
+    INIT,
+    OUTPUTS,
+    REPARAM,
+    ROWS,
+    TOKEN_LOSS,
+    is_array,
+    require_gave,
+)
 from lib.sharding import is_local
 
 Params = dict[str, jax.Array]
@@ -53,13 +75,14 @@ Params = dict[str, jax.Array]
 class ModelConfig:
     """The shape of a transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
 
-    layers: Count = 4  # blocks
-    embed: Count = 128  # width of the residual stream
-    heads: Count = 4  # query heads
-    kv_heads: Count = 4  # key and value heads; each serves heads / kv_heads query heads
-    head_dim: Count = 32  # width of one head; even, since RoPE rotates pairs
-    mlp: Count = 344  # hidden width of the SwiGLU
-    vocab: Whole = 0  # pieces of the tokenizer that is trained; 0: as many as a given one has
+    layers: Layers = 4  # blocks
+    embed: Size = 128  # width of the residual stream
+    heads: Size = 4  # query heads
+    kv_heads: Size = 4  # key and value heads; each serves heads / kv_heads query heads
+    head_dim: Size = 32  # width of one head; even, since RoPE rotates pairs
+    mlp: Size = 344  # hidden width of the SwiGLU
+    # pieces of the tokenizer that is trained; 0: as many as a given one has
+    vocab: Annotated[int, FROM_0, at_most(2**24)] = 0
     tied: bool = False  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     # (factor,), Llama 3's (factor, low, high, context), or YaRN's, see `yarn`
@@ -78,13 +101,14 @@ class ModelConfig:
     remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
     # the loss is computed in chunks whose logits fit in this; 0 is by device: 256 on CPUs or 1024
     logits_mib: Whole = 0
-    rows: Callable | None = None  # config, rows of the plain Llama -> the rows that are stored
+    # config, rows of the plain Llama -> the rows that are stored
+    rows: Annotated[Callable, ROWS] | None = None
     # params, batch, mask, config -> states [b t d], or (states, {name: [b t ...]} for the loss)
-    forward: Callable = field(default_factory=lambda: llama)
+    forward: Annotated[Callable, FORWARD] = field(default_factory=lambda: llama)
     # params, states [b t d], batch, config -> logits [b t v], or whatever the loss takes
-    outputs: Callable = field(default_factory=lambda: head_logits)
+    outputs: Annotated[Callable, OUTPUTS] = field(default_factory=lambda: head_logits)
     # config, row length -> FLOPs of training on a token
-    flops: Callable = field(default_factory=lambda: flops_per_token)
+    flops: Annotated[Callable, FLOPS] = field(default_factory=lambda: flops_per_token)
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
@@ -132,6 +156,12 @@ class Param:
         return math.prod(self.shape)
 
     @property
+    def whole(self) -> bool:
+        """Has it a size for each axis?"""
+        sizes = all(isinstance(size, int) and size > 0 for size in self.shape)
+        return sizes and len(self.shape) == len(self.axes)
+
+    @property
     def layered(self) -> bool:
         """Is it stacked over the blocks of the model?"""
         return self.axes[:1] == ("layers",)
@@ -166,7 +196,14 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 def table(config: ModelConfig) -> dict[str, Param]:
     """Every parameter that is stored, by name: what `rows` makes of those of the plain Llama."""
     rows = plain_table(config)
-    return config.rows(config, rows) if config.rows else rows
+    if config.rows is None:
+        return rows
+    made = config.rows(config, rows)
+    require_gave(isinstance(made, dict), ROWS, config.rows, made)
+    for name, row in made.items():
+        fine = isinstance(name, str) and isinstance(row, Param) and row.whole
+        require_gave(fine, ROWS, config.rows, {name: row}, ", with a size above 0 for each axis")
+    return made
 
 
 def plain_table(config: ModelConfig) -> dict[str, Param]:
@@ -219,7 +256,10 @@ def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
         return jnp.zeros(param.shape, dtype)
     own = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if callable(param.init):
-        return param.init(own, param.shape, dtype).astype(dtype)
+        value = param.init(own, param.shape, dtype)
+        fine = is_array(value) and value.shape == param.shape
+        require_gave(fine, INIT, param.init, value, f", {param.shape} for {name}")
+        return value.astype(dtype)
     normal = jax.random.normal(own, param.shape, dtype)
     return param.init * normal
 
@@ -514,7 +554,17 @@ def llama(params: Params, batch, mask: Mask, config: ModelConfig) -> jax.Array:
 def forward(params: Params, batch, mask: Mask, config: ModelConfig) -> tuple[jax.Array, dict]:
     """(final states [b t d], {name: [b t ...]} of what else the loss is to see)."""
     found = config.forward(params, batch, mask, config)
-    return found if isinstance(found, tuple) else (found, {})
+    pair = found if isinstance(found, tuple) else (found, {})
+    fine = len(pair) == 2 and isinstance(pair[1], dict)
+    place = batch["tokens"].shape[:2]
+    fine = fine and all(has_shape(x, place) for x in (pair[0], *pair[1].values()))
+    require_gave(fine, FORWARD, config.forward, found, f", where [b t] is {place}")
+    return pair
+
+
+def has_shape(x, begin: tuple[int, ...]) -> bool:
+    """Is this an array whose shape begins so?"""
+    return is_array(x) and x.shape[:len(begin)] == begin
 
 
 def rematerialised(layer: Callable, config: ModelConfig) -> Callable:
@@ -614,7 +664,12 @@ def chunked_losses(
 
     def loss(states, part, given):
         scores = config.outputs(params, states, part, config)
-        return token_loss(scores, part, extras | given)
+        require_gave(is_array(scores), OUTPUTS, config.outputs, scores)
+        each = token_loss(scores, part, extras | given)
+        place = states.shape[:2]
+        fine = is_array(each) and each.shape == place and jnp.issubdtype(each.dtype, jnp.floating)
+        require_gave(fine, TOKEN_LOSS, token_loss, each, f", where [b c] is {place}")
+        return each
 
     if chunk == t:
         return loss(states, batch, given)
@@ -657,7 +712,15 @@ def reparametrised(
     """The parameters that the forward pass uses: through a config's `reparam`, if it has one."""
     if reparam is None:
         return params
-    return bind(reparam, config=config)(params, step, batch)
+    used = bind(reparam, config=config)(params, step, batch)
+    fine = isinstance(used, dict) and all(map(is_array, used.values()))
+    require_gave(fine, REPARAM, reparam, used)
+    if config.forward is llama:
+        for name, row in plain_table(config).items():
+            fine = has_shape(used.get(name), row.shape)
+            more = f", {name} with the shape {row.shape} among them"
+            require_gave(fine, REPARAM, reparam, {name: used.get(name)}, more)
+    return used
 
 
 class Model(NamedTuple):

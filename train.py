@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +42,21 @@ from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
 from lib.corpus import assemble, open_held_out
 from lib.curves import draw
-from lib.disk import cache_home, content_hash, digest, locked, read_object, write
+from lib.disk import cache_home, content_hash, digest, locked, read_object, user_path, write
 from lib.errors import InputError, user_errors
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
 from lib.fields import (
+    FROM_1,
     Count,
     ExitCode,
     NotNegative,
     Positive,
     Rules,
+    Seed,
+    Size,
     Whole,
+    at_most,
     check_rules,
     check_value,
     join,
@@ -73,6 +77,7 @@ from lib.optim import (
     places,
     state_like,
     trained_groups,
+    transforms_of,
     update_ratios,
 )
 from lib.output import answered, forgiving
@@ -83,7 +88,23 @@ from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
 from lib.resume import changed_fields, own_tokenizer, resume_key, start_config, start_from
-from lib.schedule import Plan, Schedule, make_plan
+from lib.schedule import Plan, Schedule, check_declared, checked_edit, make_plan
+from lib.seams import (
+    EDIT,
+    EVALS,
+    GRADIENT,
+    LENGTHS,
+    MIXTURE,
+    OBJECTIVE,
+    OPTIMIZER,
+    ORDER,
+    PACKING,
+    REDUCE,
+    REPARAM,
+    TOKEN_LOSS,
+    is_number,
+    require_gave,
+)
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.sizes import sizes_of
 from lib.stop import Stop
@@ -111,6 +132,7 @@ from model import (
 )
 
 MOST_STEPS = 100_000_000  # rates and budgets of each are worked out in advance
+Objective = Annotated[Callable, OBJECTIVE]
 CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps a copy of
 
 
@@ -119,7 +141,7 @@ CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps
 class Edit:
     """An edit every so many steps of a phase, for one that keeps the shapes; see `model.Edited`."""
 
-    apply: Callable  # model, context -> Edited
+    apply: Annotated[Callable, EDIT]  # model, context -> Edited
     every: Count = 1_000  # due after each multiple of so many steps of the phase, but its last
     until: Whole = 0  # steps of the phase after which it stops; 0 is never
     forgets: bool = True  # then samples and final figures are of the checkpoint longest after it
@@ -131,22 +153,25 @@ class Phase:
     """A stretch of a run with one model shape, batch shape, mixture and objective."""
 
     steps: Count = 100  # updates
-    batch: Count = 16  # rows per update
-    seq: Count = 256  # tokens per row
+    batch: Annotated[int, FROM_1, at_most(2**20)] = 16  # rows per update
+    seq: Size = 256  # tokens per row
     accumulate: Count = 1  # parts that a batch is taken in, in turn; it must divide the batch
-    lengths: Callable | None = None  # progress -> {row length: weight}; batch x seq stays
-    edits: tuple[Callable, ...] = ()  # applied to the model on entering: model, context -> Edited
+    # progress -> {row length: weight}; batch x seq stays
+    lengths: Annotated[Callable, LENGTHS] | None = None
+    # applied to the model on entering: model, context -> Edited
+    edits: tuple[Annotated[Callable, EDIT], ...] = ()
     repeat: tuple[Edit, ...] = ()  # edits that recur within the phase
-    mixture: dict[str, NotNegative] | Callable | None = None  # or progress, log -> it
+    # or progress, log -> it
+    mixture: dict[str, NotNegative] | Annotated[Callable, MIXTURE] | None = None
     steer: Whole = 0  # steps between evaluations that go into that log; 0 is none
-    packing: Callable = concat_and_split  # lengths, seq (, documents) -> plan
-    order: Callable = shuffled  # draw, rows, progress, key -> place in the plan
-    objective: Callable | dict[str, Callable] = causal  # row, rng -> row, mask; or by source
+    packing: Annotated[Callable, PACKING] = concat_and_split  # lengths, seq (, documents) -> plan
+    order: Annotated[Callable, ORDER] = shuffled  # draw, rows, progress, key -> place in the plan
+    objective: Objective | dict[str, Objective] = causal  # row, rng -> row, mask; or by source
     schedule: Schedule | None = None  # over the phase's own budget, in place of the run's
     # of an optimiser group: a schedule of its own, or a factor on the phase's; 0 freezes it
     lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)
-    token_loss: Callable | None = None  # in place of the run's
-    reduce: Callable | None = None  # in place of the run's
+    token_loss: Annotated[Callable, TOKEN_LOSS] | None = None  # in place of the run's
+    reduce: Annotated[Callable, REDUCE] | None = None  # in place of the run's
     cost: Positive = 1.0  # FLOPs of its steps, as a multiple of what the model's `flops` says
 
     def rules(self, path: str) -> Rules:
@@ -167,7 +192,7 @@ class Config:
 
     name: str = ""  # of the run; empty: the config file's stem
     runs: str = "runs"  # directory that runs live in
-    seed: Whole = 0  # initialisation, data order and edits draw from seeds derived from it
+    seed: Seed = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
     # RUN, RUN@STEP, hf:DIRECTORY or hf:ORG/NAME to start from, where it has no checkpoint
     init_from: str = ""
@@ -179,19 +204,22 @@ class Config:
     epochs: NotNegative = 0.0  # length in passes over the training documents of all sources
     tokens_per_param: NotNegative = 0.0  # length in tokens for each parameter of the last model
     schedule: Schedule = Schedule()
-    optimizer: Callable = adamw  # table -> {group: optax transformation of unscaled directions}
+    # table -> {group: optax transformation of unscaled directions}
+    optimizer: Annotated[Callable, OPTIMIZER] = adamw
     clip: NotNegative = 1.0  # global gradient norm; 0 is off
     max_skipped: Count = 10  # non-finite updates in a row after which the run stops
     mesh: MeshConfig = MeshConfig()
-    reparam: Callable | None = None  # in jit: params, step, batch (, config) -> params used
-    token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch, extras -> losses [b c]
+    # in jit: params, step, batch (, config) -> params used
+    reparam: Annotated[Callable, REPARAM] | None = None
+    # in jit: logits [b c v], batch, extras -> losses [b c]
+    token_loss: Annotated[Callable, TOKEN_LOSS] = cross_entropy
     # in jit: losses [b t], batch (, extras) -> (numerator, denominator), metrics
-    reduce: Callable = weighted_mean
+    reduce: Annotated[Callable, REDUCE] = weighted_mean
     # in jit: gradient, params, batch, step -> what gradient(params, batch) gives, which is
     # ((numerator, (denominator, metrics)), gradient of the numerator); of each part of a batch
-    gradient: Callable | None = None
+    gradient: Annotated[Callable, GRADIENT] | None = None
     # params, apply (, tokenizer, config, generate, held_out) -> {metric: value}, see lib/evals.py
-    evals: tuple[Callable, ...] = ()
+    evals: tuple[Annotated[Callable, EVALS], ...] = ()
     eval_every: Count = 200  # steps between evaluations on dev; one ends each phase too
     eval_at: tuple[Whole, ...] = ()  # steps after which there is one besides; 0 is before the first
     eval_tokens: Count = 65_536  # of dev documents, per source, in an evaluation during the run
@@ -364,7 +392,9 @@ class Loss(NamedTuple):
         told = {"step": step}
         each = chunked_losses(params, states, given, batch, self.model, self.token_loss, told)
         told |= {"params": params, "config": self.model}
-        (numerator, denominator), metrics = bind(self.reduce, extras=told | given)(each, batch)
+        found = bind(self.reduce, extras=told | given)(each, batch)
+        require_gave(is_reduced(found), REDUCE, self.reduce, found)
+        (numerator, denominator), metrics = found
         return numerator, (denominator, metrics)
 
     def gradient(self, moving: dict, still: dict, step, mask: Mask) -> Callable:
@@ -376,7 +406,33 @@ class Loss(NamedTuple):
 
         if self.change is None:
             return functools.partial(plain, moving)
-        return lambda part: self.change(plain, moving, part, step)
+
+
+        def changed(part):
+            found = self.change(plain, moving, part, step)
+            require_gave(is_gradient(found, moving), GRADIENT, self.change, found)
+            return found
+
+        return changed
+
+
+def is_reduced(found) -> bool:
+    """Whether a value is ((numerator, denominator), {metric: value}), all of them numbers."""
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        return False
+    sums, metrics = found
+    pair = isinstance(sums, tuple) and len(sums) == 2
+    return pair and all(map(is_number, (*sums, *metrics.values())))
+
+
+def is_gradient(found, params: dict) -> bool:
+    """Whether a value is ((numerator, (denominator, metrics)), gradients shaped like `params`)."""
+    try:
+        (numerator, (denominator, metrics)), grads = found
+        alike = jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    except (TypeError, ValueError):  # not of this form
+        return False
+    return alike and is_reduced(((numerator, denominator), metrics))
 
 
 def loss_of(config: Config, model: ModelConfig, phase: Phase) -> Loss:
@@ -465,7 +521,7 @@ def make_step(
     loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
     """
     loss = loss_of(config, model, phase)
-    transforms = config.optimizer(table(model)).items()
+    transforms = transforms_of(config.optimizer, model).items()
     optimizers = {group: optax.with_extra_args_support(each) for group, each in transforms}
     members = trained_groups(model, config.optimizer, frozen)
     trained = {name for names in members.values() for name in names}
@@ -567,8 +623,9 @@ def apply_edits(
     borrowed = {}
     for i, edit in enumerate(edits):
         own = context._replace(key=jax.random.fold_in(context.key, i))
-        edited = edit(Model(model, state.params), own)
+        edited = checked_edit(edit, edit(Model(model, state.params), own))
         new, params = edited.model
+        check_declared(params, new, getattr(edit, "func", edit).__name__)
         opt = transfer_opt_state(state.opt, init_opt_state(params, new, optimizer), edited, model)
         state = state.replace(params=params, opt=opt)
         state = jax.device_put(state, places(state_like(new, optimizer, mesh)))
@@ -653,7 +710,7 @@ def prepare(config: Config, file: str = "") -> Run:
     """Check a config, and work out all that its run needs before it holds a state."""
     check(config)
     require(unmet_rules(config, file))
-    directory, own = Path(config.runs).expanduser() / config.name, None
+    directory, own = user_path(config.runs) / config.name, None
     if config.init_from:
         config, own = start_config(config, directory)
         check(config)

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from lib.readers import hugging_face, json_of, jsonl_of, parquet_of
-from lib.sources import Document, Skipped, files, texts_in
+from lib.sources import Document, Skipped, files, listing, texts_in
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 READERS = {"jsonl": jsonl_of, "json": json_of, "parquet": parquet_of}  # of files of records
@@ -43,6 +43,7 @@ def any_text(
     leave out the files that this path means, such as held-out ones among the others.
     """
     seen = survey(path, kind, without)
+    yield from listing(path)[2]
     if seen.kind == "hugging_face":
         if SEVERAL not in dict(seen.files):
             split = ""

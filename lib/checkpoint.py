@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 
-from lib.disk import file_hash, with_checksum, without_checksum
+from lib.disk import file_hash, is_step, user_path, with_checksum, without_checksum
 from lib.errors import InputError, user_errors
 from lib.keys import is_run, run_step
 from lib.optim import State
@@ -108,7 +108,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that are complete on disk, ascending."""
-        return sorted(int(p.name) for p in self.root.glob("*") if p.name.isdigit())
+        return sorted(int(p.name) for p in self.root.glob("*") if is_step(p.name))
 
     def save(self, step: int, state: State, meta: dict, loans: dict[str, Loan] | None = None):
         """Begin to save; returns when the state may change again.
@@ -270,7 +270,7 @@ def find_checkpoint(run: str, step: int | None = None) -> tuple[Checkpoints, int
     Without a step it is the newest one. While an edit recurs (embeddings are being forgotten), it
     is the one longest after that edit.
     """
-    directory = Path(run).expanduser()
+    directory = user_path(run)
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(run)!r} is not a run directory: it has no config.json")
     read_record(directory)

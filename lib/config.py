@@ -69,7 +69,7 @@ def config_errors(path: str):
     """Whatever a config file does wrong, as one InputError that names the file and its line."""
     try:
         yield
-    except Exception as error:  # a config file may raise anything
+    except (Exception, SystemExit) as error:  # a config file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(Path(path).resolve())]
         if isinstance(error, SyntaxError):

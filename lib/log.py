@@ -21,6 +21,7 @@ from lib.hardware import peak
 from lib.packed import figures
 from lib.processes import is_main_process
 from lib.schedule import Plan
+from lib.tables import printable
 from model import count
 
 RECENT = 100  # losses that a new one is compared with
@@ -31,6 +32,7 @@ PAUSE = 5.0  # seconds between lines where the output is no terminal
 
 def say(text: str):
     """Print a line of its own, in place of the one that shows where the run is."""
+    text = printable(text)
     if sys.stdout.isatty():
         text = f"\r\x1b[2K{text}"
     print(text, flush=True)

@@ -11,19 +11,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
+from lib.fields import Decay, NotNegative, Positive, Whole
+from lib.seams import OPTIMIZER, require_gave
 from lib.sharding import FREE, shardings
 from model import ModelConfig, Param, Params, dtype_of, groups, init, table
 
 
 def adamw(
     table: dict[str, Param],
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.1,
     frozen: tuple[str, ...] = (),
-    embed_lr: float = 10.0,
-    base_width: int = 64,
+    embed_lr: Positive = 10.0,
+    base_width: Whole = 64,
 ) -> dict[str, optax.GradientTransformation]:
     """AdamW (Loshchilov & Hutter 2019) for each optimiser group of the table.
 
@@ -98,13 +100,29 @@ class State(flax.struct.PyTreeNode):
     skipped: jax.Array  # int32, updates in a row left out for a non-finite loss or gradient
 
 
+def transforms_of(optimizer: Callable, config: ModelConfig) -> dict:
+    """{group: optax transformation} of an optimiser; raises InputError for anything else."""
+    rows = table(config)
+    found = optimizer(rows)
+    known = [row.group for row in rows.values()]
+    names = list(dict.fromkeys(known))
+    fine = isinstance(found, dict)
+    if fine:
+        every = found.values()
+        fine = all(hasattr(each, "update") for each in every)
+        fine = fine and found.keys() <= set(names)
+    more = f"; the groups are {', '.join(names)}"
+    require_gave(fine, OPTIMIZER, optimizer, found, more)
+    return found
+
+
 def init_opt_state(params: Params, config: ModelConfig, optimizer: Callable):
     """The state {group: optax state} that an optimiser begins with.
 
     optimizer: table -> {group: optax transformation}. A group that it leaves out is frozen, and has
     no state.
     """
-    transforms = optimizer(table(config))
+    transforms = transforms_of(optimizer, config)
     opt = {}
     for group, names in groups(config).items():
         if group in transforms:
@@ -117,7 +135,7 @@ def trained_groups(
     config: ModelConfig, optimizer: Callable, asleep: frozenset[str] = frozenset()
 ) -> dict[str, list[str]]:
     """{group: parameter names} of what an optimiser trains, but for groups that are `asleep`."""
-    transforms = optimizer(table(config))
+    transforms = transforms_of(optimizer, config)
     members = groups(config)
     return {g: members[g] for g in members if g in transforms and g not in asleep}
 

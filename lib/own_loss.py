@@ -113,8 +113,7 @@ def row_maker(
         row = rows.get(number)
         row.arrays["source"] = np.full_like(row.arrays["tokens"], source)
         rng = np.random.default_rng([seed, source, number])
-        told = loader.told(objective, row, progress, log)
-        return told(row.arrays, rng)
+        return loader.made(objective, row, rng, progress, log)
 
     return make
 

@@ -10,10 +10,11 @@ LENGTH and QUIET. Segments count from 1 in each row. The first QUIET positions o
 loss. A packing with a parameter `documents` is told more about them, see `data.Documents`; with a
 parameter `tokenizer` it is told the tokenizer.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from lib.seams import PACKING, require_gave
 from lib.tokenizers import Tokenizer
 
 PLAN = ROW, SEGMENT, DOCUMENT, START, LENGTH, QUIET = range(6)
@@ -43,6 +44,48 @@ def plan_of(
         np.zeros_like(row),
     ]
     return np.stack(columns, axis=1)
+
+
+def checked_plan(plan, lengths: np.ndarray, seq: int, packing: Callable) -> np.ndarray:
+    """What a packing gave for documents of `lengths`, as int64 [pieces, 6].
+
+    Raises InputError for what is no plan, or for a piece that is not there or does not fit.
+    """
+    array = np.asarray(plan)
+    if not array.size:
+        array = np.zeros((0, len(PLAN)), np.int64)
+    fine = array.shape[1:] == (len(PLAN),)
+    fine = fine and array.dtype.kind in "iu"
+    require_gave(fine, PACKING, packing, plan, ": integers [pieces, 6]")
+    whole = array.astype(np.int64)
+    for broken, rule in plan_rules(whole, lengths, seq):
+        which = np.flatnonzero(broken)
+        if len(which):
+            piece = whole[which[0]].tolist()
+            require_gave(False, PACKING, packing, piece, f": {rule}")
+    return whole
+
+
+def plan_rules(plan: np.ndarray, lengths: np.ndarray, seq: int) -> Iterator[tuple]:
+    """Pairs of which pieces of a plan break a rule [pieces], and the rule."""
+    row, segment, document, start, length, quiet = plan.T
+    last = len(lengths) - 1
+    unknown = (document < 0) | (document > last)
+    yield unknown, f"documents from 0 to {last}"
+    left = lengths[document] - start
+    outside = (start < 0) | (length > left)
+    outside |= length < 1
+    yield outside, "pieces within their documents"
+    before = np.append(-1, row[:-1])
+    yield row - before > 1, "rows from 0 without a gap"
+    back = row < np.maximum(before, 0)
+    yield back, "pieces in the order of their rows"
+    used = np.bincount(row, length)
+    full = used[row] > seq
+    yield full, f"rows of at most {seq} positions"
+    loud = (quiet < 0) | (quiet > length)
+    yield loud, "QUIET from 0 to LENGTH"
+    yield segment < 1, "segments from 1"
 
 
 def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
