@@ -1,7 +1,7 @@
 """A study: arms over paired seeds, each at its own best peak learning rate, beside a control.
 
     python train.py study FILE [--seeds N] [--arms A,B] [--quick] [--jobs N] [--runs DIR]
-                               [--record] [--json]
+                               [--record] [--json] [--tracker NAME]
 
 FILE defines `study = Study(...)`; lib/study.py says what that may hold.
 
@@ -18,7 +18,7 @@ one for another arm, by the same code, is linked to in the place of a new run.
 
 --quick takes the study's `quick` fields, the middle rate and two seeds. It shows that the study
 runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/.
---json prints the same as one line, the last one.
+--json prints the same as one line, the last one. --tracker is that of each run, see docs/runs.md.
 
 Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, each made by the ordinary command in a process of
 its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores.
@@ -110,6 +110,7 @@ class Request(NamedTuple):
     seeds: int
     quick: bool
     jobs: int  # runs at a time where there are no GPUs
+    tracker: str = ""  # of its runs; empty: what their configs say
 
     @property
     def whole(self) -> bool:
@@ -174,7 +175,7 @@ def read(a: argparse.Namespace) -> Request:
     seeds = a.seeds or (QUICK_SEEDS if a.quick else study.seeds)
     name = Path(a.file).stem + ("-quick" if a.quick else "")
     directory = Path(a.runs).expanduser() / name
-    return Request(a.file, study, directory, arms, seeds, a.quick, a.jobs)
+    return Request(a.file, study, directory, arms, seeds, a.quick, a.jobs, a.tracker)
 
 
 def check_record(request: Request) -> Path:
@@ -235,6 +236,8 @@ def command(request: Request, job: Job, keys: dict[str, str] | None = None) -> l
             directory = request.directory / Job(name, None, job.seed).name
             fields[path] = f"{keys[name] if keys else directory}{step}"
     fields |= {"runs": request.directory, "name": job.name}
+    if request.tracker:
+        fields["tracker"] = request.tracker
     words = [f"{request.path}:{job.arm}"]
     for path, value in fields.items():
         words += [f"--{path}", str(value)]
@@ -434,7 +437,7 @@ class Runner:
         words = command(self.request, job)
         line = [sys.executable, ROOT / "train.py", *words]
         with open(self.log_of(job), "ab") as out:
-            env = KEEP_COMPILED | os.environ | where
+            env = KEEP_COMPILED | grouped(self.request, job) | os.environ | where
             process = subprocess.Popen(line, stdout=out, stderr=out, env=env)
         self.running.add(process)
         if not on_gpu and self.request.jobs > 1 and device:
@@ -464,6 +467,13 @@ class Runner:
     def log_of(self, job: Job) -> Path:
         """Where a run's output goes."""
         return self.request.directory / f"{job.name}.log"
+
+
+def grouped(request: Request, job: Job) -> dict[str, str]:
+    """What a run's tracker reads, unless the environment says otherwise: its study and its tags."""
+    rate = "own" if job.rate is None else f"{job.rate:g}"
+    tags = job.arm, f"peak {rate}", f"seed {job.seed}"
+    return {"WANDB_RUN_GROUP": request.directory.name, "WANDB_TAGS": ",".join(tags)}
 
 
 def check_claimed(request: Request, job: Job, last: dict):
@@ -959,6 +969,7 @@ def arguments_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1,
                         help="runs at a time where there are no GPUs; 1")
     parser.add_argument("--runs", default="runs", help="where the study's directory is; runs")
+    parser.add_argument("--tracker", default="", help="of the runs, as --tracker of a run")
     parser.add_argument("--record", action="store_true",
                         help="write the figures to results/CHAPTER/METHOD.json")
     parser.add_argument("--json", action="store_true",
