@@ -74,7 +74,7 @@ SLOW_FILES = {
     "test_train.py",
     "test_widen.py",
 }
-LONG_MARKS = ("soak", "study", "library", "readme")
+LONG_MARKS = ("soak", "study", "library", "readme", "notebook")
 
 
 def is_quick(item) -> bool:
