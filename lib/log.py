@@ -20,6 +20,7 @@ from lib.errors import InputError
 from lib.hardware import peak
 from lib.processes import is_main_process
 from lib.schedule import Plan
+from lib.tables import in_words
 from model import count
 
 RECENT = 100  # losses that a new one is compared with
@@ -172,8 +173,7 @@ class Log:
         if not found:
             return
         self.row({"step": step, **found, **self.plan.spent(step)})
-        said = (f"{name.removeprefix('eval/')} {value:.4f}" for name, value in found.items())
-        say(f"step {step}: {', '.join(said)}")
+        say(f"step {step}: {in_words(found)}")
         if is_main_process():
             follow(self.path.parent, self.sync)
 

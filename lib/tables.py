@@ -1,4 +1,27 @@
-"""Tables for people to read on a terminal."""
+"""Tables and figures for people to read on a terminal."""
+
+import math
+
+HALF_95 = 1.96  # standard errors in half a 95 % interval
+UNITS = {"bpb": "bits per byte", "loss": "nats per token"}  # of eval/SOURCE/FIGURE
+
+
+def in_words(found: dict[str, float]) -> str:
+    """Metrics with their units and, where a standard error is known, half a 95 % interval."""
+    said = []
+    for name, value in found.items():
+        if name.endswith(("_se", "_low", "_high")):
+            continue
+        text = f"{value:.4f}"
+        error = found.get(f"{name}_se", math.nan)
+        if math.isfinite(error):
+            text += f" ± {HALF_95 * error:.4f}"
+        source, _, figure = name.removeprefix("eval/").rpartition("/")
+        if name.startswith("eval/") and figure in UNITS:
+            said.append(f"{source} {text} {UNITS[figure]}")
+        else:
+            said.append(f"{name.removeprefix('eval/')} {text}")
+    return ", ".join(said)
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -20,8 +20,8 @@ from lib.arguments import Arguments
 from lib.config import ROOT, flatten
 from lib.disk import metric_rows, read_object, write
 from lib.errors import InputError
+from lib.tables import HALF_95
 
-HALF_95 = 1.96  # standard errors in half a 95 % interval
 COLORS = 7  # the page has them
 WIDTH = 160  # of the picture of an interval, in pixels
 EDGE = 6  # pixels to the left and right of its scale
