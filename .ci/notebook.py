@@ -43,7 +43,7 @@ def cells(readme: str) -> list[str]:
     """The sources of the six cells."""
     [line] = block(readme, "Two commands")
     install, train = line.split(" && ")
-    found = [f"{BEGIN}!{install}", f"!{train}{PICTURE}"]
+    found = [f"{BEGIN}%{install}", f"!{train}{PICTURE}"]
     for line in block(readme, "Five minutes"):
         command, _, comment = line.partition("#")
         words = command.removeprefix("python train.py ").split()

@@ -125,7 +125,7 @@ def test_the_notebook_is_made_of_the_readme_s_commands():
     maker = load_file(ROOT / ".ci/notebook.py")
     assert maker.PLACE.read_text("utf-8") == maker.notebook(README)
     cells = [cell["source"] for cell in json.loads(maker.PLACE.read_text("utf-8"))["cells"]]
-    commands = [line[1:].strip() for cell in cells for line in cell if line.startswith("!")]
+    commands = [line[1:].strip() for cell in cells for line in cell if line.startswith(("!", "%pip"))]
     assert len(cells) == len(commands) == 6
     assert all(command in README for command in commands)
 
@@ -168,7 +168,6 @@ def test_the_notebook_runs_from_a_fresh_clone(tmp_path):
         assert (clone / "runs" / file).is_file(), said[-3000:]
     assert (clone / "report.html").stat().st_size > 10_000
     assert "def main(" in said and "Requirement already satisfied" in said
-    assert "<IPython.core.display.HTML object>" in said
 
 
 # ---------------------------------------------------------------------------------------------- CI
