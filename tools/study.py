@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from lib import equal, results
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, run_json, to_json, walk
+from lib.curves import Series, above
 from lib.disk import digest, finite, read_object, write
 from lib.errors import InputError
 from lib.fields import allowed_names
@@ -54,6 +55,8 @@ from lib.statistics import (
     best_rate,
     compare,
     conclude,
+    dev_curve,
+    gap_curve,
     interval,
     next_rate,
     run_figures,
@@ -883,27 +886,20 @@ def draw_measures(panel, result: dict):
 
 
 def draw_arm(top, bottom, axis: str, arm: str, found: dict, control: dict | None, color: str):
-    """An arm's mean dev curve and its differences to the control's runs, None for the control."""
-    curves = {seed: run["curve"] for seed, run in found["runs"].items()}
-    if not all(curve["dev"] for curve in curves.values()):
+    """An arm's mean dev curve and its differences to the control's runs, None for the control.
+
+    A curve that begins above its panel says so.
+    """
+    curve = dev_curve(found["runs"], axis)
+    if curve is None:
         return
-    points = np.array(next(iter(curves.values()))[axis])
-    dev = np.mean([curve["dev"] for curve in curves.values()], 0)
     label = f"{arm}, other documents" if found.get("other_documents") else arm
-    top.plot(points, dev, ".-", label=label, color=color)
+    label += above(Series(*curve), top.get_ylim()[1])
+    top.plot(*curve, ".-", label=label, color=color)
     end = found["less_control"]["bpb"]
     if control is None or not end["values"]:
         return
-    pairs = [(curves[seed], control[seed]["curve"]) for seed in end["values"]]
-    first = pairs[0][1][axis]
-    known = (points >= first[0]) & (points <= first[-1])
-    gaps = []
-    for own, other in pairs:
-        dev_of_other = np.interp(points, other[axis], other["dev"])
-        gaps.append((own["dev"] - dev_of_other)[known])
-    bands = [interval(values) for values in np.transpose(gaps).tolist()]
-    mean, half = np.array(bands, float).reshape(-1, 2).T
-    points = points[known]
+    points, mean, half = gap_curve(found["runs"], control, end["values"], axis)
     bottom.plot(points, mean, label=f"{arm}, on dev", color=color)
     bottom.fill_between(points, mean - half, mean + half, alpha=0.15, linewidth=0, color=color)
     bottom.errorbar(
@@ -919,12 +915,12 @@ def draw_curves(figure: Figure, result: dict) -> np.ndarray:
     ends = []
     for found in result["arms"].values():
         ends += [run["dev"] for run in found["runs"].values() if run["dev"]]
+    limits = (0.97 * min(ends), 1.5 * max(ends)) if ends else None
     for (top, bottom), axis in zip(axes.T, ("tokens", "flops"), strict=True):
+        top.set(ylabel="bits per byte on dev", ylim=limits)
         for color, (arm, found) in enumerate(result["arms"].items()):
             other = None if arm == name else control
             draw_arm(top, bottom, axis, arm, found, other, f"C{color}")
-        limits = (0.97 * min(ends), 1.5 * max(ends)) if ends else None
-        top.set(ylabel="bits per byte on dev", ylim=limits)
         label = "model FLOPs" if axis == "flops" else axis
         bottom.set(xlabel=label, ylabel=f"bits per byte less {name}'s")
         bottom.axhline(0, color="black", linewidth=0.8)
