@@ -232,7 +232,8 @@ class Config:
     prompts: tuple[str, ...] = ("",)  # continued in samples.txt at the end
     sample_tokens: Count = 200  # of each continuation
     sample_temperature: NotNegative = 0.8  # 0 takes the likeliest token
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # gets the rows of metrics.jsonl too
+    # gets the rows of metrics.jsonl too; a function is run, start -> (row -> None)
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] | Callable = "none"
 
 
 def load_config(path: str, /, **given) -> Config:
@@ -351,10 +352,13 @@ def objective_rules(config: Config) -> Rules:
 
 def tracker_rules(config: Config) -> Rules:
     """Whether the tracker's package is here; a directory of its name does not count."""
-    found = config.tracker == "none" or importlib.util.find_spec(config.tracker)
+    tracker = config.tracker
+    if callable(tracker) or tracker == "none":
+        return
+    found = importlib.util.find_spec(tracker)
     yield (
-        found is None or getattr(found, "origin", "") is None,
-        f"tracker is {config.tracker!r}, which is not installed; pip install {config.tracker}",
+        found is None or found.origin is None,
+        f"tracker is {tracker!r}, which is not installed; pip install {tracker}",
     )
 
 
@@ -1083,7 +1087,7 @@ def log_of(run: Run, step: int) -> Log:
     place, sizes = run.directory / "metrics.jsonl", sizes_of(run.plan, run.config.optimizer)
     log = Log(place, step, run.plan, run.config.max_skipped, complete, sizes)
     if not complete:
-        log.track = start_tracker(run.config, run.directory, step)
+        log.track = start_tracker(run, step)
     return log
 
 

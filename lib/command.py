@@ -66,7 +66,7 @@ FIELD_OF = RENAMED | {word: field for field, words in OTHER_NAMES.items() for wo
 OUT = "a run's directory is RUNS/NAME: --runs DIR --name NAME"
 TEXT = ("text comes from the config file's data.sources; one that takes a path has "
         "--data.sources.NAME.documents.path PATH, and configs/mine.py --path PATH reads any")
-TRACKER = "a tracker is named: --tracker wandb or --tracker tensorboard"
+TRACKER = "a tracker is named: --tracker wandb, --tracker tensorboard or --tracker trackio"
 DEVICES = ("all devices that JAX finds are used, those of JAX_PLATFORMS=cpu, cuda or tpu before "
            "the command; --mesh.data N and --mesh.fsdp N lay them out")
 EPOCHS = ("a run's length is --epochs N passes, or --tokens N, or --phases.N.steps; "
@@ -77,7 +77,8 @@ DROPOUT = "the model has none"
 OTHER_ANSWERS = {
     OUT: "out_dir output_dir out save_dir checkpoint_dir ckpt_dir log_dir logdir run_dir workdir",
     TEXT: "dataset datasets data_path data_dir dataset_name train_file train_data corpus",
-    TRACKER: "wandb tensorboard report_to logger wandb_project use_wandb wandb_log track project",
+    TRACKER: "wandb tensorboard trackio report_to logger wandb_project use_wandb wandb_log track "
+             "project",
     DEVICES: "device devices gpus num_gpus gpu cpu cuda tpu accelerator platform backend",
     EPOCHS: "num_epochs num_train_epochs max_epochs n_epochs",
     RESUME: "resume resume_from resume_from_checkpoint checkpoint ckpt ckpt_path pretrained load",

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.disk import metric_rows, read_object
+from lib.tables import HALF_95
 
 MOST_TIME = 0.05  # share of a run's time that drawing may take
 SETTLED = 0.1  # share of the FLOPs after which values decide what a panel shows
-HALF_95 = 1.96  # standard errors in half a 95 % interval
 MOST_NAMED = 12  # sources that the legend names
 HEIGHT = 8.5  # inches; the width is 9
 

@@ -13,7 +13,7 @@ from lib.config import ROOT, to_json, walk
 from lib.disk import digest, write
 from lib.keys import function_key, read_key
 
-NO_MATTER = "name", "runs"  # fields in which equal configs may differ
+NO_MATTER = "name", "runs", "tracker"  # fields in which equal configs may differ
 PACKAGES = "jax", "jaxlib", "optax", "numpy"  # whose versions matter
 CODE = "*.py", "lib/*.py", "configs/*.py"  # files whose every change matters
 

@@ -21,11 +21,9 @@ from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, START, fill
 from lib.processes import is_main_process
 from lib.sharding import put
 from lib.sources import READ_AS
-from lib.tables import columns
+from lib.tables import HALF_95, columns
 from lib.tokenizers import Tokenizer
 from model import CAUSAL, ModelConfig, reparametrised, whole
-
-HALF_95 = 1.96  # standard errors that make half of a 95 % interval
 
 
 @lru_cache(maxsize=8)  # whoever loads a run again has nothing compiled anew

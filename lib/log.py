@@ -21,7 +21,7 @@ from lib.hardware import peak
 from lib.packed import figures
 from lib.processes import is_main_process
 from lib.schedule import Plan
-from lib.tables import printable
+from lib.tables import in_words, printable
 from model import count
 
 RECENT = 100  # losses that a new one is compared with
@@ -190,8 +190,7 @@ class Log:
         if not found:
             return
         self.row({"step": step, **found, **self.plan.spent(step)})
-        said = (f"{name.removeprefix('eval/')} {value:.4f}" for name, value in found.items())
-        say(f"step {step}: {', '.join(said)}")
+        say(f"step {step}: {in_words(found)}")
         if is_main_process():
             follow(self.path.parent, self.sync)
 

@@ -150,6 +150,48 @@ def curve_of(rows: list[dict], elsewhere: float) -> dict[str, list[float]]:
 
 # ------------------------------------------------------------------------------------- two arms
 
+def dev_curve(runs: dict, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(places on an axis, the mean there of an arm's runs in bits per byte on dev), or None.
+
+    runs: of a study's result, by seed. axis: "tokens" or "flops".
+    """
+    curves = []
+    for run in runs.values():
+        curve = run.get("curve", {})
+        if not curve.get("dev"):
+            return None
+        curves.append(curve)
+    points = np.array(curves[0][axis], float)
+    dev = [curve["dev"] for curve in curves]
+    return points, np.mean(dev, 0)
+
+
+def gap_curve(runs: dict, control: dict, seeds, axis: str) -> tuple[np.ndarray, ...]:
+    """(places on an axis, mean difference to the control's dev curve, half its 95 % interval).
+
+    Only where the control's curve is known; runs and control are those of a result, by seed.
+    """
+    seeds = list(seeds)
+    points = np.array(runs[seeds[0]]["curve"][axis], float)
+    first = control[seeds[0]]["curve"][axis]
+    begun = points >= first[0]
+    ended = points > first[-1]
+    known = begun & ~ended
+    gaps = []
+    for seed in seeds:
+        own = runs[seed]["curve"]
+        other = control[seed]["curve"]
+        dev_of_other = np.interp(points, other[axis], other["dev"])
+        gap = own["dev"] - dev_of_other
+        gaps.append(gap[known])
+    by_point = np.transpose(gaps)
+    bands = [interval(values) for values in by_point.tolist()]
+    bands = np.array(bands, float)
+    bands = bands.reshape(-1, 2)
+    mean, half = bands.T
+    return points[known], mean, half
+
+
 def reach(budget: list[float], losses: list[float], target: float) -> float:
     """The budget at which a curve first comes down to `target`, linear between its points.
 

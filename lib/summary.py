@@ -16,9 +16,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece
 
 
 def commit() -> str:
-    """The commit of this repository; empty where it is none."""
+    """The commit of this repository; empty where it is none, or where git is missing."""
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def made_by() -> dict:

@@ -89,7 +89,7 @@ SLOWEST = [
     "test_study.py",
     "test_own_held_out.py",
 ]
-LONG_MARKS = ("soak", "study", "library", "readme")
+LONG_MARKS = ("soak", "study", "library", "readme", "notebook")
 
 
 def place(item) -> int:

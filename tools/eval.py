@@ -52,7 +52,6 @@ from lib.core_tasks import Task, core_figures, read_core
 from lib.corpus import open_caches, open_held_out
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import (
-    HALF_95,
     Setting,
     evaluators,
     open_source,
@@ -62,7 +61,7 @@ from lib.evaluate import (
     write_figures,
 )
 from lib.sharding import MeshConfig, make_mesh, shardings
-from lib.tables import columns, printable
+from lib.tables import HALF_95, columns, printable
 from lib.tasks import json_lines, minimal_pairs, tasks
 from model import table
 from train import load

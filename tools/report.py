@@ -4,7 +4,6 @@ RUN is the directory of a run, ended or not, or of a study: its result, and the 
 compares (all its runs while it has no result). The page is tools/report.html with the gaps filled
 in. Curves are thinned to some hundred points, with the least and the greatest value around each.
 """
-import base64
 import collections
 import html
 import json
@@ -17,14 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.arguments import Arguments
+from lib.charts import Line, chart
 from lib.config import ROOT, flatten
 from lib.disk import metric_rows, read_object, user_path, write
 from lib.errors import InputError
+from lib.statistics import dev_curve, gap_curve
+from lib.tables import HALF_95
 
-HALF_95 = 1.96  # standard errors in half a 95 % interval
 COLORS = 7  # the page has them
-WIDTH = 160  # of the picture of an interval, in pixels
-EDGE = 6  # pixels to the left and right of its scale
+WIDTH = 190  # of the picture of an interval, in pixels
+EDGE = 26  # pixels to the left and right of its scale, where the name of a mark may stand
 POWERS = " kMBT"  # of 1, 10^3, 10^6, 10^9 and 10^12
 DASHES = "", "7 3", "2 2.5", "9 3 2 3"
 NUMBERS = 250_000  # in all curves of a page, which makes about 2 MB
@@ -45,6 +46,12 @@ COMPRESSED = {  # key of a summary: the head of its column
     "xz_bpb": ("xz -9", ALONE),
     "gzip_together_bpb": ("gzip -9", TOGETHER),
     "xz_together_bpb": ("xz -9", TOGETHER),
+}
+NAMED = {"gzip", "xz"}  # marks whose names stand beside them
+MEASURES = {  # of a claim, in words
+    "bpb": "test, bits per byte",
+    "dev": "dev, bits per byte",
+    "train/loss": "training loss, nats per token",
 }
 VERDICTS = "confirmed", "reversed", "undecided"  # which the page's style knows
 NOT_JUDGED = "not judged"
@@ -145,14 +152,19 @@ def picture(interval: Interval, low: float, high: float) -> str:
         return f"{EDGE + (WIDTH - 2 * EDGE) * share:.1f}"
 
     lines = []
+    least = min(interval.marks.values(), default=0.0)
     for name, value in interval.marks.items():
         x = place(value)
         title = f"<title>{text(name)} {value:.3f}</title>"
         lines.append(f'<line class="mark {text(name)}" x1={x} x2={x} y1=2 y2=20>{title}</line>')
+        if name in NAMED:  # of two marks one is named on the left, the other on the right
+            side = "end" if value == least else "start"
+            lines.append(f"<text x={x} y=32 text-anchor={side}>{text(name)}</text>")
     left, right = ends_of(interval)
     label = f"{interval.middle:.3f} ± {interval.half or 0:.3f}"
+    height = 34 if interval.marks.keys() & NAMED else 22
     return (
-        f'<svg class=interval width={WIDTH} height=22 role=img aria-label="{label}">'
+        f'<svg class=interval width={WIDTH} height={height} role=img aria-label="{label}">'
         f"{''.join(lines)}<line x1={place(left)} x2={place(right)} y1=11 y2=11></line>"
         f"<circle cx={place(interval.middle)} cy=11 r=3.5></circle></svg>"
     )
@@ -541,7 +553,7 @@ def overview_table(runs: list[Run], names: list[str]) -> str:
         head("run"),
         head("state"),
         head("test", "bits per byte"),
-        head("95 % interval", "dashed: gzip -9\nline: xz -9"),
+        head("95 % interval", "bits per byte"),
         *(head(*COMPRESSED[key]) for key in compressed),
         head("dev", "bits per byte"),
         head("training loss", "nats per token"),
@@ -688,8 +700,7 @@ def arms_of(result: dict) -> str:
     """A study's arms, and their differences to the control with 95 % intervals."""
     control, arms = result["control"], result["arms"]
     tested = any(arm["bpb"][0] is not None for arm in arms.values())
-    heads = [head("arm"), head("learning rate")]
-    heads += [head("training", "tokens"), head("training", "FLOPs")]
+    heads = [head("arm")]
     if tested:
         heads += [
             head("test", "bits per byte"),
@@ -698,13 +709,14 @@ def arms_of(result: dict) -> str:
             head("speed-up", "share of FLOPs"),
             head("speed-up", "share of tokens"),
         ]
+    heads += [head("learning rate"), head("training", "tokens"), head("training", "FLOPs")]
     less = {name: arm["less_control"] for name, arm in arms.items() if name != control}
     bits = [own["bpb"] for own in less.values()]
     intervals = [Interval(own["mean"], own["half"], {"zero": 0.0}) for own in bits]
     images = dict(zip(less, pictures(intervals), strict=True))
     rows = [heads]
     for name, arm in arms.items():
-        row = [text(name), rate_of(arm), count(arm["tokens"]), figure(arm["flops"], ".2e")]
+        row = [text(name)]
         if tested:
             row.append(figure(arm["bpb"][0], ".4f", arm["bpb"][1]))
             if name == control:
@@ -714,6 +726,7 @@ def arms_of(result: dict) -> str:
                 row += ["tested on other documents", "", "", ""]
             else:
                 row += compared(less[name], images[name])
+        row += [rate_of(arm), count(arm["tokens"]), figure(arm["flops"], ".2e")]
         rows.append(row)
     return table(rows, "numbers")
 
@@ -734,6 +747,15 @@ def compared(less: dict, image: str) -> list[str]:
     return [cells[0], image, *cells[1:]]
 
 
+def in_words(measure: str) -> str:
+    """What a claim is about, with its unit where that is known."""
+    name, _, unit = measure.removeprefix("eval/").rpartition("/")
+    if measure.startswith("eval/") and unit in UNITS:
+        split = "test" if name.endswith(".test") else "dev"
+        return f"{split} of {name.removesuffix('.test')}, {UNITS[unit]}"
+    return MEASURES.get(measure, measure)
+
+
 def claim_of(claim: dict, quick: bool) -> str:
     """A claim with its verdict, the figure behind it, and the bound that was claimed."""
     verdict = claim["verdict"]
@@ -746,8 +768,9 @@ def claim_of(claim: dict, quick: bool) -> str:
         whose = f", {claim['arm']}"
     if claim["control"]:
         whose, form = f"{whose} less {claim['control']}", "+.4f"
+    measure = in_words(claim["measure"])
     return (
-        f"<li>{span(kind, verdict)} {text(claim['says'])} <small>({text(claim['measure'] + whose)}: "
+        f"<li>{span(kind, verdict)} {text(claim['says'])} <small>({text(measure + whose)}: "
         f"{figure(claim['mean'], form, claim['half'])}; "
         f"claimed {side} {text(claim.get(side))})</small></li>"
     )
@@ -797,8 +820,8 @@ def notes_of(result: dict) -> list[str]:
     return notes
 
 
-def study(path: Path, result: dict) -> str:
-    """A study's result: claims with their verdicts, tables with intervals, and its picture."""
+def study(result: dict) -> str:
+    """A study's result: claims with their verdicts, tables with intervals, and curves."""
     seeds, cost = result["seeds"], result["cost"]
     said = f"{text(seeds)} paired seeds."
     if seeds == 1:
@@ -814,12 +837,35 @@ def study(path: Path, result: dict) -> str:
     if claims:
         pieces.append(f"<ul class=claims>{''.join(claims)}</ul>")
     pieces += [arms_of(result), measures_of(result), conclusions_of(result)]
-    picture = path / "study.png"
-    if picture.is_file():
-        image = base64.b64encode(picture.read_bytes()).decode()
-        says = text(f"Dev curves, and differences to {result['control']}")
-        pieces.append(f'<img alt="{says}" src="data:image/png;base64,{image}">')
+    charts = charts_of(result)
+    if charts:
+        pieces.append(f"<div class=charts>{''.join(charts)}</div>")
     return "".join([*pieces, "</section>"])
+
+
+def charts_of(result: dict) -> list[str]:
+    """Dev curves of a study's arms, and their differences to the control's, by tokens and FLOPs."""
+    name = result["control"]
+    control = result["arms"][name]["runs"]
+    charts = []
+    for axis, across in (("tokens", "training tokens"), ("flops", "model FLOPs")):
+        curves, gaps = [], []
+        for place, (arm, found) in enumerate(result["arms"].items()):
+            color, curve = place % COLORS, dev_curve(found["runs"], axis)
+            if curve is None:
+                continue
+            other = ", other documents" if found.get("other_documents") else ""
+            curves.append(Line(arm + other, color, *curve))
+            end = found["less_control"]["bpb"]
+            if arm != name and end["values"]:
+                gap = gap_curve(found["runs"], control, end["values"], axis)
+                gaps.append(Line(arm, color, *gap, (found[axis], end["mean"], end["half"])))
+        if curves:
+            charts.append(chart("Dev (bits per byte)", across, curves))
+        if gaps:
+            title = f"Less {name}'s (bits per byte): dev along the way, test at the end"
+            charts.append(chart(title, across, gaps, zero=True))
+    return charts
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -846,7 +892,7 @@ def page(titles: list[str], runs: list[Run], studies: list[tuple[Path, dict]]) -
         "title": some([text(title) for title in titles]),
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "runs": str(len(runs)),
-        "studies": "".join(study(path, result) for path, result in studies),
+        "studies": "".join(study(result) for _, result in studies),
         "overview": overview(runs, names),
         "documents": documents_note(runs),
         "at_the_end": at_the_end(runs, names),

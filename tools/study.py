@@ -1,7 +1,7 @@
 """A study: arms over paired seeds, each at its own best peak learning rate, beside a control.
 
     python train.py study FILE [--seeds N] [--arms A,B] [--quick] [--jobs N] [--runs DIR]
-                               [--record] [--json]
+                               [--record] [--json] [--tracker NAME]
 
 FILE defines `study = Study(...)`; lib/study.py says what that may hold.
 
@@ -18,7 +18,7 @@ one for another arm, by the same code, is linked to in the place of a new run.
 
 --quick takes the study's `quick` fields, the middle rate and two seeds. It shows that the study
 runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/.
---json prints the same as one line, the last one.
+--json prints the same as one line, the last one. --tracker is that of each run, see docs/runs.md.
 
 Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, each made by the ordinary command in a process of
 its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores.
@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from lib import equal, results
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, run_json, to_json, walk
+from lib.curves import Series, above
 from lib.disk import digest, finite, read_object, user_path, write
 from lib.errors import InputError
 from lib.fields import allowed_names
@@ -54,6 +55,8 @@ from lib.statistics import (
     best_rate,
     compare,
     conclude,
+    dev_curve,
+    gap_curve,
     interval,
     next_rate,
     run_figures,
@@ -110,6 +113,7 @@ class Request(NamedTuple):
     seeds: int
     quick: bool
     jobs: int  # runs at a time where there are no GPUs
+    tracker: str = ""  # of its runs; empty: what their configs say
 
     @property
     def whole(self) -> bool:
@@ -174,7 +178,7 @@ def read(a: argparse.Namespace) -> Request:
     seeds = a.seeds or (QUICK_SEEDS if a.quick else study.seeds)
     name = Path(a.file).stem + ("-quick" if a.quick else "")
     directory = user_path(a.runs) / name
-    return Request(a.file, study, directory, arms, seeds, a.quick, a.jobs)
+    return Request(a.file, study, directory, arms, seeds, a.quick, a.jobs, a.tracker)
 
 
 def check_record(request: Request) -> Path:
@@ -235,6 +239,8 @@ def command(request: Request, job: Job, keys: dict[str, str] | None = None) -> l
             directory = request.directory / Job(name, None, job.seed).name
             fields[path] = f"{keys[name] if keys else directory}{step}"
     fields |= {"runs": request.directory, "name": job.name}
+    if request.tracker:
+        fields["tracker"] = request.tracker
     words = [f"{request.path}:{job.arm}"]
     for path, value in fields.items():
         words += [f"--{path}", str(value)]
@@ -434,7 +440,7 @@ class Runner:
         words = command(self.request, job)
         line = [sys.executable, ROOT / "train.py", *words]
         with open(self.log_of(job), "ab") as out:
-            env = KEEP_COMPILED | os.environ | where
+            env = KEEP_COMPILED | grouped(self.request, job) | os.environ | where
             process = subprocess.Popen(line, stdout=out, stderr=out, env=env)
         self.running.add(process)
         if not on_gpu and self.request.jobs > 1 and device:
@@ -464,6 +470,13 @@ class Runner:
     def log_of(self, job: Job) -> Path:
         """Where a run's output goes."""
         return self.request.directory / f"{job.name}.log"
+
+
+def grouped(request: Request, job: Job) -> dict[str, str]:
+    """What a run's tracker reads, unless the environment says otherwise: its study and its tags."""
+    rate = "own" if job.rate is None else f"{job.rate:g}"
+    tags = job.arm, f"peak {rate}", f"seed {job.seed}"
+    return {"WANDB_RUN_GROUP": request.directory.name, "WANDB_TAGS": ",".join(tags)}
 
 
 def check_claimed(request: Request, job: Job, last: dict):
@@ -873,27 +886,20 @@ def draw_measures(panel, result: dict):
 
 
 def draw_arm(top, bottom, axis: str, arm: str, found: dict, control: dict | None, color: str):
-    """An arm's mean dev curve and its differences to the control's runs, None for the control."""
-    curves = {seed: run["curve"] for seed, run in found["runs"].items()}
-    if not all(curve["dev"] for curve in curves.values()):
+    """An arm's mean dev curve and its differences to the control's runs, None for the control.
+
+    A curve that begins above its panel says so.
+    """
+    curve = dev_curve(found["runs"], axis)
+    if curve is None:
         return
-    points = np.array(next(iter(curves.values()))[axis])
-    dev = np.mean([curve["dev"] for curve in curves.values()], 0)
     label = f"{arm}, other documents" if found.get("other_documents") else arm
-    top.plot(points, dev, ".-", label=label, color=color)
+    label += above(Series(*curve), top.get_ylim()[1])
+    top.plot(*curve, ".-", label=label, color=color)
     end = found["less_control"]["bpb"]
     if control is None or not end["values"]:
         return
-    pairs = [(curves[seed], control[seed]["curve"]) for seed in end["values"]]
-    first = pairs[0][1][axis]
-    known = (points >= first[0]) & (points <= first[-1])
-    gaps = []
-    for own, other in pairs:
-        dev_of_other = np.interp(points, other[axis], other["dev"])
-        gaps.append((own["dev"] - dev_of_other)[known])
-    bands = [interval(values) for values in np.transpose(gaps).tolist()]
-    mean, half = np.array(bands, float).reshape(-1, 2).T
-    points = points[known]
+    points, mean, half = gap_curve(found["runs"], control, end["values"], axis)
     bottom.plot(points, mean, label=f"{arm}, on dev", color=color)
     bottom.fill_between(points, mean - half, mean + half, alpha=0.15, linewidth=0, color=color)
     bottom.errorbar(
@@ -909,12 +915,12 @@ def draw_curves(figure: Figure, result: dict) -> np.ndarray:
     ends = []
     for found in result["arms"].values():
         ends += [run["dev"] for run in found["runs"].values() if run["dev"]]
+    limits = (0.97 * min(ends), 1.5 * max(ends)) if ends else None
     for (top, bottom), axis in zip(axes.T, ("tokens", "flops"), strict=True):
+        top.set(ylabel="bits per byte on dev", ylim=limits)
         for color, (arm, found) in enumerate(result["arms"].items()):
             other = None if arm == name else control
             draw_arm(top, bottom, axis, arm, found, other, f"C{color}")
-        limits = (0.97 * min(ends), 1.5 * max(ends)) if ends else None
-        top.set(ylabel="bits per byte on dev", ylim=limits)
         label = "model FLOPs" if axis == "flops" else axis
         bottom.set(xlabel=label, ylabel=f"bits per byte less {name}'s")
         bottom.axhline(0, color="black", linewidth=0.8)
@@ -959,6 +965,7 @@ def arguments_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1,
                         help="runs at a time where there are no GPUs; 1")
     parser.add_argument("--runs", default="runs", help="where the study's directory is; runs")
+    parser.add_argument("--tracker", default="", help="of the runs, as --tracker of a run")
     parser.add_argument("--record", action="store_true",
                         help="write the figures to results/CHAPTER/METHOD.json")
     parser.add_argument("--json", action="store_true",
