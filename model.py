@@ -201,7 +201,9 @@ def table(config: ModelConfig) -> dict[str, Param]:
     made = config.rows(config, rows)
     require_gave(isinstance(made, dict), ROWS, config.rows, made)
     for name, row in made.items():
-        fine = isinstance(name, str) and isinstance(row, Param) and row.whole
+        fine = isinstance(name, str) and isinstance(row, Param)
+        if config.vocab:  # else some sizes are 0 until the tokenizer is known
+            fine = fine and row.whole
         require_gave(fine, ROWS, config.rows, {name: row}, ", with a size above 0 for each axis")
     return made
 

@@ -53,15 +53,18 @@ def shape(layers: int = 4, embed: int = 128, vocab: int = 1024) -> ModelConfig:
 
 
 def scaled(config: Config, steps: int) -> Config:
-    """A config of one phase, for another number of steps."""
-    return replace(config, phases=(replace(config.phases[0], steps=steps),))
+    """A config of one phase, for another number of steps. The warm-up is as long a share of them."""
+    phase, schedule = config.phases[0], config.schedule
+    warmup = round(schedule.warmup * steps / phase.steps)
+    return replace(config, phases=(replace(phase, steps=steps),),
+                   schedule=replace(schedule, warmup=warmup))
 
 
 small = Config(  # 1.1 million parameters, 0.3 million tokens
     model=shape(),
     data=DataConfig(sources={"stdlib": Source(stdlib)}, dev=0.03, test=0.03, shard_tokens=2**20),
     phases=(Phase(steps=300, batch=8, seq=128),),
-    schedule=Schedule(shape="wsd", peak=8e-3, warmup=60, decay=0.4, final=0.05),
+    schedule=Schedule(shape="wsd", peak=8e-3, warmup=40, decay=0.4, final=0.05),
     overlap=16,
     eval_every=75,
     eval_tokens=16_384,
@@ -73,7 +76,7 @@ deep = Config(  # 1.8 million parameters, 1.2 million tokens
     model=shape(layers=8),
     data=DataConfig(sources={"stdlib": Source(stdlib)}, shard_tokens=2**20),
     phases=(Phase(steps=600, batch=8, seq=256),),
-    schedule=Schedule(shape="wsd", peak=8e-3, warmup=100, decay=0.4, final=0.05),
+    schedule=Schedule(shape="wsd", peak=8e-3, warmup=80, decay=0.4, final=0.05),
     eval_every=100,
     eval_tokens=32_768,
     save_every=1_000,

@@ -224,7 +224,9 @@ def split(tokenizer: Tokenizer, kind: str, before: str, question: Question) -> l
     return [(row[:start], row[start:]) for row, start in zip(options, starts, strict=True)]
 
 
-def answers_rightly(params, apply: Callable, tokenizer: Tokenizer, task: Task, seq: int) -> np.ndarray:
+def answers_rightly(
+    params, apply: Callable, tokenizer: Tokenizer, task: Task, seq: int
+) -> np.ndarray:
     """Whether the model answers each question of a task rightly, bool [questions].
 
     It chooses the option with the fewest nats an id of its continuation. A text goes on rightly

@@ -70,10 +70,12 @@ def plan_rules(plan: np.ndarray, lengths: np.ndarray, seq: int) -> Iterator[tupl
     """Pairs of which pieces of a plan break a rule [pieces], and the rule."""
     row, segment, document, start, length, quiet = plan.T
     last = len(lengths) - 1
-    unknown = (document < 0) | (document > last)
+    unknown = document < 0
+    unknown |= document > last
     yield unknown, f"documents from 0 to {last}"
     left = lengths[document] - start
-    outside = (start < 0) | (length > left)
+    outside = start < 0
+    outside |= length > left
     outside |= length < 1
     yield outside, "pieces within their documents"
     before = np.append(-1, row[:-1])
@@ -83,7 +85,8 @@ def plan_rules(plan: np.ndarray, lengths: np.ndarray, seq: int) -> Iterator[tupl
     used = np.bincount(row, length)
     full = used[row] > seq
     yield full, f"rows of at most {seq} positions"
-    loud = (quiet < 0) | (quiet > length)
+    loud = quiet < 0
+    loud |= quiet > length
     yield loud, "QUIET from 0 to LENGTH"
     yield segment < 1, "segments from 1"
 
@@ -335,9 +338,11 @@ def mix(bits: np.ndarray) -> np.ndarray:
 
 def sorted_rows(plan: np.ndarray, score: np.ndarray) -> np.ndarray:
     """A plan with its rows by rising mean score [documents] of their positions."""
-    row, positions = plan[:, ROW], plan[:, LENGTH]
+    row = plan[:, ROW]
+    positions = plan[:, LENGTH]
     of_piece = score[plan[:, DOCUMENT]]
-    mean = np.bincount(row, positions * of_piece) / np.bincount(row, positions)
+    total = np.bincount(row, positions * of_piece)
+    mean = total / np.bincount(row, positions)
     order = np.argsort(mean, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))

@@ -474,7 +474,7 @@ def test_float64_is_float64_throughout(untied, params):
 # Loss and gradient norm of two AdamW steps from the table's own draw, as this code gave them on a
 # CPU with jax 0.10.2. They move only when the draw, the forward pass, the gradient or the optimiser
 # do. Where one is meant to, run the test and write down what it prints.
-GOLDEN = [6.6280193, 7.6271968, 3.5236564, 3.5688332]
+GOLDEN = [6.6280193, 7.6271968, 3.4647999, 4.1677771]
 
 
 def test_the_first_two_steps_give_the_golden_figures(tiny, drawn):
