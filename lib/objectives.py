@@ -99,13 +99,11 @@ def is_made(found, row: dict) -> bool:
 
 
 def in_vocabulary(row: dict, last: int) -> bool:
-    """Whether a row's tokens, and its targets that count, are ids, and its weights are finite.
+    """Whether a row's tokens are ids, and its weights are finite.
 
-    last: the largest id.
+    last: the largest id. Targets may be others than ids: a config's own `outputs` say which.
     """
-    weights = row["weights"]
-    counted = row["targets"][weights != 0]
-    ids = np.concatenate([row["tokens"], counted])
+    weights, ids = row["weights"], row["tokens"]
     if ids.dtype.kind not in "iu":
         return False
     inside = (ids >= 0) & (ids <= last)
