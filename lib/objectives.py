@@ -99,12 +99,13 @@ def is_made(found, row: dict) -> bool:
 
 
 def in_vocabulary(row: dict, last: int) -> bool:
-    """Whether a row's tokens are ids, and its weights are finite.
+    """Whether a row's tokens are ids, no target that counts is below 0, and weights are finite.
 
-    last: the largest id. Targets may be others than ids: a config's own `outputs` say which.
+    last: the largest id. Targets may be larger: they may be labels of a config's own `outputs`.
     """
     weights, ids = row["weights"], row["tokens"]
-    if ids.dtype.kind not in "iu":
+    counted = row["targets"][weights != 0]
+    if ids.dtype.kind not in "iu" or np.any(counted < 0):
         return False
     inside = (ids >= 0) & (ids <= last)
     finite = np.isfinite(weights)
