@@ -107,3 +107,8 @@ def test_documents_are_of_about_the_length_that_is_asked_for():
 def test_what_cannot_be_measured_is_refused_in_one_sentence(words, said):
     with pytest.raises(InputError, match=said):
         train.verb("bench", ["--suite", "gpu", *words])
+
+
+def test_a_suite_that_is_none_is_refused():
+    with pytest.raises(InputError, match="--suite is 'cpu'; allowed is gpu"):
+        train.verb("bench", ["--suite", "cpu"])
