@@ -468,7 +468,7 @@ def summed(loss: Loss, moving: dict, still: dict, batch: dict, step, mask: Mask,
     def own(moving, still, batch):
         return accumulated(loss.gradient(moving, still, step, mask), batch, parts)
 
-    if loss.adds_up and applies(len(batch["tokens"])):
+    if loss.adds_up and applies(len(batch["tokens"]), parts):
         return summed_over_devices(own, moving, still, batch, table(loss.model))
     return own(moving, still, batch)
 

@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 from lib.sharding import ROWS, parts, rule, split_of
 
 
-def applies(rows: int) -> bool:
-    """Whether several devices share this many rows, and nothing else of a product."""
+def applies(rows: int, taken_in: int) -> bool:
+    """Whether several devices share rows that are taken in so many parts, and nothing else."""
     mesh = get_abstract_mesh()
     if mesh.empty or mesh.shape["tensor"] > 1:
         return False
-    return parts(mesh, ROWS) > 1 and rows % parts(mesh, ROWS) == 0
+    devices = parts(mesh, ROWS)
+    return devices > 1 and rows % (devices * taken_in) == 0
 
 
 def summed_over_devices(
