@@ -87,7 +87,14 @@ from lib.packed import pack
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
-from lib.resume import changed_fields, own_tokenizer, resume_key, start_config, start_from
+from lib.resume import (
+    changed_fields,
+    own_tokenizer,
+    resume_key,
+    rounding_key,
+    start_config,
+    start_from,
+)
 from lib.schedule import Plan, Schedule, check_declared, checked_edit, make_plan
 from lib.seams import (
     EDIT,
@@ -179,7 +186,7 @@ class Phase:
         size = self.batch * self.seq
         at = join(path, "lengths")
         said = f"{at} ends in {{reason}}; allowed is progress -> {{row length: weight}}"
-        with user_errors(Exception, InputError, said):  # a config's function may raise anything
+        with user_errors(Exception, InputError, said):  # of the config
             lengths = list(self.lengths(0.0)) if self.lengths else [self.seq]
             odd = any(size % length for length in lengths)
         yield (odd, f"{at} gives {lengths}; allowed are divisors of batch x seq ({size})")
@@ -764,7 +771,8 @@ def check_batches(config: Config, mesh: Mesh):
         if any(phase.batch * phase.seq // n % parts for n in batch_lengths(phase)[0]):
             raise InputError(
                 f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
-                f"{rows} devices on the mesh axes data and fsdp, times accumulate"
+                f"{rows} devices on the mesh axes data and fsdp, times accumulate, which may be "
+                "another one on resuming"
             )
 
 
@@ -825,6 +833,13 @@ def restore(run: Run, step: int) -> State:
         raise InputError(
             f"run {run.directory} was trained on other text than the sources give now "
             f"({', '.join(run.caches)}); put that back, or use another --name"
+        )
+    now = rounding_key(run.config, run.mesh.size)
+    rounded = changed_fields(meta.get("rounding", now), now)
+    if rounded:
+        say(
+            f"what changes rounding alone is another than at step {step}: {'; '.join(rounded)}; "
+            "from here on figures are the same but for rounding"
         )
     like = state_like(from_json(ModelConfig, meta["model"]), run.config.optimizer, run.mesh)
     state = run.checkpoints.state(step, like)
@@ -1018,6 +1033,7 @@ def save(run: Run, state: State, step: int, log: Log):
             "log": run.loader.log,
             "start": run.loader.start,
             "past": resume_key(run.config, run.plan, step),
+            "rounding": rounding_key(run.config, run.mesh.size),
             "positions": dict(zip(run.caches, positions, strict=True)),
             "tokenizer": content_hash(run.tokenizer.model).hex(),
         },

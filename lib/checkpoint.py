@@ -147,7 +147,7 @@ class Checkpoints:
         """What writing meets, as one sentence; Orbax gives a full disk as any kind of exception."""
         last = [0, *self.steps()][-1]
         return user_errors(
-            Exception,
+            Exception,  # of Orbax, which gives a full disk as any kind
             InputError,
             f"no checkpoint can be written to {self.root} ({{reason}}); "
             f"make room, and the same command resumes from step {last}",
@@ -177,7 +177,8 @@ class Checkpoints:
     def attempt(self, step: int, wanted: ocp.args.Composite):
         """Read items once; Damaged where Orbax raises any of its many exceptions."""
         eagerly = jax.ensure_compile_time_eval()  # an edit may load a run while shapes are traced
-        with eagerly, user_errors(Exception, Damaged, self.damaged(step, "{reason}")):
+        said = self.damaged(step, "{reason}")
+        with eagerly, user_errors(Exception, Damaged, said):  # of Orbax, which has many kinds
             return self.manager.restore(step, args=wanted)
 
     def damaged(self, step: int, reason: str) -> str:

@@ -56,7 +56,7 @@ def write(path: Path, content: bytes | str):
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
-    except BaseException:
+    except BaseException:  # of Python, an interrupt too: half a file must not stay
         partial.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)

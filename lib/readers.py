@@ -225,7 +225,7 @@ def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str =
     try:
         examples = tensorflow_datasets.data_source(
             data_set, split=split, data_dir=place, download=False)
-    except Exception as error:  # TFDS has a class for each: no data set, no split, not ArrayRecord
+    except Exception as error:  # of TFDS: a class for each of no data set, no split, no record
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"TFDS cannot open {data_set!r}, split {split!r}, in "
                          f"{data_dir or 'its own directory'} as ArrayRecord: {reason}") from None
@@ -235,7 +235,7 @@ def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str =
             record = retried(partial(examples.__getitem__, number), data_set)
         except InputError:
             raise
-        except Exception:  # the reader and the decoders of TFDS share no class of errors
+        except Exception:  # of TFDS, whose reader and decoders share no class
             yield Skipped(name, "unreadable")
             continue
         yield compose(without_numpy(record), name, content, meta, key)

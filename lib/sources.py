@@ -149,7 +149,7 @@ def listing(path: str) -> tuple[Any, list[tuple[str, str]], list[Skipped]]:
         fs, base, kinds = seen_in(path)
     except (ImportError, ValueError, OSError) as error:  # a protocol is unknown, or wants a package
         raise InputError(f"source path {path!r} cannot be read: {error}") from None
-    except Exception as error:  # without a network each file system of fsspec has its own
+    except Exception as error:  # of fsspec: without a network each file system has its own
         raise InputError(f"source path {path!r} cannot be read ({first_cause(error)}); is there a "
                          "network, and are you allowed to read it?") from None
     named = [(place[len(base):].lstrip("/"), place) for place in kinds]
@@ -229,7 +229,7 @@ def texts_in(fs, name: str, place: str, separator: str = "",
         except EOFError:
             yield Skipped(name, "truncated archive", doubtful=given)
             break
-        except Exception as error:  # each file system and each kind of archive has its own
+        except Exception as error:  # of fsspec and of archives, each of which has its own
             if getattr(error, "errno", None) is None:  # none of the disk's
                 yield Skipped(name, "unreadable", doubtful=given)
                 break

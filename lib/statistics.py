@@ -347,7 +347,7 @@ def seeds_of(figures: dict[str, dict[str, np.ndarray]]) -> int:
 def numbers(name: str, function: Callable, figures: dict) -> dict[str, float]:
     """{what it says: value} of a conclusion's function. Raises InputError for what is no number."""
     sentence = f"the conclusion {name!r} ends in {{reason}}; allowed is figures -> number"
-    with user_errors(Exception, InputError, sentence):  # a study's function may raise anything
+    with user_errors(Exception, InputError, sentence):  # of the study's function
         with np.errstate(all="ignore"):
             given = function(figures)
         if not isinstance(given, dict):

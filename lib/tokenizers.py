@@ -176,7 +176,7 @@ class HuggingFace:
         facts = json.loads(model)
         self.vocab, self.bos, self.eos = facts["vocab"], facts["bos"], facts["eos"]
         said = "tokenizer.json cannot be read by the package tokenizers: {error}"
-        with user_errors(Exception, sentence=said):  # the package raises bare Exceptions
+        with user_errors(Exception, sentence=said):  # of tokenizers, which raises bare ones
             self.processor = tokenizers.Tokenizer.from_str(json.dumps(facts["tokenizer"]))
         self.processor.no_truncation()
         self.processor.no_padding()

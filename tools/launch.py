@@ -131,7 +131,7 @@ def run(command: list[str]) -> int:
     """Run a command of all processes; its exit code."""
     try:
         return train.main(command)
-    except Exception as error:  # whatever it is, the other processes must not wait for this one
+    except Exception as error:  # of anything: the other processes must not wait for this one
         if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
             time.sleep(2 * LISTEN)  # if the other one said why, that is said in place of this
             complain(f"another process does not answer ({first_cause(error)}); the same command "
