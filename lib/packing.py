@@ -62,7 +62,8 @@ def cut(lengths: np.ndarray, seq: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     lengths = np.asarray(lengths, np.int64)
     number = -(-lengths // seq)  # rounded up
     document = np.repeat(np.arange(len(lengths)), number)
-    first = np.repeat(np.cumsum(number) - number, number)
+    before = np.cumsum(number) - number
+    first = np.repeat(before, number)
     start = seq * (np.arange(len(document)) - first)
     length = np.minimum(seq, lengths[document] - start)
     return document, start, length
@@ -277,7 +278,8 @@ def sorted_rows(plan: np.ndarray, score: np.ndarray) -> np.ndarray:
     """A plan with its rows by rising mean score [documents] of their positions."""
     row, positions = plan[:, ROW], plan[:, LENGTH]
     of_piece = score[plan[:, DOCUMENT]]
-    mean = np.bincount(row, positions * of_piece) / np.bincount(row, positions)
+    total = np.bincount(row, positions * of_piece)
+    mean = total / np.bincount(row, positions)
     order = np.argsort(mean, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
