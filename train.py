@@ -395,15 +395,16 @@ class Loss(NamedTuple):
 
     def sums(self, trained: dict, frozen: dict, batch: dict, step, mask: Mask):
         """(numerator, (denominator, metrics)) of a batch; the gradient is that of `trained`."""
-        params = reparametrised(self.reparam, trained | frozen, step, batch, self.model)
-        states, given = forward(params, batch, mask, self.model)
+        model = self.model
+        params = reparametrised(self.reparam, trained | frozen, step, batch, model)
+        states, given = forward(params, batch, mask, model)
         if self.is_plain:
-            numerator = weighted_sum(params, states, batch, self.model)
+            numerator = weighted_sum(params, states, batch, model)
             return numerator, (jnp.sum(batch["weights"]), {})
         told = {"step": step}
-        each = chunked_losses(params, states, given, batch, self.model, self.token_loss, told)
-        told |= {"params": params, "config": self.model}
-        found = bind(self.reduce, extras=told | given)(each, batch)
+        each = chunked_losses(params, states, given, batch, model, self.token_loss, told)
+        extras = {"step": step, "params": params, "config": model, **given}
+        found = bind(self.reduce, extras=extras)(each, batch)
         require_gave(is_reduced(found), REDUCE, self.reduce, found)
         (numerator, denominator), metrics = found
         return numerator, (denominator, metrics)
@@ -457,16 +458,28 @@ def accumulated(gradient: Callable, batch: dict, parts: int):
     """gradient(batch), the batch taken in so many parts: sums are added up, metrics averaged."""
     if parts == 1:
         return gradient(batch)
-    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-    like = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split))
+    split = jax.tree.map(lambda x: in_parts(x, parts), batch)
+    first = jax.tree.map(lambda x: x[0], split)
+    like = jax.eval_shape(gradient, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(part)), None
+        more = gradient(part)
+        return jax.tree.map(jnp.add, total, more), None
 
-    ((numerator, (denominator, metrics)), grads), _ = lax.scan(add, zeros, split)
-    metrics = jax.tree.map(lambda x: x / parts, metrics)
-    return (numerator, (denominator, metrics)), grads
+    total, _ = lax.scan(add, zeros, split)
+    (numerator, (denominator, metrics)), grads = total
+    means = jax.tree.map(lambda x: x / parts, metrics)
+    return (numerator, (denominator, means)), grads
+
+
+def in_parts(x: jax.Array, parts: int) -> jax.Array:
+    """Rows [b ...] as [parts, b / parts ...]: part p has the rows r for which r % parts is p.
+
+    So each part has rows of every device.
+    """
+    dealt = x.reshape(-1, parts, *x.shape[1:])
+    return jnp.moveaxis(dealt, 1, 0)
 
 
 def summed(loss: Loss, moving: dict, still: dict, batch: dict, step, mask: Mask, parts: int):
@@ -547,10 +560,12 @@ def make_step(
         mean = numerator * scale
         squares = squared_norms(grads, members, scale, mean.dtype)
         grads, norm = clipped(grads, scale, squares, config.clip)
-        params, opt = updated(state, grads, optimizers, members, lr)
-        metrics |= {f"{group}/grad_norm": jnp.sqrt(x) for group, x in squares.items()}
+        new = updated(state, grads, optimizers, members, lr)
+        old = state.params, state.opt
+        for group, square in squares.items():
+            metrics[f"{group}/grad_norm"] = jnp.sqrt(square)
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-        params, opt = keep_if(finite, (params, opt), (state.params, state.opt))
+        params, opt = keep_if(finite, new, old)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics |= {"train/loss": mean, "train/grad_norm": norm, "skipped": skipped}
         return State(params, opt, state.step + 1, skipped), metrics
@@ -898,10 +913,13 @@ def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Fu
 
 def compile_next(run: Run, phase: int, arrays: dict, mask: Mask):
     """Begin to compile the phase after this one, where its batches are to be like these."""
-    if phase + 1 == len(run.config.phases):
+    phases = run.config.phases
+    if phase + 1 == len(phases):
         return
-    now, then = ((p.batch, p.seq, p.lengths, p.objective) for p in run.config.phases[phase:][:2])
-    if now == then and not run.config.phases[phase].lengths:
+    now, then = phases[phase], phases[phase + 1]
+    fields = "batch", "seq", "lengths", "objective"
+    alike = all(getattr(now, name) == getattr(then, name) for name in fields)
+    if alike and not now.lengths:
         compile_ahead(run, phase + 1, arrays, mask)
 
 

@@ -224,9 +224,7 @@ def split(tokenizer: Tokenizer, kind: str, before: str, question: Question) -> l
     return [(row[:start], row[start:]) for row, start in zip(options, starts, strict=True)]
 
 
-def answers_rightly(
-    params, apply: Callable, tokenizer: Tokenizer, task: Task, seq: int
-) -> np.ndarray:
+def rightly(params, apply: Callable, tokenizer: Tokenizer, task: Task, seq: int) -> np.ndarray:
     """Whether the model answers each question of a task rightly, bool [questions].
 
     It chooses the option with the fewest nats an id of its continuation. A text goes on rightly
@@ -255,7 +253,7 @@ def core_figures(
     found = {}
     for task in tasks:
         name = f"core/{task.label}"
-        found |= proportion(name, answers_rightly(params, apply, tokenizer, task, seq))
+        found |= proportion(name, rightly(params, apply, tokenizer, task, seq))
         found[f"{name}/centred"] = (found[name] - task.baseline) / (1 - task.baseline)
     names = [f"core/{task.label}" for task in tasks]
     baselines = [task.baseline for task in tasks]

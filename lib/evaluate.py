@@ -140,10 +140,14 @@ class HeldOut:
 
     def plan(self) -> np.ndarray:
         """The plan of `windows` for these documents, with no loss on the tokens of a prefix."""
-        lengths = np.array([place.positions for place in self.places], np.int64)
-        prefixes = [self.cache.shard(p.shard).quiet[p.number] for p in self.places]
+        lengths, prefixes = np.zeros((2, len(self.places)), np.int64)
+        for document, place in enumerate(self.places):
+            lengths[document] = place.positions
+            shard = self.cache.shard(place.shard)
+            prefixes[document] = shard.quiet[place.number]
         plan = windows(lengths, self.seq, self.overlap)
-        prefix = np.array(prefixes, np.int64)[plan[:, DOCUMENT]] - plan[:, START]
+        prefix = prefixes[plan[:, DOCUMENT]]
+        prefix -= plan[:, START]  # what of it is left in the window
         plan[:, QUIET] = np.clip(prefix, plan[:, QUIET], plan[:, LENGTH])
         return plan
 

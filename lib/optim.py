@@ -160,7 +160,8 @@ def drawing(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> Callable:
         zero = jnp.int32(0)
         return State(params, opt, step=zero, skipped=zero)
 
-    return jax.jit(draw, out_shardings=places(state_like(config, optimizer, mesh)))
+    like = state_like(config, optimizer, mesh)
+    return jax.jit(draw, out_shardings=places(like))
 
 
 def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
@@ -181,7 +182,8 @@ def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:
 
     params = {}
     for name, param in rows.items():
-        params[name] = jax.ShapeDtypeStruct(param.shape, dtype_of(param, config))
+        dtype = dtype_of(param, config)
+        params[name] = jax.ShapeDtypeStruct(param.shape, dtype)
     begin = partial(init_opt_state, config=config, optimizer=optimizer)
     opt = jax.eval_shape(begin, params)
     for group in opt:

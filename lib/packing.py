@@ -109,7 +109,8 @@ def cut(lengths: np.ndarray, seq: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     lengths = np.asarray(lengths, np.int64)
     number = -(-lengths // seq)  # rounded up
     document = np.repeat(np.arange(len(lengths)), number)
-    first = np.repeat(np.cumsum(number) - number, number)
+    before = np.cumsum(number) - number
+    first = np.repeat(before, number)
     start = seq * (np.arange(len(document)) - first)
     length = np.minimum(seq, lengths[document] - start)
     return document, start, length
