@@ -4,10 +4,10 @@
     python train.py fit CONFIG --topology h100:8 [--json] ...          h100:4x8: four hosts
     python train.py fit CONFIG --devices 8 [--json] ...
 
---topology: TPU chips (v4, v5e, v5p, v6e, tpu7x) by the TPU's own compiler, libtpu, of the version that jax
-asks for, or GPUs (a100, h100, h200, b200, a10, l4, rtx4090, t4) by jax's CUDA plugin. Where these
-are absent, the command to get them is said. They go to the cache directory, as beside jax they slow
-each start.
+--topology: TPU chips (v4, v5e, v5p, v6e, tpu7x) by the TPU's own compiler, libtpu, of the version
+that jax asks for, or GPUs (a100, h100, h200, b200, a10, l4, rtx4090, t4) by jax's CUDA plugin. Where
+these are absent, the command to get them is said. They go to the cache directory, as beside jax they
+slow each start.
 A GPU's limit is the part of its memory that jax takes: 3/4, or XLA_PYTHON_CLIENT_MEM_FRACTION.
 --devices: so many of what is here; any number of CPUs. --segments: the most that a row has, which
 cuDNN's attention depends on. --json: the last line is one JSON object.
