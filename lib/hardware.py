@@ -37,6 +37,7 @@ HARDWARE = {
     "TPU v5 lite": Hardware(197e12, 16, 819, 200),
     "TPU v5": Hardware(459e12, 95, 2765, 600),
     "TPU v6 lite": Hardware(918e12, 32, 1640, 448),
+    "TPU7x": Hardware(1153e12, 96, 3690, 600),  # one of a chip's two
 }
 MALLOPT = {  # options of the GNU C library's malloc, see `tune_for_cpu`
     -4: 0,  # M_MMAP_MAX

@@ -20,7 +20,7 @@ from lib import flash
 from lib.flash import Case
 from lib.hardware import capability
 from lib.masks import Mask, allowed
-from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, split_of
+from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, scattered, split_of
 
 
 def float32_or_wider(dtype):
@@ -384,7 +384,7 @@ def placed(dw, axes) -> jax.Array:
     places = places_of(axes)
     split = split_of(places)
     if is_local() and split is not None:
-        return lax.psum_scatter(dw, "fsdp", scatter_dimension=split, tiled=True)
+        return scattered(dw, split)
     return constrain(dw, *places)
 
 

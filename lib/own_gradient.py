@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
-from lib.sharding import ROWS, parts, rule, split_of
+from lib.sharding import ROWS, parts, rule, scattered, split_of
 
 
 def applies(rows: int, taken_in: int) -> bool:
@@ -85,5 +85,5 @@ def total(name: str, x, row) -> jax.Array:
     if split is None:
         return lax.psum(x, ROWS)
     if not by_products(row):  # of these, products have added it up over fsdp already
-        x = lax.psum_scatter(x, "fsdp", scatter_dimension=split, tiled=True)
+        x = scattered(x, split)
     return lax.psum(x, "data")

@@ -115,6 +115,32 @@ def split_of(places) -> int | None:
     return list(places).index("fsdp") if split else None
 
 
+def scattered(x, axis: int) -> jax.Array:
+    """The sum of x over fsdp, of which each device gets its part of an axis; where `is_local`.
+
+    On many TPUs in two stages: of one among 64 and more, XLA makes a sum that all of them get,
+    which sends twice as much.
+    """
+    mesh = get_abstract_mesh()
+    size = mesh.shape["fsdp"]
+    near = math.isqrt(size)
+    on_tpu = getattr(mesh.abstract_device, "platform", "") == "tpu"
+    if on_tpu and size >= 64 and size % near == 0:
+        return scattered_in_two(x, axis, size, near)
+    return lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+
+
+def scattered_in_two(x, axis: int, size: int, near: int) -> jax.Array:
+    """The same among devices that are `near` apart, and then among so many neighbours."""
+    strided = [list(range(first, size, near)) for first in range(near)]
+    together = [list(range(first, first + near)) for first in range(0, size, near)]
+    for groups in strided, together:
+        x = lax.psum_scatter(
+            x, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True
+        )
+    return x
+
+
 def constrain(x, *places) -> jax.Array:
     """Fix where x lives in a jitted program; without a mesh, or on one device of it, do nothing.
 

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 import train_cases
+from jax.sharding import PartitionSpec
 
 import model
 import train
 from lib.optim import init_opt_state, places, state_like
-from lib.sharding import MeshConfig, make_mesh, put
+from lib.sharding import MeshConfig, make_mesh, put, scattered, scattered_in_two
 from tools import fit
 
 SHAPE = replace(train_cases.TINY, dtype="float64", param_dtype="float64", vocab=64, unroll=1,
@@ -93,6 +94,20 @@ def test_with_fsdp_gradients_are_scattered():
     gathered = 3 / 4 * (2 * 2 * blocks + outside)
     assert found["all-gather"][1] == pytest.approx(gathered, rel=0.01)
     assert found["all-reduce"][1] < 0.01 * size(False)
+
+
+def test_a_sum_that_is_scattered_in_two_stages_is_that_of_one():
+    """Each device has the part of its place; of six, two apart by threes and then neighbours."""
+    mesh = make_mesh(MeshConfig(1, 6, 1), jax.devices()[:6])
+    x = np.random.default_rng(0).normal(size=(6, 5, 12))
+
+    def of(function):
+        spread = jax.shard_map(lambda own: function(own[0]), in_specs=PartitionSpec("fsdp"),
+                               out_specs=PartitionSpec(None, "fsdp"), mesh=mesh, check_vma=False)
+        return jax.jit(spread)(x)
+
+    np.testing.assert_allclose(of(partial(scattered, axis=1)), x.sum(0))
+    np.testing.assert_allclose(of(lambda x: scattered_in_two(x, 1, 6, 3)), x.sum(0))
 
 
 def test_a_loss_of_its_own_is_added_up_as_before():

@@ -503,7 +503,7 @@ def test_fit_says_what_a_device_holds_and_sends(place):
     ("--topology h100:1", "pip install --target .*jax-cuda13-plugin"),
     ("--topology h100:16", "h100:1 to h100:8 .* h100:4x8"),
     ("--topology h100:0x8", "h100:1 to h100:8 .* h100:4x8"),
-    ("--topology rtx9:1", "'rtx9:1'; allowed kinds of devices are v4, v5e, v5p, v6e, a100.* rtx4090"),
+    ("--topology rtx9:1", "'rtx9:1'; allowed kinds of devices are v4, v5e, v5p, v6e, tpu7x, a100.* rtx4090"),
     ("--devices 8 --mesh.fsdp 3", "mesh is data -1, fsdp 3"),
     ("--devices 8 --model.embed 36 --mesh.fsdp 8", "axis embed"),
     ("--devices 2 --model.vocab 0 --data.tokenizer bpe", "vocab"),

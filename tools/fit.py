@@ -4,10 +4,10 @@
     python train.py fit CONFIG --topology h100:8 [--json] ...          h100:4x8: four hosts
     python train.py fit CONFIG --devices 8 [--json] ...
 
---topology: TPU chips (v4, v5e, v5p, v6e) by the TPU's own compiler, libtpu, of the version that jax
-asks for, or GPUs (a100, h100, h200, b200, a10, l4, rtx4090, t4) by jax's CUDA plugin. Where these
-are absent, the command to get them is said. They go to the cache directory, as beside jax they slow
-each start.
+--topology: TPU chips (v4, v5e, v5p, v6e, tpu7x) by the TPU's own compiler, libtpu, of the version
+that jax asks for, or GPUs (a100, h100, h200, b200, a10, l4, rtx4090, t4) by jax's CUDA plugin. Where
+these are absent, the command to get them is said. They go to the cache directory, as beside jax they
+slow each start.
 A GPU's limit is the part of its memory that jax takes: 3/4, or XLA_PYTHON_CLIENT_MEM_FRACTION.
 --devices: so many of what is here; any number of CPUs. --segments: the most that a row has, which
 cuDNN's attention depends on. --json: the last line is one JSON object.
@@ -66,7 +66,7 @@ GPUS = {"a100": ("NVIDIA A100", 108, 64, 167_936, 2048, 41_943_040, 1.41),
         "l4": ("NVIDIA L4", 58, 128, 102_400, 1536, 50_331_648, 2.04),
         "rtx4090": ("NVIDIA GeForce RTX 4090", 128, 128, 102_400, 1536, 75_497_472, 2.52),
         "t4": ("Tesla T4", 40, 64, 65_536, 1024, 4_194_304, 1.59)}
-TPUS = "v4", "v5e", "v5p", "v6e"
+TPUS = "v4", "v5e", "v5p", "v6e", "tpu7x"
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 CUDNN = 91_000  # the version of cuDNN that GPUs which are not here are said to have
 REMAT = "none", "elementwise", "all"  # what is computed again: nothing, some, all
