@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,14 @@ from lib.disk import digest, read_checked, write_checked
 from lib.errors import InputError
 from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
-from lib.objectives import asks, declared_masks, objective_of, stack
+from lib.objectives import (
+    asks,
+    declared_masks,
+    in_vocabulary,
+    is_made,
+    objective_of,
+    stack,
+)
 from lib.objectives import causal as causal  # for config files
 from lib.packing import (
     DOCUMENT,
@@ -34,11 +41,14 @@ from lib.packing import (
     QUIET,
     ROW,
     START,
+    bound_on_segments,
+    checked_plan,
     concat_and_split,  # noqa: F401  (for config files)
     fill,
     fill_marks,
     permute,
 )
+from lib.seams import LENGTHS, MIXTURE, OBJECTIVE, ORDER, TOKENIZER, is_number, require_gave
 from lib.sources import (  # noqa: F401
     READ_AS,
     SPLITS,
@@ -67,7 +77,8 @@ class DataConfig:
     # trained on as a whole. With `split` "dev" or "test" they are that alone, otherwise both.
     held_out: dict[str, Source] = field(default_factory=dict)
     # "bpe" is trained to model.vocab pieces. A function is [texts, vocab] -> tokenizer.
-    tokenizer: str | Callable = "bpe"  # or "bytes", "numbers:N", "hf:DIR", a file, a function
+    # Others are "bytes", "numbers:N", "hf:DIR", and a file.
+    tokenizer: str | Annotated[Callable, TOKENIZER] = "bpe"
     sample_mib: Positive = 8.0  # the tokenizer is trained on at most this much text
     dev: Share = 0.05  # share of documents for steering, tuning and selection
     test: Share = 0.05  # share of documents for what is reported
@@ -268,9 +279,8 @@ class Rows:
         if not len(lengths):
             return np.zeros((0, len(PLAN)), np.int64)
         packing = bind(self.packing, documents=documents, tokenizer=self.tokenizer)
-        plan = packing(lengths, self.seq)
-        plan = np.array(plan, np.int64)
-        plan = plan.reshape(-1, len(PLAN))
+        given = packing(lengths, self.seq)
+        plan = checked_plan(given, lengths, self.seq, self.packing)
         prefix = documents.of(lambda shard: shard.quiet)
         quiet = prefix[plan[:, DOCUMENT]] - plan[:, START]
         plan[:, QUIET] = np.clip(quiet, plan[:, QUIET], plan[:, LENGTH])
@@ -308,11 +318,9 @@ class Rows:
         earlier = epoch * rows + place - first  # rows drawn from this window before
         order = bind(self.order, log=list(log))
         row = order(earlier, rows, progress, (*self.key, number))
-        if not 0 <= row < rows:
-            raise InputError(
-                f"the order of source {self.cache.name!r} gives the row {row}; allowed are 0 to "
-                f"{rows - 1}"
-            )
+        fine = isinstance(row, int | np.integer) and 0 <= row < rows
+        more = f", here {rows - 1}, of {self.cache.name!r}"
+        require_gave(fine, ORDER, self.order, row, more)
         documents, lengths, plan = self.window(number)
         arrays = fill(plan, np.array([row]), self.seq, documents.ids, self.tokenizer)
         del arrays["document"]
@@ -356,12 +364,25 @@ def batch_lengths(phase) -> tuple[list[int], np.ndarray]:
     behind = np.zeros(len(lengths))
     for step in range(phase.steps):
         shares = phase.lengths(step / phase.steps)
+        same = are_shares(shares) and list(shares) == lengths
+        require_gave(same, LENGTHS, phase.lengths, shares)
         each = np.array([shares[length] for length in lengths], float)
         behind += each / sum(shares.values())
         pick = np.argmax(behind)
         behind[pick] -= 1
         picks[step] = pick
     return lengths, picks
+
+
+def are_shares(shares) -> bool:
+    """Whether a value is a dictionary of weights of 0 and more, not all of them 0."""
+    if not isinstance(shares, dict):
+        return False
+    values = shares.values()
+    if not all(map(is_number, values)):
+        return False
+    fine = all(0 <= share < math.inf for share in values)
+    return fine and sum(values) > 0
 
 
 def apportion(owed: np.ndarray, rows: int, left: np.ndarray) -> np.ndarray:
@@ -439,13 +460,14 @@ class Draws:
     def shares(self, step: int) -> np.ndarray:
         """The share [sources] of each source at a step of the phase (0 is its first). Sums to 1."""
         mixture = self.mixture(step)
-        possible = mixture.keys() <= self.sources.keys()
-        possible &= all(0 <= share < math.inf for share in mixture.values())
-        if not possible or not sum(mixture.values()):
-            raise InputError(
-                f"phases.{self.number}.mixture gives {mixture}; allowed are shares of 0 and more, "
-                f"not all 0, for the sources {', '.join(self.sources)}"
-            )
+        fine = are_shares(mixture) and mixture.keys() <= self.sources.keys()
+        field = f"phases.{self.number}.mixture"
+        more = f"; the sources are {', '.join(self.sources)}"
+        if callable(self.phase.mixture):
+            seam = MIXTURE._replace(field=field)
+            require_gave(fine, seam, self.phase.mixture, mixture, more)
+        if not fine:
+            raise InputError(f"{field} is {mixture}; allowed is {MIXTURE.gives}{more}")
         shares = [mixture.get(name, 0) for name in self.sources]
         for name in self.sources:
             if mixture.get(name) and name not in self.trained:
@@ -550,6 +572,23 @@ class Batch(NamedTuple):
     mask: dict  # the arguments of `lib.kernels.Mask`
     metrics: dict[str, float]  # of the rows that are made here
     rows: int  # of the whole batch, which may be more than are made here
+    segments: int = 0  # in a row at most, see `bound_on_segments`; 0: not known
+
+
+class Drawn(NamedTuple):
+    """What a step's batch is drawn from, before its objective."""
+
+    phase: int
+    rows: list[Rows]  # of each source, of the batch's row length
+    sources: list[int]  # of each row of the batch
+    draws: list[int]  # which draw of its source each row is
+    progress: float  # share of the phase that is over
+    log: list[Evaluation]  # that was taken before the step
+
+    def row(self, number: int) -> Row:
+        """A row of the batch."""
+        rows = self.rows[self.sources[number]]
+        return rows.get(self.draws[number], self.progress, self.log)
 
 
 class Loader:
@@ -565,6 +604,7 @@ class Loader:
         self.rows = []  # of each phase: Rows [lengths][sources]
         self.draws = []  # of each phase
         self.tokenizer = tokenizer
+        self.seen = set()  # objectives whose values were looked at
         sources = {name: config.sources[name] for name in caches}
         marks = any(source.marks for source in sources.values())
         before = self.started
@@ -644,38 +684,54 @@ class Loader:
 
         own: takes the number of its rows and gives those that are made here, in ascending order.
         """
-        number, steps = self.within(step)
-        phase = self.phases[number]
-        length, sources, draws = self.draws[number].batch(steps - 1)
-        progress = (steps - 1) / phase.steps
-        log = self.draws[number].decisions(steps - 1)
-        mine = own(len(sources))
-        trained = self.draws[number].trained
-        masks = declared_masks(objective_of(phase.objective, name) for name in trained)
-        needed = mine if masks else range(len(sources))  # undeclared masks show in all rows alone
+        drawn = self.drawn(step)
+        objectives = self.phases[drawn.phase].objective
+        mine = own(len(drawn.sources))
+        trained = self.draws[drawn.phase].trained
+        masks = declared_masks(objective_of(objectives, name) for name in trained)
+        needed = mine
+        if not masks:  # undeclared masks show in all rows alone
+            needed = range(len(drawn.sources))
         rows, made = {}, {}
         for r in needed:
-            row = self.rows[number][length][sources[r]].get(draws[r], progress, log)
-            row.arrays["source"] = np.full_like(row.arrays["tokens"], sources[r])
+            source = drawn.sources[r]
+            row = drawn.row(r)
+            row.arrays["source"] = np.full_like(row.arrays["tokens"], source)
             rng = np.random.default_rng([self.seed, step, r])
-            objective = objective_of(phase.objective, self.names[sources[r]])
-            made[r] = self.told(objective, row, progress, log)(row.arrays, rng)
+            objective = objective_of(objectives, self.names[source])
+            made[r] = self.made(objective, row, rng, drawn.progress, drawn.log)
             rows[r] = row
-        arrays, mask = stack(made, mine, masks, f"phases.{number}.objective")
+        arrays, mask = stack(made, mine, masks, f"phases.{drawn.phase}.objective")
         metrics = packing_metrics([rows[r] for r in mine], arrays)
         if len(self.names) > 1:
             for source, name in enumerate(self.names):
-                metrics[f"data/{name}/rows"] = sources.count(source)
-        return Batch(arrays, mask, metrics, len(sources))
+                metrics[f"data/{name}/rows"] = drawn.sources.count(source)
+        number = len(drawn.sources)
+        bound = bound_on_segments(arrays["segments"]) if len(mine) == number else 0
+        return Batch(arrays, mask, metrics, number, bound)
 
-    def row(self, step: int, number: int) -> Row:
-        """A row of a step's batch, before its objective."""
-        phase, steps = self.within(step)
-        length, sources, draws = self.draws[phase].batch(steps - 1)
-        progress = (steps - 1) / self.phases[phase].steps
-        log = self.draws[phase].decisions(steps - 1)
-        rows = self.rows[phase][length][sources[number]]
-        return rows.get(draws[number], progress, log)
+    def drawn(self, step: int) -> Drawn:
+        """The rows of a step's batch, before its objective."""
+        number, steps = self.within(step)
+        length, sources, draws = self.draws[number].batch(steps - 1)
+        progress = (steps - 1) / self.phases[number].steps
+        log = self.draws[number].decisions(steps - 1)
+        return Drawn(number, self.rows[number][length], sources, draws, progress, log)
+
+    def made(self, objective: Callable, row: Row, rng: np.random.Generator, progress: float,
+             log: list[Evaluation]) -> tuple[dict, dict]:
+        """(arrays, mask) that an objective makes of a row. Raises InputError for anything else."""
+        found = self.told(objective, row, progress, log)(row.arrays, rng)
+        fine = is_made(found, row.arrays)
+        require_gave(fine, OBJECTIVE, objective, found)
+        if objective in self.seen:
+            return found
+        self.seen.add(objective)
+        last = self.tokenizer.vocab - 1
+        fine = in_vocabulary(found[0], last)
+        more = f", ids from 0 to {last} in tokens, finite weights"
+        require_gave(fine, OBJECTIVE, objective, found, more)
+        return found
 
     def told(self, objective: Callable, row: Row, progress: float,
              log: list[Evaluation]) -> Callable:

@@ -15,12 +15,12 @@ Letters of axes in shapes and in einsum strings:
     b batch    t, s position          d embed       f mlp    v vocab
     k key-value head    g query head of a key-value head     h head_dim
 """
-import functools
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,44 @@ from jax import lax
 from jax.sharding import get_abstract_mesh
 
 from lib.bind import bind
-from lib.fields import Count, NotNegative, Positive, Rules, Whole, join, strict
-from lib.kernels import Mask, attention, dense, float32_or_wider, lookup, nll, residual
+from lib.fields import (
+    FROM_0,
+    Layers,
+    NotNegative,
+    Positive,
+    Rules,
+    Size,
+    Whole,
+    at_most,
+    join,
+    strict,
+)
+from lib.kernels import (
+    Mask,
+    attention,
+    dense,
+    float32_or_wider,
+    here,
+    keeping_arguments,
+    kept,
+    lookup,
+    nll,
+    over_chunks,
+    residual,
+    weighted_nats,
+)
+from lib.seams import (
+    FLOPS,
+    FORWARD,
+    INIT,
+    OUTPUTS,
+    REPARAM,
+    ROWS,
+    TOKEN_LOSS,
+    is_array,
+    require_gave,
+)
+from lib.sharding import is_local
 
 Params = dict[str, jax.Array]
 
@@ -39,36 +75,44 @@ Params = dict[str, jax.Array]
 class ModelConfig:
     """The shape of a transformer (pre-norm, RoPE, grouped queries, SwiGLU) and how it is run."""
 
-    layers: Count = 4  # blocks
-    embed: Count = 128  # width of the residual stream
-    heads: Count = 4  # query heads
-    kv_heads: Count = 4  # key and value heads; each serves heads / kv_heads query heads
-    head_dim: Count = 32  # width of one head; even, since RoPE rotates pairs
-    mlp: Count = 344  # hidden width of the SwiGLU
-    vocab: Whole = 0  # pieces of the tokenizer that is trained; 0: as many as a given one has
-    tied: bool = True  # the head is the transposed embedding table
+    layers: Layers = 4  # blocks
+    embed: Size = 128  # width of the residual stream
+    heads: Size = 4  # query heads
+    kv_heads: Size = 4  # key and value heads; each serves heads / kv_heads query heads
+    head_dim: Size = 32  # width of one head; even, since RoPE rotates pairs
+    mlp: Size = 344  # hidden width of the SwiGLU
+    # pieces of the tokenizer that is trained; 0: as many as a given one has
+    vocab: Annotated[int, FROM_0, at_most(2**24)] = 0
+    tied: bool = False  # the head is the transposed embedding table
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     # (factor,), Llama 3's (factor, low, high, context), or YaRN's, see `yarn`
     rope_scaling: tuple[Positive, ...] = ()
     norm_eps: NotNegative = 1e-6  # epsilon of RMSNorm
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"  # of the computation
     param_dtype: Literal["float32", "float64"] = "float32"  # of parameters and optimiser state
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"  # see lib/kernels.py
-    unroll: Whole = 0  # layers compiled one by one; 0 is all: slow to compile, fast to run
+    # how attention is computed, see lib/kernels.py
+    attention: Literal[
+        "auto", "reference", "xla", "cudnn", "cudnn_packed", "cudnn_causal", "splash"
+    ] = "auto"
+    # layers compiled one by one: more are slower to compile and faster to run; 0 is by device,
+    # all of them on CPUs and GPUs and one on TPUs
+    unroll: Whole = 0
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (Dehghani et al. 2023)
     remat: Literal["none", "elementwise", "all"] = "none"  # what the backward pass computes again
-    logits_mib: Count = 256  # the loss is computed in chunks whose float32 logits fit in this
-    rows: Callable | None = None  # config, rows of the plain Llama -> the rows that are stored
+    # the loss is computed in chunks whose logits fit in this; 0 is by device: 256 on CPUs or 1024
+    logits_mib: Whole = 0
+    # config, rows of the plain Llama -> the rows that are stored
+    rows: Annotated[Callable, ROWS] | None = None
     # params, batch, mask, config -> states [b t d], or (states, {name: [b t ...]} for the loss)
-    forward: Callable = field(default_factory=lambda: llama)
+    forward: Annotated[Callable, FORWARD] = field(default_factory=lambda: llama)
     # params, states [b t d], batch, config -> logits [b t v], or whatever the loss takes
-    outputs: Callable = field(default_factory=lambda: head_logits)
+    outputs: Annotated[Callable, OUTPUTS] = field(default_factory=lambda: head_logits)
     # config, row length -> FLOPs of training on a token
-    flops: Callable = field(default_factory=lambda: flops_per_token)
+    flops: Annotated[Callable, FLOPS] = field(default_factory=lambda: flops_per_token)
 
     def rules(self, path: str) -> Rules:
         """What fields must be to one another."""
-        at = functools.partial(join, path)
+        at = partial(join, path)
         yield (self.heads % self.kv_heads,
                f"{at('heads')} is {self.heads}, which {at('kv_heads')} ({self.kv_heads}) does not "
                "divide; allowed is a multiple of it: each key-value head serves as many "
@@ -84,7 +128,7 @@ class ModelConfig:
                "attention factor), with low below high and slow below fast")
         yield (self.unroll and self.layers % self.unroll,
                f"{at('unroll')} is {self.unroll}, which does not divide {at('layers')} "
-               f"({self.layers}); allowed is a divisor, or 0 for all")
+               f"({self.layers}); allowed is a divisor, or 0 for what suits the device")
 
 
 @dataclass(frozen=True)
@@ -110,6 +154,12 @@ class Param:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def whole(self) -> bool:
+        """Has it a size for each axis?"""
+        sizes = all(isinstance(size, int) and size > 0 for size in self.shape)
+        return sizes and len(self.shape) == len(self.axes)
 
     @property
     def layered(self) -> bool:
@@ -146,19 +196,30 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 def table(config: ModelConfig) -> dict[str, Param]:
     """Every parameter that is stored, by name: what `rows` makes of those of the plain Llama."""
     rows = plain_table(config)
-    return config.rows(config, rows) if config.rows else rows
+    if config.rows is None:
+        return rows
+    made = config.rows(config, rows)
+    require_gave(isinstance(made, dict), ROWS, config.rows, made)
+    for name, row in made.items():
+        fine = isinstance(name, str) and isinstance(row, Param)
+        if config.vocab:  # else some sizes are 0 until the tokenizer is known
+            fine = fine and row.whole
+        require_gave(fine, ROWS, config.rows, {name: row}, ", with a size above 0 for each axis")
+    return made
 
 
 def plain_table(config: ModelConfig) -> dict[str, Param]:
     """Every parameter of the plain Llama, by name.
 
-    What reads the residual stream is drawn with standard deviation 1/sqrt(embed), what writes to
-    it with GPT-2's 0.02/sqrt(2 layers). So the stream begins as the embedding. With larger outputs
-    small models learn slower (0.8 nats behind after 150 steps of the quickstart).
+    What reads the residual stream is drawn with standard deviation 1/sqrt(embed). What writes to it
+    begins as 0, so that the stream begins as the embedding. A head of its own is drawn small, so
+    that the first logits are near 0, and its embeddings large, so that the blocks' first outputs
+    are small beside them (nanochat, Karpathy 2025). A tied table cannot be both: it is drawn as
+    what reads the stream. configs/baselines/recipe.py has what each of these is worth.
     """
     size = axis_sizes(config)
     read = config.embed**-0.5
-    write = 0.02 / math.sqrt(2 * config.layers)
+    write = 0.0
 
     def param(axes: str, init: float | None) -> Param:
         names = tuple(axes.split())
@@ -166,7 +227,7 @@ def plain_table(config: ModelConfig) -> dict[str, Param]:
         return Param(names, shape, init)
 
     rows = {
-        "embed": param("vocab embed", read),
+        "embed": param("vocab embed", read if config.tied else 0.8),
         "attn_norm": param("layers embed", None),
         "q": param("layers embed kv_heads q_per_kv head_dim", read),
         "k": param("layers embed kv_heads head_dim", read),
@@ -182,7 +243,7 @@ def plain_table(config: ModelConfig) -> dict[str, Param]:
         rows["q_norm"] = param("layers head_dim", None)
         rows["k_norm"] = param("layers head_dim", None)
     if not config.tied:
-        rows["head"] = param("embed vocab", read)
+        rows["head"] = param("embed vocab", 0.001)
     return rows
 
 
@@ -197,7 +258,10 @@ def draw(name: str, param: Param, key: jax.Array, dtype) -> jax.Array:
         return jnp.zeros(param.shape, dtype)
     own = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if callable(param.init):
-        return param.init(own, param.shape, dtype).astype(dtype)
+        value = param.init(own, param.shape, dtype)
+        fine = is_array(value) and value.shape == param.shape
+        require_gave(fine, INIT, param.init, value, f", {param.shape} for {name}")
+        return value.astype(dtype)
     normal = jax.random.normal(own, param.shape, dtype)
     return param.init * normal
 
@@ -244,10 +308,11 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     return 6 * matmul + 6 * attended
 
 
+@partial(keeping_arguments, static=(2,))
 def rms_norm(x, gain, eps):
     """x / rms(x) · gain over the last axis (Zhang & Sennrich 2019).
 
-    The mean square is in float32 or wider, the result in the dtype of x.
+    The mean square is in float32 or wider, the result in the dtype of x. The gradient keeps x.
     """
     wide = x.astype(float32_or_wider(x.dtype))
     mean_square = jnp.mean(wide * wide, -1, keepdims=True)
@@ -341,7 +406,13 @@ def gated_mlp(x, w, times: Callable, activation: Callable = jax.nn.silu):
     """The plain MLP of a block, SwiGLU (Shazeer 2020): normed x [b t d] -> [b t d]."""
     gate = times(x, "gate")
     up = times(x, "up")
-    return times(activation(gate) * up, "down")
+    return times(gated(gate, up, activation), "down")
+
+
+@partial(keeping_arguments, static=(2,))
+def gated(gate, up, activation: Callable):
+    """activation(gate) · up [b t f]. The gradient keeps gate and up."""
+    return activation(gate) * up
 
 
 def block(
@@ -427,7 +498,8 @@ def stream(
 
     stacked = {name: w[first:last] for name, w in blocks(params, config).items()}
     numbers = jnp.arange(config.layers)[first:last]
-    unroll = max(1, min(config.unroll or len(numbers), len(numbers)))
+    of_device = 1 if here()[0] == "tpu" else len(numbers)
+    unroll = max(1, min(config.unroll or of_device, len(numbers)))
     return lax.scan(rematerialised(layer, config), x, (numbers, stacked), unroll=unroll)
 
 
@@ -484,23 +556,36 @@ def llama(params: Params, batch, mask: Mask, config: ModelConfig) -> jax.Array:
 def forward(params: Params, batch, mask: Mask, config: ModelConfig) -> tuple[jax.Array, dict]:
     """(final states [b t d], {name: [b t ...]} of what else the loss is to see)."""
     found = config.forward(params, batch, mask, config)
-    return found if isinstance(found, tuple) else (found, {})
+    pair = found if isinstance(found, tuple) else (found, {})
+    fine = len(pair) == 2 and isinstance(pair[1], dict)
+    place = batch["tokens"].shape[:2]
+    fine = fine and all(has_shape(x, place) for x in (pair[0], *pair[1].values()))
+    require_gave(fine, FORWARD, config.forward, found, f", where [b t] is {place}")
+    return pair
+
+
+def has_shape(x, begin: tuple[int, ...]) -> bool:
+    """Is this an array whose shape begins so?"""
+    return is_array(x) and x.shape[:len(begin)] == begin
 
 
 def rematerialised(layer: Callable, config: ModelConfig) -> Callable:
     """`layer`, of which the backward pass computes again what `config.remat` says."""
     if config.remat == "none":
         return layer
-    saved = ["product"] if config.remat == "elementwise" else []
-    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    policy = kept if config.remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
     return jax.checkpoint(layer, policy=policy)
 
 
 def head_logits(params: Params, states, batch, config: ModelConfig) -> jax.Array:
     """The plain `outputs`: logits [b t v] in float32 or wider, from final states [b t d]."""
-    head = params["embed"].T if config.tied else params["head"]
     wide = float32_or_wider(config.dtype)
-    return dense(states, head, ("embed", "vocab"), wide)
+    return dense(states, head_of(params, config), ("embed", "vocab"), wide)
+
+
+def head_of(params: Params, config: ModelConfig) -> jax.Array:
+    """The head [d v]."""
+    return params["embed"].T if config.tied else params["head"]
 
 
 def whole(batch) -> dict[str, jax.Array]:
@@ -581,29 +666,43 @@ def chunked_losses(
 
     def loss(states, part, given):
         scores = config.outputs(params, states, part, config)
-        return token_loss(scores, part, extras | given)
+        require_gave(is_array(scores), OUTPUTS, config.outputs, scores)
+        each = token_loss(scores, part, extras | given)
+        place = states.shape[:2]
+        fine = is_array(each) and each.shape == place and jnp.issubdtype(each.dtype, jnp.floating)
+        require_gave(fine, TOKEN_LOSS, token_loss, each, f", where [b c] is {place}")
+        return each
 
     if chunk == t:
         return loss(states, batch, given)
-
-    def split(x):  # [b t ...] -> [chunks b chunk ...]
-        parts = x.reshape(b, t // chunk, chunk, *x.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
-
     loss_again = jax.checkpoint(loss)  # the backward pass computes a chunk's logits again
-    parts = jax.tree.map(split, (states, batch, given))
-    each = lax.map(lambda part: loss_again(*part), parts)
-    return jnp.moveaxis(each, 0, 1).reshape(b, t)
+    parts = states, batch, given
+    return over_chunks(lambda part: loss_again(*part), parts, chunk)
 
 
-def chunk_length(b: int, t: int, config: ModelConfig) -> int:
+def weighted_sum(params: Params, states, batch, config: ModelConfig) -> jax.Array:
+    """The numerator of `weighted_mean` of `cross_entropy` of `head_logits`, at once.
+
+    Logits are in `config.dtype`, sums of them in float32 or wider.
+    """
+    head = head_of(params, config)
+    width = min(4, jnp.dtype(config.dtype).itemsize)
+    chunk = chunk_length(*states.shape[:2], config, width)
+    return weighted_nats(states, head, batch["targets"], batch["weights"], chunk)
+
+
+def chunk_length(b: int, t: int, config: ModelConfig, width: int = 4) -> int:
     """The largest divisor of t such that so many positions' logits fit in `config.logits_mib`.
 
-    Of b rows, which the devices share, in float32.
+    Of b rows, which the devices share, in `width` bytes.
     """
     devices = max(1, get_abstract_mesh().size)  # without a mesh the size is 0
+    if is_local():
+        devices = 1
     logits = b * config.vocab // devices
-    fit = config.logits_mib * 2**20 // (4 * max(1, logits))
+    of_device = 256 if here()[0] == "cpu" else 1024
+    mib = config.logits_mib or of_device
+    fit = mib * 2**20 // (width * max(1, logits))
     longest = min(t, max(1, fit))
     divisors = (n for n in range(longest, 0, -1) if t % n == 0)
     return next(divisors)
@@ -615,7 +714,15 @@ def reparametrised(
     """The parameters that the forward pass uses: through a config's `reparam`, if it has one."""
     if reparam is None:
         return params
-    return bind(reparam, config=config)(params, step, batch)
+    used = bind(reparam, config=config)(params, step, batch)
+    fine = isinstance(used, dict) and all(map(is_array, used.values()))
+    require_gave(fine, REPARAM, reparam, used)
+    if config.forward is llama:
+        for name, row in plain_table(config).items():
+            fine = has_shape(used.get(name), row.shape)
+            more = f", {name} with the shape {row.shape} among them"
+            require_gave(fine, REPARAM, reparam, {name: used.get(name)}, more)
+    return used
 
 
 class Model(NamedTuple):

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +42,21 @@ from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
 from lib.corpus import assemble, open_held_out
 from lib.curves import draw
-from lib.disk import cache_home, content_hash, digest, locked, read_object, write
+from lib.disk import cache_home, content_hash, digest, locked, read_object, user_path, write
 from lib.errors import InputError, user_errors
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
 from lib.fields import (
+    FROM_1,
     Count,
     ExitCode,
     NotNegative,
     Positive,
     Rules,
+    Seed,
+    Size,
     Whole,
+    at_most,
     check_rules,
     check_value,
     join,
@@ -60,7 +64,7 @@ from lib.fields import (
     strict,
 )
 from lib.hardware import tune_for_cpu
-from lib.kernels import Mask, choose
+from lib.kernels import Mask, choose, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
 from lib.memory import check_state
@@ -73,15 +77,41 @@ from lib.optim import (
     places,
     state_like,
     trained_groups,
+    transforms_of,
     update_ratios,
 )
 from lib.output import answered, forgiving
+from lib.own_gradient import applies, summed_over_devices
 from lib.own_loss import is_plain, own_losses, summing
+from lib.packed import pack
 from lib.packing import concat_and_split
 from lib.prefetch import Prefetch
 from lib.processes import all_gather, is_main_process
-from lib.resume import changed_fields, own_tokenizer, resume_key, start_config, start_from
-from lib.schedule import Plan, Schedule, make_plan
+from lib.resume import (
+    changed_fields,
+    own_tokenizer,
+    resume_key,
+    rounding_key,
+    start_config,
+    start_from,
+)
+from lib.schedule import Plan, Schedule, check_declared, checked_edit, make_plan
+from lib.seams import (
+    EDIT,
+    EVALS,
+    GRADIENT,
+    LENGTHS,
+    MIXTURE,
+    OBJECTIVE,
+    OPTIMIZER,
+    ORDER,
+    PACKING,
+    REDUCE,
+    REPARAM,
+    TOKEN_LOSS,
+    is_number,
+    require_gave,
+)
 from lib.sharding import MeshConfig, make_mesh, own_rows, put, shardings
 from lib.sizes import sizes_of
 from lib.stop import Stop
@@ -100,12 +130,16 @@ from model import (
     cross_entropy,
     forward,
     groups,
+    head_logits,
+    llama,
     reparametrised,
     table,
     weighted_mean,
+    weighted_sum,
 )
 
 MOST_STEPS = 100_000_000  # rates and budgets of each are worked out in advance
+Objective = Annotated[Callable, OBJECTIVE]
 CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps a copy of
 
 
@@ -114,7 +148,7 @@ CODE = ("train.py", "model.py", "data.py", "lib", "configs")  # what a run keeps
 class Edit:
     """An edit every so many steps of a phase, for one that keeps the shapes; see `model.Edited`."""
 
-    apply: Callable  # model, context -> Edited
+    apply: Annotated[Callable, EDIT]  # model, context -> Edited
     every: Count = 1_000  # due after each multiple of so many steps of the phase, but its last
     until: Whole = 0  # steps of the phase after which it stops; 0 is never
     forgets: bool = True  # then samples and final figures are of the checkpoint longest after it
@@ -126,22 +160,25 @@ class Phase:
     """A stretch of a run with one model shape, batch shape, mixture and objective."""
 
     steps: Count = 100  # updates
-    batch: Count = 16  # rows per update
-    seq: Count = 256  # tokens per row
+    batch: Annotated[int, FROM_1, at_most(2**20)] = 16  # rows per update
+    seq: Size = 256  # tokens per row
     accumulate: Count = 1  # parts that a batch is taken in, in turn; it must divide the batch
-    lengths: Callable | None = None  # progress -> {row length: weight}; batch x seq stays
-    edits: tuple[Callable, ...] = ()  # applied to the model on entering: model, context -> Edited
+    # progress -> {row length: weight}; batch x seq stays
+    lengths: Annotated[Callable, LENGTHS] | None = None
+    # applied to the model on entering: model, context -> Edited
+    edits: tuple[Annotated[Callable, EDIT], ...] = ()
     repeat: tuple[Edit, ...] = ()  # edits that recur within the phase
-    mixture: dict[str, NotNegative] | Callable | None = None  # or progress, log -> it
+    # or progress, log -> it
+    mixture: dict[str, NotNegative] | Annotated[Callable, MIXTURE] | None = None
     steer: Whole = 0  # steps between evaluations that go into that log; 0 is none
-    packing: Callable = concat_and_split  # lengths, seq (, documents) -> plan
-    order: Callable = shuffled  # draw, rows, progress, key -> place in the plan
-    objective: Callable | dict[str, Callable] = causal  # row, rng -> row, mask; or by source
+    packing: Annotated[Callable, PACKING] = concat_and_split  # lengths, seq (, documents) -> plan
+    order: Annotated[Callable, ORDER] = shuffled  # draw, rows, progress, key -> place in the plan
+    objective: Objective | dict[str, Objective] = causal  # row, rng -> row, mask; or by source
     schedule: Schedule | None = None  # over the phase's own budget, in place of the run's
     # of an optimiser group: a schedule of its own, or a factor on the phase's; 0 freezes it
     lr: dict[str, Schedule | NotNegative] = field(default_factory=dict)
-    token_loss: Callable | None = None  # in place of the run's
-    reduce: Callable | None = None  # in place of the run's
+    token_loss: Annotated[Callable, TOKEN_LOSS] | None = None  # in place of the run's
+    reduce: Annotated[Callable, REDUCE] | None = None  # in place of the run's
     cost: Positive = 1.0  # FLOPs of its steps, as a multiple of what the model's `flops` says
 
     def rules(self, path: str) -> Rules:
@@ -149,7 +186,7 @@ class Phase:
         size = self.batch * self.seq
         at = join(path, "lengths")
         said = f"{at} ends in {{reason}}; allowed is progress -> {{row length: weight}}"
-        with user_errors(Exception, InputError, said):  # a config's function may raise anything
+        with user_errors(Exception, InputError, said):  # of the config
             lengths = list(self.lengths(0.0)) if self.lengths else [self.seq]
             odd = any(size % length for length in lengths)
         yield (odd, f"{at} gives {lengths}; allowed are divisors of batch x seq ({size})")
@@ -162,7 +199,7 @@ class Config:
 
     name: str = ""  # of the run; empty: the config file's stem
     runs: str = "runs"  # directory that runs live in
-    seed: Whole = 0  # initialisation, data order and edits draw from seeds derived from it
+    seed: Seed = 0  # initialisation, data order and edits draw from seeds derived from it
     model: ModelConfig = ModelConfig()  # the model the run starts with
     # RUN, RUN@STEP, hf:DIRECTORY or hf:ORG/NAME to start from, where it has no checkpoint
     init_from: str = ""
@@ -174,19 +211,22 @@ class Config:
     epochs: NotNegative = 0.0  # length in passes over the training documents of all sources
     tokens_per_param: NotNegative = 0.0  # length in tokens for each parameter of the last model
     schedule: Schedule = Schedule()
-    optimizer: Callable = adamw  # table -> {group: optax transformation of unscaled directions}
+    # table -> {group: optax transformation of unscaled directions}
+    optimizer: Annotated[Callable, OPTIMIZER] = adamw
     clip: NotNegative = 1.0  # global gradient norm; 0 is off
     max_skipped: Count = 10  # non-finite updates in a row after which the run stops
     mesh: MeshConfig = MeshConfig()
-    reparam: Callable | None = None  # in jit: params, step, batch (, config) -> params used
-    token_loss: Callable = cross_entropy  # in jit: logits [b c v], batch, extras -> losses [b c]
+    # in jit: params, step, batch (, config) -> params used
+    reparam: Annotated[Callable, REPARAM] | None = None
+    # in jit: logits [b c v], batch, extras -> losses [b c]
+    token_loss: Annotated[Callable, TOKEN_LOSS] = cross_entropy
     # in jit: losses [b t], batch (, extras) -> (numerator, denominator), metrics
-    reduce: Callable = weighted_mean
+    reduce: Annotated[Callable, REDUCE] = weighted_mean
     # in jit: gradient, params, batch, step -> what gradient(params, batch) gives, which is
     # ((numerator, (denominator, metrics)), gradient of the numerator); of each part of a batch
-    gradient: Callable | None = None
+    gradient: Annotated[Callable, GRADIENT] | None = None
     # params, apply (, tokenizer, config, generate, held_out) -> {metric: value}, see lib/evals.py
-    evals: tuple[Callable, ...] = ()
+    evals: tuple[Annotated[Callable, EVALS], ...] = ()
     eval_every: Count = 200  # steps between evaluations on dev; one ends each phase too
     eval_at: tuple[Whole, ...] = ()  # steps after which there is one besides; 0 is before the first
     eval_tokens: Count = 65_536  # of dev documents, per source, in an evaluation during the run
@@ -341,14 +381,31 @@ class Loss(NamedTuple):
     reduce: Callable
     change: Callable | None  # of the gradient, see `Config.gradient`
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the weighted mean of the nats of each target."""
+        said = self.model.outputs, self.token_loss, self.reduce
+        return said == (head_logits, cross_entropy, weighted_mean)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether a batch's sums and gradient are the sums of those of its rows, for certain."""
+        alone = self.model.forward is llama and not self.reparam and not self.change
+        return self.is_plain and alone
+
     def sums(self, trained: dict, frozen: dict, batch: dict, step, mask: Mask):
         """(numerator, (denominator, metrics)) of a batch; the gradient is that of `trained`."""
         params = reparametrised(self.reparam, trained | frozen, step, batch, self.model)
         states, given = forward(params, batch, mask, self.model)
+        if self.is_plain:
+            numerator = weighted_sum(params, states, batch, self.model)
+            return numerator, (jnp.sum(batch["weights"]), {})
         told = {"step": step}
         each = chunked_losses(params, states, given, batch, self.model, self.token_loss, told)
         told |= {"params": params, "config": self.model}
-        (numerator, denominator), metrics = bind(self.reduce, extras=told | given)(each, batch)
+        found = bind(self.reduce, extras=told | given)(each, batch)
+        require_gave(is_reduced(found), REDUCE, self.reduce, found)
+        (numerator, denominator), metrics = found
         return numerator, (denominator, metrics)
 
     def gradient(self, moving: dict, still: dict, step, mask: Mask) -> Callable:
@@ -360,7 +417,33 @@ class Loss(NamedTuple):
 
         if self.change is None:
             return functools.partial(plain, moving)
-        return lambda part: self.change(plain, moving, part, step)
+
+
+        def changed(part):
+            found = self.change(plain, moving, part, step)
+            require_gave(is_gradient(found, moving), GRADIENT, self.change, found)
+            return found
+
+        return changed
+
+
+def is_reduced(found) -> bool:
+    """Whether a value is ((numerator, denominator), {metric: value}), all of them numbers."""
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        return False
+    sums, metrics = found
+    pair = isinstance(sums, tuple) and len(sums) == 2
+    return pair and all(map(is_number, (*sums, *metrics.values())))
+
+
+def is_gradient(found, params: dict) -> bool:
+    """Whether a value is ((numerator, (denominator, metrics)), gradients shaped like `params`)."""
+    try:
+        (numerator, (denominator, metrics)), grads = found
+        alike = jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    except (TypeError, ValueError):  # not of this form
+        return False
+    return alike and is_reduced(((numerator, denominator), metrics))
 
 
 def loss_of(config: Config, model: ModelConfig, phase: Phase) -> Loss:
@@ -384,6 +467,17 @@ def accumulated(gradient: Callable, batch: dict, parts: int):
     ((numerator, (denominator, metrics)), grads), _ = lax.scan(add, zeros, split)
     metrics = jax.tree.map(lambda x: x / parts, metrics)
     return (numerator, (denominator, metrics)), grads
+
+
+def summed(loss: Loss, moving: dict, still: dict, batch: dict, step, mask: Mask, parts: int):
+    """(sums, gradient of `moving`) of a batch; each device makes its own where they add up."""
+
+    def own(moving, still, batch):
+        return accumulated(loss.gradient(moving, still, step, mask), batch, parts)
+
+    if loss.adds_up and applies(len(batch["tokens"]), parts):
+        return summed_over_devices(own, moving, still, batch, table(loss.model))
+    return own(moving, still, batch)
 
 
 def squared_norms(grads: dict, members: dict[str, list[str]], scale, dtype) -> dict[str, jax.Array]:
@@ -438,7 +532,7 @@ def make_step(
     loss or gradient is not finite leaves parameters and optimiser as they were, and counts.
     """
     loss = loss_of(config, model, phase)
-    transforms = config.optimizer(table(model)).items()
+    transforms = transforms_of(config.optimizer, model).items()
     optimizers = {group: optax.with_extra_args_support(each) for group, each in transforms}
     members = trained_groups(model, config.optimizer, frozen)
     trained = {name for names in members.values() for name in names}
@@ -446,8 +540,8 @@ def make_step(
     def step(state: State, batch: dict, lr: dict, mask: Mask):
         moving = {name: x for name, x in state.params.items() if name in trained}
         still = {name: x for name, x in state.params.items() if name not in trained}
-        gradient = loss.gradient(moving, still, state.step, mask)
-        sums, grads = accumulated(gradient, batch, phase.accumulate)
+        parts = phase.accumulate
+        sums, grads = summed(loss, moving, still, batch, state.step, mask, parts)
         numerator, (denominator, metrics) = sums
         scale = 1 / jnp.maximum(denominator, 1e-9)
         mean = numerator * scale
@@ -475,13 +569,21 @@ def compile_step(
     phase: Phase = Phase(),
     frozen: frozenset[str] = frozenset(),
 ):
-    """The step as an executable `(state, batch, lr) -> (state, metrics)`.
+    """The step as an executable `(state, batch, lr) -> (state, lib.packed.Packed metrics)`.
 
-    It reuses the memory of its state.
+    It reuses the memory of its state. lr: {optimiser group: rate}, or rates in the groups' order.
     """
+    one = make_step(config, model, phase, frozen)
+
+    def packed(state: State, batch: dict, lr, mask: Mask):
+        if not isinstance(lr, dict):
+            lr = dict(zip(groups(model), lr, strict=True))
+        state, metrics = one(state, batch, lr, mask)
+        return state, pack(metrics)
+
     out = places(state_like(model, config.optimizer, mesh)), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        make_step(config, model, phase, frozen),
+        packed,
         static_argnames="mask",
         donate_argnums=0,
         out_shardings=out,
@@ -532,8 +634,9 @@ def apply_edits(
     borrowed = {}
     for i, edit in enumerate(edits):
         own = context._replace(key=jax.random.fold_in(context.key, i))
-        edited = edit(Model(model, state.params), own)
+        edited = checked_edit(edit, edit(Model(model, state.params), own))
         new, params = edited.model
+        check_declared(params, new, getattr(edit, "func", edit).__name__)
         opt = transfer_opt_state(state.opt, init_opt_state(params, new, optimizer), edited, model)
         state = state.replace(params=params, opt=opt)
         state = jax.device_put(state, places(state_like(new, optimizer, mesh)))
@@ -579,7 +682,6 @@ class Run:
     compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     programs: dict = field(default_factory=dict)  # steps being compiled, by what they depend on
     begun: set[int] = field(default_factory=set)  # phases that took a step in this process
-    evaluators: dict = field(default_factory=dict)  # compiled, by the shape of the model or `Loss`
     checkpoints: Checkpoints | None = None
     resumed: tuple[int, int | None] = (0, None)  # the step it goes on from; steps since a reset
     summary: dict[str, Any] | None = None  # of a run that has ended
@@ -619,7 +721,7 @@ def prepare(config: Config, file: str = "") -> Run:
     """Check a config, and work out all that its run needs before it holds a state."""
     check(config)
     require(unmet_rules(config, file))
-    directory, own = Path(config.runs).expanduser() / config.name, None
+    directory, own = user_path(config.runs) / config.name, None
     if config.init_from:
         config, own = start_config(config, directory)
         check(config)
@@ -669,7 +771,8 @@ def check_batches(config: Config, mesh: Mesh):
         if any(phase.batch * phase.seq // n % parts for n in batch_lengths(phase)[0]):
             raise InputError(
                 f"phases.{i}.batch is {phase.batch}; allowed is a multiple of {parts}: "
-                f"{rows} devices on the mesh axes data and fsdp, times accumulate"
+                f"{rows} devices on the mesh axes data and fsdp, times accumulate, which may be "
+                "another one on resuming"
             )
 
 
@@ -731,6 +834,13 @@ def restore(run: Run, step: int) -> State:
             f"run {run.directory} was trained on other text than the sources give now "
             f"({', '.join(run.caches)}); put that back, or use another --name"
         )
+    now = rounding_key(run.config, run.mesh.size)
+    rounded = changed_fields(meta.get("rounding", now), now)
+    if rounded:
+        say(
+            f"what changes rounding alone is another than at step {step}: {'; '.join(rounded)}; "
+            "from here on figures are the same but for rounding"
+        )
     like = state_like(from_json(ModelConfig, meta["model"]), run.config.optimizer, run.mesh)
     state = run.checkpoints.state(step, like)
     run.loader.restore(meta["start"], meta["log"])
@@ -762,17 +872,27 @@ def fingerprints(run: Run, sealed: dict[str, int]) -> dict[str, str]:
 
 
 def compiled(run: Run, phase: int, state: State, arrays: dict, mask: Mask) -> Future:
-    """The step of a phase as it is being compiled, for a state and batches of these shapes."""
-    key = phase, arrays["tokens"].shape, mask
+    """The step of a phase as it is being compiled, for a state and batches of these shapes.
+
+    Phases have one step together where all that `make_step` reads of them is the same.
+    """
+    config, model, own = run.config, run.plan.models[phase], run.config.phases[phase]
+    frozen = run.plan.frozen(phase)
+    read = loss_of(config, model, own), own.accumulate, frozen
+    shape = arrays["tokens"].shape
+    asked = read, shape, mask
+    if asked in run.programs:
+        return run.programs[asked]
+    with user_errors():
+        mask = settled(model.attention, mask, shape[1], model.head_dim, model.dtype)
+    key = read, shape, mask
     if key not in run.programs:
-        model, config = run.plan.models[phase], run.config
-        with user_errors():
-            choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
-        lr = {group: np.float32(0) for group in groups(model)}
-        more = config.phases[phase], run.plan.frozen(phase)
+        everywhere = NamedSharding(run.mesh, PartitionSpec())
+        lr = jax.ShapeDtypeStruct((len(groups(model)),), np.float32, sharding=everywhere)
         run.programs[key] = run.compiler.submit(
-            compile_step, config, model, run.mesh, state, arrays, lr, mask, *more
+            compile_step, config, model, run.mesh, state, arrays, lr, mask, own, frozen
         )
+    run.programs[asked] = run.programs[key]
     return run.programs[key]
 
 
@@ -791,7 +911,7 @@ def compile_first(run: Run):
         return
     batch = run.loader.batch(1)
     arrays = put(batch.arrays, run.mesh, batch.rows)
-    compile_ahead(run, 0, shapes_of(arrays), Mask(**batch.mask))
+    compile_ahead(run, 0, shapes_of(arrays), mask_of(batch, run.plan.models[0]))
 
 
 def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
@@ -799,6 +919,16 @@ def compile_ahead(run: Run, phase: int, arrays: dict, mask: Mask):
     if jax.process_count() == 1:
         state = state_like(run.plan.models[phase], run.config.optimizer, run.mesh)
         compiled(run, phase, state, arrays, mask)
+
+
+def mask_of(batch: Batch, model: ModelConfig) -> Mask:
+    """The mask of a batch, for a model."""
+    return bounded(Mask(**batch.mask), batch.segments, model)
+
+
+def bounded(mask: Mask, segments: int, model: ModelConfig) -> Mask:
+    """The mask with a bound on the segments of a row; a forward of its own may have others."""
+    return replace(mask, segments=segments) if model.forward is llama else mask
 
 
 def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -809,24 +939,44 @@ def shapes_of(arrays: dict) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def train_step(run: Run, state: State, batch: Batch, step: int) -> tuple[State, dict]:
+class Given(NamedTuple):
+    """What a step takes besides the state."""
+
+    arrays: dict[str, jax.Array]  # of its batch, on the devices
+    mask: Mask
+    lr: jax.Array | np.ndarray  # float32, the rate of each optimiser group
+    metrics: dict[str, float]  # of its batch
+
+
+def given(run: Run, step: int) -> Given:
+    """What a step takes, put onto the devices; made by a thread, ahead of the loop."""
+    batch = run.loader.batch(step, own=functools.partial(own_rows, run.mesh))
+    model = run.plan.models[run.plan.phase_of(step)]
+    lr = np.array([run.plan.lr[group][step] for group in groups(model)], np.float32)
+    if jax.process_count() == 1:
+        lr = jax.device_put(lr, NamedSharding(run.mesh, PartitionSpec()))
+    arrays = put(batch.arrays, run.mesh, batch.rows)
+    return Given(arrays, mask_of(batch, model), lr, batch.metrics)
+
+
+def train_step(run: Run, state: State, batch: Given, step: int) -> tuple[State, Any]:
     """Dispatch one update; gives the state after it and its metrics, both still on the devices."""
     phase = run.plan.phase_of(step)
     model = run.plan.models[phase]
-    arrays, mask = put(batch.arrays, run.mesh, batch.rows), Mask(**batch.mask)
-    lr = {group: np.float32(run.plan.lr[group][step]) for group in groups(model)}
+    arrays, mask = batch.arrays, batch.mask
     update = compiled(run, phase, state, arrays, mask).result()
     if phase not in run.begun:
         if not run.begun:
-            attention = choose(model.attention, mask, arrays["tokens"].shape[1], model.dtype)
+            length = arrays["tokens"].shape[1]
+            attention = choose(model.attention, mask, length, model.head_dim, model.dtype)
             banner(run, update, attention)
         run.begun.add(phase)
         compile_next(run, phase, shapes_of(arrays), mask)
     edited = any(step - n in run.plan.edits for n in range(1, 6))  # in the last five steps
     before = jax.tree.map(jnp.copy, state.params) if edited else None
-    state, metrics = update(state, arrays, lr)
+    state, metrics = update(state, arrays, batch.lr)
     if edited:
-        metrics |= update_ratios(before, state.params, model)
+        metrics = dict(metrics) | update_ratios(before, state.params, model)
     return state, metrics
 
 
@@ -853,18 +1003,13 @@ def trained_losses(run: Run, state: State, step: int, setting: Setting) -> dict[
     entered = model == run.plan.models[run.plan.phase_of(step)]  # else its edits are still to come
     if not entered or is_plain(loss, phase, run.caches):
         return {}
-    if loss not in run.evaluators:
-        run.evaluators[loss] = summing(loss, run.mesh)
-    sums = run.evaluators[loss]
+    sums = summing(loss, run.mesh)
     return own_losses(sums, state.params, state.step, step, setting, run.loader)
 
 
 def held_out_programs(run: Run, step: int) -> tuple[Callable, Callable]:
-    """`evaluators` of the model after a step, compiled once for each shape."""
-    model = run.plan.model_after(step)
-    if model not in run.evaluators:
-        run.evaluators[model] = evaluators(run.config.reparam, model, run.mesh)
-    return run.evaluators[model]
+    """`evaluators` of the model after a step."""
+    return evaluators(run.config.reparam, run.plan.model_after(step), run.mesh)
 
 
 def save(run: Run, state: State, step: int, log: Log):
@@ -888,6 +1033,7 @@ def save(run: Run, state: State, step: int, log: Log):
             "log": run.loader.log,
             "start": run.loader.start,
             "past": resume_key(run.config, run.plan, step),
+            "rounding": rounding_key(run.config, run.mesh.size),
             "positions": dict(zip(run.caches, positions, strict=True)),
             "tokenizer": content_hash(run.tokenizer.model).hex(),
         },
@@ -946,7 +1092,7 @@ def opened(run: Run):
 
 def batches_after(run: Run, step: int, stop: Stop) -> Prefetch:
     """The batches of the steps after `step`, made ahead; a signal may end them early."""
-    make = functools.partial(run.loader.batch, own=functools.partial(own_rows, run.mesh))
+    make = functools.partial(given, run)
     steps = range(step + 1, run.plan.total + 1)
     return Prefetch(make, steps, decided=run.loader.decided, stopped=lambda: stop.wants_exit)
 

@@ -15,7 +15,7 @@ from lib.readers import jsonl
 from model import ModelConfig
 from train import Config, Phase, Schedule
 
-RATES = 2e-3, 4e-3, 8e-3  # peak learning rates that most studies tune each arm over
+RATES = 4e-3, 8e-3, 1.6e-2  # peak learning rates that most studies tune each arm over
 
 QUICK = {
     "phases.*.steps": 4,
@@ -53,15 +53,18 @@ def shape(layers: int = 4, embed: int = 128, vocab: int = 1024) -> ModelConfig:
 
 
 def scaled(config: Config, steps: int) -> Config:
-    """A config of one phase, for another number of steps."""
-    return replace(config, phases=(replace(config.phases[0], steps=steps),))
+    """A config of one phase, for another number of steps. The warm-up is as long a share of them."""
+    phase, schedule = config.phases[0], config.schedule
+    warmup = round(schedule.warmup * steps / phase.steps)
+    return replace(config, phases=(replace(phase, steps=steps),),
+                   schedule=replace(schedule, warmup=warmup))
 
 
-small = Config(  # 0.9 million parameters, 0.3 million tokens
+small = Config(  # 1.1 million parameters, 0.3 million tokens
     model=shape(),
     data=DataConfig(sources={"stdlib": Source(stdlib)}, dev=0.03, test=0.03, shard_tokens=2**20),
     phases=(Phase(steps=300, batch=8, seq=128),),
-    schedule=Schedule(shape="wsd", peak=8e-3, warmup=20, decay=0.4, final=0.05),
+    schedule=Schedule(shape="wsd", peak=8e-3, warmup=40, decay=0.4, final=0.05),
     overlap=16,
     eval_every=75,
     eval_tokens=16_384,
@@ -69,11 +72,11 @@ small = Config(  # 0.9 million parameters, 0.3 million tokens
     prompts=("def ",),
     sample_tokens=64,
 )
-deep = Config(  # 1.7 million parameters, 1.2 million tokens
+deep = Config(  # 1.8 million parameters, 1.2 million tokens
     model=shape(layers=8),
     data=DataConfig(sources={"stdlib": Source(stdlib)}, shard_tokens=2**20),
     phases=(Phase(steps=600, batch=8, seq=256),),
-    schedule=Schedule(shape="wsd", peak=8e-3, warmup=50, decay=0.4, final=0.05),
+    schedule=Schedule(shape="wsd", peak=8e-3, warmup=80, decay=0.4, final=0.05),
     eval_every=100,
     eval_tokens=32_768,
     save_every=1_000,
@@ -81,11 +84,11 @@ deep = Config(  # 1.7 million parameters, 1.2 million tokens
 )
 llama = Config(  # 124 million parameters, 2.5 billion tokens, on JSON Lines of yours
     model=ModelConfig(layers=12, embed=768, heads=12, kv_heads=12, head_dim=64, mlp=2048,
-                      vocab=32_000, dtype="bfloat16", unroll=1),
+                      vocab=32_000, dtype="bfloat16"),
     data=DataConfig(sources={"mine": Source(partial(jsonl, path="~/my_jsonl"))}, sample_mib=64.0,
                     stream=True, dev=0.005, test=0.005, shard_tokens=2**25),
     phases=(Phase(steps=4_800, batch=512, seq=1_024, accumulate=16),),
-    schedule=Schedule(peak=1e-3, warmup=200),
+    schedule=Schedule(peak=8e-3, warmup=200),
     eval_every=500,
     eval_tokens=2**20,
     save_every=1_000,

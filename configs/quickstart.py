@@ -17,7 +17,7 @@ config = Config(
         Phase(steps=150, batch=8, seq=256),
         Phase(steps=190, batch=8, seq=256, edits=(partial(stack, times=2),)),
     ),
-    schedule=Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05),
+    schedule=Schedule(shape="wsd", peak=8e-3, warmup=40, decay=0.4, final=0.05),
     eval_every=75,
     eval_tokens=16_384,
     save_every=75,

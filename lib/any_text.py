@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from lib.readers import hugging_face, json_of, jsonl_of, parquet_of
-from lib.sources import Document, Skipped, files, text_of
+from lib.sources import Document, Skipped, files, listing, texts_in
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 READERS = {"jsonl": jsonl_of, "json": json_of, "parquet": parquet_of}  # of files of records
@@ -43,6 +43,7 @@ def any_text(
     leave out the files that this path means, such as held-out ones among the others.
     """
     seen = survey(path, kind, without)
+    yield from listing(path)[2]
     if seen.kind == "hugging_face":
         if SEVERAL not in dict(seen.files):
             split = ""
@@ -61,7 +62,7 @@ def texts(seen: Survey, separator: str | None) -> Iterator[Document | Skipped]:
     if separator is None:
         separator = "\n\n" if alone else ""
     for name, place in seen.files:
-        for item in text_of(seen.fs, name, place, separator):
+        for item in texts_in(seen.fs, name, place, separator):
             if not alone and item == Skipped(name, "undecodable"):
                 item = Skipped(name, "no text")  # a picture among texts, say
             yield item

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib.tables import printable
 from model import count
 
 
@@ -58,4 +59,4 @@ def banner(run, step, attention: str):
         "attention": f"{attention}, {models[0].dtype}",
         "expected": f"{timedelta(seconds=int(seconds))} at half a bare matmul's speed",
     }
-    print("\n".join(f"{name:>11}  {value}" for name, value in lines.items()), flush=True)
+    print("\n".join(f"{name:>11}  {printable(said)}" for name, said in lines.items()), flush=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -36,20 +36,25 @@ from lib.disk import (
 from lib.errors import InputError
 from lib.keys import function_key
 from lib.prefetch import prefetch
+from lib.seams import PREPARE, SCORE, require_gave
 from lib.sources import (
+    ODD_KINDS,
     SPLITS,
     SURROGATE,
     Document,
     Skipped,
     Source,
     describe_skipped,
+    documents_of,
+    is_document,
     path_hash,
     split_in,
 )
 from lib.tokenizers import Tokenizer, marked_tokens
 
 # Kinds that are skipped, but no damage.
-CHOSEN = ("deselected", "duplicate", "near-duplicate", "no text")
+CHOSEN = ("deselected", "duplicate", "near-duplicate", "no text", *ODD_KINDS)
+DOUBTFUL = "doubtful: they stand before the break of a damaged archive"
 GROUP = 256  # documents that are tokenized together
 JUDGED = 1_000  # documents after which the share of damaged ones is judged, and at the end
 
@@ -320,7 +325,7 @@ def write_shards(directory: Path, name: str, config, tokenizer: Tokenizer, seed:
     fingerprint = first_fingerprint(tokenizer)
     if number:
         fingerprint = cache.facts(number - 1)["fingerprint"]
-    stream = iter(config.sources[name].documents())
+    stream = documents_of(config.sources[name])
     for shard in unsealed_shards(stream, config, name, tokenizer, seed, total):
         fingerprint = shard.seal(directory, number, fingerprint, tokenizer)
         number += 1
@@ -342,7 +347,7 @@ def remaker(directory: Path, name: str, config, tokenizer: Tokenizer,
         before = first_fingerprint(tokenizer)
         if number:
             before = cache.facts(number - 1)["fingerprint"]
-        stream = iter(config.sources[name].documents())
+        stream = documents_of(config.sources[name])
         shards = unsealed_shards(stream, config, name, tokenizer, seed, cache.counts(number))
         shard = next(shards, Unsealed())
         shards.close()
@@ -403,6 +408,9 @@ def next_group(stream: Iterator[Document | Skipped], config, name: str, tokenize
     documents = [item for item in group if isinstance(item, Document)]
     counts = Counter(f"skipped: {item.kind}" for item in group if isinstance(item, Skipped))
     counts.update("read" for _ in group)
+    doubtful = sum(item.doubtful for item in group if isinstance(item, Skipped))
+    if doubtful:
+        counts[DOUBTFUL] += doubtful
     rows = list(tokenize(documents, config, name, tokenizer, seed, counts))
     return rows, counts
 
@@ -443,16 +451,26 @@ def scored(score: Callable | None, documents: list[Document], tokens: list,
         return [math.nan] * len(documents)
     if "documents" not in parameters(score):
         pairs = zip(documents, tokens, strict=True)
-        return [np.asarray(score(document, ids), np.float32) for document, ids in pairs]
+        return [as_scores(score(document, ids), score, (0, 1)) for document, ids in pairs]
     found = []
     for first in range(0, len(documents), GROUP):
         group, ids = (every[first:first + GROUP] for every in (documents, tokens))
-        values = np.asarray(score(group, ids), np.float32)
-        if values.ndim not in (1, 2) or len(values) != len(group):
-            raise InputError(
-                f"data.sources.{name}.score gives an array of the shape {values.shape} for "
-                f"{len(group)} documents; allowed are ({len(group)},) and ({len(group)}, k)")
+        values = as_scores(score(group, ids), score, (1, 2))
+        n = len(group)
+        more = f"; of data.sources.{name}, arrays ({n},) and ({n}, k) of {n} documents"
+        require_gave(len(values) == n, SCORE, score, values, more)
         found += list(values)
+    return found
+
+
+def as_scores(value: Any, score: Callable, dimensions: tuple[int, int]) -> np.ndarray:
+    """What a score function gave as float32. Raises InputError for what is no number."""
+    try:
+        found = np.asarray(value, np.float32)
+    except (TypeError, ValueError):  # texts, lists of lists of unlike lengths
+        found = np.array(math.nan, np.float32)
+    fine = found.ndim in dimensions and not np.isnan(found).any()
+    require_gave(fine, SCORE, score, value)
     return found
 
 
@@ -487,6 +505,8 @@ def prepare(documents: list[Document], shares: tuple[float, float], source: Sour
         if source.prepare and SPLITS[split] == "train":
             rng = np.random.default_rng([seed, path_hash(document.path)])
             made = source.prepare(document, rng)
+            every = made if isinstance(made, list) else [made]
+            require_gave(all(map(is_document, every)), PREPARE, source.prepare, made)
         prepared += [(one, split) for one in (made if isinstance(made, list) else [made])]
     valid = [pair for pair in prepared if not SURROGATE.search(pair[0].prefix + pair[0].text)]
     if len(valid) < len(prepared):

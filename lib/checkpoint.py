@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 
-from lib.disk import file_hash, with_checksum, without_checksum
+from lib.disk import file_hash, is_step, user_path, with_checksum, without_checksum
 from lib.errors import InputError, user_errors
 from lib.keys import is_run, run_step
 from lib.optim import State
@@ -107,7 +108,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that are complete on disk, ascending."""
-        return sorted(int(p.name) for p in self.root.glob("*") if p.name.isdigit())
+        return sorted(int(p.name) for p in self.root.glob("*") if is_step(p.name))
 
     def save(self, step: int, state: State, meta: dict, loans: dict[str, Loan] | None = None):
         """Begin to save; returns when the state may change again.
@@ -146,7 +147,7 @@ class Checkpoints:
         """What writing meets, as one sentence; Orbax gives a full disk as any kind of exception."""
         last = [0, *self.steps()][-1]
         return user_errors(
-            Exception,
+            Exception,  # of Orbax, which gives a full disk as any kind
             InputError,
             f"no checkpoint can be written to {self.root} ({{reason}}); "
             f"make room, and the same command resumes from step {last}",
@@ -176,7 +177,8 @@ class Checkpoints:
     def attempt(self, step: int, wanted: ocp.args.Composite):
         """Read items once; Damaged where Orbax raises any of its many exceptions."""
         eagerly = jax.ensure_compile_time_eval()  # an edit may load a run while shapes are traced
-        with eagerly, user_errors(Exception, Damaged, self.damaged(step, "{reason}")):
+        said = self.damaged(step, "{reason}")
+        with eagerly, user_errors(Exception, Damaged, said):  # of Orbax, which has many kinds
             return self.manager.restore(step, args=wanted)
 
     def damaged(self, step: int, reason: str) -> str:
@@ -269,7 +271,7 @@ def find_checkpoint(run: str, step: int | None = None) -> tuple[Checkpoints, int
     Without a step it is the newest one. While an edit recurs (embeddings are being forgotten), it
     is the one longest after that edit.
     """
-    directory = Path(run).expanduser()
+    directory = user_path(run)
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(run)!r} is not a run directory: it has no config.json")
     read_record(directory)
@@ -393,7 +395,6 @@ def checksum(x: jax.Array) -> int:
         return int(checksums({"x": x})["x"])
 
 
-@jax.jit
 def checksums(state: State | dict) -> dict[str, jax.Array]:
     """A hash of each array of a state, uint32: the same on any mesh.
 
@@ -401,17 +402,26 @@ def checksums(state: State | dict) -> dict[str, jax.Array]:
     elements that are changed, swapped or moved change it.
     """
     leaves = jax.tree.leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): hashed(x) for path, x in leaves}
+    begin = np.uint32(0)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): hashed(x, begin)
+        for path, x in leaves
+    }
 
 
-def hashed(x: jax.Array) -> jax.Array:
-    """The hash of an array."""
+@jax.jit
+def hashed(x: jax.Array, begin) -> jax.Array:
+    """The hash of an array; one program for all of a shape. begin: the place of its first element.
+
+    `begin` is an argument because what depends on none is worked out before a program, by
+    `ensure_compile_time_eval`, and becomes a constant in it: as large as the array.
+    """
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     words = lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}")
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    place = begin
+    for size in words.shape:
+        place = place[..., None] * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
     return jnp.sum(scrambled(words.astype(jnp.uint32) ^ scrambled(place + 1)), dtype=jnp.uint32)
 
 

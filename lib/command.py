@@ -219,7 +219,7 @@ def convert(word: str, old, hint):
     items = [of.__args__[0] for of in wanted if kind(of) is tuple and of is not tuple]
     if items and not isinstance(parsed, tuple):
         return one_or_more(parsed, word, items[0])
-    if type(parsed) is int and is_float(old, wanted):
+    if type(parsed) is int and is_float(old, wanted) and fits(parsed, float):
         return float(parsed)
     return parsed
 

@@ -51,7 +51,7 @@ def load_file(path: str | Path) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])
-        except BaseException:
+        except BaseException:  # of the file, whatever it raises: half a module must not stay
             del sys.modules[name]
             raise
     return sys.modules[name]
@@ -69,7 +69,7 @@ def config_errors(path: str):
     """Whatever a config file does wrong, as one InputError that names the file and its line."""
     try:
         yield
-    except Exception as error:  # a config file may raise anything
+    except (Exception, SystemExit) as error:  # of a config file, which may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(Path(path).resolve())]
         if isinstance(error, SyntaxError):

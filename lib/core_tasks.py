@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
+from lib.disk import user_path
 from lib.errors import InputError, user_errors
 from lib.tasks import (
     fewest_nats,
@@ -99,7 +100,7 @@ def read_core(path: str | Path, most: int | None = None) -> list[Task]:
     """
     if most is not None and most < 1:
         raise InputError(f"most is {most}; allowed is 1 or more lines of each task of CORE")
-    path = Path(path).expanduser()
+    path = user_path(path)
     config = parsed(path / "core.yaml", yaml.safe_load)
     rows = parsed(path / "eval_meta_data.csv", lambda file: list(csv.DictReader(file)))
     baselines = {row.get("Eval Task"): row.get("Random baseline") for row in rows}
@@ -125,6 +126,8 @@ def parsed(file: Path, parse: Callable):
     """What `parse` makes of an open file."""
     errors = OSError, ValueError, csv.Error, yaml.YAMLError
     said = f"{file} cannot be read ({{reason}}); allowed is a directory with {FILES}"
+    if file.exists() and not file.is_file():  # one that another program feeds would wait for it
+        raise InputError(f"{file} is no regular file; allowed is a directory with {FILES}")
     with user_errors(errors, sentence=said), file.open(encoding="utf-8", newline="") as text:
         return parse(text)
 
@@ -221,7 +224,9 @@ def split(tokenizer: Tokenizer, kind: str, before: str, question: Question) -> l
     return [(row[:start], row[start:]) for row, start in zip(options, starts, strict=True)]
 
 
-def answered(params, apply: Callable, tokenizer: Tokenizer, task: Task, seq: int) -> np.ndarray:
+def answers_rightly(
+    params, apply: Callable, tokenizer: Tokenizer, task: Task, seq: int
+) -> np.ndarray:
     """Whether the model answers each question of a task rightly, bool [questions].
 
     It chooses the option with the fewest nats an id of its continuation. A text goes on rightly
@@ -250,7 +255,7 @@ def core_figures(
     found = {}
     for task in tasks:
         name = f"core/{task.label}"
-        found |= proportion(name, answered(params, apply, tokenizer, task, seq))
+        found |= proportion(name, answers_rightly(params, apply, tokenizer, task, seq))
         found[f"{name}/centred"] = (found[name] - task.baseline) / (1 - task.baseline)
     names = [f"core/{task.label}" for task in tasks]
     baselines = [task.baseline for task in tasks]

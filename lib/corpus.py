@@ -18,6 +18,7 @@ from lib.errors import InputError
 from lib.help import short
 from lib.processes import is_main_process
 from lib.sources import SPLITS
+from lib.tables import printable
 from lib.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 
@@ -38,8 +39,8 @@ def assemble(config, tokenizer_file: Path | None = None):
         shards = min(most, cache.wait(most))
         counts = cache.counts(shards)
         for kind in counts:
-            if kind.startswith("skipped"):
-                print(f"source {name}: {counts[kind]} documents {kind}")
+            if kind.startswith(("skipped", "doubtful")):
+                print(printable(f"source {name}: {counts[kind]} documents {kind}"))
         check_splits(name, counts, config.data)
     return config, tokenizer, caches
 

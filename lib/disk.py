@@ -22,6 +22,22 @@ def cache_home() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "coppice"
 
 
+def user_path(text: str | Path) -> Path:
+    """The path that somebody wrote, ~ and ~USER being home directories. Raises InputError."""
+    expanded = os.path.expanduser(text)
+    if "\0" in expanded:
+        raise InputError(f"{str(text)!r} is no path; allowed is one without NUL")
+    if expanded.startswith("~"):
+        raise InputError(f"{str(text)!r} is in no home directory that is known here; allowed is a "
+                         f"path, ./{text} for one of that name")
+    return Path(expanded)
+
+
+def is_step(name: str) -> bool:
+    """Whether a name is a number of steps, in plain digits."""
+    return name.isascii() and name.isdigit()
+
+
 def digest(value: Any) -> str:
     """A short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
@@ -40,7 +56,7 @@ def write(path: Path, content: bytes | str):
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
-    except BaseException:
+    except BaseException:  # of Python, an interrupt too: half a file must not stay
         partial.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)

@@ -5,6 +5,7 @@ from typing import Literal, get_args, get_type_hints
 
 import jax.numpy as jnp
 
+from lib.fields import Count
 from model import Context, Edited, Model, Param, Params, draw, groups, table
 
 
@@ -21,7 +22,7 @@ def check_options(edit: Callable, **given: str) -> None:
 def stack(
     model: Model,
     context: Context,
-    times: int = 2,
+    times: Count = 2,
     layers: tuple[int, ...] | None = None,
     moments: Literal["reset", "map"] = "reset",
     new: Literal["random", "identity"] = "random",

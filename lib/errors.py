@@ -1,6 +1,9 @@
 """What a user can mend, said in one sentence."""
 import contextlib
 
+# What Python raises where JSON of others does not hold what it should.
+ODD = ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError
+
 
 class InputError(Exception):
     """Something a user can mend; the message is the one sentence that says what and how."""

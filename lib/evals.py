@@ -11,6 +11,7 @@ from lib.errors import InputError
 from lib.evaluate import HeldOut, Setting, open_source
 from lib.generate import sampling
 from lib.kernels import Mask
+from lib.seams import EVALS, is_number, require_gave
 from lib.sharding import ROWS, parts, put
 from lib.sources import SPLITS
 from model import CAUSAL
@@ -104,5 +105,8 @@ def own_evals(scores: Callable, params, step: int, setting: Setting) -> dict[str
     }
     found = {}
     for function in setting.config.evals:
-        found |= bind(function, **given)(params, apply)
+        own = bind(function, **given)(params, apply)
+        fine = isinstance(own, dict) and all(isinstance(name, str) for name in own)
+        require_gave(fine and all(map(is_number, own.values())), EVALS, function, own)
+        found |= own
     return found

@@ -5,7 +5,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from lib.tokenizers import Tokenizer
 from model import CAUSAL, ModelConfig, reparametrised, whole
 
 
+@lru_cache(maxsize=8)  # whoever loads a run again has nothing compiled anew
 def evaluators(
     reparam: Callable | None, config: ModelConfig, mesh: Mesh
 ) -> tuple[Callable, Callable]:

@@ -5,13 +5,15 @@ import difflib
 import functools
 import inspect
 import json
-import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from lib.errors import InputError
+from lib.seams import Seam, broken_call
 
 # Fields by the names that they once had.
 RENAMED = {"weights": "reparam", "rates": "lr"}
@@ -24,18 +26,29 @@ class Bound(NamedTuple):
     words: str
 
 
+def at_most(most: int) -> Bound:
+    """The upper end of what a field may hold."""
+    return Bound(lambda value: value <= most, f"at most {most:,}")
+
+
 FROM_0 = Bound(lambda value: value >= 0, "0 or more")
 FROM_1 = Bound(lambda value: value >= 1, "1 or more")
 ABOVE_0 = Bound(lambda value: value > 0, "more than 0")
-TO_1 = Bound(lambda value: value <= 1, "at most 1")
+BELOW_1 = Bound(lambda value: value < 1, "less than 1")
 
 Count = Annotated[int, FROM_1]
 Whole = Annotated[int, FROM_0]
 Positive = Annotated[float, ABOVE_0]
 NotNegative = Annotated[float, FROM_0]
-Share = Annotated[float, FROM_0, TO_1]
-ExitCode = Annotated[int, FROM_0, Bound(lambda value: value <= 255, "at most 255")]
-PositiveShare = Annotated[float, ABOVE_0, TO_1]
+Share = Annotated[float, FROM_0, at_most(1)]
+Decay = Annotated[float, FROM_0, BELOW_1]  # what a moving average keeps of its past
+ExitCode = Annotated[int, FROM_0, at_most(255)]
+PositiveShare = Annotated[float, ABOVE_0, at_most(1)]
+Layers = Annotated[int, FROM_1, at_most(10_000)]
+Size = Annotated[int, FROM_1, at_most(2**24)]  # of an axis
+Seed = Annotated[int, FROM_0, at_most(2**32 - 1)]  # JAX's keys take no more without float64
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
 
 # A rule about several fields: whether it is broken, and the sentence that says so.
 Rules = Iterator[tuple[Any, str]]
@@ -111,6 +124,14 @@ def unwrap(hint) -> tuple[Any, tuple]:
     return hint, ()
 
 
+def seam_of(hint) -> Seam | None:
+    """The extension point that an annotation says a function is of."""
+    if typing.get_origin(hint) is Annotated:
+        return next((part for part in hint.__metadata__ if isinstance(part, Seam)), None)
+    found = map(seam_of, typing.get_args(hint)) if is_union(hint) else ()
+    return next(filter(None, found), None)
+
+
 def kind(hint) -> Any:
     """What a value is an instance of: tuple of tuple[int, ...]."""
     return typing.get_origin(hint) or hint
@@ -146,7 +167,7 @@ def fits_one(value, hint) -> bool:
     if isinstance(value, bool):
         return of is bool
     if of is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, of)
 
 
@@ -165,8 +186,7 @@ def plain(function: Callable) -> Callable:
 
 def defaults(function: Callable) -> dict[str, Any]:
     """{name: default} of the parameters of a function whose default JSON can hold."""
-    parameters = inspect.signature(plain(function)).parameters.values()
-    return {p.name: p.default for p in parameters
+    return {p.name: p.default for p in signature(function).values()
             if p.kind is not p.POSITIONAL_ONLY and p.default is not p.empty and is_json(p.default)}
 
 
@@ -185,24 +205,44 @@ def changed_settings(function: Callable) -> dict[str, Any]:
 def missing(function: Callable, hint) -> list[str]:
     """The parameters without a default that nothing gives a value.
 
-    The field's type says what the function is called with. Where it does not, none are known.
+    The field's extension point says what the function is told. Where it is none, none are known.
     """
-    inputs = typing.get_args(hint)
-    if not inputs or not isinstance(inputs[0], list):
+    seam = seam_of(hint)
+    if not seam:
         return []
-    parameters = list(inspect.signature(plain(function)).parameters.values())[len(inputs[0]):]
-    given = settings(function)
-    return [p.name for p in parameters if p.default is p.empty and p.name not in given
+    told = settings(function).keys() | set(seam.asked)
+    left = list(signature(function).values())[len(seam.given):]
+    return [p.name for p in left if p.default is p.empty and p.name not in told
             and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def setting_types(function: Callable) -> dict[str, Any]:
     """{parameter: its annotation}, those that say which JSON values are allowed."""
-    try:
-        hints = typing.get_type_hints(plain(function), include_extras=True)
-    except (NameError, TypeError):  # an annotation that only a type checker can resolve
-        return {}
+    hints = {name: type_of(p, plain(function)) for name, p in signature(function).items()}
     return {name: hint for name, hint in hints.items() if is_plain(hint)}
+
+
+def type_of(parameter: inspect.Parameter, function: Callable) -> Any:
+    """The annotation of a parameter, also where it is a text; Any without one."""
+    hint = parameter.annotation
+    if hint is parameter.empty:
+        return Any
+    if not isinstance(hint, str):
+        return hint
+    written = types.SimpleNamespace(__annotations__={"it": hint})
+    try:
+        found = typing.get_type_hints(written, function.__globals__, include_extras=True)
+    except (NameError, TypeError, AttributeError, SyntaxError):  # for a type checker alone
+        return Any
+    return found["it"]
+
+
+def signature(function: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of a function, or of a partial's; of some that are written in C none."""
+    try:
+        return dict(inspect.signature(plain(function)).parameters)
+    except ValueError:
+        return {}
 
 
 def is_plain(hint) -> bool:
@@ -238,18 +278,37 @@ def check_value(value, hint, path: str):
     """Raise InputError unless a value, and all that is inside it, is what its annotation allows."""
     base, bounds = unwrap(hint)
     if not fits(value, base):
-        infinite = isinstance(value, float) and float in options(base)
-        said = repr(value) if infinite else f"{value!r} ({type(value).__name__})"
-        raise InputError(f"{path or 'config'} is {said}; allowed is {describe(hint)}")
+        typed = "" if type(value) in options(base) else f" ({type(value).__name__})"
+        said = f"{path or 'config'} is {brief(value)}{typed}"
+        raise InputError(f"{said}; allowed is {describe(hint)}")
+    if unwritten(value):
+        raise InputError(f"{path} is {brief(value)}; allowed are integers of 64 bits, and texts of "
+                         "whole characters")
     if is_union(base):
         fitting = [option for option in typing.get_args(base) if fits(value, option)]
         return check_value(value, fitting[0], path)
     if not all(bound.holds(value) for bound in bounds):
-        raise InputError(f"{path} is {value!r}; allowed is {describe(hint)}")
+        raise InputError(f"{path} is {brief(value)}; allowed is {describe(hint)}")
     if callable(value):
-        return check_function(value, base, path)
+        return check_function(value, hint, path)
     for name, part, part_hint in inside(value, base):
         check_value(part, part_hint, join(path, name))
+
+
+def unwritten(value) -> bool:
+    """Whether arrays cannot hold an integer, or files a text."""
+    if isinstance(value, str):
+        return bool(SURROGATE.search(value))
+    return type(value) is int and not -(2**63) <= value < 2**63
+
+
+def brief(value) -> str:
+    """A value as Python writes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "an integer of thousands of digits"
+    return text if len(text) <= 500 else text[:500] + " ..."
 
 
 def inside(value, hint) -> list[tuple[str, Any, Any]]:
@@ -285,10 +344,19 @@ def check_function(function: Callable, hint, path: str):
         if not fits(value, hints.get(setting, Any)):
             value = tuples(value)
         check_value(value, hints.get(setting, Any), where)
+    check_told(function, hint, f"{path} is {name}, which", path)
+
+
+def check_told(function: Callable, hint, subject: str, path: str):
+    """Raise InputError unless a function can be called as its extension point is."""
     lacking = missing(function, hint)
     if lacking:
-        raise InputError(f"{path} is {name}, which is not told its {', '.join(lacking)}; "
+        raise InputError(f"{subject} is not told its {', '.join(lacking)}; "
                          f"allowed is a value for it: --{join(path, lacking[0])} VALUE")
+    seam = seam_of(hint)
+    broken = broken_call(function, seam) if seam else ""
+    if broken:
+        raise InputError(f"{subject} cannot be called as it is: {broken}")
 
 
 def check_rules(value, path: str = ""):

@@ -2,26 +2,37 @@
 import ctypes
 import gc
 import os
+import re
 import sys
 from typing import NamedTuple
 
 import jax
 
+AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities of NVIDIA's GPUs
+
 
 class Hardware(NamedTuple):
     """One device, from its maker's data sheet; zeros where it is not known."""
 
-    peak: float = 0.0  # dense bfloat16 FLOP/s
+    peak: float = 0.0  # dense bfloat16 FLOP/s, summed up in float32
     memory_gib: float = 0.0
     memory_gb_s: float = 0.0  # to and from its memory
-    network_gb_s: float = 0.0  # to other devices
+    network_gb_s: float = 0.0  # to other devices of its host, or of a TPU's slice
+    hosts_gb_s: float = 0.0  # of a GPU, to those of other hosts, as cloud machines have it
+    capability: tuple[int, int] = (0, 0)  # of a GPU by NVIDIA
 
 
 HARDWARE = {
-    "NVIDIA A100": Hardware(312e12, 80, 2039, 300),
-    "NVIDIA H100": Hardware(989e12, 80, 3350, 450),
-    "NVIDIA H200": Hardware(989e12, 141, 4800, 450),
-    "NVIDIA B200": Hardware(2250e12, 180, 8000, 900),
+    "NVIDIA A100": Hardware(312e12, 80, 2039, 300, 25, (8, 0)),
+    "NVIDIA A10": Hardware(125e12, 24, 600, 32, 12.5, (8, 6)),
+    "NVIDIA A10G": Hardware(70e12, 24, 600, 32, 12.5, (8, 6)),
+    "NVIDIA L4": Hardware(121e12, 24, 300, 32, 12.5, (8, 9)),
+    "NVIDIA GeForce RTX 4090": Hardware(165e12, 24, 1008, 32, 12.5, (8, 9)),
+    "NVIDIA H100": Hardware(989e12, 80, 3350, 450, 50, (9, 0)),
+    "NVIDIA H200": Hardware(989e12, 141, 4800, 450, 50, (9, 0)),
+    "NVIDIA GH200": Hardware(989e12, 96, 4000, 450, 50, (9, 0)),
+    "NVIDIA B200": Hardware(2250e12, 180, 8000, 900, 50, (10, 0)),
+    "Tesla T4": Hardware(65e12, 16, 320, 16, 6.25, (7, 5)),  # the peak is float16's: no bfloat16
     "TPU v4": Hardware(275e12, 32, 1228, 300),
     "TPU v5 lite": Hardware(197e12, 16, 819, 200),
     "TPU v5": Hardware(459e12, 95, 2765, 600),
@@ -39,10 +50,20 @@ ALLOCATIONS = 50_000  # objects that Python makes between two looks for garbage
 
 def hardware(kind: str) -> Hardware:
     """What is known of a kind of device, by the longest name in HARDWARE that it begins with."""
-    names = [name for name in HARDWARE if kind.startswith(name)]
+    names = [name for name in HARDWARE if re.match(rf"{name}\b", kind)]
     if not names:
         return Hardware()
     return HARDWARE[max(names, key=len)]
+
+
+def capability(kind: str) -> tuple[int, int]:
+    """The compute capability of a kind of NVIDIA GPU, asked of one here; (0, 0) where unknown."""
+    for device in jax.local_devices():
+        told = getattr(device, "compute_capability", "")
+        if device.device_kind == kind and "." in told and kind.startswith(("NVIDIA", "Tesla")):
+            major, minor = told.split(".")
+            return int(major), int(minor)
+    return hardware(kind).capability
 
 
 def peak() -> float:

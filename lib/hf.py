@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lib.config import from_json, to_json
-from lib.errors import InputError, user_errors
+from lib.errors import ODD, InputError, user_errors
 from lib.families.family import ONLY, ROPE, Family, rope_of, usual_fields
 from lib.families.gemma3 import GEMMA3
 from lib.families.gpt2 import GPT2
@@ -108,16 +108,17 @@ def tensors(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], int | None]
 def read_shape(name: str) -> ModelConfig:
     """The model of hf:DIR. Raises InputError for what its family does not have, by its field."""
     found = read_hf_json(name, "config.json")
-    family = FAMILIES.get(found.get("model_type"))
+    kind = found.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if not family:
-        raise InputError(no_family(name, found.get("model_type")))
+        raise InputError(no_family(name, kind))
     found = family.absent | by_usual_names(found, family)
-    check_fields(name, found, family)
     sentence = (
         f"{name}: config.json does not have all that a model of type {family.kind} needs "
         "({reason})"
     )
-    with user_errors((KeyError, TypeError, ValueError), InputError, sentence):
+    with user_errors(ODD, InputError, sentence):
+        check_fields(name, found, family)
         fields = dict(usual_fields(found), qk_norm=family.qk_norm)
         made = ModelConfig(**fields | family.read(found))
     return from_json(ModelConfig, json.loads(json.dumps(to_json(made))))
@@ -203,7 +204,7 @@ def open_tensors(name: str, config: ModelConfig) -> dict[str, Any]:
     def open_file(file: str):
         return safetensors.safe_open(directory / file, framework="np")
 
-    with user_errors((OSError, safetensors.SafetensorError), InputError, sentence):
+    with user_errors((OSError, safetensors.SafetensorError, *ODD), InputError, sentence):
         files = index.get("weight_map") or dict.fromkeys(open_file(only).keys(), only)
         wanted = tensors(config)
         called = own_names(config, set(wanted), set(files))

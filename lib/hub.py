@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+from lib.disk import user_path
 from lib.errors import InputError, user_errors
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ORG/NAME
@@ -24,7 +25,7 @@ def place(name: str) -> Path:
 
     Raises InputError where that cannot be had.
     """
-    path = Path(name.removeprefix("hf:")).expanduser()
+    path = user_path(name.removeprefix("hf:"))
     if path.exists() or not NAME.fullmatch(name.removeprefix("hf:")):
         return path
     return fetched(name.removeprefix("hf:"))

@@ -3,73 +3,29 @@
 Letters of axes: b batch, t and s position, k key-value head, g query head of a key-value head,
 h head_dim, v vocab; n any number of rows, i inputs and o outputs of a matrix.
 """
+import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
-from lib.sharding import FREE, ROWS, RULES, constrain, rule
+from lib import flash
+from lib.flash import Case
+from lib.hardware import capability
+from lib.masks import Mask, allowed
+from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, split_of
 
 
 def float32_or_wider(dtype):
     """The dtype in which sums and normalisers of `dtype` are computed."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-# -------------------------------------------------------------------------------------- masks
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys a query sees, always within its own segment.
-
-    causal: keys at or before the query. prefix: these, and every key that `prefix` marks.
-    bidirectional: all keys. window: a query sees the `window` nearest keys at or before it
-    (bidirectional: and as many after it); 0: all.
-
-    There are no defaults: whoever attends must say. Raises ValueError for anything else.
-    """
-
-    kind: Literal["causal", "prefix", "bidirectional"]
-    window: int
-
-    def __post_init__(self):
-        known = self.kind in ("causal", "prefix", "bidirectional")
-        if not known or self.window < 0:
-            raise ValueError(
-                f"mask {self}: kind is causal, prefix or bidirectional, and window is 0 or more"
-            )
-
-
-def allowed(
-    mask: Mask,
-    q_index,
-    k_index,
-    q_segment,
-    k_segment,
-    k_prefix=None,
-) -> jax.Array:
-    """bool [b t s]: may the query at `q_index` [t] see the key at `k_index` [s]?
-
-    Segments are [b t] and [b s]. k_prefix [b s] marks what all see under a prefix mask.
-    """
-    ahead = k_index[None, :] - q_index[:, None]  # [t s], positive in the future
-    if mask.kind == "bidirectional":
-        visible = jnp.ones_like(ahead, bool)[None]
-    else:
-        visible = (ahead <= 0)[None]
-    if mask.kind == "prefix":
-        visible = visible | (k_prefix[:, None, :] > 0)
-    if mask.window:
-        visible = visible & (abs(ahead) < mask.window)[None]
-    q_segment = q_segment[:, :, None]
-    k_segment = k_segment[:, None, :]
-    return visible & (q_segment == k_segment)
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -92,7 +48,7 @@ def attention(
     """
     if mask.kind == "prefix" and prefix is None:
         raise ValueError("a prefix mask needs the batch key `prefix` [b, t]")
-    name = choose(implementation, mask, q.shape[1], q.dtype)
+    name = choose(implementation, mask, q.shape[1], q.shape[-1], q.dtype)
     compute = ATTENTION[name].function
     return compute(q, k, v, mask, segments, prefix)
 
@@ -101,36 +57,53 @@ def choose(
     implementation: str,
     mask: Mask,
     length: int,
+    head_dim: int,
     dtype,
-    platform: str | None = None,
+    device: tuple[str, tuple[int, int]] | None = None,
 ) -> str:
     """The name in ATTENTION of an implementation; "auto" takes the first that is able.
 
-    platform: cpu, gpu or tpu; None is that of the mesh, or without one the default. Raises
-    ValueError for an implementation that is not able.
+    One that is not able gives way to what ATTENTION names in its place. device: `Case.platform`
+    and `Case.capability`; None is that of the mesh, or without one the default. Raises ValueError
+    where nothing is able.
     """
-    if platform is None:
-        device = get_abstract_mesh().abstract_device
-        platform = getattr(device, "platform", jax.default_backend())
-    case = Case(mask, length, jnp.dtype(dtype), platform)
+    device = device or here()
+    case = Case(mask, length, head_dim, jnp.dtype(dtype), *device)
     able = [name for name, entry in ATTENTION.items() if entry.able(case)]
     if implementation == "auto":
         return able[0]
-    if implementation not in able:
+    name = implementation
+    while name and name not in able:
+        name = ATTENTION[name].otherwise
+    if not name:
         raise ValueError(
             f"model.attention is {implementation}; allowed for {mask.kind} rows of {length} "
-            f"in {dtype} on {platform} are auto, {', '.join(able)}"
+            f"in {dtype} on {case.platform} are auto, {', '.join(able)}"
         )
-    return implementation
+    return name
 
 
-class Case(NamedTuple):
-    """What an implementation is asked for."""
+def here() -> tuple[str, tuple[int, int]]:
+    """(cpu, gpu or tpu; an NVIDIA GPU's capability) of the mesh, or without one of the default."""
+    device = get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return device.platform, capability(device.device_kind)
 
-    mask: Mask
-    length: int  # positions of a row
-    dtype: jnp.dtype
-    platform: str  # cpu, gpu or tpu
+
+def settled(
+    implementation: str,
+    mask: Mask,
+    length: int,
+    head_dim: int,
+    dtype,
+) -> Mask:
+    """The mask, with its bound on segments only where what is chosen depends on it.
+
+    A step is compiled once for each mask.
+    """
+    name = choose(implementation, mask, length, head_dim, dtype)
+    return mask if ATTENTION[name].counts else replace(mask, segments=0)
 
 
 def reference(q, k, v, mask, segments, prefix):
@@ -168,63 +141,23 @@ def blockwise(q, k, v, mask, segments, prefix):
     return jnp.concatenate(out, axis=1)
 
 
+NAMED = jax.checkpoint_policies.save_only_these_names("product", "attention")
+
+
+def kept(primitive, *arguments, **parameters) -> bool:
+    """The policy of `jax.checkpoint` that keeps products, and what attention's gradient needs.
+
+    Without the sums of a kernel that makes its scores anew, the backward pass would run it twice.
+    cuDNN's has no names, but is an operation of its own.
+    """
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    return NAMED(primitive, *arguments, **parameters)
+
+
 def anywhere(case: Case) -> bool:
     """Every platform, mask and dtype."""
     return True
-
-
-def splash(q, k, v, mask, segments, prefix=None, interpret=False):
-    """`attention` by the Pallas kernel for TPUs of that name, which skips blocks nobody sees."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    b, t, kv, g, h = q.shape
-    size = next(size for size in (512, 256, 128) if t % size == 0)
-    visible = masks.CausalMask((t, t))
-    if mask.window:
-        visible = masks.LocalMask((t, t), (mask.window - 1, 0), 0)
-    of_heads = kernel.make_splash_mqa_single_device(
-        masks.MultiHeadMask([visible] * g),
-        block_sizes=kernel.BlockSizes(*[size] * 8),
-        interpret=interpret,
-    )
-    of_groups = jax.vmap(of_heads, (0, 0, 0, None))
-    of_rows = jax.vmap(of_groups)
-    q = q * h**-0.5
-    out = of_rows(
-        jnp.moveaxis(q, 1, 3),
-        jnp.moveaxis(k, 1, 2),
-        jnp.moveaxis(v, 1, 2),
-        kernel.SegmentIds(segments, segments),
-    )
-    return jnp.moveaxis(out, 3, 1)
-
-
-def splash_able(case: Case) -> bool:
-    """On TPUs, causal rows of whole blocks."""
-    causal = case.mask.kind == "causal"
-    return case.platform == "tpu" and causal and case.length % 128 == 0
-
-
-def cudnn(q, k, v, mask, segments, prefix):
-    """`attention` by NVIDIA's flash attention."""
-    b, t, kv, g, h = q.shape
-    index = jnp.arange(t)
-    visible = allowed(mask, index, index, segments, segments, prefix)
-    out = jax.nn.dot_product_attention(
-        q.reshape(b, t, kv * g, h),
-        k,
-        v,
-        mask=visible[:, None],
-        is_causal=mask.kind == "causal",
-        implementation="cudnn",
-    )
-    return out.reshape(q.shape)
-
-
-def cudnn_able(case: Case) -> bool:
-    """On GPUs, in a dtype of 16 bits."""
-    return case.platform == "gpu" and case.dtype.itemsize == 2
 
 
 def on_each_device(kernel: Callable) -> Callable:
@@ -233,7 +166,7 @@ def on_each_device(kernel: Callable) -> Callable:
     rows = PartitionSpec(ROWS)
 
     def spread(q, k, v, mask, segments, prefix):
-        if get_abstract_mesh().empty:
+        if get_abstract_mesh().empty or is_local():
             return kernel(q, k, v, mask, segments, prefix)
         if prefix is None:
             prefix = jnp.zeros_like(segments)
@@ -253,14 +186,22 @@ class Implementation(NamedTuple):
 
     able: Callable[[Case], bool]
     function: Callable[..., jax.Array]  # (q, k, v, mask, segments, prefix): as `attention`
+    otherwise: str = ""  # what is taken in its place where it is not able
+    counts: bool = False  # does it depend on `Mask.segments`?
 
 
-# "auto" takes the first that is able. cuDNN stands last: nobody has compared it yet.
+# "auto" takes the first that is able.
 ATTENTION = {
-    "splash": Implementation(splash_able, on_each_device(splash)),
+    "splash": Implementation(flash.splash_able, on_each_device(flash.splash)),
+    "cudnn_causal": Implementation(
+        flash.cudnn_causal_able, on_each_device(flash.cudnn_causal), "cudnn_packed", counts=True
+    ),
+    "cudnn_packed": Implementation(
+        flash.cudnn_packed_able, on_each_device(flash.cudnn_packed), "cudnn", counts=True
+    ),
+    "cudnn": Implementation(flash.cudnn_able, on_each_device(flash.cudnn)),
     "xla": Implementation(anywhere, blockwise),
     "reference": Implementation(anywhere, reference),
-    "cudnn": Implementation(cudnn_able, on_each_device(cudnn)),
 }
 
 
@@ -298,6 +239,7 @@ def softmax_mix_forward(q, k, v, mask):
     scores = jnp.where(mask, scores, least)
     probs = jax.nn.softmax(scores).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", probs, v)
+    out = checkpoint_name(out, "attention")
     return out, (q, k, v, probs, out)
 
 
@@ -322,6 +264,29 @@ softmax_mix.defvjp(softmax_mix_forward, softmax_mix_backward)
 # ----------------------------------------------------------------------------------- products
 
 
+def keeping_arguments(function: Callable, static: tuple[int, ...] = ()) -> Callable:
+    """A function whose gradient keeps its arguments alone, and computes the rest again.
+
+    static: places of arguments that are no arrays, after all others.
+    """
+    again = jax.custom_vjp(function, nondiff_argnums=static)
+
+    def forward(*arguments):
+        return function(*arguments), arguments[:len(arguments) - len(static)]
+
+    def backward(*given):
+        *fixed, arrays, d_out = given
+
+        def plain(*arrays):
+            return function(*arrays, *fixed)
+
+        _, back = jax.vjp(plain, *arrays)
+        return back(d_out)
+
+    again.defvjp(forward, backward)
+    return functools.wraps(function)(again)
+
+
 def lookup(table, tokens, dtype) -> jax.Array:
     """Rows [b t d] of a table [v d] for tokens [b t], in `dtype`."""
     whole = constrain(table, RULES["vocab"], None)  # gathered once, not once for each token
@@ -341,24 +306,18 @@ def dense(x, w, axes: tuple[str, ...], out=None) -> jax.Array:
     input; else all but the last are.
     The result has the checkpoint name "product".
     """
-    # One two-dimensional product. From one with two batch axes XLA on CPU would get the gradient
-    # of w by writing a transposed copy of the activations.
-    first = axes[0] == "embed" or axes[0] in FREE
-    inputs = 1 if first else len(axes) - 1
-    outputs = w.shape[inputs:]
-    b, t = x.shape[:2]
     if out is None:
         out = x.dtype
-    y = matmul(x.reshape(b * t, -1), w, axes, out)
-    y = y.reshape(b, t, *outputs)
+    y = matmul(x, w, axes, out)
     return checkpoint_name(y, "product")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x, w, axes: tuple[str, ...], out) -> jax.Array:
-    """x [n i] times w, as a matrix [i o] in the dtype of x: [n o] in the dtype `out`.
+    """x [b t i...] or [n i] times w [i... o...] in the dtype of x: [b t o...] or [n o...].
 
-    axes: names of those of w. The gradient is its own.
+    The result is in the dtype `out`. axes: names of those of w, see `dense`. The gradient is its
+    own. It keeps x as it came, so that products which share an input keep it once.
     What the mesh axis fsdp splits of w is gathered for the product alone, in the dtype of x, and
     again for the backward pass. The gradient of w is summed over devices in w's own dtype, and
     split as w is.
@@ -368,35 +327,82 @@ def matmul(x, w, axes: tuple[str, ...], out) -> jax.Array:
 
 def matmul_forward(x, w, axes, out):
     """(y, residuals) of `matmul`."""
-    whole = gathered(x, w, axes)
-    y = jnp.matmul(x, whole, preferred_element_type=out)
-    return y, (x, w)
+    rows = x.shape[:min(2, x.ndim - 1)]
+    whole = gathered(w, axes, x.dtype)
+    outputs = whole.shape[inputs_of(axes):]
+    y = jnp.matmul(flat(x), matrix(whole, axes), preferred_element_type=out)
+    return y.reshape(*rows, *outputs), (x, w)
 
 
 def matmul_backward(axes, out, residuals, dy):
     """Gradients of x and w in `matmul`."""
     x, w = residuals
-    dy = dy.astype(x.dtype)
-    whole = gathered(x, w, axes)
-    dx = jnp.einsum("no,io->ni", dy, whole)
-    padded = padded_for_cache(dy)
-    dw = jnp.einsum("ni,no->io", x, padded, preferred_element_type=w.dtype)
-    dw = dw[:, : dy.shape[1]]
-    dw = dw.reshape(w.shape)
-    places = [rule(axis, "of a product") for axis in axes]
-    return dx, constrain(dw, *places)
+    whole = gathered(w, axes, x.dtype)
+    weights = matrix(whole, axes)
+    dy = dy.astype(x.dtype).reshape(-1, weights.shape[1])
+    dx = jnp.einsum("no,io->ni", dy, weights)
+    dw = gradient_of_weights(flat(x), dy, w.dtype)
+    return dx.reshape(x.shape), placed(dw.reshape(whole.shape), axes)
 
 
 matmul.defvjp(matmul_forward, matmul_backward)
 
 
-def gathered(x, w, axes) -> jax.Array:
-    """w as a matrix that x [n i] can be multiplied with: in its dtype, whole but for `tensor`."""
-    places = [rule(axis, "of a product") for axis in axes]
+def inputs_of(axes: tuple[str, ...]) -> int:
+    """How many of the axes of a weight are its input, see `dense`."""
+    first = axes[0] == "embed" or axes[0] in FREE
+    return 1 if first else len(axes) - 1
+
+
+def flat(x) -> jax.Array:
+    """x [b t i...] or [n i] as a matrix [n i].
+
+    Products are two-dimensional. From one with two batch axes XLA on CPU would get the gradient of
+    the weights by writing a transposed copy of the activations.
+    """
+    rows = math.prod(x.shape[:min(2, x.ndim - 1)])
+    return x.reshape(rows, -1)
+
+
+def gradient_of_weights(x, dy, dtype) -> jax.Array:
+    """The sum [i o] over rows of x [n i] times dy [n o], in a dtype."""
+    padded = padded_for_cache(dy)
+    dw = jnp.einsum("ni,no->io", x, padded, preferred_element_type=dtype)
+    return dw[:, : dy.shape[1]]
+
+
+def places_of(axes: tuple[str, ...]) -> list[str | None]:
+    """The mesh axis that each axis of a weight is split over."""
+    return [rule(axis, "of a product") for axis in axes]
+
+
+def placed(dw, axes) -> jax.Array:
+    """The gradient of a weight, split as the weight is, and summed over the devices.
+
+    On one device alone: summed over the axis fsdp, see lib/own_gradient.py.
+    """
+    places = places_of(axes)
+    split = split_of(places)
+    if is_local() and split is not None:
+        return lax.psum_scatter(dw, "fsdp", scatter_dimension=split, tiled=True)
+    return constrain(dw, *places)
+
+
+def matrix(w, axes) -> jax.Array:
+    """A weight as a matrix [i o]."""
+    inputs = math.prod(w.shape[:inputs_of(axes)])
+    return w.reshape(inputs, -1)
+
+
+def gathered(w, axes, dtype) -> jax.Array:
+    """A weight in the dtype of a product: whole, but for what the mesh axis tensor splits."""
+    places = places_of(axes)
+    split = split_of(places)
+    w = w.astype(dtype)
+    if is_local() and split is not None:
+        return lax.all_gather(w, "fsdp", axis=split, tiled=True)
     places = [None if place == "fsdp" else place for place in places]
-    w = w.astype(x.dtype)
-    w = constrain(w, *places)
-    return w.reshape(x.shape[1], -1)
+    return constrain(w, *places)
 
 
 def padded_for_cache(dy) -> jax.Array:
@@ -419,6 +425,7 @@ def padded_for_cache(dy) -> jax.Array:
 def nll(logits, targets) -> jax.Array:
     """Negative log-likelihood [b t], in nats, of targets [b t] under logits [b t v].
 
+    Float32 or wider, whatever the logits are.
     Its own gradient, (softmax - one hot) · d(out), is one pass over the logits, where automatic
     differentiation makes several.
     """
@@ -427,8 +434,9 @@ def nll(logits, targets) -> jax.Array:
 
 def nll_forward(logits, targets):
     """(out, residuals) of `nll`."""
-    normaliser = jax.nn.logsumexp(logits, -1)
-    out = normaliser - at_targets(logits, targets)
+    wide = logits.astype(float32_or_wider(logits.dtype))
+    normaliser = jax.nn.logsumexp(wide, -1)
+    out = normaliser - at_targets(wide, targets)
     return out, (logits, targets, normaliser)
 
 
@@ -438,10 +446,115 @@ def nll_backward(residuals, d_out):
     vocab = jnp.arange(logits.shape[-1])
     one_hot = vocab == targets[..., None]
     probs = jnp.exp(logits - normaliser[..., None])
-    return (probs - one_hot) * d_out[..., None], None
+    gradient = (probs - one_hot) * d_out[..., None]
+    return gradient.astype(logits.dtype), None
 
 
 nll.defvjp(nll_forward, nll_backward)
+
+
+HEAD = "embed", "vocab"  # the axes of a head
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_nats(
+    states,
+    head,
+    targets,
+    weights,
+    chunk: int,
+) -> jax.Array:
+    """The sum of `nll` times weights [b t], for states [b t d] and a head [d v].
+
+    Logits are in the dtype of the states, in chunks of so many of the t positions. Gradients of
+    states and head are made where the logits are, so that no logits are kept or made again: the
+    gradient of a sum is known but for a factor.
+    """
+    given = states, targets, weights
+    whole = whole_head(head, states)
+    nats = over_chunks(lambda part: chunk_of_nats(whole, part)[0], given, chunk)
+    return jnp.sum(nats * weights)
+
+
+def weighted_nats_forward(
+    states,
+    head,
+    targets,
+    weights,
+    chunk,
+):
+    """(out, residuals) of `weighted_nats`: the gradients of states, head and weights."""
+    whole = whole_head(head, states)
+    d_head = jnp.zeros(head.shape, head.dtype)
+    given = states, targets, weights
+
+    def add(d_head, part):
+        nats, d_states, own = gradients_of_nats(whole, part, head.dtype)
+        return d_head + own, (nats, d_states)
+
+    d_head, found = lax.scan(add, d_head, in_chunks(given, chunk))
+    nats, d_states = jax.tree.map(out_of_chunks, found)
+    if not is_local():
+        d_head = placed(d_head, HEAD)
+    return jnp.sum(nats * weights), (d_states, d_head, nats)
+
+
+def weighted_nats_backward(chunk, residuals, d_out):
+    """Gradients of states, head and weights in `weighted_nats`; the targets have none."""
+    d_states, d_head, d_weights = (x * d_out.astype(x.dtype) for x in residuals)
+    return d_states, d_head, None, d_weights
+
+
+weighted_nats.defvjp(weighted_nats_forward, weighted_nats_backward)
+
+
+def whole_head(head, states) -> jax.Array:
+    """The head in the dtype of the states; gathered and rounded once, not once a chunk."""
+    if is_local():
+        return head.astype(states.dtype)
+    return gathered(head, HEAD, states.dtype)
+
+
+def chunk_of_nats(whole, part):
+    """`nll_forward` of a chunk of (states [b c d], targets, weights) under a head [d v]."""
+    x, targets, _ = part
+    logits = jnp.matmul(flat(x), whole, preferred_element_type=x.dtype)
+    logits = logits.reshape(*targets.shape, -1)
+    return nll_forward(logits, targets)
+
+
+def gradients_of_nats(whole, part, dtype):
+    """(`nll` [b c], its weighted sum's gradients of states [b c d] and head [d v]) of a chunk."""
+    x, _, weights = part
+    nats, kept = chunk_of_nats(whole, part)
+    d_logits, _ = nll_backward(kept, weights)
+    d_logits = d_logits.reshape(-1, whole.shape[1])
+    dx = jnp.einsum("no,io->ni", d_logits, whole)
+    d_head = gradient_of_weights(flat(x), d_logits, dtype)
+    return nats, dx.reshape(x.shape), d_head
+
+
+def over_chunks(function: Callable, tree, chunk: int):
+    """function(part) of each chunk of positions of arrays [b t ...], put together again."""
+    found = lax.map(function, in_chunks(tree, chunk))
+    return jax.tree.map(out_of_chunks, found)
+
+
+def in_chunks(tree, chunk: int):
+    """Arrays [b t ...] as [t/chunk b chunk ...]."""
+
+    def split(x):
+        b, t, *rest = x.shape
+        parts = x.reshape(b, t // chunk, chunk, *rest)
+        return jnp.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def out_of_chunks(x) -> jax.Array:
+    """An array [n b chunk ...] as [b n·chunk ...]."""
+    n, b, chunk, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(b, n * chunk, *rest)
 
 
 def at_targets(x, targets) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from lib.disk import digest
+from lib.disk import digest, is_step, user_path
 from lib.errors import InputError
 from lib.fields import changed_settings, settings
 from lib.sources import files
@@ -95,7 +95,7 @@ def files_key(path: str) -> list:
 def run_step(name: str) -> tuple[str, int | None]:
     """RUN or RUN@STEP as (run, step), where a step is given."""
     run, at, step = name.rpartition("@")
-    if at and step.isdigit():
+    if at and is_step(step):
         return run, int(step)
     return name, None
 
@@ -109,11 +109,11 @@ def is_run(path: str) -> bool:
 
 def run_key(run: str, step: int | None = None) -> list:
     """[[step, key]] of a run's checkpoints, or of one; a run trained anew has other ones."""
-    directory = Path(run).expanduser()
+    directory = user_path(run)
     if step is not None:
         return [[step, checkpoint_key(directory, step)]]
     places = directory.glob("checkpoints/*")
-    steps = sorted(int(place.name) for place in places if place.name.isdigit())
+    steps = sorted(int(place.name) for place in places if is_step(place.name))
     return [[step, checkpoint_key(directory, step)] for step in steps]
 
 

@@ -8,19 +8,20 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lib.curves import follow
 from lib.disk import finite, metric_row, write
 from lib.errors import InputError
 from lib.hardware import peak
+from lib.packed import figures
 from lib.processes import is_main_process
 from lib.schedule import Plan
-from lib.tables import in_words
+from lib.tables import in_words, printable
 from model import count
 
 RECENT = 100  # losses that a new one is compared with
@@ -31,6 +32,7 @@ PAUSE = 5.0  # seconds between lines where the output is no terminal
 
 def say(text: str):
     """Print a line of its own, in place of the one that shows where the run is."""
+    text = printable(text)
     if sys.stdout.isatty():
         text = f"\r\x1b[2K{text}"
     print(text, flush=True)
@@ -60,6 +62,7 @@ def rows_kept(path: Path, step: int, complete: bool) -> bytes:
 class Log:
     """Writes a row for each step, one step late, so that no device waits for the host.
 
+    A thread makes JSON of rows and tells the tracker, so that the loop waits for neither.
     track: takes each row too. complete: the run has ended before; its rows stay as they are.
     """
 
@@ -72,10 +75,14 @@ class Log:
             write(path, rows_kept(path, step, complete))
             place = path
         self.file = open(place, "a")
+        self.parameters = [count(model) for model in plan.models]
+        self.writer = ThreadPoolExecutor(1)  # writes rows while the loop goes on
+        self.written: Future | None = None  # the last row given to it
         self.track: Callable[[dict], None] | None = None
         self.pending = None  # (step, metrics on the device, figures of the batch) not written yet
         self.recent = collections.deque(maxlen=RECENT)  # losses
         self.last = None  # when the last row was written; None: what came since is no step's time
+        self.own = 0.0  # seconds that the row before the last kept the loop
         self.waited = 0.0  # seconds that the loop waited for batches, up to the last row
         self.waited_now = 0.0  # the same, up to now
         self.save_s = 0.0  # seconds that a checkpoint held up the loop since the last row
@@ -86,9 +93,12 @@ class Log:
         return self
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            self.sync()
-        self.file.close()
+        try:
+            if kind is None:
+                self.sync()
+        finally:
+            self.writer.shutdown()
+            self.file.close()
 
     def step(self, step: int, metrics: dict, of_batch: dict, waited: float):
         """Take a step's metrics, still on the device, and write the row of the step before.
@@ -106,7 +116,8 @@ class Log:
             return
         step, metrics, of_batch = self.pending
         self.pending = None
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics = figures(metrics)
+        now = time.perf_counter()
         phase = self.plan.phase_of(step)
         skipped = int(metrics.pop("skipped"))
         row = {
@@ -115,14 +126,14 @@ class Log:
             "train/lr": float(max(lr[step] for lr in self.plan.lr.values())),
             **self.plan.spent(step),
             **of_batch,
-            "model/params": count(self.plan.models[phase]),
+            "model/params": self.parameters[phase],
             **self.sizes.get(phase, {}),
             "train/skipped": skipped,
         }
         self.report_spike(step, row["train/loss"])
-        now = time.perf_counter()
         self.row(row | self.timing(step, now))
         self.show(row, now)
+        self.own = time.perf_counter() - now
         if skipped >= self.max_skipped:
             raise InputError(
                 f"loss or gradient not finite at step {step} and {skipped - 1} before it; use a "
@@ -137,7 +148,7 @@ class Log:
             found = {
                 "perf/step_ms": 1e3 * seconds,
                 "perf/tokens_per_s": (plan.tokens[step] - plan.tokens[step - 1]) / seconds,
-                "perf/host_stall": (self.waited_now - self.waited) / seconds,
+                "perf/host_stall": (self.waited_now - self.waited + self.own) / seconds,
             }
             if self.peak:
                 found["perf/mfu"] = (plan.flops[step] - plan.flops[step - 1]) / seconds / self.peak
@@ -162,6 +173,12 @@ class Log:
             self.recent.append(loss)
 
     def row(self, row: dict):
+        """Have a row written, after those before it; an error of the one before is raised here."""
+        if self.written:
+            self.written.result()
+        self.written = self.writer.submit(self.write, row)
+
+    def write(self, row: dict):
         """Write one JSON object on a line of its own; what is not finite becomes null."""
         row = finite(row)
         self.file.write(json.dumps(row) + "\n")
@@ -180,6 +197,8 @@ class Log:
     def sync(self):
         """Bring every row so far onto the disk; what comes now is not of the next step's time."""
         self.flush()
+        if self.written:
+            self.written.result()
         self.file.flush()
         if is_main_process():
             os.fsync(self.file.fileno())

@@ -13,6 +13,7 @@ import numpy as np
 
 from lib.bind import parameters
 from lib.errors import InputError
+from lib.fields import Share
 
 CAUSAL = {"kind": "causal", "window": 0}
 BIDIRECTIONAL = {"kind": "bidirectional", "window": 0}
@@ -31,7 +32,7 @@ def one_segment(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
     return row | {"segments": real, "positions": positions}, CAUSAL
 
 
-def masked(row: dict, rng: np.random.Generator, tokenizer, share: float = 0.15):
+def masked(row: dict, rng: np.random.Generator, tokenizer, share: Share = 0.15):
     """Predict a share of the tokens from both sides; see `hide` (BERT, Devlin et al. 2019)."""
     chosen = choose(row["weights"] > 0, share, rng)
     made = hide(row, chosen, rng, tokenizer)
@@ -77,6 +78,38 @@ def hide(row: dict, chosen: np.ndarray, rng: np.random.Generator, tokenizer) -> 
         "weights": chosen.astype(np.float32),
     }
     return row | changed
+
+
+def is_made(found, row: dict) -> bool:
+    """Whether what an objective made of a row's arrays is arrays of its length, and a mask."""
+    if not isinstance(found, tuple):
+        return False
+    if [type(part) for part in found] != [dict, dict]:
+        return False
+    made, mask = found
+    if mask.keys() != CAUSAL.keys():
+        return False
+    if mask["kind"] not in KINDS or not row.keys() <= made.keys():
+        return False
+    shape = row["tokens"].shape
+    for x in made.values():
+        if not isinstance(x, np.ndarray) or x.shape[:1] != shape:
+            return False
+    return True
+
+
+def in_vocabulary(row: dict, last: int) -> bool:
+    """Whether a row's tokens are ids, no target that counts is below 0, and weights are finite.
+
+    last: the largest id. Targets may be larger: they may be labels of a config's own `outputs`.
+    """
+    weights, ids = row["weights"], row["tokens"]
+    counted = row["targets"][weights != 0]
+    if ids.dtype.kind not in "iu" or np.any(counted < 0):
+        return False
+    inside = (ids >= 0) & (ids <= last)
+    finite = np.isfinite(weights)
+    return bool(inside.all() and finite.all())
 
 
 causal.masks = one_segment.masks = (CAUSAL,)

@@ -1,6 +1,7 @@
 """Optimisers: AdamW, and the state that a step changes."""
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.struct
@@ -10,24 +11,32 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from lib.sharding import shardings
+from lib.fields import Decay, NotNegative, Positive, Whole
+from lib.seams import OPTIMIZER, require_gave
+from lib.sharding import FREE, shardings
 from model import ModelConfig, Param, Params, dtype_of, groups, init, table
 
 
 def adamw(
     table: dict[str, Param],
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.1,
     frozen: tuple[str, ...] = (),
+    embed_lr: Positive = 10.0,
+    base_width: Whole = 64,
 ) -> dict[str, optax.GradientTransformation]:
     """AdamW (Loshchilov & Hutter 2019) for each optimiser group of the table.
 
-    Matrices and the head decay, embeddings and gains do not. Returns unscaled descent directions;
-    the step multiplies each group's by its learning rate. frozen: groups that it leaves out.
+    Matrices and the head decay, embeddings and gains do not. Returns descent directions; the step
+    multiplies each group's by its learning rate. frozen: groups that it leaves out.
+
+    One learning rate serves all widths by the factors of maximal update parametrisation (Yang et
+    al. 2022, table 8), see `lr_factors`. configs/baselines/recipe.py measures what they are worth.
     """
     decay = {"matrix": weight_decay, "head": weight_decay}
+    factors = lr_factors(table, embed_lr, base_width)
     transforms = {}
     for param in table.values():
         group = param.group
@@ -36,8 +45,50 @@ def adamw(
         transforms[group] = optax.chain(
             optax.scale_by_adam(b1, b2, eps),
             optax.add_decayed_weights(decay.get(group, 0.0)),
+            scale_each(factors),
         )
     return transforms
+
+
+def lr_factors(table: dict[str, Param], embed_lr: float, base_width: int) -> dict[str, float]:
+    """{name: factor on its learning rate} of the rows of a table.
+
+    What reads or writes the residual stream learns at base_width / its inputs; at 1 if base_width
+    is 0. Embeddings that are no head learn at embed_lr, whatever the width. All else learns at 1:
+    gains, a tied table, and rows with axes of a config's own.
+    """
+    untied = "head" in table
+    factors = {}
+    for name, row in table.items():
+        factors[name] = 1.0
+        if row.group == "embed" and untied:
+            factors[name] = embed_lr
+        elif base_width and on_stream(row):
+            factors[name] = base_width / inputs(row)
+    return factors
+
+
+def on_stream(param: Param) -> bool:
+    """Whether a parameter is a matrix or the head, with none but the model's own axes."""
+    own = not set(param.axes) & set(FREE)
+    return own and param.group in ("matrix", "head")
+
+
+def inputs(param: Param) -> int:
+    """How many inputs an output of a matrix has, in one layer."""
+    first = 1 if param.layered else 0
+    sizes = param.shape[first:]
+    if param.axes[first] == "embed":
+        return sizes[0]
+    return math.prod(sizes[:-1])
+
+
+def scale_each(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiply the update of each parameter by its factor."""
+    def scaled(updates, params):
+        return {name: factors[name] * x for name, x in updates.items()}
+
+    return optax.stateless(scaled)
 
 
 class State(flax.struct.PyTreeNode):
@@ -49,13 +100,29 @@ class State(flax.struct.PyTreeNode):
     skipped: jax.Array  # int32, updates in a row left out for a non-finite loss or gradient
 
 
+def transforms_of(optimizer: Callable, config: ModelConfig) -> dict:
+    """{group: optax transformation} of an optimiser; raises InputError for anything else."""
+    rows = table(config)
+    found = optimizer(rows)
+    known = [row.group for row in rows.values()]
+    names = list(dict.fromkeys(known))
+    fine = isinstance(found, dict)
+    if fine:
+        every = found.values()
+        fine = all(hasattr(each, "update") for each in every)
+        fine = fine and found.keys() <= set(names)
+    more = f"; the groups are {', '.join(names)}"
+    require_gave(fine, OPTIMIZER, optimizer, found, more)
+    return found
+
+
 def init_opt_state(params: Params, config: ModelConfig, optimizer: Callable):
     """The state {group: optax state} that an optimiser begins with.
 
     optimizer: table -> {group: optax transformation}. A group that it leaves out is frozen, and has
     no state.
     """
-    transforms = optimizer(table(config))
+    transforms = transforms_of(optimizer, config)
     opt = {}
     for group, names in groups(config).items():
         if group in transforms:
@@ -68,7 +135,7 @@ def trained_groups(
     config: ModelConfig, optimizer: Callable, asleep: frozenset[str] = frozenset()
 ) -> dict[str, list[str]]:
     """{group: parameter names} of what an optimiser trains, but for groups that are `asleep`."""
-    transforms = optimizer(table(config))
+    transforms = transforms_of(optimizer, config)
     members = groups(config)
     return {g: members[g] for g in members if g in transforms and g not in asleep}
 
@@ -80,15 +147,20 @@ def first_state(
     key: jax.Array,
 ) -> State:
     """The state before any step, born sharded."""
+    return drawing(config, optimizer, mesh)(key)
 
-    def make() -> State:
+
+@lru_cache(maxsize=8)
+def drawing(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> Callable:
+    """The program key -> first state, which runs of all seeds share."""
+
+    def draw(key: jax.Array) -> State:
         params = init(config, key)
         opt = init_opt_state(params, config, optimizer)
         zero = jnp.int32(0)
         return State(params, opt, step=zero, skipped=zero)
 
-    like = state_like(config, optimizer, mesh)
-    return jax.jit(make, out_shardings=places(like))()
+    return jax.jit(draw, out_shardings=places(state_like(config, optimizer, mesh)))
 
 
 def state_like(config: ModelConfig, optimizer: Callable, mesh: Mesh) -> State:

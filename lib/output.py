@@ -8,6 +8,7 @@ import jax
 
 from lib.errors import InputError, first_cause, user_errors
 from lib.memory import LESS, is_out
+from lib.tables import printable
 
 
 def answered(work: Callable[[], int]) -> int:
@@ -28,10 +29,14 @@ def answered(work: Callable[[], int]) -> int:
         return 130
 
 
+complaints: list[str] = []  # what went wrong in this process, for others of the same run
+
+
 def complain(sentence: str):
     """Say on stderr what went wrong, if that can be written."""
+    complaints.append(sentence)
     with forgiving():
-        sys.stderr.write(f"error: {sentence}\n")  # at once: threads may write too
+        sys.stderr.write(f"error: {printable(sentence)}\n")  # at once: threads may write too
         sys.stderr.flush()
 
 

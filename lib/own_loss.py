@@ -1,6 +1,6 @@
 """The loss that a phase trains on, of dev rows that are made as the phase makes its own."""
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ def is_plain(loss, phase, sources) -> bool:
     return causal_alone and loss.token_loss == cross_entropy and loss.reduce == weighted_mean
 
 
+@lru_cache(maxsize=8)
 def summing(loss, mesh: Mesh) -> Callable:
     """A `train.Loss` as a compiled function, sums(params, step, arrays, mask).
 
@@ -112,8 +113,7 @@ def row_maker(
         row = rows.get(number)
         row.arrays["source"] = np.full_like(row.arrays["tokens"], source)
         rng = np.random.default_rng([seed, source, number])
-        told = loader.told(objective, row, progress, log)
-        return told(row.arrays, rng)
+        return loader.made(objective, row, rng, progress, log)
 
     return make
 

@@ -10,13 +10,15 @@ LENGTH and QUIET. Segments count from 1 in each row. The first QUIET positions o
 loss. A packing with a parameter `documents` is told more about them, see `data.Documents`; with a
 parameter `tokenizer` it is told the tokenizer.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from lib.seams import PACKING, require_gave
 from lib.tokenizers import Tokenizer
 
 PLAN = ROW, SEGMENT, DOCUMENT, START, LENGTH, QUIET = range(6)
+BOUNDS = 1, 8, 32, 128  # on the segments of a row, that a step may be compiled for
 
 
 def plan_of(
@@ -42,6 +44,51 @@ def plan_of(
         np.zeros_like(row),
     ]
     return np.stack(columns, axis=1)
+
+
+def checked_plan(plan, lengths: np.ndarray, seq: int, packing: Callable) -> np.ndarray:
+    """What a packing gave for documents of `lengths`, as int64 [pieces, 6].
+
+    Raises InputError for what is no plan, or for a piece that is not there or does not fit.
+    """
+    array = np.asarray(plan)
+    if not array.size:
+        array = np.zeros((0, len(PLAN)), np.int64)
+    fine = array.shape[1:] == (len(PLAN),)
+    fine = fine and array.dtype.kind in "iu"
+    require_gave(fine, PACKING, packing, plan, ": integers [pieces, 6]")
+    whole = array.astype(np.int64)
+    for broken, rule in plan_rules(whole, lengths, seq):
+        which = np.flatnonzero(broken)
+        if len(which):
+            piece = whole[which[0]].tolist()
+            require_gave(False, PACKING, packing, piece, f": {rule}")
+    return whole
+
+
+def plan_rules(plan: np.ndarray, lengths: np.ndarray, seq: int) -> Iterator[tuple]:
+    """Pairs of which pieces of a plan break a rule [pieces], and the rule."""
+    row, segment, document, start, length, quiet = plan.T
+    last = len(lengths) - 1
+    unknown = document < 0
+    unknown |= document > last
+    yield unknown, f"documents from 0 to {last}"
+    left = lengths[document] - start
+    outside = start < 0
+    outside |= length > left
+    outside |= length < 1
+    yield outside, "pieces within their documents"
+    before = np.append(-1, row[:-1])
+    yield row - before > 1, "rows from 0 without a gap"
+    back = row < np.maximum(before, 0)
+    yield back, "pieces in the order of their rows"
+    used = np.bincount(row, length)
+    full = used[row] > seq
+    yield full, f"rows of at most {seq} positions"
+    loud = quiet < 0
+    loud |= quiet > length
+    yield loud, "QUIET from 0 to LENGTH"
+    yield segment < 1, "segments from 1"
 
 
 def concat_and_split(lengths: np.ndarray, seq: int) -> np.ndarray:
@@ -223,6 +270,22 @@ def fill_marks(
     return row
 
 
+def bound_on_segments(segments: np.ndarray) -> int:
+    """The first of BOUNDS that no row of `segments` [rows, seq] has more of them than.
+
+    Padding counts as one. 0 where a row has more than any of BOUNDS, or one that does not lie
+    together.
+    """
+    in_order = np.sort(segments, axis=1)
+    runs = 1 + np.count_nonzero(np.diff(segments), axis=1)
+    distinct = 1 + np.count_nonzero(np.diff(in_order), axis=1)
+    if np.any(distinct < runs):
+        return 0
+    most = np.max(runs)
+    enough = [bound for bound in BOUNDS if most <= bound]
+    return min(enough, default=0)
+
+
 def predictions(
     ids: np.ndarray,
     start: int,
@@ -271,3 +334,19 @@ def mix(bits: np.ndarray) -> np.ndarray:
     bits = bits ^ (bits >> np.uint64(29))
     bits = bits * np.uint64(0xBF58476D1CE4E5B9)
     return bits >> np.uint64(32)
+
+
+def sorted_rows(plan: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """A plan with its rows by rising mean score [documents] of their positions."""
+    row = plan[:, ROW]
+    positions = plan[:, LENGTH]
+    of_piece = score[plan[:, DOCUMENT]]
+    total = np.bincount(row, positions * of_piece)
+    mean = total / np.bincount(row, positions)
+    order = np.argsort(mean, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    plan = plan.copy()
+    plan[:, ROW] = place[row]
+    order = np.argsort(plan[:, ROW], kind="stable")
+    return plan[order]

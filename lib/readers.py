@@ -1,15 +1,17 @@
 """Readers of records: JSON, Parquet, Hugging Face data sets and TensorFlow Datasets."""
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from lib.disk import user_path
 from lib.errors import InputError, user_errors
-from lib.sources import Document, Skipped, files, text_of
+from lib.sources import Document, Skipped, listing, retried, texts_in
 
+LONG = 640  # digits that Python reads as an integer under any of its limits
 SHOWN_KEYS = 20  # of a record that lacks one
 
 
@@ -27,7 +29,7 @@ def compose(record: dict | str, name: str, content: str, meta: tuple = (),
     """
     if isinstance(record, str):
         try:
-            record = json.loads(record.removeprefix("\ufeff"))
+            record = read_json(record)
         except (ValueError, RecursionError):
             return Skipped(name, "malformed JSON" if record.strip() else "empty")
     try:
@@ -42,6 +44,22 @@ def compose(record: dict | str, name: str, content: str, meta: tuple = (),
         return Skipped(name, "missing key", str(error))
     except UnicodeDecodeError:
         return Skipped(name, "undecodable")
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text. An integer of more digits than Python reads is a float."""
+    text = text.removeprefix("\ufeff")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise
+        return json.loads(text, parse_int=number_of)
+
+
+def number_of(digits: str) -> int | float:
+    """An integer, or a float of about its size where it is too long."""
+    return int(digits) if len(digits) < LONG else float(digits)
 
 
 def fill_in(content: str, record) -> str | None:
@@ -79,7 +97,8 @@ def jsonl(path: str, content: str = "text", meta: tuple = (), key: str = "",
     Its path is `file#line`, from 1, or what stands under `key`. A line over `longest` bytes is
     skipped.
     """
-    fs, found = files(path)
+    fs, found, odd = listing(path)
+    yield from odd
     for name, place in found:
         yield from jsonl_of(fs, name, place, content, meta, key, longest)
 
@@ -87,7 +106,7 @@ def jsonl(path: str, content: str = "text", meta: tuple = (), key: str = "",
 def jsonl_of(fs, name: str, place: str, content: str = "text", meta: tuple = (), key: str = "",
              longest: int = 2**26) -> Iterator[Document | Skipped]:
     """The same for one file, see `files`."""
-    for line in text_of(fs, name, place, "\n", longest):
+    for line in texts_in(fs, name, place, "\n", longest):
         if isinstance(line, Document):
             yield compose(line.text, line.path, content, meta, key)
         else:
@@ -100,12 +119,12 @@ def json_of(fs, name: str, place: str, content: str = "text", meta: tuple = (),
 
     Its path is `file#number`, from 1, or what stands under `key`. Memory holds the whole file.
     """
-    whole = next(text_of(fs, name, place))
+    whole = next(texts_in(fs, name, place, longest=2**40))
     if isinstance(whole, Skipped):
         yield whole
         return
     try:
-        found = json.loads(whole.text.removeprefix("\ufeff"))
+        found = read_json(whole.text)
     except (ValueError, RecursionError):
         yield from jsonl_of(fs, name, place, content, meta, key)
         return
@@ -123,7 +142,8 @@ def parquet(path: str, content: str = "text", meta: tuple = (),
     group at a time.
     """
     need_pyarrow()
-    fs, found = files(path)
+    fs, found, odd = listing(path)
+    yield from odd
     for name, place in found:
         yield from parquet_of(fs, name, place, content, meta, key)
 
@@ -140,19 +160,33 @@ def parquet_of(fs, name: str, place: str, content: str = "text", meta: tuple = (
     """The same for one file, see `files`."""
     need_pyarrow()
     import pyarrow.parquet
+    def opened():
+        return pyarrow.parquet.ParquetFile(fs.open(place), page_checksum_verification=True)
+
     try:
-        file = pyarrow.parquet.ParquetFile(fs.open(place))
+        file = retried(opened, place)
     except (pyarrow.ArrowException, OSError):  # the index of row groups stands at the end
         yield Skipped(name, "truncated archive")
         return
     for group in range(file.num_row_groups):
         try:
-            records = file.read_row_group(group).to_pylist()
+            records = read_group(file, opened, group, place)
+            records = records.to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
             yield Skipped(f"{name}#{group + 1}", "unreadable row group")
             continue
         for row, record in enumerate(records, 1):
             yield compose(record, f"{name}#{group + 1}.{row}", content, meta, key)
+
+
+def read_group(file, opened: Callable, group: int, place: str):
+    """A row group of a Parquet file, which is opened again where the disk fails."""
+    try:
+        return file.read_row_group(group)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return retried(lambda: opened().read_row_group(group), place)
 
 
 def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple = (),
@@ -167,7 +201,7 @@ def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple 
         import datasets
     said = f"source path {path!r} is no directory that save_to_disk wrote: {{error}}"
     with user_errors((OSError, ValueError), sentence=said):
-        found = datasets.load_from_disk(str(Path(path).expanduser()))
+        found = datasets.load_from_disk(str(user_path(path)))
     if isinstance(found, dict):
         if split not in found:
             raise InputError(f"{path!r} has no split {split!r}; allowed are {', '.join(found)}")
@@ -187,19 +221,21 @@ def tfds(data_set: str, data_dir: str = "", split: str = "train", content: str =
             "pip install tensorflow-datasets array_record")
     with user_errors(ImportError, sentence=said):
         import tensorflow_datasets
-    place = str(Path(data_dir).expanduser()) if data_dir else None
+    place = str(user_path(data_dir)) if data_dir else None
     try:
         examples = tensorflow_datasets.data_source(
             data_set, split=split, data_dir=place, download=False)
-    except Exception as error:  # TFDS has a class for each: no data set, no split, not ArrayRecord
+    except Exception as error:  # of TFDS: a class for each of no data set, no split, no record
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"TFDS cannot open {data_set!r}, split {split!r}, in "
                          f"{data_dir or 'its own directory'} as ArrayRecord: {reason}") from None
     for number in range(len(examples)):
         name = f"{data_set}/{split}#{number + 1}"
         try:
-            record = examples[number]
-        except Exception:  # the reader and the decoders of TFDS share no class of errors
+            record = retried(partial(examples.__getitem__, number), data_set)
+        except InputError:
+            raise
+        except Exception:  # of TFDS, whose reader and decoders share no class
             yield Skipped(name, "unreadable")
             continue
         yield compose(without_numpy(record), name, content, meta, key)

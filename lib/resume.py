@@ -16,10 +16,10 @@ from lib.disk import digest, file_hash
 from lib.errors import InputError, user_errors
 from lib.hf import read_params, read_shape
 from lib.keys import names_place, run_step
-from lib.objectives import asks
+from lib.objectives import asks, causal
 from lib.optim import State, init_opt_state, places
 from lib.schedule import Plan
-from model import ModelConfig
+from model import ModelConfig, cross_entropy, weighted_mean
 
 # Fields of a config that the steps taken so far depend on.
 PAST = (
@@ -28,6 +28,8 @@ PAST = (
 )
 # Fields of a model that say how it is computed; a run that starts from another run sets its own.
 HOW = ("dtype", "param_dtype", "attention", "unroll", "remat", "logits_mib")
+# Those of them that change rounding alone: a run may go on with others.
+ROUNDING = ("attention", "unroll", "remat", "logits_mib")
 
 
 def as_json(value) -> Any:
@@ -38,18 +40,9 @@ def as_json(value) -> Any:
 def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
     """What the first `step` steps depend on, flat; a run that goes on must have it in common."""
     fields = past_fields(config)
-    phases = []
-    for written, phase, end in zip(fields["phases"], config.phases, plan.ends, strict=True):
-        begin = end - phase.steps
-        if begin >= step:
-            continue
-        del written["schedule"], written["lr"]  # their effect, the rates, is compared below
-        by_progress = callable(phase.mixture) or phase.lengths or phase.order is not shuffled
-        by_progress = by_progress or asks(phase.objective, "progress")
-        if end >= step and not by_progress:
-            del written["steps"]  # the phase may become longer
-        phases.append(written)
-    fields["phases"] = phases
+    fields["phases"] = past_phases(fields["phases"], config, plan, step)
+    for name in ROUNDING:
+        del fields["model"][name]
     rates = {}
     for group, lr in plan.lr.items():
         taken = lr[1 : step + 1]
@@ -59,6 +52,42 @@ def resume_key(config, plan: Plan, step: int) -> dict[str, Any]:
         "data.sources (their order)": list(config.data.sources),
         "schedule (the rates of steps already taken)": digest(rates),
     }
+
+
+def past_phases(fields: list[dict], config, plan: Plan, step: int) -> list[dict]:
+    """What the first `step` steps depend on of the phases, whose fields are given as JSON."""
+    phases = []
+    for written, phase, end in zip(fields, config.phases, plan.ends, strict=True):
+        begin = end - phase.steps
+        if begin >= step:
+            continue
+        del written["schedule"], written["lr"]  # their effect, the rates, is compared below
+        if sums_alone(config, phase):
+            del written["accumulate"]
+        by_progress = callable(phase.mixture) or phase.lengths or phase.order is not shuffled
+        by_progress = by_progress or asks(phase.objective, "progress")
+        if end >= step and not by_progress:
+            del written["steps"]  # the phase may become longer
+        phases.append(written)
+    return phases
+
+
+def sums_alone(config, phase) -> bool:
+    """Whether the parts that a phase's batch is taken in change no more than the order of sums."""
+    reduce = phase.reduce or config.reduce
+    token_loss = phase.token_loss or config.token_loss
+    plain = reduce is weighted_mean and token_loss is cross_entropy
+    return plain and phase.objective is causal and config.gradient is None
+
+
+def rounding_key(config, devices: int) -> dict[str, Any]:
+    """What changes rounding alone, by field."""
+    found = {"devices": devices}
+    for name in ROUNDING:
+        found[f"model.{name}"] = getattr(config.model, name)
+    for i, phase in enumerate(config.phases):
+        found[f"phases.{i}.accumulate"] = phase.accumulate
+    return found
 
 
 def past_fields(config) -> dict[str, Any]:
@@ -96,7 +125,10 @@ def without_places(written: Any) -> Any:
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two `resume_key`s, in words."""
     said = []
+    rounding = {f"model.{name}" for name in ROUNDING}
     for key in sorted(before.keys() | now.keys()):
+        if key not in now and (key in rounding or key.endswith(".accumulate")):
+            continue  # a checkpoint of an older version
         old, new = before.get(key), now.get(key)
         if old != new:
             said.append(key if "(" in key else f"{key} was {old!r} and is {new!r}")

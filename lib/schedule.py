@@ -1,15 +1,17 @@
 """The plan of a run: what every step is to be, from the config alone."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 
 from data import batch_lengths
 from lib.fields import NotNegative, Positive, PositiveShare, Whole, strict
-from model import Context, Model, ModelConfig, groups, init, table
+from lib.seams import EDIT, FLOPS, SHAPE, is_number, require_gave
+from model import Context, Edited, Model, ModelConfig, groups, init, table
 
 
 @strict
@@ -18,8 +20,8 @@ class Schedule:
     """The learning rate over the consumed budget: a linear warm-up to the peak, then a shape."""
 
     # wsd: stable, then a decay; or a function, share of the budget -> share of the peak
-    shape: Literal["constant", "cosine", "linear", "wsd"] | Callable = "wsd"
-    peak: Positive = 3e-3  # rate after the warm-up
+    shape: Literal["constant", "cosine", "linear", "wsd"] | Annotated[Callable, SHAPE] = "wsd"
+    peak: Positive = 8e-3  # rate after the warm-up; near the best at every size, see lib/optim.py
     warmup: Whole = 20  # steps
     decay: PositiveShare = 0.2  # wsd: the share of the budget at the end over which the rate falls
     fall: Literal["linear", "sqrt"] = "linear"  # wsd: how, linear or 1 - sqrt (Haegele et al. 2024)
@@ -35,7 +37,11 @@ def shape_of_decay(schedule: Schedule, used: np.ndarray, warm: float, total: flo
     """
     if callable(schedule.shape):
         shares = used / total
-        return np.array([schedule.shape(float(share)) for share in shares], float)
+        values = [schedule.shape(float(share)) for share in shares]
+        for value in values:
+            fine = is_number(value) and 0 <= value < math.inf
+            require_gave(fine, SHAPE, schedule.shape, value)
+        return np.array(values, float)
     final, decay = schedule.final, schedule.decay
     rest = max(total - warm, 1e-9)  # the budget after the warm-up
     after = np.clip((used - warm) / rest, 0, 1)
@@ -163,13 +169,26 @@ def shape_after(edit: Callable, config: ModelConfig, context: Context) -> ModelC
     shapes = []
 
     def abstract(key):
-        edited = edit(Model(config, init(config, key)), context).model
+        edited = checked_edit(edit, edit(Model(config, init(config, key)), context)).model
         shapes.append(edited.config)
         return edited.params
 
     params = jax.eval_shape(abstract, jax.random.key(0))
     check_declared(params, shapes[0], getattr(edit, "func", edit).__name__)
     return shapes[0]
+
+
+def checked_edit(edit: Callable, found) -> Edited:
+    """What an edit gave; raises InputError where it is no `model.Edited`."""
+    fine = isinstance(found, Edited) and isinstance(found.policy, dict)
+    if fine:
+        policies = [how for how in found.policy.values() if not callable(how)]
+        fine = set(policies) <= {"keep", "reset"} and isinstance(found.model, Model)
+    fine = fine and isinstance(found.model.config, ModelConfig)
+    require_gave(fine and isinstance(found.model.params, dict), EDIT, edit, found,
+                 ', whose model is (ModelConfig, {name: array}), and whose policy is {group: "keep"'
+                 ', "reset" or a function}')
+    return found
 
 
 def check_declared(params: dict, config: ModelConfig, edit: str):
@@ -192,7 +211,10 @@ def flops_of(phase, model: ModelConfig) -> np.ndarray:
     """Model FLOPs of each batch of a phase [steps], by the length of its rows."""
     lengths, picks = batch_lengths(phase)
     size = phase.batch * phase.seq
-    each = np.array([model.flops(model, seq) for seq in lengths], float)
+    costs = [model.flops(model, seq) for seq in lengths]
+    for cost in costs:
+        require_gave(is_number(cost) and 0 < cost < math.inf, FLOPS, model.flops, cost)
+    each = np.array(costs, float)
     return size * each[picks] * phase.cost
 
 

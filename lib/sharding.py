@@ -9,7 +9,7 @@ import numpy as np
 from flax.linen import logical_to_mesh_axes
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from lib.fields import strict
 
@@ -102,14 +102,27 @@ def rule(axis: str, name: str) -> str | None:
     return RULES[own]
 
 
+def is_local() -> bool:
+    """Whether what is traced is what one device does with its own rows, see `lib.own_gradient`."""
+    kinds = get_abstract_mesh().axis_types
+    return bool(kinds) and all(kind == AxisType.Manual for kind in kinds)
+
+
+def split_of(places) -> int | None:
+    """Which axis of an array, by the mesh axes of its axes, fsdp splits; None where it does not."""
+    mesh = get_abstract_mesh()
+    split = "fsdp" in places and not mesh.empty and mesh.shape["fsdp"] > 1
+    return list(places).index("fsdp") if split else None
+
+
 def constrain(x, *places) -> jax.Array:
-    """Fix where x lives in a jitted program; without a mesh, do nothing.
+    """Fix where x lives in a jitted program; without a mesh, or on one device of it, do nothing.
 
     places: for the axes of x in turn, the mesh axis or axes that it is split over, or None. An
     axis that these do not divide stays whole.
     """
     mesh = get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or is_local():
         return x
     spec = []
     for place, size in zip(places, x.shape, strict=False):

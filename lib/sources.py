@@ -10,18 +10,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from lib.errors import InputError, first_cause
-from lib.fields import NotNegative, strict
+from lib.fields import SURROGATE as SURROGATE
+from lib.fields import Count, NotNegative, strict
+from lib.seams import DOCUMENTS, PREPARE, SCORE, require_gave
 
 SPLITS = ("train", "dev", "test", "held_out")  # the last is dev and test alike
 # The splits, as indices into SPLITS, that documents are in who are read as one of them.
 READ_AS = {"train": [0], "dev": [1, 3], "test": [2, 3], "held_out": [3]}
+CHUNK = 2**20  # bytes that are read at once
 TRIES, PAUSE = 3, 0.5  # how often a file is read that the disk fails to give; first pause, seconds
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Skipped:
     path: str
     kind: str
     detail: str = ""  # what would help to mend it, such as the keys that a record has
+    # of a damaged archive: the documents that it gave before its break, which may be wrong
+    doubtful: int = field(default=0, compare=False)
 
 
 @strict
@@ -53,18 +58,43 @@ class Skipped:
 class Source:
     """Where documents come from and what is done to each before packing, by functions."""
 
-    documents: Callable[[], Iterable[Document | Skipped]]  # stdlib, partial(text, path=...) ...
-    prepare: Callable | None = None  # (document, rng) -> document or list; training documents only
+    documents: Annotated[Callable, DOCUMENTS]  # stdlib, partial(text, path=...) ...
+    # (document, rng) -> document or list; training documents only
+    prepare: Annotated[Callable, PREPARE] | None = None
     # (document, tokens) -> float or vector [k], kept in the cache; with a parameter `documents`
     # (documents, tokens) -> [n] or [n k], for at most 256 at once. -inf, or a vector of it, leaves
     # a training document out; dev and test documents stay, so that runs with and without a score
     # are measured on the same text.
-    score: Callable | None = None
+    score: Annotated[Callable, SCORE] | None = None
     # of all its documents; "": by their hashes; "held_out": dev and test alike
     split: Literal["", "train", "dev", "test", "held_out"] = ""
     marks: bool = False  # its documents have marks, which rows then hold; see `Document`
     epochs: NotNegative = 0.0  # passes that a run may make over it; 0 is any number
     after: Literal["stop", "renormalise"] = "stop"  # then: refuse, or leave its share to the others
+
+
+def documents_of(source: Source) -> Iterator[Document | Skipped]:
+    """What a source gives, each looked at. Raises InputError for what is neither of the two."""
+    found = source.documents()
+    require_gave(isinstance(found, Iterable), DOCUMENTS, source.documents, found)
+    for one in found:
+        fine = isinstance(one, Skipped) or is_document(one)
+        require_gave(fine, DOCUMENTS, source.documents, one, " with texts in its fields")
+        yield one
+
+
+def is_document(value: Any) -> bool:
+    """Whether a value is a Document whose fields hold what they may."""
+    if not isinstance(value, Document):
+        return False
+    texts = value.path, value.text, value.group, value.prefix, value.split
+    whole = all(isinstance(each, str) for each in texts) and isinstance(value.meta, dict)
+    return whole and all(is_span(mark) for mark in value.marks)
+
+
+def is_span(value: Any) -> bool:
+    """Whether a value is a pair of integers."""
+    return isinstance(value, tuple | list) and [type(end) for end in value] == [int, int]
 
 
 def path_hash(path: str) -> int:
@@ -94,7 +124,7 @@ def split_in(document: Document, source: Source, dev: float, test: float) -> int
     return SPLITS.index(split)
 
 
-def nothing(documents: int = 1) -> Iterator[Document]:
+def nothing(documents: Count = 1) -> Iterator[Document]:
     """Documents of one token or so, for an objective that fills rows itself, from its `rng`.
 
     They can be encoded by "bytes" and "numbers:N" alike, and all are for training.
@@ -106,45 +136,86 @@ def nothing(documents: int = 1) -> Iterator[Document]:
 def files(path: str) -> tuple[Any, list[tuple[str, str]]]:
     """(file system, [(name, path)]) of a file, of all files below a directory or of a pattern.
 
-    Names are relative to the directory. Hidden files are left out unless `path` is one.
+    Names are relative to the directory. Hidden files are left out unless `path` is one, and so is
+    what `odd_kind` says.
     """
+    fs, found, _ = listing(path)
+    return fs, found
+
+
+def listing(path: str) -> tuple[Any, list[tuple[str, str]], list[Skipped]]:
+    """What `files` gives, and what it leaves out, by kind."""
     try:
-        fs, root = fsspec.url_to_fs(os.path.expanduser(path))
-        found = fs.find(root) or fs.glob(root)
-        if not found:
-            raise FileNotFoundError(
-                "does not exist; give a file, a directory or a pattern like *.txt")
-        base = root
-        if not fs.isdir(root):
-            base = re.split(r"[*?[]", root)[0].rpartition("/")[0]
-        visible = [place for place in found if place == root or "/." not in place[len(base):]]
-        places = [place for place in visible if fs.isfile(place)]
+        fs, base, kinds = seen_in(path)
     except (ImportError, ValueError, OSError) as error:  # a protocol is unknown, or wants a package
         raise InputError(f"source path {path!r} cannot be read: {error}") from None
-    except Exception as error:  # without a network each file system of fsspec has its own
+    except Exception as error:  # of fsspec: without a network each file system has its own
         raise InputError(f"source path {path!r} cannot be read ({first_cause(error)}); is there a "
                          "network, and are you allowed to read it?") from None
-    named = [(place[len(base):].lstrip("/"), place) for place in places]
-    return fs, sorted(named, key=lambda file: file[0].split("/"))
+    named = [(place[len(base):].lstrip("/"), place) for place in kinds]
+    named.sort(key=lambda file: file[0].split("/"))
+    odd = [Skipped(name, kinds[place]) for name, place in named if kinds[place]]
+    return fs, [(name, place) for name, place in named if not kinds[place]], odd
 
 
-def text(path: str, separator: str = "", longest: int = 2**26) -> Iterator[Document | Skipped]:
+def seen_in(path: str) -> tuple[Any, str, dict[str, str]]:
+    """(file system, directory, {place: "" or why it is left out, see `odd_kind`}) of a path."""
+    fs, root = fsspec.url_to_fs(os.path.expanduser(path))
+    found = fs.find(root) or fs.glob(root)
+    if not found:
+        raise FileNotFoundError("does not exist; give a file, a directory or a pattern like *.txt")
+    base = root
+    if not fs.isdir(root):
+        base = re.split(r"[*?[]", root)[0].rpartition("/")[0]
+    kinds = {}
+    for place in found:
+        if place == root:
+            kinds[place] = odd_kind(fs, place, "")
+        elif "/." not in place[len(base):]:
+            kinds[place] = odd_kind(fs, place, base)
+    return fs, base, kinds
+
+
+# Kinds of what a directory has besides regular files of its own.
+ODD_KINDS = ("broken link", "link to a directory", "link out of the directory", "no regular file")
+
+
+def odd_kind(fs, place: str, base: str) -> str:
+    """Why a file is not read, one of ODD_KINDS; "" if it is. base: the directory it must be in.
+
+    A directory that somebody gave away may link to any file of who reads it; a pipe never ends.
+    """
+    if isinstance(fs, LocalFileSystem) and base and os.path.islink(place):
+        target, home = os.path.realpath(place), os.path.realpath(base)
+        if not os.path.exists(target):
+            return "broken link"
+        if os.path.isdir(target):
+            return "link to a directory"
+        if not Path(target).is_relative_to(home):
+            return "link out of the directory"
+    return "" if fs.isfile(place) else "no regular file"
+
+
+def text(path: str, separator: str = "", longest: Count = 2**26) -> Iterator[Document | Skipped]:
     """A document for each UTF-8 file that `path` means, see `files`; .gz and .zst are unpacked.
 
     With a `separator` each file is cut after it; the pieces are documents `file#number`, from 1.
-    Where that is a line end, lines are read one by one: those over `longest` bytes are skipped, and
-    those before the break of a truncated archive are kept. Raises InputError for a file that the
-    disk cannot read, tried again TRIES times: what it holds is not lost, and must not count so.
+    Files are read piece by piece: a document over `longest` bytes is skipped and never held whole.
+    Those before the break of a damaged archive are kept, and counted as doubtful. Raises InputError
+    for a file that the disk cannot read, tried again TRIES times: what it holds is not lost, and
+    must not count so.
     """
-    fs, found = files(path)
+    fs, found, odd = listing(path)
+    yield from odd
     for name, place in found:
-        yield from text_of(fs, name, place, separator, longest)
+        yield from texts_in(fs, name, place, separator, longest)
 
 
-def text_of(fs, name: str, place: str, separator: str = "",
+def texts_in(fs, name: str, place: str, separator: str = "",
             longest: int = 2**26) -> Iterator[Document | Skipped]:
     """The same for one file, see `files`. It is read again where the disk fails to give it."""
     compression, given = compression_of(name), 0
+    too_long = "over-long line" if separator == "\n" else "over-long document"
     for again in range(TRIES):
         try:
             with fs.open(place, compression=compression) as raw:
@@ -152,15 +223,27 @@ def text_of(fs, name: str, place: str, separator: str = "",
                 for number, piece in enumerate(cut(file, separator, longest), 1):
                     if number > given:
                         given = number
-                        yield decode(piece, f"{name}#{number}" if separator else name)
+                        path = f"{name}#{number}" if separator else name
+                        yield decode(piece, path, too_long)
             break
         except EOFError:
-            yield Skipped(name, "truncated archive")
+            yield Skipped(name, "truncated archive", doubtful=given)
             break
-        except Exception as error:  # each file system and each kind of archive has its own
+        except Exception as error:  # of fsspec and of archives, each of which has its own
             if getattr(error, "errno", None) is None:  # none of the disk's
-                yield Skipped(name, "unreadable")
+                yield Skipped(name, "unreadable", doubtful=given)
                 break
+            wait_or_refuse(place, error, again)
+
+
+def retried(read: Callable, place: str) -> Any:
+    """What `read` gives, called again where the disk fails to give it; see `text`."""
+    for again in range(TRIES):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno is None:  # it is what is in the file
+                raise
             wait_or_refuse(place, error, again)
 
 
@@ -182,13 +265,39 @@ def compression_of(name: str) -> str | None:
 
 
 def cut(file, separator: str, longest: int) -> Iterable[bytes | None]:
-    """The content of a binary file, cut after each separator; None for a line that is too long."""
+    """The content of a binary file, cut after each separator; None for a piece that is too long."""
     if separator == "\n":
         return lines(file, longest)
     if separator:
-        end = re.escape(separator.encode())
-        return re.findall(b"(?s).*?%b|.+$" % end, file.read())
-    return [file.read()]
+        return pieces(file, separator.encode(), longest)
+    return [whole_of(file, longest)]
+
+
+def whole_of(file, longest: int) -> bytes | None:
+    """The content of a binary file; None for over `longest` bytes, which are never held."""
+    chunks, size = [], 0
+    while chunk := file.read(CHUNK):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > longest:
+            return None
+    return b"".join(chunks)
+
+
+def pieces(file, end: bytes, longest: int) -> Iterator[bytes | None]:
+    """The content of a binary file, cut after each `end`; None for a piece over `longest` bytes."""
+    held, too_long = b"", False
+    while chunk := file.read(CHUNK):
+        *whole, held = (held + chunk).split(end)
+        for piece in whole:
+            too_long = too_long or len(piece) + len(end) > longest
+            yield None if too_long else piece + end
+            too_long = False
+        if len(held) > longest:
+            too_long = True
+            held = held[-len(end):]  # the end may stand across two chunks
+    if too_long or held:
+        yield None if too_long else held
 
 
 def lines(file, longest: int) -> Iterator[bytes | None]:
@@ -200,10 +309,10 @@ def lines(file, longest: int) -> Iterator[bytes | None]:
         yield None if too_long else line
 
 
-def decode(piece: bytes | None, path: str) -> Document | Skipped:
-    """The document of a piece of a file."""
+def decode(piece: bytes | None, path: str, too_long: str) -> Document | Skipped:
+    """The document of a piece of a file. too_long: the kind of what is skipped for its length."""
     if piece is None:
-        return Skipped(path, "over-long line")
+        return Skipped(path, too_long)
     try:
         return Document(path, piece.decode())
     except UnicodeDecodeError:
@@ -267,7 +376,7 @@ def describe_skipped(counts: dict[str, int], source: Source) -> str:
     if not counts:
         return "skipped nothing"
     words = "skipped " + ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
-    for document in itertools.islice(source.documents(), 1000):
+    for document in itertools.islice(documents_of(source), 1000):
         if isinstance(document, Skipped) and document.detail:
             return f"{words} ({document.path}: {document.detail})"
     return words

@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from lib.disk import digest, metric_rows, read_object
 from lib.errors import InputError, user_errors
 from lib.fields import allowed_names
+from lib.seams import MEASURE, is_number, require_gave
 from lib.study import OF_RUN, Claim
 
 MADE_BY = "versions", "commit", "host", "device", "devices"  # of a run's summary
@@ -92,7 +93,7 @@ def run_figures(
     last.pop("final", None)  # which marks the row that ends a run
     for name, measure in (measures or {}).items():
         if not isinstance(measure, str):
-            last[name] = measure(rows)
+            last[name] = measured(name, measure, rows)
         elif measure in last:
             last[name] = last[measure]
         else:
@@ -330,6 +331,13 @@ def conclude(
     return concluded
 
 
+def measured(name: str, measure: Callable, rows: list[dict]) -> float:
+    """What a measure gives of a run's rows; raises InputError for what is no number."""
+    value = measure(rows)
+    require_gave(is_number(value), MEASURE, measure, value, f" for {name}")
+    return value
+
+
 def seeds_of(figures: dict[str, dict[str, np.ndarray]]) -> int:
     """How many seeds the figures are of."""
     first = next(iter(figures.values()))
@@ -339,7 +347,7 @@ def seeds_of(figures: dict[str, dict[str, np.ndarray]]) -> int:
 def numbers(name: str, function: Callable, figures: dict) -> dict[str, float]:
     """{what it says: value} of a conclusion's function. Raises InputError for what is no number."""
     sentence = f"the conclusion {name!r} ends in {{reason}}; allowed is figures -> number"
-    with user_errors(Exception, InputError, sentence):  # a study's function may raise anything
+    with user_errors(Exception, InputError, sentence):  # of the study's function
         with np.errstate(all="ignore"):
             given = function(figures)
         if not isinstance(given, dict):

@@ -45,6 +45,7 @@ from lib.fields import (
 )
 from lib.keys import run_step
 from lib.length import asked
+from lib.seams import CONCLUSION
 from model import groups
 
 # Measures that every study with held-out text has.
@@ -143,7 +144,8 @@ class Study:
     teacher_flops: dict[str, NotNegative] = field(default_factory=dict)  # {arm: FLOPs elsewhere}
     seeds: Count = 5  # paired seeds without --seeds
     needs: dict[str, Any] = field(default_factory=dict)  # {name: train.Config}, made first
-    conclusions: dict[str, Callable] = field(default_factory=dict)  # {what it says: function}
+    # {what it says: function}
+    conclusions: dict[str, Annotated[Callable, CONCLUSION]] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, hint in field_types(Study).items():

@@ -1,9 +1,24 @@
-"""Tables and figures for people to read on a terminal."""
-
+"""Text, figures and tables for people to read on a terminal."""
 import math
+import re
 
 HALF_95 = 1.96  # standard errors in half a 95 % interval
 UNITS = {"bpb": "bits per byte", "loss": "nats per token"}  # of eval/SOURCE/FIGURE
+# What moves a cursor, changes a terminal, or turns the reading direction; not line ends and tabs.
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A text that may be anybody's, with escapes as Python writes them for what is no character."""
+    return CONTROL.sub(escaped, text)
+
+
+def escaped(found: re.Match) -> str:
+    """What stands for a control character."""
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
 
 def in_words(found: dict[str, float]) -> str:
@@ -26,6 +41,7 @@ def in_words(found: dict[str, float]) -> str:
 
 def columns(rows: list[list[str]]) -> str:
     """Cells as lines: the first column is aligned on the left, the others on the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = {}
     for row in rows:
         for place, cell in enumerate(row):

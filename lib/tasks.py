@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib.disk import user_path
 from lib.errors import InputError
 from lib.evaluate import HALF_95, per_byte
 from lib.kernels import nll
@@ -26,7 +27,7 @@ def json_lines(path: str | Path) -> dict[str, list[tuple[str, dict]]]:
 
     Returns {stem of the file: [(file and line, object)]}. Raises InputError with file and line.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
     if not files:
         raise InputError(
@@ -37,6 +38,8 @@ def json_lines(path: str | Path) -> dict[str, list[tuple[str, dict]]]:
 
 def read_lines(file: Path) -> list[tuple[str, dict]]:
     """The objects of one JSON Lines file, each with its file and line."""
+    if not file.is_file():  # one that is fed by another program would wait for it
+        raise InputError(f"{file} is no regular file; allowed are files of JSON Lines")
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():

@@ -14,16 +14,18 @@ import sentencepiece
 
 from lib.bind import bind, parameters
 from lib.config import function_of, to_json
-from lib.disk import FORMAT, cache_home, digest, locked, read_checked, write_checked
-from lib.errors import InputError, user_errors
+from lib.disk import FORMAT, cache_home, digest, locked, read_checked, user_path, write_checked
+from lib.errors import ODD, InputError, user_errors
 from lib.hub import place
 from lib.keys import function_key, source_above
+from lib.seams import TOKENIZER, require_gave
 from lib.sources import (
     SPLITS,
     SURROGATE,
     Skipped,
     Source,
     describe_skipped,
+    documents_of,
     path_hash,
     split_in,
 )
@@ -174,7 +176,7 @@ class HuggingFace:
         facts = json.loads(model)
         self.vocab, self.bos, self.eos = facts["vocab"], facts["bos"], facts["eos"]
         said = "tokenizer.json cannot be read by the package tokenizers: {error}"
-        with user_errors(Exception, sentence=said):  # the package raises bare Exceptions
+        with user_errors(Exception, sentence=said):  # of tokenizers, which raises bare ones
             self.processor = tokenizers.Tokenizer.from_str(json.dumps(facts["tokenizer"]))
         self.processor.no_truncation()
         self.processor.no_padding()
@@ -221,18 +223,41 @@ class Own:
         self.vocab, self.bos, self.eos = self.inner.vocab, self.inner.bos, self.inner.eos
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without bos or eos."""
-        return list(self.inner.encode(text))
+        """Ids of a text, without bos or eos. Raises InputError for what are none."""
+        return self.check_ids(self.inner.encode(text), "encode")
 
     def encode_batch(self, texts: list[str]) -> list:
         """Ids of each text."""
-        if hasattr(self.inner, "encode_batch"):
-            return self.inner.encode_batch(texts)
-        return [self.encode(text) for text in texts]
+        if not hasattr(self.inner, "encode_batch"):
+            return [self.encode(text) for text in texts]
+        found = self.inner.encode_batch(texts)
+        self.require(isinstance(found, list) and len(found) == len(texts), "encode_batch", found)
+        for ids in found:
+            self.check_ids(ids, "encode_batch")
+        return found
 
     def decode(self, ids) -> str:
-        """The text of ids; bos and eos are left out."""
-        return self.inner.decode([int(i) for i in ids])
+        """The text of ids; bos and eos are left out. Raises InputError for what is none."""
+        text = self.inner.decode([int(i) for i in ids])
+        self.require(isinstance(text, str), "decode", text)
+        return text
+
+    def check_ids(self, ids, method: str) -> list[int]:
+        """What a method gave as ids, where it is that."""
+        fine = isinstance(ids, list | tuple | np.ndarray)
+        array = np.asarray(ids)
+        if fine and array.size:
+            fine = array.ndim == 1 and array.dtype.kind in "iu"
+            fine = fine and 0 <= array.min()
+            fine = fine and array.max() < self.vocab
+        self.require(fine, method, ids)
+        return array.tolist()
+
+    def require(self, fine: bool, method: str, gave):
+        """Raise InputError unless what a method gave is fine."""
+        function = getattr(type(self.inner), method)
+        more = f": ids from 0 to {self.vocab - 1}, and texts of them"
+        require_gave(fine, TOKENIZER, function, gave, more)
 
     def spans(self, text: str) -> np.ndarray:
         """(start, end) of each token in characters of a text [tokens 2]; see `marked_tokens`."""
@@ -252,17 +277,24 @@ def class_of(tokenizer: "Tokenizer") -> dict:
 Tokenizer = SentencePiece | Bytes | Numbers | HuggingFace | Own
 
 
+def is_tokenizer(made) -> bool:
+    """Whether what a function made has what a tokenizer has, and encodes a text and the end."""
+    if not all(hasattr(made, name) for name in OWN):
+        return False
+    if not isinstance(made.model, bytes) or not isinstance(made.vocab, int):
+        return False
+    for number in (made.bos, made.eos):
+        if not isinstance(number, int) or not 0 <= number < made.vocab:
+            return False
+    return callable(made.encode) and callable(made.decode)
+
+
 def own_model(tokenizer) -> bytes:
     """What `Own` is made of, for a tokenizer of a class in a config file. Raises InputError.
 
     It depends on the class's source and on its file's up to the config, as caches must.
     """
     made = type(tokenizer)
-    lacking = [name for name in OWN if not hasattr(tokenizer, name)]
-    if lacking or not isinstance(tokenizer.model, bytes):
-        raise InputError(f"data.tokenizer gives a {made.__name__}, which lacks "
-                         f"{', '.join(lacking) or 'bytes as its model'}; allowed is one with "
-                         f"{', '.join(OWN)}")
     written = to_json(made)
     facts = {
         "class": written["function"],
@@ -303,7 +335,7 @@ def make_tokenizer(config, vocab: int) -> Tokenizer:
     if config.tokenizer.startswith("hf:"):
         return read_hf_tokenizer(config.tokenizer)
     if config.tokenizer != "bpe":
-        return load_tokenizer(Path(config.tokenizer).expanduser())
+        return load_tokenizer(user_path(config.tokenizer))
     if vocab <= 0:
         raise InputError(
             "model.vocab is 0, but a tokenizer that is to be trained needs a number of pieces; set "
@@ -351,7 +383,12 @@ def call_tokenizer(config, vocab: int) -> Tokenizer:
     def make() -> bytes:
         texts = tokenizer_texts(config) if "texts" in asked else []
         made = bind(function, texts=texts, vocab=vocab)()
-        return made.model if isinstance(made, Tokenizer) else own_model(made)
+        if isinstance(made, Tokenizer):
+            return made.model
+        has = ", ".join(OWN)
+        more = f": it has {has}, ids from 0 to vocab - 1 and texts of them"
+        require_gave(is_tokenizer(made), TOKENIZER, function, made, more)
+        return own_model(made)
 
     return kept_tokenizer(key, make)
 
@@ -463,7 +500,7 @@ def sample_texts(source: Source, most: int,
     """
     heap = []  # by falling hash: the largest is dropped first
     left_out, held, seen = Counter(), 0, 0
-    for number, document in enumerate(source.documents()):
+    for number, document in enumerate(documents_of(source)):
         kind = why_left_out(document, source, shares)
         if kind:
             left_out[kind] += 1
@@ -495,16 +532,26 @@ def read_hf_json(name: str, file: str) -> dict:
     if not path.is_file() and file != "config.json":
         return {}
     sentence = f"{name} is no local Hugging Face directory: {path} cannot be read ({{reason}})"
-    with user_errors((OSError, ValueError), InputError, sentence):
-        return json.loads(path.read_text("utf-8"))
+    with user_errors((OSError, *ODD), InputError, sentence):
+        found = json.loads(path.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}; allowed is a JSON object")
+    return found
 
 
 def read_hf_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of hf:DIRECTORY: its tokenizer.json or, without one, its tokenizer.model."""
+    if not read_hf_json(name, "tokenizer.json"):
+        return load_tokenizer(place(name) / "tokenizer.model", own=False)
+    said = f"{name}: tokenizer.json or config.json is not as a tokenizer's are ({{reason}})"
+    with user_errors(ODD, InputError, said):
+        return hf_tokenizer(name)
+
+
+def hf_tokenizer(name: str) -> Tokenizer:
+    """The same of a tokenizer.json."""
     tokenizer = read_hf_json(name, "tokenizer.json")
     config = read_hf_json(name, "config.json")
-    if not tokenizer:
-        return load_tokenizer(place(name) / "tokenizer.model", own=False)
     eos = hf_special(name, "eos", tokenizer)
     bos = hf_special(name, "bos", tokenizer)
     if eos is None:
@@ -512,6 +559,10 @@ def read_hf_tokenizer(name: str) -> Tokenizer:
                          "tokenizer_config.json says which token ends a document; give one")
     facts = dict(bos=eos if bos is None else bos, eos=eos, vocab=config["vocab_size"],
                  tokenizer=tokenizer)
+    for field in ("bos", "eos", "vocab"):
+        number = facts[field]
+        if type(number) is not int or number < 0:
+            raise InputError(f"{name}: {field} is {number!r}; allowed is a whole number")
     return HuggingFace(json.dumps(facts, ensure_ascii=False).encode())
 
 

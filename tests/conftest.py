@@ -39,12 +39,13 @@ import jax.numpy as jnp
 
 import data
 import model
+import train  # noqa: F401  its make_mesh is replaced below
 from lib import trust
 from lib.cache import Cache, build
 from lib.errors import user_errors
 from lib.hardware import tune_for_cpu
 from lib.schedule import Plan, make_plan
-from lib.sharding import make_mesh
+from lib.sharding import MeshConfig, make_mesh
 from lib.tokenizers import Bytes, SentencePiece, train_bpe
 
 tune_for_cpu()
@@ -61,30 +62,45 @@ hypothesis.settings.load_profile("coppice")
 
 # ------------------------------------------------------------------------ which tests run, and when
 
-# Files that take minutes. They come first, or of the two processes one would end by waiting for the
-# other.
-SLOW_FILES = {
-    "test_configs_growth.py",
-    "test_resumption.py",
+# Files that take longest, the longest first. They come before all others, or of the two processes
+# one would end by waiting for the other.
+SLOWEST = [
     "test_runs.py",
     "test_scale.py",
-    "test_step.py",
+    "test_seams_model.py",
     "test_studies_trained.py",
-    "test_study.py",
-    "test_train.py",
+    "test_export.py",
+    "test_seams_study.py",
+    "test_lib_teacher.py",
+    "test_seams_data.py",
     "test_widen.py",
-}
+    "test_seams_evaluate.py",
+    "test_generate.py",
+    "test_step.py",
+    "test_model.py",
+    "test_resumption.py",
+    "test_config.py",
+    "test_trust_runs.py",
+    "test_train.py",
+    "test_docs.py",
+    "test_edits.py",
+    "test_trust_code.py",
+    "test_core_tasks.py",
+    "test_study.py",
+    "test_own_held_out.py",
+]
 LONG_MARKS = ("soak", "study", "library", "readme", "notebook")
 
 
-def is_quick(item) -> bool:
-    """Whether a test stands in a file that takes less than minutes."""
-    return item.path.name not in SLOW_FILES
+def place(item) -> int:
+    """Where a test's file stands in the order in which files are run."""
+    name = item.path.name
+    return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
 
 
 def pytest_collection_modifyitems(config, items):
     """Slow files come first; tests that are marked long run only where `-m` names their mark."""
-    items.sort(key=is_quick)
+    items.sort(key=place)
     asked = re.findall(r"\w+", config.getoption("-m"))
     for item in items:
         for mark in LONG_MARKS:
@@ -125,6 +141,21 @@ def one_device(monkeypatch):
     monkeypatch.setattr("train.make_mesh", mesh_of_one)
 
 
+def mesh_as_asked(config, devices=None):
+    """In place of `train.make_mesh`: eight devices for a config that says how they are laid out."""
+    if config == MeshConfig() and devices is None:
+        devices = jax.devices()[:1]
+    return make_mesh(config, devices)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_more_devices_than_asked():
+    """A run of this process has one device unless its config lays eight out: these take longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.make_mesh", mesh_as_asked)
+        yield
+
+
 # ---------------------------------------------------------------------------------- the tiny model
 
 
@@ -139,6 +170,7 @@ def tiny() -> model.ModelConfig:
         head_dim=8,
         mlp=48,
         vocab=258,
+        tied=True,
     )
 
 

@@ -27,16 +27,11 @@ STUDIES = [path for path in LIBRARY if hasattr(load_file(path), "study")]
 HEADER = "Paper", "Method", "Here", "Cost", "Run"
 LINES, EXPERIMENT = 120, 40  # the most of a file, and of its experiment
 
-# Files that are longer, as (lines, lines of their experiment) at most, and why. It only shrinks.
-LONGER = {
-    "context/in_context_pretraining": (162, 32),  # nearest neighbours, until D4 needs them too
-    "forgetting/dual_process": (197, 45),  # a process of its own, and its probe
-    "selection/climb": (154, 29),  # scores of documents, until a second file needs them
-}
-# What studies share, besides configs/base.py: processes that make rows.
-SHARED = "configs.bursty", "configs.points"
+# Processes that make rows, apart from the studies that ask what a model makes of them.
+SHARED = "configs.bursty", "configs.parts_of_speech", "configs.points"
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
+    "growth/tables": {"configs.growth.t5.MARKS", "configs.growth.t5.asked"},
     "growth/pruning_value": {
         f"configs.growth.minitron.{name}"
         for name in ("SIZES", "large", "plain", "small", "tuned", "wide")
@@ -174,11 +169,8 @@ def test_a_file_of_the_library_is_short(path):
     text = path.read_text("utf-8")
     lines = text.splitlines()
     experiment = lines_of_experiment(ast.parse(text))
-    most_lines, most_of_experiment = LONGER.get(name_of(path), (LINES, EXPERIMENT))
-    assert len(lines) <= most_lines
-    assert experiment <= most_of_experiment
-    if name_of(path) in LONGER:
-        assert len(lines) > LINES or experiment > EXPERIMENT, "take it off LONGER"
+    assert len(lines) <= LINES
+    assert experiment <= EXPERIMENT
     for line in lines:
         command = line.startswith(("    python train.py", "    ... --"))
         assert len(line) <= 100 or command

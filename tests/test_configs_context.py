@@ -489,8 +489,8 @@ def test_consecutive_near_copies_leave_the_path():
         np.zeros(0, int),
         np.array([7]),
     ]
-    assert in_context.distinct([0, 1, 2, 3, 4, 5], ids, 0.85) == [0, 2, 3, 4, 5]
-    assert in_context.distinct([0, 1, 3], ids, 0.99) == [0, 1, 3]
+    assert in_context.without_near_copies([0, 1, 2, 3, 4, 5], ids, 0.85) == [0, 2, 3, 4, 5]
+    assert in_context.without_near_copies([0, 1, 3], ids, 0.99) == [0, 1, 3]
 
 
 def test_related_rows_hold_every_document_whole_in_the_path_s_order():

@@ -11,6 +11,7 @@ from conftest import course_of
 import data
 import model
 import train
+from configs import parts_of_speech as process
 from lib.config import ROOT, load_file
 from lib.schedule import Plan
 from lib.sharding import make_mesh
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.library
 
 FILE = ROOT / "configs/forgetting/dual_process.py"
 forgetting = load_file(FILE)
-COPULA, FIRST, LENGTH = forgetting.COPULA, forgetting.FIRST, forgetting.LENGTH
+COPULA, FIRST, LENGTH = process.COPULA, process.FIRST, process.LENGTH
 WORDS = 50  # 22 nouns, 22 adjectives, 6 new words
 NOUNS = 22
 FIRST_ADJECTIVE = FIRST + NOUNS
@@ -35,7 +36,7 @@ def row(n: int = 4_000, seed: int = 0, zipf: float = 1.0, ambiguous: int = 0) ->
     keys = ("tokens", "targets", "segments", "positions", "weights", "source")
     blank = dict.fromkeys(keys, empty)
     rng = np.random.default_rng(seed)
-    made, mask = forgetting.part_of_speech(blank, rng, WORDS, zipf, ambiguous)
+    made, mask = process.part_of_speech(blank, rng, WORDS, zipf, ambiguous)
     assert mask == data.causal({}, None)[1]
     return made
 
@@ -106,13 +107,13 @@ def test_the_sentences_of_a_row_are_segments_with_loss_on_answers_alone():
 
 @pytest.mark.parametrize("vocabulary", [10, 50, 99, 250])
 def test_at_least_a_tenth_of_the_words_is_new_and_never_shown(vocabulary):
-    nouns, new = forgetting.split(vocabulary)
+    nouns, new = process.split(vocabulary)
     tenth = vocabulary // 10
     assert 2 * nouns + new == vocabulary
     assert new in (tenth, tenth + 1)
 
     rng = np.random.default_rng(0)
-    drawn = forgetting.draw_words(50_000, rng, vocabulary, 0.0, 3)
+    drawn = process.draw_words(50_000, rng, vocabulary, 0.0, 3)
     assert values(*drawn) == set(range(2 * nouns))
 
 
@@ -215,7 +216,7 @@ def probe(how, seen: list | None = None) -> dict[str, float]:
     """What the evaluation says of a model that answers so; names without their prefix."""
     params = {"embed": jnp.zeros((FIRST + WORDS, 8))}
     seen = [] if seen is None else seen
-    found = forgetting.probe(params, answering(how, seen), WORDS, 4)
+    found = process.probe(params, answering(how, seen), WORDS, 4)
     assert all(name.startswith("pos/") for name in found)
     return {name.removeprefix("pos/"): value for name, value in found.items()}
 

@@ -11,9 +11,10 @@ from conftest import prose
 from data_cases import PLAIN, everything_of, load, load_all, only_window, some
 
 import data
+from lib import scores
 from lib.cache import Shard
 from lib.config import ROOT, load_file
-from lib.packing import DOCUMENT, LENGTH, ROW
+from lib.packing import DOCUMENT, LENGTH, ROW, sorted_rows
 from lib.tokenizers import Bytes
 
 pytestmark = pytest.mark.library
@@ -89,7 +90,7 @@ def test_rows_are_sorted_by_the_mean_score_of_their_positions(inner):
     lengths = documents.of(lambda shard: np.diff(shard.offsets) + 1)
     plan = climb.PACKINGS[inner](lengths, 32)
 
-    made = climb.sort_rows(plan, score)
+    made = sorted_rows(plan, score)
 
     means = []
     for row in rows_of(made):
@@ -106,7 +107,7 @@ def test_sorted_rows_hold_what_the_packing_gave(inner):
     lengths = documents.of(lambda shard: np.diff(shard.offsets) + 1)
     plan = climb.PACKINGS[inner](lengths, 32)
 
-    made = climb.sort_rows(plan, score)
+    made = sorted_rows(plan, score)
 
     before = sorted(row[:, 1:].tolist() for row in rows_of(plan))
     after = sorted(row[:, 1:].tolist() for row in rows_of(made))
@@ -117,7 +118,7 @@ def test_sorted_rows_hold_what_the_packing_gave(inner):
 def test_a_curriculum_s_batches_begin_with_the_shortest_documents(hard):
     order = partial(climb.sorted_once, hard=hard)
     phase = replace(PLAIN, packing=climb.easy_first, order=order)
-    loader = load(some, phase, score=climb.length)
+    loader = load(some, phase, score=scores.length)
     documents, _, plan = only_window(loader)
 
     score = documents.of(lambda shard: shard.score)
@@ -138,11 +139,11 @@ def test_the_scores_of_a_document():
     easy = data.Document("a", "aaaa " * 99, dict(level=3))
     hard = data.Document("b", prose(0, 495))
 
-    assert climb.length(easy, [1, 2]) == 2
-    assert climb.compressibility(easy, []) < 0.1
-    assert climb.compressibility(hard, []) > 0.3
-    assert climb.field(easy, [], "level") == 3
-    assert climb.field(hard, [], "level") == math.inf
+    assert scores.length(easy, [1, 2]) == 2
+    assert scores.compressibility(easy, []) < 0.1
+    assert scores.compressibility(hard, []) > 0.3
+    assert scores.field(easy, [], "level") == 3
+    assert scores.field(hard, [], "level") == math.inf
 
 
 def planted():
@@ -156,7 +157,7 @@ def test_rarity_is_the_mean_negative_log_frequency_of_tokens():
     documents = everything_of(planted)
     paths = [document["path"] for document in documents.of(Shard.documents)]
 
-    rarity = climb.rarity(documents)
+    rarity = scores.rarity(documents)
     found = dict(zip(paths, rarity, strict=True))
     a = -math.log(91 / 92)
     b = -math.log(1 / 92)
@@ -335,7 +336,7 @@ def test_a_sample_does_not_follow_the_seed_of_the_run():
     phase = replace(PLAIN, packing=partial(qurating.sampled, share=0.5))
     samples = []
     for seed in (0, 1):
-        sources = {"one": data.Source(some, score=climb.length)}
+        sources = {"one": data.Source(some, score=scores.length)}
         loader = load_all(sources, phase, seed=seed)
         documents, _, plan = only_window(loader)
         known = documents.of(Shard.documents)

@@ -20,13 +20,19 @@ FILES = [*CORE, *TOOLS, *CONFIGS]
 
 # Lines of the core. The design asks for 6,000, and the core is beyond that: this number says by how
 # much. Whoever raises it says in the commit what for.
-LINES = 15_700
+LINES = 17_400
 PATH = 700  # lines of the reading path
 COLUMNS = 100
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Configs that others start from, and processes whose rows several studies share.
-SHARED = {"configs.base", "configs.quickstart", "configs.bursty", "configs.points"}
+SHARED = {
+    "configs.base",
+    "configs.bursty",
+    "configs.parts_of_speech",
+    "configs.points",
+    "configs.quickstart",
+}
 
 
 def name_of(path: Path) -> str:

@@ -23,7 +23,7 @@ own = load_file(ROOT / "configs/baselines/strong.py")
 CAUSAL = Mask("causal", 0)
 equal = np.testing.assert_array_equal
 OPTIMIZER = partial(muon.muon, iteration="polar_express", outputs="equal")
-OFF = dict(embed=0.0, head=0.0, silent=False, gains=True, gated=True, values=False, gates=False,
+OFF = dict(gains=True, gated=True, values=False, gates=False,
            smear=False, pairs=0)
 
 

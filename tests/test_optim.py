@@ -13,7 +13,7 @@ import model
 import train
 from configs.baselines.muon import muon
 from lib.kernels import Mask
-from lib.optim import State, adamw, init_opt_state
+from lib.optim import State, adamw, init_opt_state, lr_factors
 
 equal = np.testing.assert_array_equal
 
@@ -22,17 +22,49 @@ DECAYS = dict(embed=0.0, vector=0.0, matrix=0.25, head=0.25)
 
 @pytest.mark.parametrize("group", DECAYS)
 def test_adamw_decays_matrices_and_head_alone(tiny, group):
-    """With no gradient, what is left of a direction is the decay."""
+    """With no gradient, what is left of a direction is the decay, at the rate of each parameter."""
     table = model.table(replace(tiny, tied=False))
-    transforms = adamw(table, weight_decay=0.25)
-    ones = {"x": jnp.ones(3)}
-    no_gradient = {"x": jnp.zeros(3)}
+    transforms = adamw(table, weight_decay=0.25, embed_lr=3.0, base_width=16)
+    names = model.groups(replace(tiny, tied=False))[group]
+    ones = {name: jnp.ones(3) for name in names}
+    no_gradient = {name: jnp.zeros(3) for name in names}
 
     state = transforms[group].init(ones)
     direction, _ = transforms[group].update(no_gradient, state, ones)
 
-    equal(direction["x"], np.full(3, DECAYS[group]))
+    factors = lr_factors(table, 3.0, 16)
+    for name in names:
+        expected = np.full(3, DECAYS[group] * factors[name])
+        np.testing.assert_allclose(direction[name], expected, rtol=1e-6)
     assert set(transforms) == set(DECAYS)
+
+
+def test_rates_are_by_inputs_whatever_reads_or_writes_the_stream(tiny):
+    """Embeddings, unless they are the head, have theirs; gains and rows of free axes have 1."""
+    config = replace(tiny, tied=False)
+    table = model.table(config) | {"a": model.Param(("layers", "in", "rank"), (2, 32, 4), 0.1)}
+    factors = lr_factors(table, 10.0, 64)
+
+    reads = dict.fromkeys(["q", "k", "v", "gate", "up", "head"], 64 / 32)
+    writes = {"o": 64 / 32, "down": 64 / 48}
+    ones = dict.fromkeys(["attn_norm", "mlp_norm", "norm", "a"], 1.0)
+    assert factors == reads | writes | ones | {"embed": 10.0}
+
+    tied = lr_factors(model.table(tiny), 10.0, 64)
+    assert tied["embed"] == 1.0
+    assert set(lr_factors(table, 1.0, 0).values()) == {1.0}
+
+
+def test_a_wider_model_moves_its_matrices_less(tiny):
+    """The same gradient moves a matrix of four times the inputs by a quarter."""
+    moved = []
+    for width in (32, 128):
+        config = replace(tiny, embed=width)
+        transform = adamw(model.table(config), weight_decay=0.0)["matrix"]
+        ones = {name: jnp.ones(3) for name in model.groups(config)["matrix"]}
+        direction, _ = transform.update(ones, transform.init(ones), ones)
+        moved.append(direction["q"])
+    np.testing.assert_allclose(moved[1], moved[0] / 4, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from data import DataConfig, Source, causal, text
+from data import DataConfig, Loader, Source, text
 from lib.edits import stack
 from model import ModelConfig
 from train import Config, Phase, Schedule
@@ -69,10 +69,15 @@ def lines(path):
         yield document
 
 
-def slow(row, rng):
-    """The plain objective, taking its time."""
-    time.sleep(float(os.environ.get("SLOW", 0)))
-    return causal(row, rng)
+def slow(self, *given, **named):
+    """A batch that takes its time."""
+    time.sleep(float(os.environ["SLOW"]))
+    return at_once(self, *given, **named)
+
+
+at_once = Loader.batch
+if "SLOW" in os.environ:
+    Loader.batch = slow
 
 
 def grow(model, context):
@@ -89,14 +94,14 @@ def noticed(params, apply):
 
 
 config = Config(
-    model=ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48),
+    model=ModelConfig(layers=1, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48),
     data=DataConfig(
         sources={"files": Source(partial(text, path="CORPUS")),
                  "lines": Source(partial(lines, path="CORPUS"))},
         tokenizer="bytes", dev=0.1, test=0.1, shard_tokens=4_000),
     phases=(
-        Phase(steps=30, batch=4, seq=32, objective=slow),
-        Phase(steps=30, batch=4, seq=32, objective=slow, edits=(grow,)),
+        Phase(steps=30, batch=4, seq=32),
+        Phase(steps=30, batch=4, seq=32, edits=(grow,)),
     ),
     schedule=Schedule(shape="wsd", peak=1e-2, warmup=5, decay=0.4),
     overlap=8, eval_every=20, eval_tokens=500, save_every=5, sample_tokens=10, evals=(noticed,),
@@ -378,7 +383,7 @@ def test_rows_are_one_a_step_and_evaluations_apart(complete):
         assert row["eval/files/bpb"] > 0
         assert row["eval/lines/bpb"] > 0
     layers = [row["own/layers"] for row in evaluations]
-    assert layers == [2, 2, 4, 4]  # evaluation precedes the edits
+    assert layers == [1, 1, 2, 2]  # evaluation precedes the edits
     assert {"eval/files.test/bpb", "eval/lines.test/bpb"} <= test.keys()
 
 
@@ -389,7 +394,7 @@ def test_the_number_of_parameters_jumps_where_the_model_grows(complete):
     mlp = 3 * 32 * 48
     gains = 64
     assert set(params) == {small, large}
-    assert large - small == 2 * (attention + mlp + gains)
+    assert large - small == attention + mlp + gains
 
 
 def test_several_shards_were_read(place, complete):
@@ -499,7 +504,7 @@ def kill_in_a_save(place: Place, run: Path) -> int:
         after = 7
         if attempt:
             after = max(checkpoints(run), default=0)
-        out = kill_when(place.start(run.name, SLOW="0.004"), saving(run, after + EVERY))
+        out = kill_when(place.start(run.name, SLOW="0.016"), saving(run, after + EVERY))
         assert_recent(out, reached)
         caught += bool(begun_saves(run))
         if caught and checkpoints(run):
@@ -521,7 +526,7 @@ def test_killed_during_a_save_and_at_random(place, complete):
             begun.append(time.monotonic())
         return bool(begun) and time.monotonic() > begun[0] + delay
 
-    out = kill_when(place.start("saves", SLOW="0.004"), later)
+    out = kill_when(place.start("saves", SLOW="0.016"), later)
     assert_recent(out, reached)
 
     reached = on_disk(run)
@@ -543,7 +548,7 @@ def test_killed_fifty_times(place, complete, capsys):
         run = place.run(f"soak{number}")
         reached = on_disk(run)
         until = time.monotonic() + rng.uniform(1.0, 5.0)
-        started = place.start(run.name, SLOW="0.01")
+        started = place.start(run.name, SLOW="0.04")
         out = kill_when(started, lambda until=until: time.monotonic() > until)
         kills += was_killed(started)
         if "resuming" in out:
@@ -627,7 +632,7 @@ config = Config(
 
 
 def test_a_streamed_and_steered_run_is_the_same_under_kills(place):
-    """Killed at decisions, while shards are built; from the finished cache the rows are the same.
+    """Killed at a decision, with shards built meanwhile; from the finished cache rows are the same.
 
     The log in the checkpoint holds the evaluation of each decision, with the dev loss of each source by
     its name, and the rows drawn follow it.
@@ -636,14 +641,11 @@ def test_a_streamed_and_steered_run_is_the_same_under_kills(place):
     hurt = place.command("steered.py", "--runs", "runs", "--name", "hurt")
     unhurt = place.command("steered.py", "--runs", "runs", "--name", "unhurt")
 
-    kills = [place.go(*hurt, HURT=evaluation) for evaluation in ("1", "3")]
-    assert all(map(was_killed, kills))
-    resumed = [resumed_from(killed.stdout) for killed in kills]
-    assert resumed in ([0, 14], [0, 7])
+    assert was_killed(place.go(*hurt, HURT="3"))
 
     done = place.go(*hurt)
     assert done.returncode == 0, done.stderr
-    assert resumed_from(done.stdout) in (30, 35)  # the save in flight may be lost
+    assert resumed_from(done.stdout) in (28, 35)  # the save in flight may be lost
     never_killed = place.go(*unhurt)
     assert never_killed.returncode == 0, never_killed.stderr
     run = place.run("hurt")
@@ -823,7 +825,7 @@ def test_on_a_terminal_sigterm_saves_and_a_second_process_is_refused(here, compl
     termios.tcsetwinsize(theirs, (24, 160))
     process = subprocess.Popen(
         here.training("stopped"),
-        env=here.environment(SLOW="0.02", **conftest.USERS),
+        env=here.environment(SLOW="0.08", **conftest.USERS),
         cwd=here.root,
         stdin=theirs,
         stdout=theirs,
@@ -1051,6 +1053,7 @@ def corpora(root: Path) -> dict[str, Path]:
 WRONG = {  # case: (arguments, words of the sentence); {..} is the path of a corpus
     "unknown field": (["--model.layrs", "3"], ["--model.layrs", "layers"]),
     "wrong type": (["--model.layers", "two"], ["model.layers", "'two'", "int"]),
+    "no whole number": (["--model.layers", "2.5"], ["model.layers", "2.5"]),
     "heads": (["--model.heads", "3"], ["model.heads", "3", "model.kv_heads", "2"]),
     "odd head_dim": (["--model.head_dim", "7"], ["model.head_dim", "7", "even"]),
     "vocabulary": (
@@ -1139,10 +1142,6 @@ def test_refusal_of_a_whole_process(place, complete):
     assert done.returncode == 2
     assert one_sentence(done.stderr, "phases.1.batch was 4 and is 16")
 
-    done = place.train("whole", "--model.layers", "2.5")
-    assert done.returncode == 2
-    assert one_sentence(done.stderr, "model.layers", "2.5")
-    assert done.stdout == ""
     assert tree_of(complete.directory) == before
 
 
@@ -1230,7 +1229,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(case, begu
     out = capsys.readouterr().out
     assert "checkpoints/60 is damaged" in out
     assert "60.damaged, and the run goes back to step 55" in out
-    assert train.load(str(run), 55)[0]["q"].shape[0] == 4
+    assert train.load(str(run), 55)[0]["q"].shape[0] == 2
 
 
 def test_a_flipped_bit_is_noticed(begun, capsys):
@@ -1296,7 +1295,7 @@ def test_load_gives_a_model_that_computes(complete):
     params, config, tokenizer, apply = train.load(str(complete.directory))
     ids = np.array([tokenizer.encode("the tree is"), tokenizer.encode("the roots a")])
     out = np.asarray(apply(params, ids))
-    assert config.model.layers == 4
+    assert config.model.layers == 2
     assert out.shape == (2, 11, 258)
     assert np.isfinite(out).all()
     one, other = out
@@ -1492,7 +1491,7 @@ def test_debug_learns_one_batch_or_says_why_not(here, capsys, tmp_path):
     """Without a run left behind; a rate too small is one sentence; a NaN names the operation."""
     small = ["--phases.0.batch", "1", "--phases.0.seq", "16", "--model.layers", "1"]
     base = [str(here.config), "--runs", str(tmp_path / "runs"), *small, "--debug"]
-    assert train.main([*base, "--steps", "40"]) == 0
+    assert train.main([*base, "--steps", "40", "--schedule.peak", "3e-2"]) == 0
     out = capsys.readouterr().out
     said = [float(x) for x in re.findall(r"loss ([\d.]+), grad", out)]
     assert len(said) > 1

@@ -22,7 +22,8 @@ import data
 import model
 import train
 from lib.config import ROOT
-from lib.kernels import Mask, attention, choose, splash
+from lib.flash import splash
+from lib.kernels import Mask, attention, choose
 from lib.sharding import MeshConfig, make_mesh, own_rows, put
 from model import ModelConfig
 from tools import fit
@@ -34,16 +35,16 @@ from functools import partial
 
 from lib.edits import reset_embeddings
 from lib.edits import stack
-from data import DataConfig, Source, causal, text
+from data import DataConfig, Source, shuffled, text
 from model import ModelConfig
 from lib.schedule import Schedule
 from train import Config, Edit, Phase
 
 
-def slow(row, rng, seconds=0.0):
-    """The plain objective, taking its time."""
+def slow(draw, rows, progress, key, seconds=0.0):
+    """The plain order, taking its time."""
     time.sleep(seconds)
-    return causal(row, rng)
+    return shuffled(draw, rows, progress, key)
 
 
 first = Phase(
@@ -51,7 +52,7 @@ first = Phase(
     batch=8,
     seq=32,
     repeat=(Edit(reset_embeddings, every=5),),
-    objective=partial(slow),
+    order=partial(slow),
 )
 deeper = Phase(steps=8, batch=8, seq=32, edits=(partial(stack, times=2, moments="map"),))
 config = Config(
@@ -229,7 +230,7 @@ def test_a_mesh_and_processes_compute_what_one_device_does(place, whole):
 
 def seconds_a_row(seconds: float) -> tuple[str, str]:
     """Arguments of a run whose rows take their time."""
-    return "--phases.0.objective.seconds", str(seconds)
+    return "--phases.0.order.seconds", str(seconds)
 
 
 def test_sigterm_to_one_process_saves_all_at_one_step(place, whole):
@@ -469,8 +470,8 @@ def fsdp_on_eight(place) -> Report:
 def test_fit_says_what_a_device_holds_and_sends(place):
     """With fsdp each device has an eighth of the state.
 
-    Weights are gathered for each product of the forward and the backward pass and their gradients
-    summed. Nothing of the size of activations is sent.
+    Weights are gathered for each product of the forward and the backward pass, and their gradients
+    scattered as they are summed. Nothing of the size of activations is sent.
     """
     code, out, found = fsdp_on_eight(place)
     assert code == 0
@@ -488,10 +489,11 @@ def test_fit_says_what_a_device_holds_and_sends(place):
 
     outside_blocks = 258 * 96 + 96
     layer_bytes = 4 * (shallow["parameters"] - outside_blocks) // 2
-    expected = 2 * 2 * layer_bytes * 7 / 8  # of two more layers, there and back
-    for kind in ("all-gather", "all-reduce"):
+    once = 2 * layer_bytes * 7 / 8  # of two more layers
+    for kind, times in ("all-gather", 2), ("reduce-scatter", 1):
         more = deep["collectives"][kind][1] - shallow["collectives"][kind][1]
-        assert more == pytest.approx(expected, rel=0.05)
+        assert more == pytest.approx(times * once, rel=0.05)
+    assert "all-to-all" not in deep["collectives"]
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -499,8 +501,9 @@ def test_fit_says_what_a_device_holds_and_sends(place):
     ("--topology v5e:4x4 --devices 2", "either"),
     ("--topology v5e:4x4", "pip install --target .*libtpu"),
     ("--topology h100:1", "pip install --target .*jax-cuda13-plugin"),
-    ("--topology h100:16", "h100:1 to h100:8"),
-    ("--topology rtx9:1", "'rtx9:1'; allowed kinds of devices are v4, v5e, v5p, v6e, a100"),
+    ("--topology h100:16", "h100:1 to h100:8 .* h100:4x8"),
+    ("--topology h100:0x8", "h100:1 to h100:8 .* h100:4x8"),
+    ("--topology rtx9:1", "'rtx9:1'; allowed kinds of devices are v4, v5e, v5p, v6e, a100.* rtx4090"),
     ("--devices 8 --mesh.fsdp 3", "mesh is data -1, fsdp 3"),
     ("--devices 8 --model.embed 36 --mesh.fsdp 8", "axis embed"),
     ("--devices 2 --model.vocab 0 --data.tokenizer bpe", "vocab"),
@@ -553,17 +556,20 @@ def test_fit_compiles_for_gpus_that_are_not_here(place, monkeypatch):
     monkeypatch.setenv("CUDA_PLUGIN_PATH", str(PLUGIN))
     base = [place.config, *SHORT_ROWS, "--model.head_dim", "64"]
 
-    code, _, one = report(*base, "--topology", "h100:1", "--model.attention", "cudnn")
-    assert code == 0
-    assert one["fits"]
-    assert one["kind"] == "NVIDIA H100"
-    assert not one["programs"][0]["collectives"]
+    for segments, chosen in ("1", "cudnn_causal"), ("8", "cudnn_packed"):
+        code, _, one = report(*base, "--topology", "h100:1", "--segments", segments)
+        assert code == 0
+        assert one["fits"]
+        assert one["kind"] == "NVIDIA H100"
+        assert one["programs"][0]["attention"] == chosen
+        assert not one["programs"][0]["collectives"]
 
-    code, _, eight = report(*base, "--topology", "a100:8")
-    assert code == 0
-    assert eight["devices"] == 8
-    _, sent = eight["programs"][0]["collectives"]["all-reduce"]
-    assert sent > 0
+    for topology, devices in ("a100:8", 8), ("h100:2x4", 8), ("rtx4090:2", 2):
+        code, _, several = report(*base, "--topology", topology)
+        assert code == 0
+        assert several["devices"] == devices
+        _, sent = several["programs"][0]["collectives"]["all-reduce"]
+        assert sent > 0
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -602,29 +608,19 @@ def test_splash_equals_the_reference(window):
 CAUSAL, PREFIX = Mask("causal", 0), Mask("prefix", 0)
 
 
-@pytest.mark.parametrize("asked, mask, length, dtype, platform, chosen", [
-    ("auto", CAUSAL, 256, "float32", "cpu", "xla"),
-    ("auto", CAUSAL, 256, "bfloat16", "gpu", "xla"),
-    ("cudnn", CAUSAL, 256, "bfloat16", "gpu", "cudnn"),
-    ("auto", CAUSAL, 256, "float32", "gpu", "xla"),
-    ("auto", CAUSAL, 256, "float32", "tpu", "splash"),
-    ("auto", CAUSAL, 200, "float32", "tpu", "xla"),
-    ("auto", PREFIX, 256, "float32", "tpu", "xla"),
+@pytest.mark.parametrize("length, mask, chosen", [
+    (256, CAUSAL, "splash"),
+    (200, CAUSAL, "xla"),
+    (256, PREFIX, "xla"),
 ])
-def test_the_choice_of_attention(asked, mask, length, dtype, platform, chosen):
-    """The fused one where it can do what is asked; cuDNN's by name alone."""
-    assert choose(asked, mask, length, dtype, platform) == chosen
+def test_splash_is_chosen_on_tpus_where_it_can_do_what_is_asked(length, mask, chosen):
+    assert choose("auto", mask, length, 64, "float32", ("tpu", (0, 0))) == chosen
 
 
-@pytest.mark.parametrize("name, mask, platform", [
-    ("splash", PREFIX, "tpu"),
-    ("splash", CAUSAL, "cpu"),
-    ("cudnn", CAUSAL, "gpu"),
-])
-def test_an_attention_that_cannot_do_what_is_asked_is_refused(name, mask, platform):
-    sentence = f"model.attention is {name}; allowed for .* are auto, "
-    with pytest.raises(ValueError, match=sentence):
-        choose(name, mask, 256, "float32", platform)
+@pytest.mark.parametrize("mask, platform", [(PREFIX, "tpu"), (CAUSAL, "cpu")])
+def test_an_attention_that_cannot_do_what_is_asked_is_refused(mask, platform):
+    with pytest.raises(ValueError, match="model.attention is splash; allowed for .* are auto, "):
+        choose("splash", mask, 256, 64, "float32", (platform, (0, 0)))
 
 
 # --------------------------------------------------------------------------------- rows of a batch

@@ -31,7 +31,7 @@ from model import Edited, Model, ModelConfig, Param
 
 CAUSAL = Mask("causal", 0)
 TINY = ModelConfig(
-    layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258, unroll=1)
+    layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258, tied=True, unroll=1)
 BATCH = random_rows(batch=8)
 PLAIN = train.Phase()
 

@@ -388,9 +388,7 @@ def test_a_study_with_needs_by_the_command_line(file):
     file.write_text(text.replace("def read(", frozen, 1))
     line = [sys.executable, ROOT / "train.py", "study", file, "--seeds", "1", "--quick", "--runs",
             file.parent / "runs", "--arms", "again"]
-    done = subprocess.run(line, capture_output=True, text=True, env=conftest.environment())
-    assert done.returncode == 2 and "step 4" in done.stderr + done.stdout  # --quick ends after 2
-    file.write_text(file.read_text().replace("@4", "@2"))
+    file.write_text(file.read_text().replace("@4", "@2"))  # where --quick ends
     done = subprocess.run(line, capture_output=True, text=True, env=conftest.environment())
     assert done.returncode == 0, done.stderr + done.stdout
     directory = file.parent / "runs/tiny-quick"

@@ -39,6 +39,15 @@ GROUPS = model.groups(TINY)
 equal = np.testing.assert_array_equal
 
 
+def loud(config: ModelConfig, rows: dict) -> dict:
+    """`rows`: blocks that are heard from the first step on; their outputs begin as 0 by default."""
+    outputs = {name: replace(rows[name], init=config.embed**-0.5) for name in ("o", "down")}
+    return rows | outputs
+
+
+LOUD = replace(TINY, rows=loud)
+
+
 def only(tree: dict, names) -> dict:
     """Some of the entries of a dictionary."""
     return {name: tree[name] for name in names}
@@ -51,7 +60,7 @@ def test_a_group_of_factor_zero_stays_bit_for_bit_and_the_others_move():
     """Neither gradient nor weight decay moves it; another group moves at its own factor."""
     phase = Phase(steps=4, batch=8, seq=16, lr={"matrix": 0.0, "vector": 0.5})
     schedule = Schedule(shape="constant", peak=1e-2, warmup=0)
-    config = tiny_config(phases=(phase,), schedule=schedule)
+    config = tiny_config(model=LOUD, phases=(phase,), schedule=schedule)
     lr = plan_of(config).lr
     assert lr["vector"][1] == 0.5 * lr["embed"][1]
     assert lr["vector"][1] > 0
@@ -92,7 +101,7 @@ def test_a_frozen_group_has_no_part_in_the_step():
 # ------------------------------------------------------------------------------------ a plain step
 
 
-DESCENT = tiny_config(optimizer=plain_descent, clip=0.0)
+DESCENT = tiny_config(model=LOUD, optimizer=plain_descent, clip=0.0)
 
 
 @functools.cache
@@ -166,7 +175,8 @@ def stepped_by_optax(params: dict) -> dict:
 
 def test_adamw_is_that_of_optax():
     """At changing rates: the matrices as optax.adamw moves them, the others without decay."""
-    config = tiny_config(clip=0.0, optimizer=partial(adamw, b2=0.98, weight_decay=0.2))
+    plain = partial(adamw, b2=0.98, weight_decay=0.2, base_width=0)  # one rate for all
+    config = tiny_config(model=LOUD, clip=0.0, optimizer=plain)
     take = stepper(config)
     state = first_state(config)
     expected = stepped_by_optax(dict(state.params))

@@ -173,7 +173,7 @@ def built_files(home: Path) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if "plans" not in name}
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.soak)])
 def test_streamed_batches_are_those_of_a_finished_cache(kills, home, tmp_path):
     """Readers and builders are killed so often while shards are being built.
 

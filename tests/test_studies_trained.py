@@ -9,25 +9,58 @@ from typing import NamedTuple
 
 import conftest
 import pytest
-from study_cases import FILE, read_json, runs_of, study, write_file
+from study_cases import FILE, read_json, study, write_file
 
 from lib.config import ROOT
 from lib.disk import read_rows, write
 from lib.study import PAIRED, metrics_of
 from model import ModelConfig, flops_per_token
 
+# ---------------------------------------------------------------------------------- a small house
 
-def run_command(line: list, place: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
-    """Run a command, which is to end with this exit code."""
-    done = subprocess.run(
-        line,
-        capture_output=True,
-        text=True,
-        cwd=place,
-        env=conftest.environment(),
-    )
-    assert done.returncode == code, done.stderr + done.stdout
-    return done
+
+class House(NamedTuple):
+    """A copy of the code of this house, with one chapter of two files that are one study."""
+
+    root: Path
+
+    def train(self, *words: str) -> str:
+        """What `python train.py ...` prints in it."""
+        done = subprocess.run(
+            [sys.executable, "train.py", *words],
+            capture_output=True,
+            text=True,
+            cwd=self.root,
+            env=conftest.environment(),
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout
+
+
+QUICK = "configs/growth/tiny.py"  # three rates, the middle one of which --quick takes
+RECORDED = "configs/growth/small.py"  # this rate alone, and as few steps: its runs are those
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, corpus) -> House:
+    root = tmp_path_factory.mktemp("house")
+    for name in ("train.py", "model.py", "data.py"):
+        shutil.copy(ROOT / name, root / name)
+    for name in ("lib", "tools"):
+        shutil.copytree(ROOT / name, root / name)
+    text = FILE.replace("PATH", str(corpus))
+    write(root / QUICK, text)
+    for old, new in (
+        ("steps=400", "steps=4"),
+        ("peak_lrs=(1e-2, 2e-2, 4e-2),", "seeds=2,"),
+        ("peak=2e-2", "peak=4e-2"),
+        ("peak=1e-2", "peak=2e-2"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    write(root / RECORDED, text)
+    write(root / "README.md", "<!-- results -->\n<!-- /results -->\n")
+    return House(root)
 
 
 # ----------------------------------------------------------------------------------- a quick study
@@ -36,25 +69,18 @@ def run_command(line: list, place: Path = ROOT, code: int = 0) -> subprocess.Com
 class Quick(NamedTuple):
     """A quick study that has ended."""
 
-    file: Path
+    house: House
     directory: Path
     result: dict  # what study.json holds
     out: str  # what the command printed
 
 
-def run_quick(file: Path) -> str:
-    """What the quick study of a file prints."""
-    line = [sys.executable, ROOT / "train.py", "study", file, "--quick", "--runs", runs_of(file)]
-    return run_command(line).stdout
-
-
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory, corpus) -> Quick:
+def quick(house) -> Quick:
     """A study of two arms with two seeds each."""
-    file = write_file(tmp_path_factory.mktemp("quick") / "tiny.py", corpus)
-    out = run_quick(file)
-    directory = runs_of(file) / "tiny-quick"
-    return Quick(file, directory, read_json(directory / "study.json"), out)
+    out = house.train("study", QUICK, "--quick")
+    directory = house.root / "runs/tiny-quick"
+    return Quick(house, directory, read_json(directory / "study.json"), out)
 
 
 def test_a_quick_study_makes_each_arm_at_the_middle_rate_with_two_seeds(quick):
@@ -64,7 +90,7 @@ def test_a_quick_study_makes_each_arm_at_the_middle_rate_with_two_seeds(quick):
 
 def test_a_run_writes_the_metrics_that_a_claim_may_be_by(quick):
     """And no others; figures of a GPU and of slow checkpoints may be missing."""
-    config = study.load_study(str(quick.file)).arms["grown"]
+    config = study.load_study(str(quick.house.root / QUICK)).arms["grown"]
     written = set()
     for row in read_rows(quick.directory / "grown-0.02-s1/metrics.jsonl"):
         written |= row.keys()
@@ -119,54 +145,41 @@ def times_written(directory: Path) -> dict[Path, int]:
 def test_a_study_that_is_run_again_shows_its_table_and_trains_nothing(quick):
     before = times_written(quick.directory)
     assert len(before) == 4
-    assert run_quick(quick.file).count("| deep |") == 1
+    again = quick.house.train("study", QUICK, "--quick")
+    assert again.count("| deep |") == 1
     assert times_written(quick.directory) == before
 
 
 # ---------------------------------------------------------------------------------------- a record
 
 
-def build_house(root: Path, corpus: Path):
-    """Copy the code of this house, and give it one chapter with one small study."""
-    root.mkdir()
-    for name in ("train.py", "model.py", "data.py"):
-        shutil.copy(ROOT / name, root / name)
-    for name in ("lib", "tools"):
-        shutil.copytree(ROOT / name, root / name)
-    small = FILE.replace("PATH", str(corpus))
-    small = small.replace("steps=400", "steps=4")
-    small = small.replace("peak_lrs=(1e-2, 2e-2, 4e-2),", "seeds=2,")
-    write(root / "configs/growth/tiny.py", small)
-    write(root / "README.md", "<!-- results -->\n<!-- /results -->\n")
-
-
-def test_a_study_is_recorded_shown_and_found_by_the_real_commands(corpus, tmp_path):
-    root = tmp_path / "house"
-    build_house(root, corpus)
-    train = [sys.executable, "train.py"]
-
-    line = [*train, "study", "configs/growth/tiny.py", "--record", "--json"]
-    *_, last = run_command(line, root).stdout.splitlines()
-    record = read_json(root / "results/growth/tiny.json")
+def test_a_study_is_recorded_shown_and_found_by_the_real_commands(quick):
+    """Its runs are those of the quick study, which has equal configs, by links."""
+    house, root = quick.house, quick.house.root
+    before = times_written(quick.directory)
+    *_, last = house.train("study", RECORDED, "--record", "--json").splitlines()
+    record = read_json(root / "results/growth/small.json")
     assert json.loads(last) == record
-    assert record["command"] == "python train.py study configs/growth/tiny.py --record"
+    assert record["command"] == f"python train.py study {RECORDED} --record"
     (made_by,) = record["made_by"]
     for arm in ("deep", "grown"):
         ends = record["arms"][arm]["bpb"]["by_seed"]
         assert [*ends] == ["1", "2"]
         for seed, end in ends.items():
-            summary = read_json(root / f"runs/tiny/{arm}-own-s{seed}/summary.json")
+            run = root / f"runs/small/{arm}-own-s{seed}"
+            assert run.resolve() == quick.directory / f"{arm}-0.02-s{seed}"
+            summary = read_json(run / "summary.json")
             assert end == summary["eval/a.test/bpb"]
             assert made_by["versions"] == summary["versions"]
+    assert times_written(quick.directory) == before
 
-    assert "is written" in run_command([*train, "papers", "--write"], root).stdout
+    (root / QUICK).unlink()
+    assert "is written" in house.train("papers", "--write")
     index = (root / "configs/README.md").read_text()
     assert "| 1 confirmed, 1 reversed, 1 not run |" in index
-    found = run_command([*train, "papers", "TINY", "001:39"], root).stdout
-    assert "001:39 configs/growth/tiny.py" in found
+    found = house.train("papers", "TINY", "001:39")
+    assert f"001:39 {RECORDED}" in found
     assert "confirmed: it helps" in found
-    missing = run_command([*train, "papers", "tinny"], root, code=2).stderr
-    assert "error: no file of the library has all of: tinny; the nearest" in missing
 
 
 # ---------------------------------------------------------------------------------------- a signal

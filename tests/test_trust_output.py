@@ -7,13 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import environment
 
 import train
-from lib.config import ROOT
+from lib.config import ROOT, load_file
 from lib.errors import InputError
-from lib.output import Forgiving, forgiving
+from lib.log import say
+from lib.output import Forgiving, complain, forgiving
+from lib.tables import columns, printable
+from lib.tokenizers import Bytes
+
+evaluate, sample, corpus = (load_file(ROOT / f"tools/{verb}.py") for verb in ("eval", "sample", "corpus"))
 
 # ------------------------------------------------------------------------------------------- signals
 
@@ -144,3 +150,28 @@ def test_a_run_whose_output_is_lost_ends_as_it_would(corpus, tmp_path, where):
         assert process.wait(60) == 0
     assert (tmp_path / "runs/mine/summary.json").is_file()
     assert said.count("standard output cannot be written") == 1 and "Traceback" not in said
+
+
+# -------------------------------------------------------------------------------------- control sequences
+
+EVIL = "a\x1b]0;owned\x07\x1b[2J\x9b1A\r\u202eb\udc80\tc\n"
+SHOWN = "a\\x1b]0;owned\\x07\\x1b[2J\\x9b1A\\x0d\\u202eb\\udc80\tc\n"
+
+
+def test_what_controls_a_terminal_is_shown():
+    assert printable(EVIL) == SHOWN
+    assert printable("plain é 木 🌲\n\t") == "plain é 木 🌲\n\t"
+
+
+def test_text_of_others_reaches_no_terminal_as_it_is(capsys):
+    """In lines of a run, errors, tables, figures of tasks, samples and inspected rows."""
+    say(EVIL)
+    print(columns([[EVIL, "1"]]))
+    evaluate.show({f"task/{EVIL}/acc": 0.5})
+    sample.Screen().show(EVIL)
+    row = dict(segments=np.ones(4, int), weights=np.ones(4), targets=np.frombuffer(b"\x1b[2J", np.uint8))
+    print(corpus.row_text(row, Bytes()).plain)
+    complain(EVIL)
+    out, err = capsys.readouterr()
+    assert not set(out + err) & set("\x1b\x07\x9b\r\u202e\udc80")
+    assert out.count("\\x1b[2J") == 5 and "\\x1b[2J" in err

@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import data
+import model
 import train
-from lib import checkpoint
+from lib import checkpoint, resume
 from lib.checkpoint import Checkpoints, Damaged, checksums, find_checkpoint
 from lib.disk import content_hash, read_object, write_checked
 from lib.errors import InputError
@@ -313,3 +314,37 @@ def test_content_that_is_not_its_hash_is_nothing(tmp_path):
     write_checked(file, b"tree")
     assert file.read_bytes() == b"tree" + content_hash(b"tree")
     assert not [path for path in tmp_path.iterdir() if path != file]
+
+
+# ----------------------------------------------------------------------------------------------- rounding
+
+
+def test_what_changes_rounding_alone_may_change(made, stopped, tiny, capsys):
+    """Parts of a batch, how layers are compiled, and devices: said in a sentence, and nothing else moves."""
+    config = settings(stopped, replace(tiny, unroll=1, remat="all", logits_mib=1))
+    (phase,) = config.phases
+    phases = (replace(phase, accumulate=2),)
+    train.train(replace(config, phases=phases, mesh=train.MeshConfig(fsdp=4, tensor=2)))
+    out = capsys.readouterr().out
+    assert "resuming from step 4" in out
+    assert "is another than at step 4: model.logits_mib was 256 and is 1; model.remat" in out
+    assert "phases.0.accumulate was 1 and is 2; from here on figures are the same but for rounding" in out
+    ours, theirs = rows(stopped / "runs/run"), rows(made / "runs/run")
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+def test_parts_of_a_batch_stay_where_they_are_more_than_sums(stopped, tiny):
+    config = settings(stopped, tiny, gradient=plainly)
+    assert resume.sums_alone(settings(stopped, tiny), config.phases[0])
+    assert not resume.sums_alone(config, config.phases[0])
+    (phase,) = config.phases
+    other = replace(phase, accumulate=2, objective=data.causal, reduce=partial(model.weighted_mean))
+    assert not resume.sums_alone(settings(stopped, tiny), other)
+
+
+def plainly(gradient, params, batch, step):
+    """A `gradient` that changes nothing, as far as is known."""
+    return gradient(params, batch)

@@ -22,7 +22,8 @@ from lib.sharding import MeshConfig
 from model import Context, Edited, Model, ModelConfig
 from train import Config, Phase
 
-TINY = ModelConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258)
+TINY = ModelConfig(
+    layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=258, tied=True)
 CAUSAL = Mask("causal", 0)
 WORDS = "def return self tree loss stack layer import class of".split()
 

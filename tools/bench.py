@@ -3,8 +3,16 @@
 Shapes may be given short: --layers --embed --heads --kv_heads --head_dim --mlp --vocab --dtype for
 the model, --batch and --seq for its rows; every --path.to.field VALUE of a config works too. Where
 --embed or --heads is given alone, heads are 64 wide (32 below 256), and key-value heads as many as
-query heads. --against COMMAND runs this and COMMAND in turn, --rounds times each, and gives the
-median of the ratios of their tokens_per_s (COMMAND's last line must be such an object as well).
+query heads.
+
+--against COMMAND keeps this and COMMAND alive and measures them in turn, --seconds each, --rounds
+times, the order turned round each time. It gives each round's ratio of tokens_per_s and their
+median, the load of the machine before and after, and of both the time to compile and the most
+memory held. COMMAND is another `bench`, or tests/peer_train.py, see lib/live.py; any other command
+is run anew for each round, and its last line must be such an object as well. --compile gives
+COMMAND that flag too.
+
+--suite gpu measures a GPU: kernels, steps of the ready configs, a peer; see tools/suite.py.
 
 --together N steps N runs of a small model as one program (`jax.vmap`), on one device: with --vary
 rates the same rows, at rates of their own; with --vary seeds rows of their own too. tokens_per_s
@@ -27,12 +35,11 @@ import collections
 import dataclasses
 import json
 import math
+import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +50,16 @@ from lib.arguments import Arguments
 from lib.errors import InputError
 from lib.generate import Sampling, generate, prepare
 from lib.kernels import Mask
+from lib.live import LIVE, Bench, compared, in_turn, serve
 from lib.optim import first_state
 from lib.sharding import make_mesh, put
+from lib.timing import WARM_UP, Times, median_ms, peak_gib, time_steps
 from model import ModelConfig, count, groups, init, losses, table
-from train import ROOT, Config, check, compile_step, load, make_step, parse
+from train import ROOT, Config, check, compile_step, load, make_step, parse, verb
 
 SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(ModelConfig)}
 SHORT |= {"batch": "phases.0.batch", "seq": "phases.0.seq"}
 BATCHES = 8  # different batches, used in turn
-WARM_UP = 3  # steps before any is timed
 PROFILED = 5  # steps in a trace
 
 
@@ -100,41 +108,6 @@ def random_batches(config: Config, mesh, together: int, vary: str) -> list[dict]
     return stacked
 
 
-class Times(NamedTuple):
-    """What timing the steps of a program gave."""
-
-    steps: list[float]  # seconds of each
-    busy: float  # the part of all that time in which the host was dispatching
-    loss: float  # the mean over runs, at the end
-
-
-def time_steps(step, state, batches: list[dict], lr: dict, seconds: float) -> tuple[Any, Times]:
-    """(state, times) of steps for so many seconds, five at least.
-
-    Each step is dispatched before the one before it has ended, as the loop of a run does it.
-    """
-    for _ in range(WARM_UP):
-        state, metrics = step(state, batches[0], lr)
-    jax.block_until_ready(state)
-    times = []
-    count = 0
-    busy = 0.0
-    last = None
-    begun = now = time.perf_counter()
-    while now - begun < seconds or len(times) < 5:
-        called = time.perf_counter()
-        state, metrics = step(state, batches[count % BATCHES], lr)
-        busy += time.perf_counter() - called
-        if last is not None:
-            jax.block_until_ready(last)
-            then, now = now, time.perf_counter()
-            times.append(now - then)
-        last = metrics
-        count += 1
-    loss = float(jnp.mean(last["train/loss"]))
-    return state, Times(times, busy / (now - begun), loss)
-
-
 def write_trace(directory: str, step, state, batches: list[dict], lr: dict):
     """Write a trace of a few more steps."""
     with jax.profiler.trace(directory, create_perfetto_trace=True):
@@ -142,6 +115,40 @@ def write_trace(directory: str, step, state, batches: list[dict], lr: dict):
             state, _ = step(state, batch, lr)
         jax.block_until_ready(state)
     return state
+
+
+class Measured:
+    """A step of a config's first phase on random rows, compiled, to be timed again and again."""
+
+    def __init__(self, config: Config, together: int = 1, vary: str = "seeds"):
+        self.config, self.together = config, together
+        self.mesh, shape = make_mesh(config.mesh), config.model
+        self.batches = random_batches(config, self.mesh, together, vary)
+        state = first_state(shape, config.optimizer, self.mesh, jax.random.key(config.seed))
+        lr = np.float32(config.schedule.peak)
+        if together > 1:
+            lr = np.full(together, lr)
+        self.lr = dict.fromkeys(groups(shape), lr)
+        begun = time.perf_counter()
+        self.step, self.state = program(
+            config, self.mesh, state, self.batches[0], self.lr, together, vary
+        )
+        self.compile_s = round(time.perf_counter() - begun, 2)
+
+    def ready(self) -> dict:
+        """What is known before any step."""
+        return {"compile_s": self.compile_s} | where_and_what(self.config.model)
+
+    def times(self, seconds: float, warm_up: int = WARM_UP) -> Times:
+        """Time steps for so long, from where the last ones ended."""
+        given = self.step, self.state, self.batches, self.lr
+        self.state, times = time_steps(*given, seconds, warm_up)
+        return times
+
+    def round(self, seconds: float) -> dict:
+        """One round of a comparison."""
+        times = self.times(seconds, 1)
+        return speeds(self.config, times, self.together) | {"peak_gib": peak_gib()}
 
 
 def measure(
@@ -153,27 +160,19 @@ def measure(
     taken_apart: bool = False,
 ) -> dict:
     """Time steps of the first phase for `seconds`, for the figures that this command prints."""
-    mesh, shape = make_mesh(config.mesh), config.model
-    batches = random_batches(config, mesh, together, vary)
-    state = first_state(shape, config.optimizer, mesh, jax.random.key(config.seed))
-    lr = np.float32(config.schedule.peak)
-    if together > 1:
-        lr = np.full(together, lr)
-    lr = dict.fromkeys(groups(shape), lr)
-    begun = time.perf_counter()
-    step, state = program(config, mesh, state, batches[0], lr, together, vary)
-    compile_s = time.perf_counter() - begun
-    state, times = time_steps(step, state, batches, lr, seconds)
+    it = Measured(config, together, vary)
+    times = it.times(seconds)
     if profile:
-        state = write_trace(profile, step, state, batches, lr)
-    memory = step.memory_analysis()
+        it.state = write_trace(profile, it.step, it.state, it.batches, it.lr)
+    memory = it.step.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     row = speeds(config, times, together)
-    row["compile_s"] = round(compile_s, 2)
+    row["compile_s"] = it.compile_s
     row["memory_gib"] = round(held / 2**30, 3)
+    row["peak_gib"] = peak_gib()
     if taken_apart:
         ms = 1e3 * statistics.median(times.steps)
-        row["apart_ms"] = apart(config, mesh, state, batches[0], ms, seconds)
+        row["apart_ms"] = apart(config, it.mesh, it.state, it.batches[0], ms, seconds)
     return row
 
 
@@ -210,17 +209,6 @@ def where_and_what(shape: ModelConfig) -> dict:
 
 
 # ------------------------------------------------------------------------------ a step taken apart
-
-
-def median_ms(seconds: float, function, *arguments) -> float:
-    """Milliseconds that a call takes until its result is there: the median within `seconds`."""
-    times = []
-    jax.block_until_ready(function(*arguments))
-    while len(times) < 5 or sum(times) < seconds:
-        begun = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - begun)
-    return 1e3 * statistics.median(times)
 
 
 def product_sizes(shape: ModelConfig) -> collections.Counter:
@@ -309,30 +297,20 @@ def generation(config: Config, seconds: float) -> dict:
 # ------------------------------------------------------------------------------------- the command
 
 
-def speed_of(line: list[str]) -> float:
-    """The tokens_per_s that a benchmark's last line gives."""
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip()[-300:]
-        raise InputError(f"bench: {shlex.join(line)} ended with {done.returncode}: {reason}")
-    return json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_s"]
-
-
-def against(command: str, rounds: int, arguments: list[str]) -> dict:
-    """Run this benchmark and a command in turn, and compare."""
+def against(command: str, rounds: int, seconds: float, arguments: list[str]) -> dict:
+    """This benchmark and a command, both alive, measured in turn for so many seconds each."""
     ours = [sys.executable, str(ROOT / "train.py"), "bench", *arguments]
-    theirs = shlex.split(command)
-    rows = []
-    for i in range(rounds):
-        a, b = speed_of(ours), speed_of(theirs)
-        rows.append((a, b))
-        print(f"round {i + 1}: {a:,} against {b:,} tokens/s, ratio {a / b:.3f}", flush=True)
-    return {
-        "ratio": round(statistics.median(a / b for a, b in rows), 3),
-        "tokens_per_s": statistics.median(a for a, _ in rows),
-        "against_tokens_per_s": statistics.median(b for _, b in rows),
-        "rounds": rounds,
-    }
+    before = os.getloadavg()
+    with Bench(ours) as mine, Bench(shlex.split(command)) as other:
+        mine.start()  # one after the other: nothing compiles while something is timed
+        other.start()
+        row = compared(in_turn(mine.measure, other.measure, rounds, seconds))
+        row["compile_s"] = mine.ready.get("compile_s")
+        row["against_compile_s"] = other.ready.get("compile_s")
+        row["alive"] = mine.alive and other.alive
+    row["against"] = command
+    row["load"] = [round(load[0], 2) for load in (before, os.getloadavg())]
+    return row
 
 
 def long_flags(words: list[str]) -> list[str]:
@@ -365,7 +343,9 @@ def make_parser() -> Arguments:
     add = parser.add_argument
     add("--seconds", type=float, default=10.0, help="how long to measure")
     add("--against", metavar="COMMAND", help="another benchmark to alternate with")
-    add("--rounds", type=int, default=5, help="times that each is run, with --against")
+    add("--rounds", type=int, default=5, help="times that each is measured, with --against")
+    add("--compile", action="store_true", help="the other benchmark is to compile its model")
+    add("--suite", help="gpu: many measurements, see tools/suite.py")
     add("--together", type=int, default=1, help="runs that are one program")
     add("--profile", metavar="DIR", help="write a trace there")
     add("--apart", action="store_true", help="take a step's time apart")
@@ -403,17 +383,32 @@ def check_arguments(a):
         )
 
 
-def main(arguments: list[str]) -> dict:
-    """Command line; returns what it prints last."""
+def main(arguments: list[str]) -> dict | int:
+    """Command line; returns what it prints last, or of a suite the exit code."""
+    if "--suite" in arguments:
+        place = arguments.index("--suite")
+        kind = arguments[place + 1:place + 2]
+        if kind != ["gpu"]:
+            raise InputError(f"bench: --suite is {' '.join(kind)!r}; allowed is gpu")
+        return verb("suite", arguments[:place] + arguments[place + 2:])
     file = str(ROOT / "configs/bench.py")
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
     a, overrides = make_parser().parse_known_args(arguments)
+    if a.compile and not a.against:
+        raise InputError("bench: --compile is for the other benchmark; allowed with --against")
     if a.against:
         rest = [file, "--seconds", str(a.seconds), "--together", str(a.together), "--vary", a.vary]
         if a.generate:
             rest.append("--generate")
-        result = against(a.against, a.rounds, rest + overrides)
+        command = f"{a.against} --compile" if a.compile else a.against
+        result = against(command, a.rounds, a.seconds, rest + overrides)
+    elif LIVE in os.environ and not a.generate:
+        config = bench_config(file, overrides)
+        check_arguments(a)
+        it = Measured(config, a.together, a.vary)
+        serve(it.ready(), it.round)
+        return {}
     else:
         config = bench_config(file, overrides)
         check_arguments(a)

@@ -34,7 +34,8 @@ from lib.cache import build
 from lib.corpus import assemble, open_held_out
 from lib.errors import InputError
 from lib.packing import DOCUMENT, ROW, best_fit, concat_and_split, fill, first_fit
-from lib.sources import SURROGATE, Document
+from lib.sources import SURROGATE, Document, documents_of
+from lib.tables import printable
 from lib.tokenizers import Bytes, SentencePiece, make_tokenizer
 from train import Config, check, parse, prepare
 
@@ -178,7 +179,7 @@ def bench_tokenizing(config: Config, tokenizer) -> dict:
     """
     texts = []
     for source in config.data.sources.values():
-        for document in source.documents():
+        for document in documents_of(source):
             if isinstance(document, Document) and not SURROGATE.search(document.text):
                 texts.append(document.text)
     megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6
@@ -231,7 +232,7 @@ def inspect(config: Config, step: int, rows: int):
     last = run.loader.ends[-1]
     if not 1 <= step <= last:
         raise InputError(f"--step is {step}; allowed are 1 to {last}")
-    batch = run.loader.batch(step)
+    batch, drawn = run.loader.batch(step), run.loader.drawn(step)
     names = list(run.caches)
     console = Console(soft_wrap=True, highlight=False)
     for number in range(min(rows, len(batch.arrays["tokens"]))):
@@ -242,10 +243,11 @@ def inspect(config: Config, step: int, rows: int):
             f"row {number} of step {step}, source {source}: {row['segments'].max()} segments, "
             f"{used} of {len(row['tokens'])} positions, {int(row['weights'].sum())} with loss",
             style="bold")
-        made = run.loader.row(step, number)
+        made = drawn.row(number)
         paths = [made.document(piece).path for piece in range(made.pieces)]
         console.print(row_text(row, run.tokenizer))
-        console.print(f"pieces of: {', '.join(paths)}", style="dim")
+        said = printable(f"pieces of: {', '.join(paths)}")
+        console.print(said, style="dim", markup=False)
     console.print(counted(batch), style="bold")
 
 
@@ -274,7 +276,7 @@ def row_text(row: dict, tokenizer) -> Text:
             style = COLOURS[segment % len(COLOURS)]
             if not row["weights"][part[0]]:
                 style = f"dim {style}"
-            line.append(tokenizer.decode(row["targets"][part]), style)
+            line.append(printable(tokenizer.decode(row["targets"][part])), style)
         line.append("|", "bold red")
     return line
 

@@ -61,7 +61,7 @@ from lib.evaluate import (
     write_figures,
 )
 from lib.sharding import MeshConfig, make_mesh, shardings
-from lib.tables import HALF_95, columns
+from lib.tables import HALF_95, columns, printable
 from lib.tasks import json_lines, minimal_pairs, tasks
 from model import table
 from train import load
@@ -69,14 +69,15 @@ from train import load
 
 def show(found: dict[str, float]):
     """Print figures, a line each, with their intervals where these are known."""
-    for name, value in found.items():
+    for key, value in found.items():
+        name = printable(key)
         if name.endswith(("_se", "_low", "_high")):
             continue
-        if f"{name}_low" in found:
-            low, high = found[f"{name}_low"], found[f"{name}_high"]
+        if f"{key}_low" in found:
+            low, high = found[f"{key}_low"], found[f"{key}_high"]
             print(f"{name}: {value:.3f} [{low:.3f}, {high:.3f}], a 95 % interval")
-        elif f"{name}_se" in found:
-            half = HALF_95 * found[f"{name}_se"]
+        elif f"{key}_se" in found:
+            half = HALF_95 * found[f"{key}_se"]
             print(f"{name}: {value:.4g} ± {half:.2g} (± is half a 95 % interval)")
         else:
             print(f"{name}: {value:.4g}")

@@ -476,7 +476,7 @@ def made_whole(directory: Path) -> Iterator[Path]:
     try:
         yield partly
         partly.rename(directory)
-    except BaseException:
+    except BaseException:  # of Python, an interrupt too: half an export must not stay
         shutil.rmtree(partly, ignore_errors=True)
         raise
 

@@ -1,14 +1,16 @@
 """Does a run fit hardware that is not here? Its steps are compiled ahead of time to know it.
 
     python train.py fit CONFIG --topology v5e:4x4 [--json] [--path.to.field VALUE ...]
-    python train.py fit CONFIG --topology h100:8 [--json] ...
+    python train.py fit CONFIG --topology h100:8 [--json] ...          h100:4x8: four hosts
     python train.py fit CONFIG --devices 8 [--json] ...
 
 --topology: TPU chips (v4, v5e, v5p, v6e) by the TPU's own compiler, libtpu, of the version that jax
-asks for, or GPUs of one host (a100, h100, h200, b200) by jax's CUDA plugin. Where these are absent,
-the command to get them is said. They go to the cache directory, as beside jax they slow each start.
+asks for, or GPUs (a100, h100, h200, b200, a10, l4, rtx4090, t4) by jax's CUDA plugin. Where these
+are absent, the command to get them is said. They go to the cache directory, as beside jax they slow
+each start.
 A GPU's limit is the part of its memory that jax takes: 3/4, or XLA_PYTHON_CLIENT_MEM_FRACTION.
---devices: so many of what is here; any number of CPUs. --json: the last line is one JSON object.
+--devices: so many of what is here; any number of CPUs. --segments: the most that a row has, which
+cuDNN's attention depends on. --json: the last line is one JSON object.
 
 For each program of the run (phases with a shape or rows of their own): bytes a device against its
 limit, collectives with the bytes that each device sends, and a roofline: the time of its FLOPs at
@@ -42,24 +44,31 @@ from lib.bind import bind
 from lib.disk import cache_home
 from lib.errors import InputError, user_errors
 from lib.hardware import hardware
-from lib.kernels import Mask
+from lib.kernels import choose
+from lib.masks import Mask
 from lib.objectives import declared_masks, objective_of, stack
 from lib.optim import state_like
+from lib.packing import BOUNDS
 from lib.schedule import make_plan
 from lib.sharding import MeshConfig, by_row, make_mesh
 from lib.tokenizers import Bytes
 from model import Context, ModelConfig, count, groups
-from train import ROOT, Config, check, compile_step, load, parse
+from train import ROOT, Config, bounded, check, compile_step, load, parse
 
-# What XLA asks of a GPU that is not here, from the makers' sheets and XLA's own list of them: name,
-# compute capability, multiprocessors, float32 units of each, its shared memory, bytes of the second
-# cache, GHz.
-GPUS = {"a100": ("NVIDIA A100", 8, 108, 64, 167_936, 41_943_040, 1.41),
-        "h100": ("NVIDIA H100", 9, 132, 128, 233_472, 52_428_800, 1.98),
-        "h200": ("NVIDIA H200", 9, 132, 128, 233_472, 62_914_560, 1.98),
-        "b200": ("NVIDIA B200", 10, 148, 128, 233_472, 132_644_864, 1.965)}
+# What XLA asks of a GPU that is not here besides lib/hardware.py, from the makers' sheets and XLA's
+# own list of them: name, multiprocessors, float32 units of each, its shared memory, its threads,
+# bytes of the second cache, GHz.
+GPUS = {"a100": ("NVIDIA A100", 108, 64, 167_936, 2048, 41_943_040, 1.41),
+        "h100": ("NVIDIA H100", 132, 128, 233_472, 2048, 52_428_800, 1.98),
+        "h200": ("NVIDIA H200", 132, 128, 233_472, 2048, 62_914_560, 1.98),
+        "b200": ("NVIDIA B200", 148, 128, 233_472, 2048, 132_644_864, 1.965),
+        "a10": ("NVIDIA A10", 72, 128, 102_400, 1536, 6_291_456, 1.695),
+        "l4": ("NVIDIA L4", 58, 128, 102_400, 1536, 50_331_648, 2.04),
+        "rtx4090": ("NVIDIA GeForce RTX 4090", 128, 128, 102_400, 1536, 75_497_472, 2.52),
+        "t4": ("Tesla T4", 40, 64, 65_536, 1024, 4_194_304, 1.59)}
 TPUS = "v4", "v5e", "v5p", "v6e"
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+CUDNN = 91_000  # the version of cuDNN that GPUs which are not here are said to have
 REMAT = "none", "elementwise", "all"  # what is computed again: nothing, some, all
 WIDTH = {  # bytes; others have 4
     "pred": 1,
@@ -79,6 +88,7 @@ class Program(NamedTuple):
     """What is known of one compiled step."""
 
     phase: int
+    attention: str  # how it is computed
     parameters: int
     batch: tuple[int, int]  # rows and their length
     fits: bool
@@ -170,21 +180,22 @@ def turns(line: str, condition: list[str]) -> int:
 def collectives(text: str, devices: int) -> dict[str, list[int]]:
     """{collective: [how many, bytes that a device sends]} of a compiled module.
 
-    Where XLA fuses a collective with what it overlaps, it repeats the line, with the same channel,
-    in the computations of its start and of its end. A channel is counted once.
+    Where XLA fuses a collective with what it overlaps, it repeats the line, with the same channel
+    and attributes, in the computations of its start and of its end. It is counted once. Elsewhere
+    a channel says nothing: all that are written by hand have the same.
     """
     bodies, entry = computations(text)
     found = {}
-    channels = set()
+    seen = set()
 
-    def visit(name: str, times: int):
+    def visit(name: str, times: int, fused: bool = False):
         for line in bodies.get(name, ()):
-            channel = re.search(r"channel_id=\d+", line)
             sent = sent_by(line, devices)
-            if sent and channel:
-                if channel[0] in channels:
+            if sent and fused and "channel_id=" in line:
+                known = *sent, *re.findall(r"channel_id=\d+|frontend_attributes=\{.*?\}", line)
+                if known in seen:
                     continue
-                channels.add(channel[0])
+                seen.add(known)
             if sent:
                 kind, size = sent
                 total = found.setdefault(kind, [0, 0])
@@ -195,7 +206,7 @@ def collectives(text: str, devices: int) -> dict[str, list[int]]:
                 visit(loop[2], times * turns(line, bodies[loop[1]]))
                 continue
             for called in re.findall(r"(?:calls|called_computations)=\{?%?([\w.\-]+)", line):
-                visit(called, times)
+                visit(called, times, fused=True)
 
     visit(entry, 1)
     return found
@@ -204,17 +215,18 @@ def collectives(text: str, devices: int) -> dict[str, list[int]]:
 # ---------------------------------------------------------------------------------------- hardware
 
 
-def gpus(kind: str, count: int) -> list:
-    """So many GPUs of one host that is not here, to compile for; kind: of GPUS."""
-    name, capability, cores, units, shared, cache, clock = GPUS[kind]
+def gpus(kind: str, hosts: int, each: int) -> list:
+    """GPUs of hosts that are not here, so many of each, to compile for; kind: of GPUS."""
+    name, cores, units, shared, threads, cache, clock = GPUS[kind]
     known = hardware(name)
+    major, minor = known.capability
     size = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "shared_memory_per_block": 49_152,
         "shared_memory_per_core": shared,
         "shared_memory_per_block_optin": shared - 1024,
-        "threads_per_core_limit": 2048,
+        "threads_per_core_limit": threads,
         "core_count": cores,
         "fpus_per_core": units,
         "block_dim_limit_x": 2**31 - 1,
@@ -229,14 +241,46 @@ def gpus(kind: str, count: int) -> list:
     }
     fields = " ".join(f"{field}: {value}" for field, value in size.items())
     target = (
-        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {capability} }} }} "
+        f"gpu_device_info {{ {fields} "
+        f"cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
         'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } '
         f'runtime_version {{ major: 13 }} device_description_str: "{name}"'
     )
+    believe(known.capability)
     there = topologies.get_topology_desc(
-        platform="cuda", target_config=target, topology=f"1x1x{count}"
+        platform="cuda", target_config=target, topology=f"1x{hosts}x{each}"
     )
     return there.devices
+
+
+def believe(capability: tuple[int, int]):
+    """Let jax's wrapper of cuDNN take the GPUs that are compiled for for those that are here.
+
+    It asks the devices of this process whether they can, of which none is a GPU.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def least(wanted: str) -> bool:
+        return capability >= tuple(int(part) for part in wanted.split("."))
+
+    def equal(wanted: str) -> bool:
+        return capability == tuple(int(part) for part in wanted.split("."))
+
+    cudnn.check_compute_capability = least
+    cudnn.is_cuda_compute_capability_equal = equal
+    cudnn.check_cudnn_version = lambda: CUDNN
+
+
+def gpu_grid(topology: str) -> tuple[int, int]:
+    """(hosts, GPUs of each) of h100:8 or h100:4x8. Raises InputError for anything else."""
+    kind, _, size = topology.partition(":")
+    sizes = re.fullmatch(r"(?:(\d+)x)?([1-8])", size)
+    if not sizes or sizes[1] == "0":
+        raise InputError(
+            f"--topology is {topology!r}; allowed for GPUs is {kind}:1 to {kind}:8 for those of "
+            f"one host, {kind}:4x8 for four hosts of eight"
+        )
+    return int(sizes[1] or 1), int(sizes[2])
 
 
 def wanted_devices(topology: str | None, devices: int) -> list:
@@ -244,9 +288,9 @@ def wanted_devices(topology: str | None, devices: int) -> list:
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)  # no effect on other platforms
         return jax.devices()[:devices]
-    kind, _, size = topology.partition(":")
+    kind = topology.partition(":")[0]
     if kind in GPUS:
-        return gpus(kind, int(size))
+        return gpus(kind, *gpu_grid(topology))
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
@@ -319,32 +363,45 @@ def held_bytes(step, like, limit: int) -> dict[str, int]:
     return size | {"total": sum(size.values()), "limit": limit}
 
 
-def roofline(kind: str, flops: float, total: int, sent: dict) -> dict[str, float]:
+def roofline(kind: str, hosts: int, flops: float, total: int, sent: dict) -> dict[str, float]:
     """Seconds that a device's FLOPs, memory traffic and network take; empty for an unknown kind."""
     known = hardware(kind)
     if not known.memory_gib:
         return {}
     network = sum(size for _, size in sent.values())
+    speed = known.network_gb_s
+    if hosts > 1 and known.hosts_gb_s:  # a ring passes between them
+        speed = known.hosts_gb_s
     return {
         "flops": flops / known.peak,
         "memory": 2 * total / known.memory_gb_s / 1e9,  # written and read once
-        "network": network / known.network_gb_s / 1e9,
+        "network": network / speed / 1e9,
     }
 
 
 def inspect(
-    config: Config, mesh, phase: int, shape: ModelConfig, seq: int, frozen: frozenset[str]
+    config: Config,
+    mesh,
+    phase: int,
+    shape: ModelConfig,
+    seq: int,
+    frozen: frozenset[str],
+    segments: int,
 ) -> Program:
     """Compile one step of a phase for a mesh; frozen: optimiser groups at rate 0."""
     p = config.phases[phase]
     like = state_like(shape, config.optimizer, mesh)
     arrays, mask = rows_like(p, config.data.sources, seq, mesh)
+    mask = bounded(mask, segments, shape)
     whole = NamedSharding(mesh, PartitionSpec())
     lr = {g: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for g in groups(shape)}
     kind, devices = mesh.devices.flat[0].device_kind, mesh.devices.size
     tokens = p.batch * p.seq
+    with jax.set_mesh(mesh), user_errors():
+        attention = choose(shape.attention, mask, seq, shape.head_dim, shape.dtype)
     known = {
         "phase": phase,
+        "attention": attention,
         "parameters": count(shape),
         "batch": (tokens // seq, seq),
         "flops": float(tokens * shape.flops(shape, seq)),
@@ -362,14 +419,15 @@ def inspect(
     compile_s = time.perf_counter() - begun
     size = held_bytes(step, like, memory_limit(kind))
     sent = collectives(step.as_text(), devices)
-    seconds = roofline(kind, known["flops"] / devices, size["total"], sent)
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    seconds = roofline(kind, hosts, known["flops"] / devices, size["total"], sent)
     fits = not size["limit"] or size["total"] <= size["limit"]
     more = {"bytes": size, "collectives": sent, "seconds": seconds}
     return Program(**known, **more, fits=fits, compile_s=compile_s)
 
 
-def programs(config: Config, mesh) -> Iterator[Program]:
-    """Every program that a run takes on a mesh."""
+def programs(config: Config, mesh, segments: int) -> Iterator[Program]:
+    """Every program that a run takes on a mesh, with rows of so many segments at most."""
     context = Context(jax.random.key(0), 0, None, lambda n: [], load)
     seen = set()
     with user_errors():
@@ -381,7 +439,7 @@ def programs(config: Config, mesh) -> Iterator[Program]:
                 how = phase.accumulate, str(phase.objective), phase.token_loss, phase.reduce
                 key = shape, tokens, seq, how, frozen
                 if key not in seen:
-                    yield inspect(config, mesh, i, shape, seq, frozen)
+                    yield inspect(config, mesh, i, shape, seq, frozen, segments)
                 seen.add(key)
 
 
@@ -415,7 +473,8 @@ def show(p: Program):
     gib = {name: size / 2**30 for name, size in p.bytes.items()}
     total, limit = gib.pop("total"), gib.pop("limit")
     rows, seq = p.batch
-    print(f"phase {p.phase}: {p.parameters:,} parameters, {rows} rows of {seq}; ", end="")
+    print(f"phase {p.phase}: {p.parameters:,} parameters, {rows} rows of {seq}, ", end="")
+    print(f"attention {p.attention}; ", end="")
     print(f"compiled in {p.compile_s:.0f} s")
     memory = f"{total:.2f}"
     if limit:
@@ -438,10 +497,10 @@ def show(p: Program):
         )
 
 
-def advise(config: Config, devices: list) -> str | None:
+def advise(config: Config, devices: list, segments: int) -> str | None:
     """Flags with which a run fits, tried out and printed; None where none of them is enough."""
     for changed, flags in changes(config, len(devices)):
-        trial = list(programs(changed, make_mesh(changed.mesh, devices)))
+        trial = list(programs(changed, make_mesh(changed.mesh, devices), segments))
         worst = max(p.bytes["total"] for p in trial) / 2**30
         fits = all(p.fits for p in trial)
         verdict = "" if fits else ", too much still"
@@ -458,14 +517,14 @@ def here(a, config: Config) -> int:
     devices = wanted_devices(a.topology, a.devices)
     with user_errors():
         mesh = make_mesh(config.mesh, devices)
-    found = list(programs(config, mesh))
+    found = list(programs(config, mesh, a.segments))
     print(grid(devices, mesh))
     for program in found:
         show(program)
     fits = all(p.fits for p in found)
     advice = None
     if not fits:
-        advice = advise(config, devices)
+        advice = advise(config, devices, a.segments)
     if a.json:
         result = {
             "fits": fits,
@@ -480,12 +539,8 @@ def here(a, config: Config) -> int:
 
 
 def gpu_compiler(topology: str) -> dict[str, str]:
-    """`compiler` for the GPUs of one host."""
-    kind, _, size = topology.partition(":")
-    if not size.isdigit() or not 1 <= int(size) <= 8:
-        raise InputError(
-            f"--topology is {topology!r}; allowed for the GPUs of a host is {kind}:1 to {kind}:8"
-        )
+    """`compiler` for GPUs."""
+    gpu_grid(topology)
     place = Path(os.environ.get("CUDA_PLUGIN_PATH") or cache_home() / "cuda")
     if not (place / "jax_plugins").is_dir():
         raise InputError(
@@ -536,6 +591,7 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--topology", help="TPU chips, like v5e:4x4, or GPUs, like h100:8")
     add("--devices", type=int, default=0, help="how many of what is here")
+    add("--segments", type=int, choices=BOUNDS, default=BOUNDS[1], help="of a row at most")
     add("--json", action="store_true", help="end with one JSON object")
     a, rest = parser.parse_known_args(arguments)
     if bool(a.topology) == bool(a.devices) or a.devices < 0:

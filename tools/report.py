@@ -18,7 +18,7 @@ import numpy as np
 from lib.arguments import Arguments
 from lib.charts import Line, chart
 from lib.config import ROOT, flatten
-from lib.disk import metric_rows, read_object, write
+from lib.disk import metric_rows, read_object, user_path, write
 from lib.errors import InputError
 from lib.statistics import dev_curve, gap_curve
 from lib.tables import HALF_95
@@ -946,15 +946,17 @@ def main(arguments: list[str]):
     runs_help = "directory of a run or a study"
     out_help = "of the page; RUN/report.html for one RUN, else report.html"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs_help)
-    parser.add_argument("--out", type=Path, help=out_help)
+    parser.add_argument("--out", help=out_help)
     given = parser.parse_args(arguments)
-    paths = [path.expanduser() for path in given.runs]
+    paths = [user_path(path) for path in given.runs]
     runs, studies = collect(paths)
     out = Path("report.html")
     if len(paths) == 1:
         out = paths[0] / "report.html"
-    if given.out:
-        out = given.out.expanduser()
+    if given.out is not None:
+        out = user_path(given.out)
+    if given.out == "" or out.is_dir():
+        parser.error(f"--out is {given.out!r}; allowed is a file")
     write(out, page([path.resolve().name for path in paths], runs, studies))
     many = "run" if len(runs) == 1 else "runs"
     print(f"{out}: {len(runs)} {many}, {out.stat().st_size / 1e6:.1f} MB")

@@ -19,9 +19,12 @@ from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.continuations import as_text, continue_prompts
 from lib.errors import InputError, user_errors
+from lib.fields import SURROGATE
 from lib.generate import sampling
+from lib.tables import printable
 from train import load
 
+MOST = 100_000  # continuations of a prompt
 AXES = ("data", "fsdp", "tensor")
 
 
@@ -85,16 +88,19 @@ def make_parser() -> Arguments:
 def check_arguments(a, parser: Arguments):
     """End with one sentence for what is wrong without looking at the run."""
     limits = [
-        ("--n", a.n, a.n >= 1, "1 and more"),
+        ("--n", a.n, 1 <= a.n <= MOST, f"1 to {MOST:,}"),
+        ("--seed", a.seed, 0 <= a.seed <= 2**32 - MOST, f"0 to {2**32 - MOST:,}"),
         ("--top-k", a.top_k, a.top_k >= 0, "0 and more"),
         ("--top-p", a.top_p, 0 < a.top_p <= 1, "above 0 and at most 1"),
         ("--stop", "empty", all(a.stop), "text"),
     ]
     if a.tokens is not None:
-        limits.append(("--tokens", a.tokens, a.tokens >= 1, "1 and more"))
+        limits.append(("--tokens", a.tokens, 1 <= a.tokens <= 2**24, f"1 to {2**24:,}"))
     if a.temperature is not None:
         finite = 0 <= a.temperature < math.inf
         limits.append(("--temperature", a.temperature, finite, "0 and more"))
+    for flag, given in (("--prompt", a.prompt), ("--stop", a.stop)):
+        limits.append((flag, given, not SURROGATE.search("".join(given)), "text in UTF-8"))
     if a.prompts is not None:
         limits.append(("--prompts", "without a prompt", a.prompt, "one and more"))
     for flag, given, valid, allowed in limits:
@@ -130,7 +136,7 @@ class Screen:
 
     def show(self, text: str):
         """Print what `text` has beyond what is shown already."""
-        print(text[len(self.shown):], end="", flush=True)
+        print(printable(text[len(self.shown):]), end="", flush=True)
         self.shown = text
 
 

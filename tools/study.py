@@ -45,7 +45,7 @@ from lib import equal, results
 from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, run_json, to_json, walk
 from lib.curves import Series, above
-from lib.disk import digest, finite, read_object, write
+from lib.disk import digest, finite, read_object, user_path, write
 from lib.errors import InputError
 from lib.fields import allowed_names
 from lib.schedule import Schedule
@@ -177,7 +177,7 @@ def read(a: argparse.Namespace) -> Request:
         raise InputError(f"{a.file} has no `quick` in its study; allowed is it without --quick")
     seeds = a.seeds or (QUICK_SEEDS if a.quick else study.seeds)
     name = Path(a.file).stem + ("-quick" if a.quick else "")
-    directory = Path(a.runs).expanduser() / name
+    directory = user_path(a.runs) / name
     return Request(a.file, study, directory, arms, seeds, a.quick, a.jobs, a.tracker)
 
 

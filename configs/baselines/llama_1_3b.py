@@ -19,6 +19,6 @@ config = replace(
     model=replace(base.llama.model, layers=24, embed=2_048, heads=16, kv_heads=16, head_dim=128,
                   mlp=5_504, remat="elementwise"),
     phases=(replace(base.llama.phases[0], steps=25_000, batch=1_024, accumulate=32),),
-    schedule=replace(base.llama.schedule, peak=4e-4, warmup=500),
+    schedule=replace(base.llama.schedule, warmup=500),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -18,5 +18,4 @@ config = replace(
     model=replace(base.llama.model, layers=24, embed=1_024, heads=16, kv_heads=16, mlp=2_816,
                   remat="elementwise"),
     phases=(replace(base.llama.phases[0], steps=13_400),),
-    schedule=replace(base.llama.schedule, peak=6e-4),
 )

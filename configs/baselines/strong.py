@@ -1,11 +1,10 @@
 """Strong: the best small model that the seams give, a baseline for what a method is worth.
 
 Paper: none; nanochat (Karpathy 2025) and records of modded-nanogpt (Jordan et al. 2024)
-Method: Muon by Polar Express with equal outputs; embeddings drawn with 0.8 and trained at 40 times
-    the rate, a head drawn with 0.001, output projections of 0; norms without gains, of embeddings,
-    queries and keys too; squared ReLU; gates of heads. Tables of values in each layer, gated, and
-    of pairs of tokens cost memory and no FLOPs. Half of a key is that of the token before, and its
-    embedding is mixed in by a gate (smear). Logits are capped.
+Method: Muon by Polar Express with equal outputs; embeddings at twice the plain Llama's rate; norms
+    without gains, of embeddings, queries and keys too; squared ReLU; gates of heads. Tables of
+    values in each layer, gated, and of pairs of tokens cost memory and no FLOPs. Half of a key is
+    that of the token before, and its embedding is mixed in by a gate (smear). Logits are capped.
 Here: each part is an argument; strong_parts.py measures what each is worth. Its tables make it four
     times as large as the plain Llama of its shape. Residual scalars that feed the embedding again,
     as nanochat has them, are left out: with them it was behind.
@@ -27,13 +26,10 @@ from lib.kernels import lookup
 from model import ModelConfig, Param, plain_attend, rms_norm, stream
 
 
-def parts(config: ModelConfig, rows: dict, embed: float = 0.8, head: float = 0.001,
-          silent: bool = True, gains: bool = False, gated: bool = False, values: bool = True,
-          gates: bool = True, smear: bool = True, pairs: int = 16_384) -> dict:
-    """`rows`. embed, head: deviations, 0 as they were. silent: outputs of 0. gated: a SwiGLU."""
-    drawn = {name: draw for name, draw in dict(embed=embed, head=head).items() if draw}
-    drawn |= dict.fromkeys(("o", "down"), 0.0) if silent else {}
-    rows = {name: replace(row, init=drawn.get(name, row.init)) for name, row in rows.items()
+def parts(config: ModelConfig, rows: dict, gains: bool = False, gated: bool = False,
+          values: bool = True, gates: bool = True, smear: bool = True, pairs: int = 16_384) -> dict:
+    """`rows`. gated: a SwiGLU."""
+    rows = {name: row for name, row in rows.items()
             if (gains or row.init is not None) and (gated or name != "gate")}
     (q, k), width, own = (rows["q"], rows["k"]), config.embed, {}
     if values:
@@ -111,9 +107,9 @@ def flops(config: ModelConfig, seq: int) -> int:
     return 6 * (sum(used) + tied + config.layers * config.heads * config.head_dim * seq)
 
 
-phase = replace(base.small.phases[0], steps=500, seq=256, lr={"embed": 40.0, "head": 2.0})
+phase = replace(base.small.phases[0], steps=500, seq=256, lr={"embed": 2.0, "head": 2.0})
 config = replace(
     base.small, phases=(phase,), eval_tokens=32_768, overlap=64, eval_every=100,
-    model=replace(base.shape(), mlp=512, tied=False, qk_norm=True, rows=parts, forward=strong,
+    model=replace(base.shape(), mlp=512, qk_norm=True, rows=parts, forward=strong,
                   outputs=capped, flops=flops),
     optimizer=partial(muon, iteration="polar_express", outputs="equal"))

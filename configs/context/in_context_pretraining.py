@@ -10,7 +10,8 @@ Here: functions and classes of Python's library, TF-IDF in place of a retriever,
     order. `in_context` asks for what the paper is about: nats of a held-out document after its
     nearest neighbour, after another one, and alone. Neighbours are found within a window of shards,
     so `data.window` is large; all pairs are compared, 1.2 s for 4,000 documents. Near-copies leave
-    the path, as with them the paper's gain is gone. Left out: small clusters are not merged.
+    the path, as with them the paper's gain is gone; runs of three tokens stand for its characters.
+    Left out: small clusters are not merged.
 Cost: some 20 runs of half a minute, a quarter of an hour on two CPU cores.
 Run:
     python train.py study configs/context/in_context_pretraining.py --jobs 2
@@ -25,6 +26,7 @@ import numpy as np
 from configs import base
 from data import DataConfig, Document, Documents, Source, causal, concat_and_split, stdlib
 from lib.kernels import nll
+from lib.neighbours import neighbours, path, tf_idf, without_near_copies
 from lib.objectives import one_segment
 from lib.packing import DOCUMENT
 from lib.sources import split_of
@@ -35,65 +37,12 @@ from train import Config
 DEV = 1  # what `split_of` calls it
 
 
-def tf_idf(ids: list[np.ndarray]) -> np.ndarray:
-    """(1 + log count) log(documents / documents with it) of tokens, rows of norm 1 [n, vocab]."""
-    vocab = 1 + max((int(i.max()) for i in ids if len(i)), default=0)
-    out = np.stack([np.bincount(i, minlength=vocab).astype(np.float32) for i in ids])
-    seen = (out > 0).sum(0)
-    counts = np.where(out > 0, 1 + np.log(np.maximum(out, 1)), 0)
-    out = counts * np.log(len(ids) / np.maximum(seen, 1))
-    return (out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)).astype(np.float32)
-
-
-def neighbours(vectors: np.ndarray, k: int) -> np.ndarray:
-    """The k most similar others of each vector, the nearest first [documents, k]."""
-    k, found = min(k, len(vectors) - 1), []
-    for first in range(0, len(vectors), 1024):
-        like = vectors[first:first + 1024] @ vectors.T
-        like[np.arange(len(like)), first + np.arange(len(like))] = -np.inf
-        some = np.zeros((len(like), 0), np.int64)
-        if k:
-            some = np.argpartition(-like, k - 1, axis=1)[:, :k]
-        order = np.argsort(-np.take_along_axis(like, some, 1), axis=1, kind="stable")
-        found.append(np.take_along_axis(some, order, 1))
-    return np.concatenate(found)
-
-
-def path(near: np.ndarray, cluster: int) -> list[int]:
-    """All documents once: each, then its nearest unseen neighbour, at most `cluster` in a row.
-
-    Where none is left, or the cluster is full, it goes on at the next unseen document in order.
-    """
-    order, seen = [], np.zeros(len(near), bool)
-    for start in range(len(near)):
-        at, size = None if seen[start] else start, 0
-        while at is not None and size < cluster:
-            order.append(at)
-            seen[at], size = True, size + 1
-            at = next((i for i in near[at].tolist() if not seen[i]), None)
-    return order
-
-
-def distinct(order: list[int], ids: list[np.ndarray], alike: float) -> list[int]:
-    """The path without a document whose first 100 tokens are nearly those of the last one kept.
-
-    Nearly: Jaccard similarity of their runs of three above `alike` (the paper: 0.85, characters).
-    """
-    kept, last = [], set()
-    for i in order:
-        some = ids[i][:100].tolist()
-        runs = set(zip(some, some[1:], some[2:], strict=False)) or {tuple(some)}
-        if not kept or len(runs & last) <= alike * len(runs | last):
-            kept.append(i)
-            last = runs
-    return kept
-
-
 def related(lengths, seq: int, documents: Documents, cluster: int = 21, k: int = 10,
             alike: float = 0.85) -> np.ndarray:
     """Documents end to end along a path of neighbours, cut every `seq`."""
     ids = [np.asarray(documents.ids(i), np.int64) for i in range(len(lengths))]
-    order = np.array(distinct(path(neighbours(tf_idf(ids), k), cluster), ids, alike), np.int64)
+    order = path(neighbours(tf_idf(ids), k), cluster)
+    order = np.array(without_near_copies(order, ids, alike), np.int64)
     plan = concat_and_split(lengths[order], seq)
     plan[:, DOCUMENT] = order[plan[:, DOCUMENT]]
     return plan

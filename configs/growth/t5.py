@@ -80,7 +80,7 @@ phase = Phase(steps=200, batch=16, seq=128, objective=partial(span_corruption, s
 prefix_lm = replace(
     base.small, model=base.shape(4, 96, 258), phases=(phase,), prompts=(), eval_every=50,
     data=replace(base.small.data, tokenizer="bytes", test=0.0),
-    schedule=Schedule(shape=inverse_root, peak=6e-3, warmup=20))
+    schedule=Schedule(shape=inverse_root, peak=8e-3, warmup=20))
 
 
 def pair(layers: int) -> Config:

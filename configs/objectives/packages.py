@@ -66,7 +66,7 @@ def over_sources(rows: list[dict], metric: str) -> float:
 
 MEASURES = {name: partial(over_sources, metric=metric)
             for name, metric in (("nats", "own"), ("sure", "sure"))}
-rate = Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05)
+rate = Schedule(shape="wsd", peak=8e-3, warmup=20, decay=0.4, final=0.05)
 pre = Phase(steps=300, batch=8, seq=128, schedule=rate)  # what comes before the task
 fine = replace(pre, steps=60, objective=name_source, reduce=sure,
                schedule=replace(rate, peak=2e-3, warmup=5))

@@ -86,7 +86,7 @@ def denoised(row: dict, rng, tokenizer, share: float = 0.15):
 
 next_token.masks, denoised.masks = (CAUSAL,), (BIDIRECTIONAL,)
 both = partial(answered, mask="bidirectional")
-plain = Schedule(shape="wsd", peak=4e-3, warmup=20, decay=0.4, final=0.05)
+plain = Schedule(shape="wsd", peak=8e-3, warmup=20, decay=0.4, final=0.05)
 pre = Phase(steps=300, batch=8, seq=128, packing=best_fit, schedule=plain)
 fine = replace(pre, steps=200, objective=answered, reduce=sure)
 scratch = replace(

@@ -10,14 +10,13 @@ Here: the data curriculum alone, on Python's library. A row's difficulty is the 
     and 7/8 of training (CLIMB's pacing, linear). anti: from the hardest: if both help alike, it is
     not the difficulty. Easy rows come more often than hard ones. Left out: the vocabulary's and the
     objective's curricula. Rows are sorted within a window, so `data.window` is large. Other scores:
-    `length`, `field`, and `loss` of a run; `--phases.0.packing.by rarity` needs none.
+    `loss` of a run, and those of lib/scores.py; `--phases.0.packing.by rarity` needs none.
 Cost: some 20 runs of half a minute, ten minutes on two CPU cores.
 Run:
     python train.py study configs/selection/climb.py --jobs 2
     python train.py configs/selection/climb.py:curriculum --phases.0.order.pacing root
 """
 import math
-import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -26,58 +25,23 @@ import numpy as np
 from configs import base
 from configs.selection.qurating import PACKINGS, scores
 from data import DataConfig, Document, Documents, InputError, Source, stdlib
-from lib.packing import DOCUMENT, LENGTH, ROW
+from lib.kernels import nll
+from lib.packing import DOCUMENT, sorted_rows
+from lib.scores import compressibility, rarity
 from lib.study import Claim, Paper, Study
 from train import load
 
 model_of = lru_cache(1)(load)
 
 
-def length(document: Document, tokens) -> float:
-    """A score, where low is easy: tokens."""
-    return float(len(tokens))
-
-
-def compressibility(document: Document, tokens) -> float:
-    """A score: bytes after zlib, over bytes. What repeats itself is easy."""
-    text = document.text.encode("utf-8")
-    return len(zlib.compress(text, 9)) / max(1, len(text))
-
-
-def field(document: Document, tokens, key: str) -> float:
-    """A score: a number of the document's metadata; infinitely hard where there is none."""
-    return float(document.meta.get(key, math.inf))
-
-
 def loss(document: Document, tokens, run: str, context: int = 256) -> float:
     """A score: a run's mean nats on the document's first `context` tokens, in the run's pieces."""
     params, _, tokenizer, apply = model_of(run)
     ids = [tokenizer.bos, *tokenizer.encode(document.text), tokenizer.eos][:context + 1]
-    ids = np.array(ids)
-    padded = np.pad(ids[:-1], (0, context + 1 - len(ids)), constant_values=tokenizer.eos)
-    logits = np.asarray(apply(params, padded[None].astype(np.int32)), np.float64)[0, :len(ids) - 1]
-    top = logits.max(1)
-    total = top + np.log(np.exp(logits - top[:, None]).sum(1))
-    return float((total - logits[np.arange(len(logits)), ids[1:]]).mean())
-
-
-def rarity(documents: Documents) -> np.ndarray:
-    """Mean -log frequency of each document's tokens, counted over the documents [documents]."""
-    ids = [np.asarray(documents.ids(i), np.int64) for i in range(len(documents.shard))]
-    counts = np.bincount(np.concatenate(ids))
-    surprise = np.log(counts.sum() / np.maximum(counts, 1))
-    return np.array([surprise[i].mean() for i in ids])
-
-
-def sort_rows(plan: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """A plan with its rows by rising mean score [documents] of their positions."""
-    weight = np.bincount(plan[:, ROW], plan[:, LENGTH])
-    mean = np.bincount(plan[:, ROW], plan[:, LENGTH] * score[plan[:, DOCUMENT]]) / weight
-    place = np.empty(len(mean), np.int64)
-    place[np.argsort(mean, kind="stable")] = np.arange(len(mean))
-    plan = plan.copy()
-    plan[:, ROW] = place[plan[:, ROW]]
-    return plan[np.argsort(plan[:, ROW], kind="stable")]
+    row = np.full((1, context + 1), tokenizer.eos, np.int32)
+    row[0, :len(ids)] = ids
+    nats = nll(apply(params, row[:, :-1]), row[:, 1:])
+    return float(nats[0, :len(ids) - 1].mean())
 
 
 def easy_first(lengths, seq: int, documents: Documents, packing: str = "concat",
@@ -93,7 +57,7 @@ def easy_first(lengths, seq: int, documents: Documents, packing: str = "concat",
     order = np.argsort(score, kind="stable")
     plan = PACKINGS[packing](lengths[order], seq)
     plan[:, DOCUMENT] = order[plan[:, DOCUMENT]]
-    return sort_rows(plan, score)
+    return sorted_rows(plan, score)
 
 
 def share(progress: float, pacing: str = "linear", first: float = 0.1, start: float = 1 / 16,

@@ -1,0 +1,100 @@
+"""Transfer: is one learning rate near the best at every width, depth and length of a run?
+
+Paper: Tensor Programs V, Yang et al. 2022
+Method: the plain Llama by default, over three rates: a quarter to the whole of a width of 128, two
+    to eight layers, 75 to 600 steps. The best rate of a size is that of a parabola through the
+    three losses over the logarithm of the rate.
+Here: one length for all widths and depths, so larger models see fewer tokens a parameter. A best
+    rate outside of the three is counted as the nearest of them.
+Cost: 63 runs, about twenty minutes on two CPU cores that do nothing else, an estimate.
+Run:
+    python train.py study configs/baselines/transfer.py --jobs 2
+    python train.py study configs/baselines/transfer.py --seeds 1
+"""
+from dataclasses import replace
+
+import numpy as np
+
+from configs import base
+from lib.study import Claim, Paper, Study
+from train import Config
+
+SIZES = {  # embed, layers, steps
+    "width_32": (32, 4, 300),
+    "width_64": (64, 4, 300),
+    "width_128": (128, 4, 300),
+    "layers_2": (64, 2, 300),
+    "layers_8": (64, 8, 300),
+    "steps_75": (64, 4, 75),
+    "steps_600": (64, 4, 600),
+}
+
+
+def run(embed: int, layers: int, steps: int, rate: float) -> Config:
+    """The plain Llama of a size, for so many steps at a peak rate."""
+    phase = replace(base.small.phases[0], steps=steps, seq=256)
+    return replace(base.small, model=base.shape(layers, embed), phases=(phase,), overlap=32,
+                   schedule=replace(base.small.schedule, peak=rate, warmup=steps // 5),
+                   eval_every=steps)
+
+
+def arm(size: str, rate: float) -> str:
+    """The name of an arm."""
+    return f"{size}_at_{1e3 * rate:g}"
+
+
+def losses(figures: dict, size: str) -> np.ndarray:
+    """Bits per byte [rates] of a size, the mean over seeds."""
+    found = [figures[arm(size, rate)]["bpb"] for rate in base.RATES]
+    return np.mean(found, axis=1)
+
+
+def best_rate(losses: np.ndarray) -> float:
+    """The rate at which a parabola through the losses over log(rate) is lowest."""
+    at = np.log(base.RATES)
+    curve, slope, _ = np.polyfit(at, losses, 2)
+    if curve <= 0:
+        return base.RATES[int(np.argmin(losses))]
+    return float(np.exp(np.clip(-slope / (2 * curve), at[0], at[-1])))
+
+
+def moves(figures: dict) -> dict[str, float]:
+    """How far the best rate moves: the largest over the smallest, by width, depth and length."""
+    groups = {"width": ("width_32", "width_64", "width_128"),
+              "depth": ("layers_2", "width_64", "layers_8"),
+              "length": ("steps_75", "width_64", "steps_600")}
+    found = {}
+    for name, sizes in groups.items():
+        rates = [best_rate(losses(figures, size)) for size in sizes]
+        found[name] = max(rates) / min(rates)
+    return found
+
+
+def worst(figures: dict) -> float:
+    """Bits per byte that 8e-3 loses to the best of the three rates, at the size that loses most."""
+    lost = []
+    for size in SIZES:
+        found = losses(figures, size)
+        lost.append(found[base.RATES.index(8e-3)] - found.min())
+    return max(lost)
+
+
+study = Study(
+    question="Is one learning rate near the best at every width, depth and length?",
+    paper=Paper(title="Tensor Programs V: Tuning Large Neural Networks via Zero-Shot "
+                      "Hyperparameter Transfer", authors="Yang et al.", year=2022),
+    arms={arm(size, rate): run(*SIZES[size], rate) for size in SIZES for rate in base.RATES},
+    control=arm("width_64", 8e-3),
+    quick=base.quick({"phases.*.steps": 2}),
+    conclusions={"moves": moves, "worst": worst},
+    claims=(
+        Claim(says="over four times the width the best rate moves by less than 2",
+              measure="moves: width", below=2.0),
+        Claim(says="over four times the depth it moves by less than 2",
+              measure="moves: depth", below=2.0),
+        Claim(says="over eight times the length it moves by less than 2",
+              measure="moves: length", below=2.0),
+        Claim(says="8e-3 costs at most 0.02 bits per byte anywhere", measure="worst", below=0.02),
+    ),
+    seeds=3,
+)

@@ -1,0 +1,55 @@
+"""Several processes: the mistake of one is a sentence for all; one that is alone says how long it waits."""
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import environment
+from test_scale import free_port
+
+from lib.config import ROOT
+
+MINE = '''
+import sys
+from functools import partial
+import data
+from train import *
+source = data.Source(partial(data.text, path={text!r}))
+config = Config(model=ModelConfig(layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16),
+                phases=(Phase(steps=4, batch=8, seq=32),), overlap=8, prompts=(),
+                data=data.DataConfig(sources={{"x": source}}, tokenizer="bytes", dev=0, test=0))
+if "--process 1" in " ".join(sys.argv):
+    config = 3
+'''
+
+
+def start(address: str, process: int, *arguments, cwd) -> subprocess.Popen:
+    """Begin one of two processes."""
+    command = [sys.executable, ROOT / "train.py", "launch", address, "--processes", "2", "--process",
+               str(process), *arguments]
+    return subprocess.Popen(command, env=environment(), cwd=cwd, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
+
+
+def test_one_process_s_mistake_is_a_sentence_for_the_others(corpus, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE.format(text=str(corpus)))
+    address = f"localhost:{free_port()}"
+    both = [start(address, i, "mine.py", cwd=tmp_path) for i in (0, 1)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert "Traceback" not in "".join(said)
+    own = "config file mine.py defines no `config = Config(...)`"
+    assert said[1] == f"error: {own}\n"
+    assert f"error: process 1 has ended: {own}" in said[0]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_is_alone_says_how_long_it_waits(process, tmp_path):
+    begun = time.monotonic()
+    alone = start(f"localhost:{free_port()}", process, "--patience", "6", "mine.py", cwd=tmp_path)
+    _, said = alone.communicate(timeout=120)
+    assert f"process {process} of 2 waits for the others at localhost:" in said
+    assert "for at most 6 seconds (--patience)" in said
+    assert time.monotonic() - begun < 60
+    assert "Traceback" not in said and alone.returncode == 2, said
+    assert said.splitlines()[-1].startswith("error: launch localhost:"), said

@@ -1,0 +1,459 @@
+"""A GPU in some minutes: attention kernels, steps of the ready configs, a peer, one table.
+
+    python train.py bench --suite gpu [--peer "python tests/peer_train.py FILE --compile"]
+        [--minutes 8] [--out suite.json] [--tiny]
+
+1 kernels: outputs and gradients of each attention that can be had here against float32 at the
+highest precision, for rows of documents, and how long they take. 2 steps: those of 124M, 350M and
+1.3B by attention, remat, layers unrolled and room for logits, compiled in threads, then timed.
+3 peer: the fastest of each in turn with a peer of the same shape, which is alive as lib/live.py
+says. 4 trace: what the fastest step of each spends its time on. 5 together: eight small runs as one
+program (`jax.vmap`) against one.
+
+Each result is written to --out as it comes, with device, versions, rows, documents and remat. The
+table is printed at the end whatever happened, and the last line is the whole as one JSON object.
+Exit code 1: a kernel is off by 2e-2 or more, a step is below its target (40, 50 and 55 % MFU), the
+peer is faster, or something failed. --tiny tries all of it out on a CPU, where there is no target.
+It needs neither tyro, typeguard, tensorflow-datasets nor array_record.
+"""
+import collections
+import concurrent.futures
+import glob
+import gzip
+import importlib.metadata
+import json
+import os
+import shlex
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lib import hardware
+from lib.arguments import Arguments
+from lib.disk import write
+from lib.errors import InputError
+from lib.kernels import attention, choose
+from lib.live import Bench, compared, in_turn
+from lib.masks import Mask
+from lib.optim import first_state, state_like
+from lib.packing import bound_on_segments
+from lib.sharding import MeshConfig, by_row, make_mesh, put
+from lib.timing import median_ms, peak_gib, time_steps
+from model import ModelConfig, count, groups
+from train import Config, Phase, compile_step, load_config, make_step
+
+TARGETS = {"124m": 0.40, "350m": 0.50, "1_3b": 0.55}  # model FLOPs of the peak
+WRONG = 2e-2  # relative error of a kernel in bfloat16 that is too much
+DOCUMENTS = 300  # tokens of one on average
+NAMES = "jax", "jaxlib", "flax", "optax"
+ATTENTIONS = "cudnn_packed", "cudnn_causal", "cudnn", "xla"
+THREADS = 6  # compile at once
+# What a compiler, a kernel or a peer raises; the others are measured all the same.
+FAILURES = InputError, MemoryError, OSError, RuntimeError, TypeError, ValueError, KeyError
+
+
+class Rows(NamedTuple):
+    """Rows to attend in."""
+
+    rows: int
+    length: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    documents: int  # tokens of one on average; 0: a row is one document
+
+
+KERNELS = (
+    Rows(32, 1024, 12, 1, 64, 300),
+    Rows(32, 1024, 12, 1, 64, 0),
+    Rows(16, 1024, 16, 1, 128, 300),
+    Rows(4, 1024, 4, 4, 64, 100),
+)
+
+
+class Trial(NamedTuple):
+    """A step to time."""
+
+    config: str  # of configs/baselines/llama_*.py
+    attention: str
+    remat: str
+    rows: int
+    unroll: int = 0
+    logits_mib: int = 0
+    documents: int = DOCUMENTS
+
+
+TRIALS = (
+    *(Trial("124m", kind, remat, 32)
+      for kind in ("cudnn_packed", "cudnn", "xla") for remat in ("none", "elementwise")),
+    Trial("124m", "cudnn_causal", "none", 32, documents=0),
+    Trial("124m", "cudnn_packed", "none", 32, unroll=1),
+    Trial("124m", "cudnn_packed", "none", 32, logits_mib=256),
+    Trial("124m", "cudnn_packed", "none", 32, logits_mib=4096),
+    *(Trial("350m", kind, "elementwise", 16) for kind in ("cudnn_packed", "cudnn", "xla")),
+    Trial("350m", "cudnn_packed", "none", 16),
+    *(Trial("1_3b", "cudnn_packed", remat, 6, unroll=1) for remat in ("elementwise", "all")),
+    Trial("1_3b", "xla", "elementwise", 6, unroll=1),
+)
+TINY_KERNELS = (Rows(2, 128, 2, 2, 8, 20),)
+TINY_TRIALS = (Trial("124m", "xla", "none", 2), Trial("1_3b", "reference", "all", 2, unroll=1))
+TINY = {"layers": 1, "embed": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp": 64, "vocab": 128}
+
+
+class Suite:
+    """Results so far, and what time is left."""
+
+    def __init__(self, out: Path, minutes: float, tiny: bool, peer: str):
+        self.out, self.tiny, self.peer = out, tiny, peer
+        self.begun = time.monotonic()
+        self.end = self.begun + 60 * minutes
+        self.seconds = 0.0 if tiny else 1.5  # of a measurement
+        self.rows: list[dict] = []
+        self.fastest: dict[str, tuple] = {}  # by config: (tokens/s, trial, its program)
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def add(self, stage: str, **found):
+        """Note a result, and write all."""
+        self.rows.append({"stage": stage, **found})
+        write(self.out, json.dumps(self.result(), indent=1))
+        print(f"[{time.monotonic() - self.begun:4.0f} s] {line_of(self.rows[-1])}", flush=True)
+
+    def result(self) -> dict:
+        """All that is known."""
+        versions = {name: importlib.metadata.version(name) for name in NAMES}
+        return {
+            "device": jax.devices()[0].device_kind,
+            "versions": {"python": sys.version.split()[0], **versions},
+            "load": [round(load, 2) for load in os.getloadavg()],
+            "minutes": round((time.monotonic() - self.begun) / 60, 2),
+            "tiny": self.tiny,
+            "misses": misses(self.rows),
+            "rows": self.rows,
+        }
+
+
+def misses(rows: list[dict]) -> list[str]:
+    """What is below its target, wrong or failed, in words."""
+    found = [f"{row['stage']} {row['what']}: {row['failed']}" for row in rows if "failed" in row]
+    for row in rows:
+        worst = max(row.get("errors", {}).values(), default=0.0)
+        if not worst < WRONG:  # nor NaN
+            found.append(f"{row['what']} is off by {worst:.3g}; allowed is less than {WRONG}")
+        if row.get("ratio", 1.0) < 1:
+            found.append(f"{row['what']} has {row['ratio']} of the peer's speed; wanted is 1")
+    reached = collections.defaultdict(list)
+    for row in rows:
+        if row.get("mfu") is not None:
+            reached[row["config"]].append(row["mfu"])
+    for name, figures in reached.items():
+        if max(figures) < TARGETS[name]:
+            found.append(f"{name} reaches {max(figures):.1%} MFU; wanted is {TARGETS[name]:.0%}")
+    return found
+
+
+def line_of(row: dict) -> str:
+    """A result on a line."""
+    return " | ".join(f"{name} {value}" for name, value in row.items())
+
+
+def documents(rows: int, length: int, mean: int, seed: int = 0) -> np.ndarray:
+    """Segments [rows, length] of documents of so many tokens on average; 0: of one a row."""
+    if not mean:
+        return np.ones((rows, length), np.int32)
+    rng = np.random.default_rng(seed)
+    begins = rng.random((rows, length)) < 1 / mean
+    return 1 + np.cumsum(begins, axis=1, dtype=np.int32)
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+def both(name: str, mask: Mask, segments, q, k, v, d_out):
+    """The output of an attention, and the gradients of q, k and v."""
+
+    def attend(q, k, v):
+        return attention(q, k, v, mask, segments, implementation=name)
+
+    out, back = jax.vjp(attend, q, k, v)
+    return out, *back(d_out)
+
+
+def drawn(shape: Rows) -> list[jax.Array]:
+    """Random q, k, v and gradient of the output, rounded to bfloat16."""
+    b, t, kv, g, h, _ = shape
+    sizes = (b, t, kv, g, h), (b, t, kv, h), (b, t, kv, h), (b, t, kv, g, h)
+    keys = jax.random.split(jax.random.key(b + h), 4)
+    return [jax.random.normal(key, size, jnp.bfloat16)
+            for key, size in zip(keys, sizes, strict=True)]
+
+
+def kernels(suite: Suite):
+    """Stage 1."""
+    for shape in TINY_KERNELS if suite.tiny else KERNELS:
+        segments = documents(*shape[:2], shape.documents)
+        mask = Mask("causal", 0, bound_on_segments(segments))
+        given = drawn(shape)
+        few = slice(0, 2)  # rows that are compared
+        with jax.default_matmul_precision("highest"):
+            exact = jax.jit(partial(both, "reference", mask, segments[few]))(
+                *[x[few].astype(jnp.float32) for x in given])
+        for name in ("xla",) if suite.tiny else ATTENTIONS:
+            what = f"{name} {'x'.join(map(str, shape[:5]))}"
+            found = {"what": what, "rows": shape.rows, "documents": shape.documents}
+            try:
+                if name != choose(name, mask, shape.length, shape.head_dim, "bfloat16"):
+                    continue  # it cannot honour the mask here
+                run = jax.jit(partial(both, name, mask, segments))
+                errors = [relative(x[few], y) for x, y in zip(run(*given), exact, strict=True)]
+                forward = jax.jit(partial(attention, mask=mask, segments=segments,
+                                          implementation=name))
+                suite.add("kernels", **found,
+                          errors=dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)),
+                          forward_ms=round(median_ms(suite.seconds, forward, *given[:3]), 3),
+                          both_ms=round(median_ms(suite.seconds, run, *given), 3))
+            except FAILURES as error:  # whatever a kernel raises, the others are to be measured
+                suite.add("kernels", **found, failed=repr(error)[:200])
+
+
+def relative(found, exact) -> float:
+    """The norm of the difference, as a share of that of what is exact."""
+    found = found.astype(jnp.float32)
+    return round(float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)), 5)
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+class Program:
+    """The step of a trial, compiled; state and batch are made when it is timed, and not kept."""
+
+    def __init__(self, trial: Trial, tiny: bool):
+        config = load_config(f"configs/baselines/llama_{trial.config}.py")
+        shape = replace(config.model, attention=trial.attention, remat=trial.remat,
+                        unroll=trial.unroll, logits_mib=trial.logits_mib, **(TINY if tiny else {}))
+        self.length = 32 if tiny else 1024
+        phase = replace(config.phases[0], batch=trial.rows, seq=self.length, accumulate=1)
+        self.trial, self.rows = trial, trial.rows
+        self.config = replace(config, model=shape, phases=(phase,), mesh=MeshConfig())
+        self.mesh = make_mesh(self.config.mesh, jax.devices()[:1])
+        self.lr = {group: np.float32(1e-4) for group in groups(shape)}
+        batch = self.batch()
+        mask = Mask("causal", 0, bound_on_segments(batch["segments"]))
+        where = by_row(self.mesh, self.rows)
+        arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+                  for name, x in batch.items()}
+        like = state_like(shape, self.config.optimizer, self.mesh)
+        begun = time.perf_counter()
+        self.step = compile_step(self.config, shape, self.mesh, like, arrays, self.lr, mask)
+        self.compile_s = round(time.perf_counter() - begun, 1)
+        self.state = None
+
+    def batch(self) -> dict[str, np.ndarray]:
+        """Rows of random tokens, in documents."""
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, self.config.model.vocab, (self.rows, self.length + 1), np.int32)
+        segments = documents(self.rows, self.length, self.trial.documents)
+        index = np.broadcast_to(np.arange(self.length, dtype=np.int32), segments.shape)
+        begins = np.diff(segments, axis=1, prepend=0) > 0
+        first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+        return {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segments": segments,
+            "positions": index - first,
+            "weights": np.ones(segments.shape, np.float32),
+            "source": np.zeros_like(segments),
+        }
+
+    def measure(self, seconds: float) -> dict:
+        """Time steps for so long, going on from the last ones."""
+        shape = self.config.model
+        if self.state is None:
+            self.state = first_state(shape, self.config.optimizer, self.mesh, jax.random.key(0))
+            self.arrays = put(self.batch(), self.mesh)
+        given = self.step, self.state, [self.arrays], self.lr
+        self.state, times = time_steps(*given, seconds, 1)
+        ms = 1e3 * statistics.median(times.steps)
+        speed = self.rows * self.length / ms * 1e3
+        peak = hardware.hardware(jax.devices()[0].device_kind).peak
+        used = speed * shape.flops(shape, self.length) / peak if peak else None
+        return {"tokens_per_s": round(speed), "step_ms": round(ms, 2), "loss": round(times.loss, 3),
+                "mfu": used and round(used, 4), "peak_gib": peak_gib()}
+
+    def forget(self):
+        """Give state and batch back to the device."""
+        self.state = self.arrays = None
+
+
+def steps(suite: Suite):
+    """Stage 2."""
+    trials = TINY_TRIALS if suite.tiny else TRIALS
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    jobs = {trial: pool.submit(Program, trial, suite.tiny) for trial in trials}
+    half = max(1.0, suite.left / 2)
+    concurrent.futures.wait(jobs.values(), timeout=half)  # nothing is timed while one compiles
+    for trial, job in jobs.items():
+        kept = trial._asdict() | {"what": f"{trial.config} {trial.attention} {trial.remat}"}
+        try:
+            program = job.result(timeout=0)
+            memory = program.step.memory_analysis()
+            held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            found = program.measure(suite.seconds)
+            program.forget()
+            suite.add("steps", **kept, **found, compile_s=program.compile_s,
+                      memory_gib=round(held / 2**30, 2), params=count(program.config.model))
+        except FAILURES as error:  # out of memory, or not compiled in time: others are measured
+            suite.add("steps", **kept, failed=repr(error)[:200])
+            continue
+        speed = found["tokens_per_s"]
+        if speed > suite.fastest.get(trial.config, (0,))[0]:
+            suite.fastest[trial.config] = speed, trial, program
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+# -------------------------------------------------------------------------------- peer, trace, vmap
+
+
+def peer(suite: Suite):
+    """Stage 3."""
+    if not suite.peer:
+        return
+    for name, (_, trial, program) in suite.fastest.items():
+        shape = program.config.model
+        given = {"layers": shape.layers, "dim": shape.embed, "heads": shape.heads,
+                 "kv-heads": shape.kv_heads, "mlp": shape.mlp, "vocab": shape.vocab,
+                 "seq": program.length, "batch": trial.rows, "dtype": shape.dtype}
+        line = shlex.split(suite.peer)
+        for flag, value in given.items():
+            line += [f"--{flag}", str(value)]
+        if shape.tied:
+            line.append("--tied")
+        what = {"what": f"{name} against a peer", "attention": trial.attention,
+                "remat": trial.remat, "batch": trial.rows, "documents": trial.documents}
+        try:
+            with Bench(line) as other:
+                other.start()
+                rounds = in_turn(program.measure, other.measure, 3, suite.seconds)
+                suite.add("peer", **what, **compared(rounds),
+                          against_compile_s=other.ready.get("compile_s"))
+        except FAILURES as error:  # a peer that dies leaves the other stages
+            suite.add("peer", **what, failed=repr(error)[:300])
+        program.forget()
+
+
+def trace(suite: Suite):
+    """Stage 4."""
+    for name, (_, _, program) in suite.fastest.items():
+        program.measure(0.0)
+        with tempfile.TemporaryDirectory() as place:
+            with jax.profiler.trace(place, create_perfetto_trace=True):
+                program.measure(0.0)
+            program.forget()
+            (file,) = glob.glob(f"{place}/**/perfetto_trace.json.gz", recursive=True)
+            events = json.loads(gzip.open(file).read())["traceEvents"]
+        suite.add("trace", what=name, top_ms=longest(events))
+
+
+def longest(events: list[dict], most: int = 15) -> dict[str, float]:
+    """{name: milliseconds} of what took longest in a trace; on a GPU of its streams alone."""
+    names = {(e["pid"], e.get("tid")): e["args"].get("name", "")
+             for e in events if e.get("name") == "thread_name"}
+    total = collections.Counter()
+    on_gpu = any(name.startswith("Stream") for name in names.values())
+    for event in events:
+        thread = names.get((event.get("pid"), event.get("tid")), "")
+        if event.get("ph") == "X" and (not on_gpu or thread.startswith("Stream")):
+            total[event["name"][:80]] += event["dur"] / 1e3
+    return {name: round(ms, 3) for name, ms in total.most_common(most)}
+
+
+def together(suite: Suite):
+    """Stage 5."""
+    for layers, embed in ((1, 32),) if suite.tiny else ((4, 128), (6, 384)):
+        vocab = 64 if suite.tiny else 1024
+        shape = ModelConfig(layers=layers, embed=embed, heads=embed // 32, kv_heads=embed // 32,
+                            head_dim=32, mlp=8 * embed // 3, vocab=vocab, tied=False,
+                            dtype="float32" if suite.tiny else "bfloat16")
+        config = Config(model=shape, phases=(Phase(batch=4, seq=128),), overlap=0)
+        speeds = {runs: of_runs(config, runs, suite.seconds) for runs in (1, 8)}
+        suite.add("together", what=f"{layers} x {embed}", batch=4, one=round(speeds[1]),
+                  eight=round(speeds[8]), gain=round(speeds[8] / speeds[1], 2))
+
+
+def of_runs(config: Config, runs: int, seconds: float) -> float:
+    """Tokens a second of so many runs as one program."""
+    shape, phase = config.model, config.phases[0]
+    one = partial(make_step(config, shape), mask=Mask("causal", 0))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    state = first_state(shape, config.optimizer, mesh, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, shape.vocab, (runs, phase.batch, phase.seq), np.int32)
+    one_each = np.ones_like(tokens)
+    batch = {"tokens": tokens, "targets": tokens, "segments": one_each,
+             "positions": np.cumsum(one_each, 2, dtype=np.int32) - 1,
+             "weights": one_each.astype(np.float32), "source": 0 * one_each}
+    state = jax.tree.map(lambda x: jnp.stack([x] * runs), state)
+    lr = {group: np.full(runs, 1e-3, np.float32) for group in groups(shape)}
+    step = jax.jit(jax.vmap(one), donate_argnums=0)
+    _, times = time_steps(step, state, [jax.device_put(batch)], lr, seconds)
+    return runs * phase.batch * phase.seq / statistics.median(times.steps)
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+STAGES = {each.__name__: each for each in (kernels, steps, peer, trace, together)}
+
+
+def main(arguments: list[str]) -> int:
+    """Command line; returns the exit code."""
+    parser = Arguments("suite", __doc__)
+    add = parser.add_argument
+    add("--peer", default="", help="the command of a peer that is alive between rounds")
+    add("--minutes", type=float, default=8.0, help="after which no stage begins")
+    add("--out", type=Path, default=Path("suite.json"), help="where results are written")
+    add("--stages", default=",".join(STAGES), help="some of them")
+    add("--tiny", action="store_true", help="try it out on a CPU")
+    a = parser.parse_args(arguments)
+    wanted = a.stages.split(",")
+    unknown = [name for name in wanted if name not in STAGES]
+    if unknown:
+        parser.error(f"--stages has {', '.join(unknown)}; allowed are {', '.join(STAGES)}")
+    platform = jax.devices()[0].platform
+    if platform != "gpu" and not a.tiny:
+        raise InputError(f"bench: --suite gpu on a {platform}; allowed is a GPU, or --tiny")
+    suite = Suite(a.out, a.minutes, a.tiny, a.peer)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so the table is printed
+    try:
+        for name in wanted:
+            if suite.left < 0:
+                suite.add(name, what="a stage", failed="no time was left")
+                continue
+            try:
+                STAGES[name](suite)
+            except FAILURES as error:  # the table comes whatever happened
+                suite.add(name, what="a stage", failed=repr(error)[:300])
+    finally:
+        found = suite.result()
+        write(a.out, json.dumps(found, indent=1))
+        print(f"\n{found['device']}, {found['minutes']} minutes, {found['versions']}")
+        for row in suite.rows:
+            print(line_of(row))
+        for miss in found["misses"]:
+            print(f"MISSED  {miss}")
+        print(json.dumps(found), flush=True)
+    return 1 if found["misses"] else 0
