@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from study_cases import Trainer, call, change, study, write_file
+from train_cases import plan_of, short_phase, tiny_config
 
 import train
 from lib.errors import InputError
@@ -113,11 +114,11 @@ def noted(run, start: int, file: str = "noted.jsonl"):
     return send
 
 
-def test_a_function_of_a_config_gets_the_rows_of_a_run(tmp_path, monkeypatch):
+def test_a_function_of_a_config_gets_the_rows_of_a_run(tmp_path):
     """Those of metrics.jsonl, as they are written."""
-    monkeypatch.setattr(train, "sizes_of", lambda plan, optimizer: {})
     run = a_run(tmp_path, [], partial(noted, file="rows.jsonl"))
-    run.plan = run.summary = None
+    run.plan = plan_of(tiny_config(phases=(short_phase(2),)))
+    run.summary = None
     train.check(run.config)
     with train.log_of(run, 0) as log:
         log.row(row(1, 2.0))
