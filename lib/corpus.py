@@ -1,4 +1,5 @@
 """The token caches that a run reads."""
+import contextlib
 import json
 import math
 import os
@@ -12,9 +13,10 @@ import numpy as np
 
 from lib.cache import Cache, build, open_cache
 from lib.config import ROOT, to_json
-from lib.disk import write
+from lib.disk import digest, read_object, write
 from lib.errors import InputError
 from lib.help import short
+from lib.processes import is_main_process
 from lib.sources import SPLITS
 from lib.tables import printable
 from lib.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
@@ -90,26 +92,43 @@ def open_held_out(config, tokenizer: Tokenizer, caches: dict[str, Cache]) -> dic
     found = {}
     for name, source in config.data.held_out.items():
         found[name] = build(name, config.data.alone(name, source), tokenizer, config.seed)
-    if found and not config.data.stream:
-        for name, shared in trained_on_too(found, caches).items():
-            if shared:
-                print(f"held-out {name}: {shared} of {found[name].total['counts']['documents']} "
-                      "documents are trained on too: their text is that of a training document")
+    if not config.data.stream and is_main_process():
+        for name, cache in found.items():
+            say_overlap(name, cache, caches)
     return found
 
 
-def trained_on_too(held_out: dict[str, Cache], caches: dict[str, Cache]) -> dict[str, int]:
-    """{name: how many of its documents have the text of one that is trained on}."""
+def say_overlap(name: str, held_out: Cache, caches: dict[str, Cache]):
+    """Say how many documents of held-out text have the text of one that is trained on.
+
+    It is counted once, and kept beside the held-out cache: to count, every shard is opened.
+    """
+    total = held_out.total
+    fingerprints = [cache.total["fingerprint"] for cache in caches.values()]
+    key = digest([total["fingerprint"], fingerprints])
+    place = held_out.directory / "trained_on.json"
+    kept = read_object(place)
+    if kept.get("of") != key:
+        kept = {"of": key, "documents": trained_on_too(held_out, caches)}
+        with contextlib.suppress(OSError):  # caches that may only be read
+            write(place, json.dumps(kept))
+    if kept["documents"]:
+        print(f"held-out {name}: {kept['documents']} of {total['counts']['documents']} documents "
+              "are trained on too: their text is that of a training document")
+
+
+def trained_on_too(held_out: Cache, caches: dict[str, Cache]) -> int:
+    """How many held-out documents have the text of one that is trained on."""
     trained = []
     for cache in caches.values():
         for number in range(cache.wait()):
             shard = cache.shard(number)
             trained.append(shard.texts[shard.split == SPLITS.index("train")])
     known = np.concatenate(trained)
-    found = {}
-    for name, cache in held_out.items():
-        shards = map(cache.shard, range(cache.wait()))
-        found[name] = sum(int(np.isin(shard.texts, known).sum()) for shard in shards)
+    found = 0
+    for number in range(held_out.wait()):
+        shared = np.isin(held_out.shard(number).texts, known)
+        found += int(shared.sum())
     return found
 
 

@@ -143,13 +143,14 @@ def trackio(run, start: int, project: str = "coppice") -> Callable[[dict], None]
     for old in before:
         if old.id == place.read_text():
             old.delete()
-    track = trackio.init(
-        project=project,
-        name=run.config.name,
-        group=os.environ.get("WANDB_RUN_GROUP"),  # which `study` sets
-        config=to_json(run.config),
-        embed=False,
-    )
+    with user_errors(sentence="tracker is 'trackio', but {reason}"):
+        track = trackio.init(
+            project=project,
+            name=run.config.name,
+            group=os.environ.get("WANDB_RUN_GROUP"),  # which `study` sets
+            config=to_json(run.config),
+            embed=False,
+        )
     write(place, track.id)
 
     def send(row: dict):

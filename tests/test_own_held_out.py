@@ -282,7 +282,7 @@ def test_a_study_says_so_and_does_not_judge(tmp_path, corpus, monkeypatch, capsy
     assert "grown: tested on other documents than the control (a 3; the control: a 2)" in out
     assert [claim["verdict"] for claim in result["claims"]] == ["not judged", "reversed"]
     assert result["arms"]["grown"]["less_control"]["bpb"]["mean"] is None
-    page = report.study(tmp_path, json.loads((tmp_path / "runs/tiny/study.json").read_text()))
+    page = report.study(json.loads((tmp_path / "runs/tiny/study.json").read_text()))
     assert page.count("tested on other documents") == 2
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from study_cases import Trainer, call, change, study, write_file
+from train_cases import plan_of, short_phase, tiny_config
 
 import train
 from lib.errors import InputError
@@ -35,6 +36,8 @@ class Run:
 
 
 def init(project, name=None, group=None, config=None, resume="never", embed=True):
+    if not project:
+        raise ValueError("Project name must not be empty")
     run = Run(project, name, group)
     kept[run.id] = run
     return run
@@ -111,11 +114,11 @@ def noted(run, start: int, file: str = "noted.jsonl"):
     return send
 
 
-def test_a_function_of_a_config_gets_the_rows_of_a_run(tmp_path, monkeypatch):
+def test_a_function_of_a_config_gets_the_rows_of_a_run(tmp_path):
     """Those of metrics.jsonl, as they are written."""
-    monkeypatch.setattr(train, "sizes_of", lambda plan, optimizer: {})
     run = a_run(tmp_path, [], partial(noted, file="rows.jsonl"))
-    run.plan = run.summary = None
+    run.plan = plan_of(tiny_config(phases=(short_phase(2),)))
+    run.summary = None
     train.check(run.config)
     with train.log_of(run, 0) as log:
         log.row(row(1, 2.0))
@@ -139,17 +142,37 @@ def test_a_function_that_gives_nothing_to_call_is_one_sentence(tmp_path):
         start_tracker(a_run(tmp_path, [], nothing), 0)
 
 
-@pytest.mark.parametrize("word, sentence", [
-    ("wanb", "tracker is 'wanb' (str); allowed is 'none' or 'tensorboard' or 'wandb' or 'trackio' or "
-             "a function"),
-    ("trackio", "tracker is 'trackio', which is not installed; pip install trackio"),
+def test_what_trackio_refuses_is_one_sentence(package, tmp_path):
+    sentence = "tracker is 'trackio', but ValueError: Project name must not be empty"
+    with pytest.raises(InputError, match=sentence):
+        start_tracker(a_run(tmp_path, [], partial(trackio, project="")), 0)
+
+
+def test_a_tracker_that_no_file_names_is_one_sentence():
+    with pytest.raises(InputError, match="tracker is .*<lambda>.*; allowed is a top-level function"):
+        train.check(train.Config(name="x", tracker=lambda run, start: print))
+
+
+NAMES = "'none' or 'tensorboard' or 'wandb' or 'trackio' or a function"
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--tracker", "wanb"], f"tracker is 'wanb' (str); allowed is {NAMES}"),
+    (["--tracker", "trackio"], "tracker is 'trackio', which is not installed; pip install trackio"),
+    (["--tracker.project", "x"], "unknown field --tracker.project: tracker is 'none', which has no "
+                                 "'project'; only a config file changes that"),
+    (["--report_to", "trackio"], "unknown field --report_to: a tracker is named: --tracker wandb, "
+                                 "--tracker tensorboard or --tracker trackio"),
+    (["study", "configs/context/best_fit.py", "--tracker", "wanb"],
+     f"tracker is 'wanb' (str); allowed is {NAMES}"),
 ])
-def test_a_tracker_that_is_not_there_is_one_sentence(word, sentence, monkeypatch, capsys):
+def test_a_tracker_that_is_not_there_is_one_sentence(words, sentence, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "trackio" else find_spec(name)
     )
-    assert train.main(["--tracker", word]) == 2
+    monkeypatch.chdir(train.ROOT)
+    assert train.main(words) == 2
     assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
