@@ -25,12 +25,22 @@ def cache_home() -> Path:
 def user_path(text: str | Path) -> Path:
     """The path that somebody wrote, ~ and ~USER being home directories. Raises InputError."""
     expanded = os.path.expanduser(text)
-    if "\0" in expanded:
-        raise InputError(f"{str(text)!r} is no path; allowed is one without NUL")
+    if "\0" in expanded or not encodable(expanded):
+        raise InputError(f"{str(text)!r} is no path; allowed is one without NUL, of characters "
+                         "that file names can hold")
     if expanded.startswith("~"):
         raise InputError(f"{str(text)!r} is in no home directory that is known here; allowed is a "
                          f"path, ./{text} for one of that name")
     return Path(expanded)
+
+
+def encodable(name: str) -> bool:
+    """Whether the name of a file can hold these characters."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_step(name: str) -> bool:

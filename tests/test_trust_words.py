@@ -33,7 +33,7 @@ def refused(arguments: list[str], capsys) -> str:
 
 @pytest.mark.parametrize("text, said", [
     ("~nosuchuser/x", "in no home directory that is known here; allowed is a path, ./~nosuchuser/x"),
-    ("a\0b", "is no path; allowed is one without NUL")])
+    ("a\0b", "is no path; allowed is one without NUL"), ("a\ud800", "is no path; allowed is")])
 def test_a_path_that_is_none_is_one_sentence(text, said, capsys):
     with pytest.raises(InputError, match=said):
         user_path(text)
