@@ -12,7 +12,7 @@ from functools import partial
 
 from data import DataConfig, Source, stdlib
 from lib.readers import jsonl
-from model import ModelConfig
+from model import ModelConfig, Param
 from train import Config, Phase, Schedule
 
 RATES = 4e-3, 8e-3, 1.6e-2  # peak learning rates that most studies tune each arm over
@@ -50,6 +50,15 @@ def shape(layers: int = 4, embed: int = 128, vocab: int = 1024) -> ModelConfig:
     heads = embed // 32
     return ModelConfig(layers=layers, embed=embed, heads=heads, kv_heads=heads, head_dim=32,
                        mlp=4 * math.ceil(2 * embed / 3), vocab=vocab)
+
+
+def loud(config: ModelConfig, rows: dict[str, Param]) -> dict[str, Param]:
+    """`rows`: outputs of blocks drawn as what reads the stream is, for models that stay as drawn.
+
+    By default they begin as 0, so that blocks which never learn say nothing.
+    """
+    drawn = {name: replace(rows[name], init=config.embed**-0.5) for name in ("o", "down")}
+    return rows | drawn
 
 
 def scaled(config: Config, steps: int) -> Config:

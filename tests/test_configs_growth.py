@@ -20,6 +20,7 @@ from edit_cases import (
 
 import model
 import train
+from configs.base import loud
 from lib.config import ROOT, load_file
 from lib.edits import stack
 from lib.freezing import asleep, freeze
@@ -162,7 +163,7 @@ def test_two_stages_begin_with_the_wide_model_and_no_evaluation_is_of_a_sub_mode
 
 def test_frozen_layers_stay_bit_for_bit_and_move_again(tiny):
     """Weight decay, old moments and the clipped norm leave them; the step is compiled once."""
-    config = replace(tiny, unroll=1)
+    config = replace(tiny, unroll=1, rows=loud)
     reparam = partial(freeze, begin=1, until=3, layers=1)
     run = train.Config(model=config, optimizer=asleep, clip=1e-2, reparam=reparam)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -471,6 +472,7 @@ def before_and_after_growth(arm: str) -> tuple[model.ModelConfig, dict, dict]:
         head_dim=8,
         vocab=50,
         unroll=1,
+        rows=loud,
     )
     grown_shapes = []
 

@@ -23,7 +23,8 @@ CONFIG = reader(WIDTH, LABELS, layers=2, embed=16, heads=2, kv_heads=1, head_dim
 @pytest.fixture(scope="module")
 def drawn():
     params = model.init(CONFIG, jax.random.key(0))
-    params = params | {name: params[name] * 30 for name in ("o", "down")}
+    loud = {name: jax.random.normal(jax.random.key(1), params[name].shape) / 5 for name in ("o", "down")}
+    params = params | loud
     return params, *new_rows(6, 3, np.random.default_rng(0))
 
 

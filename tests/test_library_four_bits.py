@@ -172,7 +172,7 @@ def test_codes_stay_while_b_trains_and_the_bytes_are_as_counted(tiny):
             np.testing.assert_array_equal(now, begun.params[f"{name}/{end}"])
         assert state.params[f"{name}/q"].dtype == np.uint8
         assert np.any(state.params[f"{name}/b"] != begun.params[f"{name}/b"])
-    (adam, _) = state.opt["matrix"]
+    adam, *_ = state.opt["matrix"]
     larger = sum(max(sides(row)) for row in matrices(tiny).values())
     assert sum(x.nbytes for x in adam.mu.values()) == 4 * tiny.layers * 4 * larger
     held = sum(state.params[f"{name}/q"].nbytes for name in matrices(tiny))

@@ -73,7 +73,8 @@ def test_a_model_answers_from_the_points_before():
     config = reader(functions.D + 1, **SMALL)
     assert not {"embed", "head"} & model.table(config).keys()
     params = model.init(config, jax.random.key(0))
-    params = params | {n: params[n] * 50 for n in ("o", "down")}
+    loud = {n: jax.random.normal(jax.random.key(1), params[n].shape) / 3 for n in ("o", "down")}
+    params = params | loud
     x, y, _ = functions.draw(2, 0, np.random.default_rng(3))
 
     def said(y):

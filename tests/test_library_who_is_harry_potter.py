@@ -1,4 +1,5 @@
 """configs/unlearning/who_is_harry_potter.py: generic targets, and the loss that learns them."""
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from conftest import rows
 
 import model
+from configs.base import loud
 from configs.unlearning import who_is_harry_potter as own
 from lib.teacher import adopt_random, adopt_self
 from model import Context, Model
@@ -27,6 +29,7 @@ def test_what_reinforcement_makes_likelier_is_not_the_target():
 
 def test_the_loss_is_that_of_generic_targets_and_reaches_the_student_alone(tiny):
     context = Context(jax.random.key(5), 0, None, None, None)
+    tiny = replace(tiny, rows=loud)
     plain = Model(tiny, model.init(tiny, jax.random.key(0)))
     taught = adopt_self(plain, context, prefix=own.OWN).model
     taught = adopt_random(taught, context, prefix=own.MORE).model

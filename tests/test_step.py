@@ -28,6 +28,7 @@ from train_cases import (
 
 import model
 import train
+from configs.base import loud
 from lib.edits import reset_embeddings, stack
 from lib.optim import State, adamw
 from lib.schedule import Schedule
@@ -37,15 +38,7 @@ from train import Config, Phase
 
 GROUPS = model.groups(TINY)
 equal = np.testing.assert_array_equal
-
-
-def loud(config: ModelConfig, rows: dict) -> dict:
-    """`rows`: blocks that are heard from the first step on; their outputs begin as 0 by default."""
-    outputs = {name: replace(rows[name], init=config.embed**-0.5) for name in ("o", "down")}
-    return rows | outputs
-
-
-LOUD = replace(TINY, rows=loud)
+LOUD = replace(TINY, rows=loud)  # blocks are heard from the first step on
 
 
 def only(tree: dict, names) -> dict:

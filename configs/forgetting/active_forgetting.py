@@ -2,7 +2,7 @@
 
 Paper: Improving Language Plasticity via Pretraining with Active Forgetting, Chen et al. 2023
     (001:199)
-Method: every K steps of pre-training, draw the token embeddings (and the tied head) anew, their
+Method: every K steps of pre-training, draw the token embeddings and the head anew, their
     moments and count at zero, with a learning rate that warms up and falls again in each such
     episode. Then freeze the body, and train new embeddings on a new language. In the paper this
     gains where there is little of it, loses where there is a lot, and costs something at home.
@@ -15,7 +15,6 @@ Here: functions and classes of Python's library; the new language is the same te
 Cost: nine runs, ten minutes on two CPU cores. The rate is the middle of an earlier grid.
 Run:
     python train.py study configs/forgetting/active_forgetting.py --jobs 2
-    python train.py configs/forgetting/active_forgetting.py:forgetting   by hand, three minutes
 """
 import math
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from functools import partial
 
 import numpy as np
 
+from configs.base import loud
 from data import DataConfig, Document, InputError, Skipped, Source, concat_and_split, stdlib
 from lib.edits import reset_embeddings
 from lib.packing import ROW
@@ -101,7 +101,8 @@ study = Study(
     paper=Paper(title="Improving Language Plasticity via Pretraining with Active Forgetting",
                 authors="Chen et al.", year=2023, seeds=("001:199",)),
     arms={"standard": standard, "forgetting": replace(standard, phases=(forget, *cells)),
-          "random_body": replace(standard, phases=(replace(pretrain, steps=1, lr=body), *cells))},
+          "random_body": replace(standard, phases=(replace(pretrain, steps=1, lr=body), *cells),
+                                 model=replace(standard.model, rows=loud))},
     measures={"own language": partial(last, metric="eval/old/loss", phase=0)} | {
         name: partial(best, metric="eval/new/loss", phase=i) for i, name in enumerate(CELLS, 1)},
     quick={"phases.*.steps": 4, "phases.0.steps": K + 2, "phases.*.batch": 2, "phases.*.seq": 16,

@@ -70,7 +70,8 @@ def probes(params, apply, config: Config, held_out, most: int = 40_000) -> dict[
 def student(a: float) -> Config:
     """A run that matches a drawn teacher, so far from it at first."""
     edits = adopt_random, partial(begin_near, a=a)
-    return replace(base.small, model=base.shape(3, 96, 0), token_loss=divergence, prompts=(),
+    return replace(base.small, model=replace(base.shape(3, 96, 0), rows=base.loud),
+                   token_loss=divergence, prompts=(),
                    data=replace(base.small.data, tokenizer="bytes", test=0.0), evals=(probes,),
                    optimizer=partial(adamw, weight_decay=0.0, frozen=("teacher",)),
                    phases=(replace(phase, edits=edits),), eval_every=300)

@@ -107,7 +107,8 @@ data = replace(base.small.data, sources={"stdlib": Source(partial(stdlib, unit="
                tokenizer="bytes", test=0.05)
 trained = replace(base.small, model=base.shape(4, 96, 0), data=data, phases=(phase,),
                   evals=(syntax,), eval_every=400, prompts=())
-untrained = replace(trained, phases=(replace(phase, steps=1),), schedule=Schedule(peak=1e-9))
+untrained = replace(trained, phases=(replace(phase, steps=1),), schedule=Schedule(peak=1e-9),
+                    model=replace(trained.model, rows=base.loud))
 claim = partial(Claim, arm="trained")
 study = Study(
     question="Do the states of a model of code hold the syntax tree?", quick=base.quick(),
