@@ -633,7 +633,7 @@ def squared(logits, batch, extras):
 def test_rows_that_are_made_of_random_numbers_alone_train(home, tmp_path):
     """In chunks of logits and parts of a batch; no split is missed and nothing is evaluated."""
     config = train.Config(
-        name="icl", runs=str(tmp_path), seed=3, overlap=8,
+        name="icl", runs=str(tmp_path), seed=3, overlap=8, mesh=train.MeshConfig(data=8),
         model=replace(TINY, logits_mib=1), token_loss=squared,
         data=DataConfig(sources={"none": Source(nothing)}, tokenizer="numbers:5000"),
         phases=(train.Phase(steps=2, batch=16, seq=64, accumulate=2, objective=regression),))

@@ -25,6 +25,7 @@ import model
 import train
 from data import InputError
 from lib.edits import stack
+from lib.evaluate import evaluators
 from lib.sharding import MeshConfig, make_mesh
 from model import Edited
 from train import Config, Phase
@@ -59,7 +60,8 @@ def test_what_a_mesh_leaves_open_takes_all_devices_that_are_left():
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    config = tiny_config(phases=(Phase(batch=8), Phase(batch=12)))
+    mesh = MeshConfig(data=8)
+    config = tiny_config(phases=(Phase(batch=8), Phase(batch=12)), mesh=mesh)
     with pytest.raises(InputError, match=r"phases\.1\.batch is 12.*8 devices"):
         train.prepare(config)
 
@@ -139,6 +141,7 @@ def grown(runs: Path) -> Config:
 def plain(tmp_path_factory) -> Plain:
     """The run `grown` on one device."""
     runs = tmp_path_factory.mktemp("plain")
+    evaluators.cache_clear()  # of the runs before, or nothing would be heard
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", conftest.mesh_of_one)
         compilations = Compilations(patch)
