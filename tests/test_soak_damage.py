@@ -86,8 +86,8 @@ class Reader:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(before)
         if found == self.whole:
-            return f"{self.kind}: " + ("made again" if "damaged" in said else "bytes that nothing reads")
-        if "damaged" in said:
+            return f"{self.kind}: " + ("made again" if "damaged" in said else "the same comes of it")
+        if "damaged" in said or not found:
             return f"{self.kind}: noticed, and left out"
         assert self.kind in TEXTS, f"{file}, {way}: not noticed"
         return f"{self.kind}: read as it is now (a text that its owner may edit)"
