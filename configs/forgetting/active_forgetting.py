@@ -23,7 +23,7 @@ from functools import partial
 
 import numpy as np
 
-from configs.base import loud
+from configs import base
 from data import DataConfig, Document, InputError, Skipped, Source, concat_and_split, stdlib
 from lib.edits import reset_embeddings
 from lib.packing import ROW
@@ -102,7 +102,7 @@ study = Study(
                 authors="Chen et al.", year=2023, seeds=("001:199",)),
     arms={"standard": standard, "forgetting": replace(standard, phases=(forget, *cells)),
           "random_body": replace(standard, phases=(replace(pretrain, steps=1, lr=body), *cells),
-                                 model=replace(standard.model, rows=loud))},
+                                 model=replace(standard.model, rows=base.loud))},
     measures={"own language": partial(last, metric="eval/old/loss", phase=0)} | {
         name: partial(best, metric="eval/new/loss", phase=i) for i, name in enumerate(CELLS, 1)},
     quick={"phases.*.steps": 4, "phases.0.steps": K + 2, "phases.*.batch": 2, "phases.*.seq": 16,

@@ -109,13 +109,12 @@ trained = replace(base.small, model=base.shape(4, 96, 0), data=data, phases=(pha
                   evals=(syntax,), eval_every=400, prompts=())
 untrained = replace(trained, phases=(replace(phase, steps=1),), schedule=Schedule(peak=1e-9),
                     model=replace(trained.model, rows=base.loud))
-claim = partial(Claim, arm="trained")
 study = Study(
     question="Do the states of a model of code hold the syntax tree?", quick=base.quick(),
     paper=Paper("AST-Probe: Recovering abstract syntax trees from hidden representations of "
                 "pre-trained language models", "Hernandez Lopez et al.", 2022, ("003:19",)),
     arms={"untrained": untrained, "trained": trained}, claims=(
-        claim(says="more than without training", measure="tree/best", above=0.15),
-        claim(says="by more than texts explain", measure="tree/selective", above=0.05),
-        claim(says="most in a middle block", control=None, measure="tree/middle", above=0.5),
+        Claim("more than without training", "trained", measure="tree/best", above=0.15),
+        Claim("by more than texts explain", "trained", measure="tree/selective", above=0.05),
+        Claim("most in a middle block", "trained", control=None, measure="tree/middle", above=0.5),
     ), seeds=3)
