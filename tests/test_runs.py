@@ -645,7 +645,7 @@ def test_a_streamed_and_steered_run_is_the_same_under_kills(place):
 
     done = place.go(*hurt)
     assert done.returncode == 0, done.stderr
-    assert resumed_from(done.stdout) in (28, 35)  # the save in flight may be lost
+    assert resumed_from(done.stdout) in (30, 35)  # the save in flight may be lost
     never_killed = place.go(*unhurt)
     assert never_killed.returncode == 0, never_killed.stderr
     run = place.run("hurt")
