@@ -2,7 +2,8 @@
 
     SOAK_SEED=7 SOAK_WORDS=3000 SOAK_DAMAGES=500 SOAK_KILLS=300 pytest -m soak tests/test_soak_*.py
 
-The same seed draws the same cases. Each part writes its counts into docs/soak.md, which is nobody's to edit.
+SOAK_KINDS=plain,growing tries these kinds of runs alone. The same seed draws the same cases.
+Each part writes its counts into docs/soak.md, which is nobody's to edit.
 """
 
 import os
