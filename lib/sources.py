@@ -161,11 +161,14 @@ def listing(path: str) -> tuple[Any, list[tuple[str, str]], list[Skipped]]:
 def seen_in(path: str) -> tuple[Any, str, dict[str, str]]:
     """(file system, directory, {place: "" or why it is left out, see `odd_kind`}) of a path."""
     fs, root = fsspec.url_to_fs(os.path.expanduser(path))
-    found = fs.find(root) or fs.glob(root)
-    if not found:
+    directory = fs.isdir(root)
+    found = fs.find(root)
+    if not found and not directory:
+        found = fs.glob(root)
+    if not found and not directory:
         raise FileNotFoundError("does not exist; give a file, a directory or a pattern like *.txt")
     base = root
-    if not fs.isdir(root):
+    if not directory:
         base = re.split(r"[*?[]", root)[0].rpartition("/")[0]
     kinds = {}
     for place in found:

@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFERED = (
     *("model.py", "data.py", "configs", "lib/families"),
     *("lib/any_text.py", "lib/biases.py", "lib/core_tasks.py", "lib/duplicates.py", "lib/edits.py"),
-    *("lib/freezing.py", "lib/lora.py", "lib/matrices.py", "lib/objectives.py", "lib/optim.py"),
-    *("lib/packing.py", "lib/probe.py", "lib/prune.py", "lib/readers.py", "lib/schedule.py"),
-    *("lib/seq2seq.py", "lib/sources.py", "lib/tasks.py", "lib/teacher.py", "lib/vocabulary.py"),
-    *("lib/widen.py",),
+    *("lib/freezing.py", "lib/lora.py", "lib/matrices.py", "lib/neighbours.py"),
+    *("lib/objectives.py", "lib/optim.py", "lib/packing.py", "lib/probe.py", "lib/prune.py"),
+    *("lib/readers.py", "lib/schedule.py", "lib/scores.py", "lib/seq2seq.py", "lib/sources.py"),
+    *("lib/tasks.py", "lib/teacher.py", "lib/vocabulary.py", "lib/widen.py"),
 )
 HOUSE = "train.py", "model.py", "data.py", "lib", "tools"  # what a run need not keep to be read
 PACKAGES = {"site-packages", "dist-packages"}

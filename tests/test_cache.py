@@ -185,7 +185,12 @@ def test_a_fingerprint_is_the_same_wherever_it_is_built(home, data_config, cache
     again = build("corpus", data_config, Bytes(), 0)
     assert again.directory != cache.directory
     assert fingerprint(again) == fingerprint(cache)
-    assert files(again.directory) == files(cache.directory)
+    assert built(again.directory) == built(cache.directory)
+
+
+def built(directory: Path) -> dict[str, bytes]:
+    """The files of a cache, but for plans, which runs add."""
+    return {name: content for name, content in files(directory).items() if "plans" not in name}
 
 
 CHANGES = {}  # {number of a document: fields of it}; no part of a cache's key

@@ -13,6 +13,7 @@ from conftest import rows as random_rows
 
 import model
 import train
+from configs.base import loud
 from lib.checkpoint import Checkpoints
 from lib.continuations import continuations
 from lib.edits import stack
@@ -53,7 +54,7 @@ def same_bits(one, other):
 @pytest.fixture(scope="module")
 def student(tiny):
     """A model, and one with a teacher of another shape beside it."""
-    config = replace(tiny, unroll=1)
+    config = replace(tiny, unroll=1, rows=loud)
     plain = Model(config, model.init(config, jax.random.key(1)))
     edited = adopt_random(plain, context(2), shape={"layers": 1, "embed": 16, "tied": False})
     return plain, edited

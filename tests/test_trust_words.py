@@ -41,7 +41,8 @@ def test_a_path_that_is_none_is_one_sentence(text, said, capsys):
                     ["export", text, "out"], ["configs/quickstart.py", "--runs", text],
                     ["configs/quickstart.py", "--init_from", text], ["eval", "x", "--blimp", text],
                     ["configs/quickstart.py", "--init_from", f"hf:{text}"]):
-        assert said in refused(command, capsys)
+        answer = refused(command, capsys)  # a field may not be half characters, path or not
+        assert said in answer or "texts of whole characters" in answer
     assert user_path("~") == Path.home() and user_path("./~x") == Path("./~x")
 
 

@@ -72,7 +72,8 @@ def last(rows: list[dict]) -> float:
 
 
 config = Config(
-    model=ModelConfig(layers=4, embed=128, heads=4, kv_heads=4, head_dim=32, mlp=328, vocab=258),
+    model=ModelConfig(layers=4, embed=128, heads=4, kv_heads=4, head_dim=32, mlp=328, vocab=258,
+                      tied=True),
     data=DataConfig(sources={"shakespeare": Source(partial(
         published, path="../shared/data/tinyshakespeare.txt"))}, tokenizer="bytes", dev=0.0,
         test=0.0),
