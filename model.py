@@ -215,7 +215,7 @@ def plain_table(config: ModelConfig) -> dict[str, Param]:
     begins as 0, so that the stream begins as the embedding. A head of its own is drawn small, so
     that the first logits are near 0, and its embeddings large, so that the blocks' first outputs
     are small beside them (nanochat, Karpathy 2025). A tied table cannot be both: it is drawn as
-    what reads the stream. configs/baselines/recipe.py has what each of these is worth.
+    what reads the stream. configs/baselines/recipe.py compares each of these with what was before.
     """
     size = axis_sizes(config)
     read = config.embed**-0.5

@@ -419,7 +419,6 @@ class Loss(NamedTuple):
         if self.change is None:
             return functools.partial(plain, moving)
 
-
         def changed(part):
             found = self.change(plain, moving, part, step)
             require_gave(is_gradient(found, moving), GRADIENT, self.change, found)

@@ -91,7 +91,7 @@ deep = Config(  # 1.8 million parameters, 1.2 million tokens
     save_every=1_000,
     keep=1,
 )
-llama = Config(  # 124 million parameters, 2.5 billion tokens, on JSON Lines of yours
+llama = Config(  # 134 million parameters, 2.5 billion tokens, on JSON Lines of yours
     model=ModelConfig(layers=12, embed=768, heads=12, kv_heads=12, head_dim=64, mlp=2048,
                       vocab=32_000, dtype="bfloat16"),
     data=DataConfig(sources={"mine": Source(partial(jsonl, path="~/my_jsonl"))}, sample_mib=64.0,

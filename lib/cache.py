@@ -501,13 +501,13 @@ def prepare(documents: list[Document], shares: tuple[float, float], source: Sour
     prepared = []
     for document in documents:
         split = split_in(document, source, *shares)
-        made = document
+        every = [document]
         if source.prepare and SPLITS[split] == "train":
             rng = np.random.default_rng([seed, path_hash(document.path)])
             made = source.prepare(document, rng)
             every = made if isinstance(made, list) else [made]
             require_gave(all(map(is_document, every)), PREPARE, source.prepare, made)
-        prepared += [(one, split) for one in (made if isinstance(made, list) else [made])]
+        prepared += [(one, split) for one in every]
     valid = [pair for pair in prepared if not SURROGATE.search(pair[0].prefix + pair[0].text)]
     if len(valid) < len(prepared):
         counts["skipped: lone surrogates"] += len(prepared) - len(valid)

@@ -1,5 +1,4 @@
 """Optimisers: AdamW, and the state that a step changes."""
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from lib.fields import Decay, NotNegative, Positive, Whole
+from lib.matrices import sides
 from lib.seams import OPTIMIZER, require_gave
 from lib.sharding import FREE, shardings
 from model import ModelConfig, Param, Params, dtype_of, groups, init, table
@@ -33,7 +33,7 @@ def adamw(
     multiplies each group's by its learning rate. frozen: groups that it leaves out.
 
     One learning rate serves all widths by the factors of maximal update parametrisation (Yang et
-    al. 2022, table 8), see `lr_factors`. configs/baselines/recipe.py measures what they are worth.
+    al. 2022, table 8), see `lr_factors`. configs/baselines/transfer.py asks whether it does.
     """
     decay = {"matrix": weight_decay, "head": weight_decay}
     factors = lr_factors(table, embed_lr, base_width)
@@ -64,7 +64,8 @@ def lr_factors(table: dict[str, Param], embed_lr: float, base_width: int) -> dic
         if row.group == "embed" and untied:
             factors[name] = embed_lr
         elif base_width and on_stream(row):
-            factors[name] = base_width / inputs(row)
+            inputs = sides(row)[0] if row.layered else row.shape[0]
+            factors[name] = base_width / inputs
     return factors
 
 
@@ -72,15 +73,6 @@ def on_stream(param: Param) -> bool:
     """Whether a parameter is a matrix or the head, with none but the model's own axes."""
     own = not set(param.axes) & set(FREE)
     return own and param.group in ("matrix", "head")
-
-
-def inputs(param: Param) -> int:
-    """How many inputs an output of a matrix has, in one layer."""
-    first = 1 if param.layered else 0
-    sizes = param.shape[first:]
-    if param.axes[first] == "embed":
-        return sizes[0]
-    return math.prod(sizes[:-1])
 
 
 def scale_each(factors: dict[str, float]) -> optax.GradientTransformation:

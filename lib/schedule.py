@@ -21,7 +21,7 @@ class Schedule:
 
     # wsd: stable, then a decay; or a function, share of the budget -> share of the peak
     shape: Literal["constant", "cosine", "linear", "wsd"] | Annotated[Callable, SHAPE] = "wsd"
-    peak: Positive = 8e-3  # rate after the warm-up; near the best at every size, see lib/optim.py
+    peak: Positive = 8e-3  # rate after the warm-up; AdamW divides it by width, see lib/optim.py
     warmup: Whole = 20  # steps
     decay: PositiveShare = 0.2  # wsd: the share of the budget at the end over which the rate falls
     fall: Literal["linear", "sqrt"] = "linear"  # wsd: how, linear or 1 - sqrt (Haegele et al. 2024)
