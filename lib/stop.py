@@ -27,7 +27,8 @@ class Stop:
     def __init__(self, save_minutes: float, code: int = 0):
         self.save_minutes, self.code = save_minutes, code
         self.mesh, self.abandon, self.alone = None, None, True  # see `begin`
-        self.signals, self.agreed, self.asked = [], NOTHING, None
+        self.signals, self.heard_at = [], 0.0  # their names, and when the last one came
+        self.agreed, self.asked = NOTHING, None
         self.saved = time.monotonic()
 
     def __enter__(self):
@@ -41,6 +42,8 @@ class Stop:
         return self
 
     def __exit__(self, *_):
+        if self.signals:  # an echo that is still on its way must not end what comes after
+            time.sleep(max(0.0, self.heard_at + PATIENCE - time.monotonic()))
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.woken)
@@ -77,6 +80,7 @@ class Stop:
     def heard(self, number: int, _):
         """Take note of a signal."""
         self.signals.append(signal.Signals(number).name)
+        self.heard_at = time.monotonic()
         if self.abandon and self.alone:
             self.abandon()
 

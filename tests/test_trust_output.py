@@ -16,6 +16,7 @@ from lib.config import ROOT, load_file
 from lib.errors import InputError
 from lib.log import say
 from lib.output import Forgiving, complain, forgiving
+from lib.stop import PATIENCE
 from lib.tables import columns, printable
 from lib.tokenizers import Bytes
 
@@ -26,7 +27,9 @@ evaluate, sample, corpus = (load_file(ROOT / f"tools/{verb}.py") for verb in ("e
 WAITING = '''
 import sys, time
 sys.path.insert(0, {root!r})
+import lib.stop
 from lib.stop import Stop
+lib.stop.PATIENCE = {patience}
 with Stop(9.0, 75) as stop:
     if {begun}:
         stop.begin(None, lambda: None)
@@ -38,9 +41,10 @@ print("saved", flush=True)
 '''
 
 
-def waiting(begun: bool, ends: bool, *signals: signal.Signals, pause: float = 0.0):
+def waiting(begun: bool, ends: bool, *signals: signal.Signals, pause: float = 0.0,
+            patience: float = PATIENCE):
     """(exit code, output) of a process that waits before or after `begin`, and gets signals."""
-    script = WAITING.format(root=str(ROOT), begun=begun, ends=ends)
+    script = WAITING.format(root=str(ROOT), begun=begun, ends=ends, patience=patience)
     with subprocess.Popen([sys.executable, "-c", script], env=environment(), text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout.readline() == "ready\n"
@@ -66,8 +70,8 @@ def test_a_signal_is_answered_while_a_step_takes_long_and_a_second_one_ends_it()
 
 
 def test_an_echo_of_a_signal_is_no_second_one():
-    """As where a shell and a scheduler both pass it on; the run saves."""
-    code, out = waiting(True, True, signal.SIGTERM, signal.SIGTERM)
+    """As where a shell and a scheduler both pass it on; the run saves, and ends as if it came once."""
+    code, out = waiting(True, True, signal.SIGTERM, signal.SIGTERM, pause=0.2, patience=2.0)
     assert code == 0 and out.splitlines()[-1] == "saved"
 
 
