@@ -124,6 +124,15 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return os.environ | own | more
 
 
+def first_cosine(torch):
+    """Let PyTorch take its first cosine, whose result nobody uses.
+
+    MKL's first one in a process is off by 1.5e-4 now and then (one process in fifty, PyTorch 2.13
+    beside other work), and so were rotations: logits differed by 3e-3. Later ones are exact.
+    """
+    torch.ones(4_096).cos()
+
+
 def course_of(config, context) -> Plan:
     """Shapes, budgets and rates of every step of a config, as a run works them out."""
     with user_errors():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_cosine
 from hypothesis import example, given, settings
 
 import model
@@ -55,6 +56,7 @@ def libraries():
     """Imported where these tests run, for it takes seconds."""
     for name in ("torch", "transformers", "tokenizers"):
         globals()[name] = pytest.importorskip(name)
+    first_cosine(torch)
 
 
 def ids_of(vocab: int, length: int = 512) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import environment
+from conftest import environment, first_cosine
 
 import model
 import train
@@ -46,6 +46,7 @@ def libraries():
     """Imported where these tests run, for it takes seconds."""
     for name in ("torch", "transformers"):
         globals()[name] = pytest.importorskip(name)
+    first_cosine(torch)
 
 
 @pytest.fixture(autouse=True, scope="module")
