@@ -49,7 +49,7 @@ config = kinds[{kind!r}]
 NURSERY = """
 import os, sys
 sys.path.insert(0, {root!r})
-import train
+import jax, train
 from lib import config
 launch = config.load_file({root!r} + "/tools/launch.py")
 for line in sys.stdin:
@@ -63,6 +63,7 @@ for line in sys.stdin:
         if port != "0":
             words = ["localhost:" + port, "--processes", "2", "--process", number, *words]
             code = launch.main(words)
+            jax.distributed.shutdown()  # waits for the other process, as an exit would
         else:
             code = train.main(words)
         sys.stdout.flush()
