@@ -67,7 +67,7 @@ from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
-from lib.memory import check_state
+from lib.memory import check_batch, check_state, check_step
 from lib.optim import (
     State,
     adamw,
@@ -743,6 +743,7 @@ def prepare(config: Config, file: str = "") -> Run:
     with user_errors():
         mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
+    check_batch(config)
     config, tokenizer, caches = assemble(config, own)
     held_out = open_held_out(config, tokenizer, caches)
     loader, context, plan = planned(config, tokenizer, caches)
@@ -983,6 +984,7 @@ def train_step(run: Run, state: State, batch: Given, step: int) -> tuple[State, 
     arrays, mask = batch.arrays, batch.mask
     update = compiled(run, phase, state, arrays, mask).result()
     if phase not in run.begun:
+        check_step(update, phase, run.mesh)
         if not run.begun:
             length = arrays["tokens"].shape[1]
             attention = choose(model.attention, mask, length, model.head_dim, model.dtype)

@@ -189,14 +189,23 @@ def odd_kind(fs, place: str, base: str) -> str:
     A directory that somebody gave away may link to any file of who reads it; a pipe never ends.
     """
     if isinstance(fs, LocalFileSystem) and base and os.path.islink(place):
-        target, home = os.path.realpath(place), os.path.realpath(base)
+        target, home = os.path.realpath(place), Path(os.path.realpath(base))
         if not os.path.exists(target):
             return "broken link"
         if os.path.isdir(target):
             return "link to a directory"
-        if not Path(target).is_relative_to(home):
+        if not any(map(Path(target).is_relative_to, (home, *blobs_of(home)))):
             return "link out of the directory"
     return "" if fs.isfile(place) else "no regular file"
+
+
+def blobs_of(home: Path) -> list[Path]:
+    """Where the files lie that a snapshot of the Hugging Face cache, or a part of one, links to.
+
+    That is REPOSITORY/blobs of REPOSITORY/snapshots/REVISION.
+    """
+    above = [home, *home.parents]
+    return [one.parent.parent / "blobs" for one in above if one.parent.name == "snapshots"]
 
 
 def text(path: str, separator: str = "", longest: Count = 2**26) -> Iterator[Document | Skipped]:

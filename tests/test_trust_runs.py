@@ -240,6 +240,19 @@ def test_a_passing_error_retires_no_checkpoint(made, stopped, tiny, monkeypatch)
     assert_same(run, made / "runs/run")
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError("Unable to allocate 7 GiB"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.")])
+def test_memory_that_is_out_retires_no_checkpoint(stopped, tiny, monkeypatch, error):
+    def full(checkpoints, step, args):
+        raise ValueError("as Orbax says it") from error
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", full)
+    with pytest.raises(InputError, match="cannot be read now .*nothing was changed.*smaller model"):
+        train.train(settings(stopped, tiny))
+    assert not list((stopped / "runs/run").glob("checkpoints/*.damaged"))
+
+
 def test_a_checkpoint_of_an_older_version_is_read_with_a_note_and_not_resumed(stopped, tiny, capsys):
     run = stopped / "runs/run"
     file = metadata(run, 4)

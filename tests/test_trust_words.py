@@ -46,6 +46,25 @@ def test_a_path_that_is_none_is_one_sentence(text, said, capsys):
     assert user_path("~") == Path.home() and user_path("./~x") == Path("./~x")
 
 
+def test_what_is_written_goes_where_a_path_leads(tmp_path, capsys, monkeypatch):
+    """~ is a home directory in what a verb writes and in the files that it reads, too."""
+    said = "in no home directory that is known here"
+    for command in (["export", "run", "~nosuchuser/x"], ["sample", "run", "--prompts", "~nosuchuser/x"]):
+        assert said in refused(command, capsys)
+    assert "is no path" in refused(["sample", "run", "--prompts", "a\0b"], capsys)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export = load_file(ROOT / "tools/export.py")
+    given = export.parse_arguments(["~/run", "~/out"])
+    assert (given.run, given.directory) == (tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5_000, "{"])
+def test_an_odd_line_of_prompts_is_one_sentence(line, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(line)
+    assert "--prompts has the line" in refused(["sample", "x", "--prompts", str(file)], capsys)
+
+
 def test_a_prompt_that_is_no_text_is_refused_before_a_model_is_read(capsys):
     for flag in "--prompt", "--stop":
         assert f"{flag} is " in refused(["sample", "nowhere", flag, "a\udc80"], capsys)
