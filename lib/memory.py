@@ -52,7 +52,7 @@ def check_step(step, phase: int, mesh):
 
 
 def step_memory(step) -> int:
-    """Bytes of a device that a compiled step takes: its state, its batch, and what it works with."""
+    """Bytes of a device that a compiled step takes: state, batch, and what it works with."""
     of = step.memory_analysis()
     made = of.output_size_in_bytes - of.alias_size_in_bytes  # not in the place of what it was given
     return of.argument_size_in_bytes + of.temp_size_in_bytes + made
