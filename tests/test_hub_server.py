@@ -1,4 +1,4 @@
-"""The Hub by its real package, huggingface_hub, against a server on this machine that speaks its endpoints."""
+"""The Hub by its real package, huggingface_hub, against a server here that speaks its endpoints."""
 import base64
 import hashlib
 import json
