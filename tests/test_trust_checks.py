@@ -136,12 +136,12 @@ def failing(tmp_path, monkeypatch):
     file.write_text("".join(f"line {i}\n" for i in range(10)))
     cut, opened = sources.cut, []
 
-    def set_failures(*times: int):
+    def set_failures(*times: int, error: Exception | None = None):
         def broken(raw, separator, longest):
             opened.append(raw)
             for number, piece in enumerate(cut(raw, separator, longest)):
                 if number == 4 and len(opened) in times:
-                    raise OSError(5, "Input/output error")
+                    raise error or OSError(5, "Input/output error")
                 yield piece
 
         monkeypatch.setattr(sources, "cut", broken)
@@ -162,6 +162,21 @@ def test_a_disk_that_gives_nothing_is_refused_and_not_counted(failing):
     file, fails = failing
     fails(1, 2, 3)
     with pytest.raises(InputError, match="a.txt' cannot be read .Input/output error.; mend that"):
+        list(data.text(str(file), "\n"))
+
+
+class Unreachable(Exception):
+    """What an HTTP client raises that is no OSError."""
+
+
+@pytest.mark.parametrize("error", [Unreachable("read timed out"), ConnectionResetError("reset by peer")])
+def test_a_network_that_fails_loses_no_document(failing, error):
+    """Its errors have no number, and were taken for damage, which is sealed for ever."""
+    file, fails = failing
+    fails(1, 2, error=error)
+    assert [one.text for one in data.text(str(file), "\n")] == [f"line {i}\n" for i in range(10)]
+    fails(*range(1, 9), error=error)
+    with pytest.raises(InputError, match=f"a.txt' cannot be read .{type(error).__name__}: {error}.; mend"):
         list(data.text(str(file), "\n"))
 
 

@@ -131,7 +131,13 @@ def test_pages_of_parquet_are_compared_with_their_checksums(table):
     assert kinds(found) == ["unreadable row group"] and len(found) == 21
 
 
-def test_a_passing_error_loses_no_row_group(table, monkeypatch):
+class Unreachable(Exception):
+    """What an HTTP client raises that is no OSError."""
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.EIO, "Input/output error"), ConnectionResetError("reset"), Unreachable("timed out")])
+def test_a_passing_error_loses_no_row_group(table, monkeypatch, error):
     import pyarrow.parquet
     whole, failed = list(parquet(str(table))), []
     read = pyarrow.parquet.ParquetFile.read_row_group
@@ -139,7 +145,7 @@ def test_a_passing_error_loses_no_row_group(table, monkeypatch):
     def failing(file, group):
         if group == 1 and len(failed) < 2:
             failed.append(group)
-            raise OSError(errno.EIO, "Input/output error")
+            raise error
         return read(file, group)
 
     monkeypatch.setattr(sources, "PAUSE", 0)

@@ -9,11 +9,13 @@ is a free port of process 0's host.
 
 All processes see one directory of runs. Each makes and reads only its rows of a batch. One process
 of a host builds token caches, process 0 prints and writes. SIGTERM to any of them saves all of them
-at the same step. A process that ends by a mistake says so to the others, which end too. One that is
-lost ends the others within a minute.
+at the same step. A process that ends by a mistake, or by a signal before the first step, says so to
+the others, which end too. Where one is lost, JAX ends the others within a minute, with a trace of
+its own.
 
 A process waits for the others `--patience` seconds (300), and says so.
 """
+import functools
 import os
 import re
 import sys
@@ -28,7 +30,7 @@ import train
 from lib.arguments import Arguments
 from lib.disk import is_step
 from lib.errors import InputError, first_cause
-from lib.output import complain, complaints
+from lib.output import complain, complaints, partings
 from lib.processes import is_main_process
 
 FLAGS = ("--processes", "--process")
@@ -113,6 +115,12 @@ def say_to_others(sentence: str):
         time.sleep(4 * LISTEN)
 
 
+def part(sentence: str, over: threading.Event):
+    """Tell the others, where this process ends at once by a signal."""
+    over.set()
+    say_to_others(sentence)
+
+
 def listen(over: threading.Event):
     """End this process, with a sentence, where another one has ended by a mistake."""
     client = distributed.global_state.client
@@ -148,6 +156,7 @@ def main(arguments: list[str]) -> int:
     connect(address, given, rest)
     out, over = sys.stdout, threading.Event()
     threading.Thread(target=listen, args=[over], daemon=True).start()
+    partings.append(functools.partial(part, over=over))
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")
     code = run(rest)
