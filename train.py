@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
 from lib.corpus import assemble, open_held_out
 from lib.curves import draw
-from lib.disk import cache_home, content_hash, digest, locked, read_object, user_path, write
+from lib.disk import cache_home, content_hash, copy, digest, locked, read_object, user_path, write
 from lib.errors import InputError, user_errors
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
@@ -1083,15 +1082,20 @@ def lay_out(run: Run):
 
 def keep_source(place: Path, config_file: str):
     """Copy the code of a run into its directory: its config file, and what of the house it uses."""
+    if place.is_symlink():  # what is written must not land where somebody's link leads
+        place.unlink()
+    for inside in place.rglob("*"):
+        if inside.is_symlink():
+            inside.unlink()
     place.mkdir(exist_ok=True)
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     for file in map(Path, filter(None, files)):
         if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in CODE:
             kept = place / file.relative_to(ROOT)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, kept)
+            copy(file, kept)
     if config_file:
-        shutil.copy(config_file, place)
+        copy(Path(config_file), place / Path(config_file).name)
 
 
 @contextlib.contextmanager

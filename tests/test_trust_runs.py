@@ -268,6 +268,27 @@ def test_a_checkpoint_of_an_older_version_is_read_with_a_note_and_not_resumed(st
     assert train.train(replace(start, name="next"))["step"] == 6
 
 
+def test_a_link_among_a_run_s_source_leads_nothing_out_of_it(stopped, tiny, tmp_path):
+    """Of a directory that one was given: what a link leads to stays as it is."""
+    source, mine = stopped / "runs/run/source", tmp_path / "mine"
+    (tmp_path / "folder").mkdir()
+    mine.write_text("mine")
+    (source / "model.py").unlink()
+    (source / "model.py").symlink_to(mine)
+    shutil.rmtree(source / "lib")
+    (source / "lib").symlink_to(tmp_path / "folder")
+    train.train(settings(stopped, tiny))
+    assert mine.read_text() == "mine" and not list((tmp_path / "folder").iterdir())
+    assert (source / "model.py").read_text() == Path(model.__file__).read_text()
+    assert (source / "lib/disk.py").is_file() and not (source / "lib").is_symlink()
+    train.keep_source(source, str(source / "model.py"))  # a run may be resumed by its own copy
+    (tmp_path / "folder/link").symlink_to(mine)
+    shutil.rmtree(source)
+    source.symlink_to(tmp_path / "folder")
+    train.keep_source(source, "")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["link"] and source.is_dir()
+
+
 def test_a_damaged_tokenizer_of_a_run_is_refused(stopped):
     (stopped / "runs/run/tokenizer.model").write_bytes(b"coppice bytes 2\n")
     with pytest.raises(InputError, match="tokenizer.model is damaged"):
