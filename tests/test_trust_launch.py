@@ -64,15 +64,28 @@ def test_a_process_that_a_signal_ends_tells_the_others_and_not_itself(monkeypatc
     monkeypatch.setattr(launch.distributed, "global_state", state)
     monkeypatch.setattr(launch, "LISTEN", 0.01)
     over = threading.Event()
-    launch.part("stopped by SIGTERM before the first step", over)
+    silent = launch.last_words(1)
+    launch.part("stopped by SIGTERM before the first step", over, silent)
+    assert silent.returncode == 0
     assert service.said == {launch.ENDED: "process 1 has ended: stopped by SIGTERM before the first step"}
     ended = []
     monkeypatch.setattr(launch.os, "_exit", lambda code: (ended.append(code), other.set()))
-    launch.listen(over)  # its own: it returns
+    launch.listen(over, silent)  # its own: it returns
     other = threading.Event()
-    launch.listen(other)
+    launch.listen(other, silent)
     said = "error: process 1 has ended: stopped by SIGTERM before the first step; the same command goes on"
     assert ended == [2] and capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("ends", ["os.abort()", "os.kill(os.getpid(), 9)", "launch.unsaid(words)"])
+def test_a_process_that_is_lost_leaves_one_sentence(ends):
+    """As where JAX aborts it, which prints a trace, or where the system kills it."""
+    script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom lib.config import load_file\n"
+              f"launch = load_file({str(ROOT / 'tools/launch.py')!r})\nwords = launch.last_words(1)\n{ends}")
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), text=True, capture_output=True)
+    said = "error: process 1 was ended from outside, or by JAX since another process of the run was lost"
+    assert done.stderr.startswith(said) == (done.returncode != 0)
+    assert done.stderr.count("\n") == (done.returncode != 0)
 
 
 @pytest.mark.parametrize("process", [0, 1])
