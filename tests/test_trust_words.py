@@ -126,6 +126,26 @@ def test_a_pipe_among_tasks_is_not_waited_for(tmp_path):
         tasks.json_lines(tmp_path / "a.jsonl")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_pipe_in_a_hugging_face_directory_is_not_waited_for(file, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text('{"a": 1}')
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(InputError, match=f"{file} is no regular file"):
+        make_tokenizer(data.DataConfig(tokenizer=f"hf:{tmp_path}"), 0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', "[" * 100_000])
+def test_what_a_study_keeps_beside_its_runs_is_one_sentence_where_it_is_damaged(content, tmp_path):
+    study = load_file(ROOT / "tools/study.py")
+    assert study.add_seconds(tmp_path, 2.0) == 2.0 and study.add_seconds(tmp_path, 1.0) == 3.0
+    (tmp_path / "seconds.json").write_text(content)
+    with pytest.raises(InputError, match="seconds.json is damaged .*; delete it, and the same command"):
+        study.add_seconds(tmp_path, 1.0)
+
+
 # ------------------------------------------------------------------------------ Hugging Face directories
 
 LLAMA = dict(model_type="llama", num_attention_heads=2, hidden_size=16, num_hidden_layers=1,
