@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from lib.config import ROOT, from_json, load_file, to_json
 from lib.continuations import continuations
 from lib.corpus import assemble, open_held_out
 from lib.curves import draw
-from lib.disk import cache_home, content_hash, digest, locked, read_object, user_path, write
+from lib.disk import cache_home, content_hash, copy, digest, locked, read_object, user_path, write
 from lib.errors import InputError, user_errors
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import Setting, dev_figures, evaluators, test_figures, write_figures
@@ -67,7 +66,7 @@ from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
-from lib.memory import check_state
+from lib.memory import check_batch, check_state, check_step
 from lib.optim import (
     State,
     adamw,
@@ -743,6 +742,7 @@ def prepare(config: Config, file: str = "") -> Run:
     with user_errors():
         mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
+    check_batch(config)
     config, tokenizer, caches = assemble(config, own)
     held_out = open_held_out(config, tokenizer, caches)
     loader, context, plan = planned(config, tokenizer, caches)
@@ -983,6 +983,7 @@ def train_step(run: Run, state: State, batch: Given, step: int) -> tuple[State, 
     arrays, mask = batch.arrays, batch.mask
     update = compiled(run, phase, state, arrays, mask).result()
     if phase not in run.begun:
+        check_step(update, phase, run.mesh)
         if not run.begun:
             length = arrays["tokens"].shape[1]
             attention = choose(model.attention, mask, length, model.head_dim, model.dtype)
@@ -1081,15 +1082,20 @@ def lay_out(run: Run):
 
 def keep_source(place: Path, config_file: str):
     """Copy the code of a run into its directory: its config file, and what of the house it uses."""
+    if place.is_symlink():  # what is written must not land where somebody's link leads
+        place.unlink()
+    for inside in place.rglob("*"):
+        if inside.is_symlink():
+            inside.unlink()
     place.mkdir(exist_ok=True)
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     for file in map(Path, filter(None, files)):
         if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in CODE:
             kept = place / file.relative_to(ROOT)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, kept)
+            copy(file, kept)
     if config_file:
-        shutil.copy(config_file, place)
+        copy(Path(config_file), place / Path(config_file).name)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib.memory import step_memory
 from lib.tables import printable
 from model import count
 
@@ -41,8 +42,7 @@ def banner(run, step, attention: str):
     """
     config, plan = run.config, run.plan
     models, tokens, flops = plan.models, int(plan.tokens[-1]), float(plan.flops[-1])
-    analysis = step.memory_analysis()
-    memory = (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) / 2**20
+    memory = step_memory(step) / 2**20
     devices = grid(run.mesh.devices.ravel(), run.mesh)
     if jax.process_count() > 1:
         devices += f", {jax.process_count()} processes"

@@ -19,8 +19,9 @@ import orbax.checkpoint as ocp
 from jax import lax
 
 from lib.disk import file_hash, is_step, user_path, with_checksum, without_checksum
-from lib.errors import InputError, user_errors
+from lib.errors import InputError, first_cause, user_errors
 from lib.keys import is_run, run_step
+from lib.memory import LESS, is_out
 from lib.optim import State
 from lib.processes import all_gather, is_main_process
 from lib.trust import read_record
@@ -312,11 +313,13 @@ def whole_metas(checkpoints: Checkpoints, steps: list[int]) -> dict[int, dict]:
 
 
 def refuse_unreadable(place: Path, error: Exception):
-    """Raise InputError if what went wrong with a checkpoint is that its disk cannot be read now."""
+    """Raise InputError if all that went wrong is that its disk, or memory, does not give it now."""
     said = f"checkpoint {place} cannot be read now ({{reason}}); nothing was changed, so try again"
+    while error.__cause__:
+        error = error.__cause__
+    if is_out(error):
+        raise InputError(f"{said.replace('{reason}', first_cause(error))}; {LESS}")
     with user_errors(OSError, InputError, said):
-        while error.__cause__:
-            error = error.__cause__
         gone = FileNotFoundError, NotADirectoryError, IsADirectoryError
         if isinstance(error, OSError) and not isinstance(error, gone):
             raise error

@@ -124,7 +124,7 @@ def read_core(path: str | Path, most: int | None = None) -> list[Task]:
 
 def parsed(file: Path, parse: Callable):
     """What `parse` makes of an open file."""
-    errors = OSError, ValueError, csv.Error, yaml.YAMLError
+    errors = OSError, ValueError, RecursionError, csv.Error, yaml.YAMLError
     said = f"{file} cannot be read ({{reason}}); allowed is a directory with {FILES}"
     if file.exists() and not file.is_file():  # one that another program feeds would wait for it
         raise InputError(f"{file} is no regular file; allowed is a directory with {FILES}")

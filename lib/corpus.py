@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.cache import Cache, build, open_cache
 from lib.config import ROOT, to_json
-from lib.disk import digest, read_object, write
+from lib.disk import digest, read_object, with_checksum, without_checksum, write
 from lib.errors import InputError
 from lib.help import short
 from lib.processes import is_main_process
@@ -107,11 +107,11 @@ def say_overlap(name: str, held_out: Cache, caches: dict[str, Cache]):
     fingerprints = [cache.total["fingerprint"] for cache in caches.values()]
     key = digest([total["fingerprint"], fingerprints])
     place = held_out.directory / "trained_on.json"
-    kept = read_object(place)
+    kept = without_checksum(read_object(place)) or {}
     if kept.get("of") != key:
         kept = {"of": key, "documents": trained_on_too(held_out, caches)}
         with contextlib.suppress(OSError):  # caches that may only be read
-            write(place, json.dumps(kept))
+            write(place, json.dumps(with_checksum(kept)))
     if kept["documents"]:
         print(f"held-out {name}: {kept['documents']} of {total['counts']['documents']} documents "
               "are trained on too: their text is that of a training document")

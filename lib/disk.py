@@ -72,6 +72,16 @@ def write(path: Path, content: bytes | str):
     sync_directory(path.parent)
 
 
+def copy(file: Path, place: Path):
+    """Copy a file, in the place of what is there, be that a link or not to be written."""
+    content = file.read_bytes()
+    if not place.is_symlink() and place.is_file() and place.read_bytes() == content:
+        return
+    partial = place.with_name(f"{place.name}.{secrets.token_hex(8)}.partial")
+    partial.write_bytes(content)
+    partial.rename(place)
+
+
 def sync_directory(path: Path):
     """Force to disk which files a directory has."""
     directory = os.open(path, os.O_RDONLY)

@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import re
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from lib.families.qwen2 import QWEN2
 from lib.families.smollm3 import SMOLLM3
 from lib.fields import plain
 from lib.hub import place
+from lib.lora import rows_before
 from lib.tokenizers import read_hf_json
 from model import ModelConfig, Param, draw, head_logits, plain_table, table
 
@@ -78,8 +80,10 @@ def no_layout(field: str, function, allowed: str) -> str:
 
 
 def rows_of(config: ModelConfig) -> dict[str, Param]:
-    """The parameters that a model of a family has; rows of a Llama that train besides are none."""
-    return table(config) if family_of(config).rows else plain_table(config)
+    """The parameters that a model of a family has; rows that train besides, as `q/a`, are none."""
+    if not family_of(config).rows:
+        return plain_table(config)
+    return table(replace(config, rows=rows_before(config)))
 
 
 def stored_rows(config: ModelConfig) -> dict[str, Param]:

@@ -9,7 +9,6 @@ from lib.errors import InputError, user_errors
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ORG/NAME
 FILES = ("*.json", "*.safetensors", "tokenizer.model")  # of a model, that are read here
-OUTSIDE = OSError, ValueError  # what the package raises for a name, a permission, the network
 
 
 def hub_package(wanted: str, otherwise: str) -> ModuleType:
@@ -40,7 +39,7 @@ def fetched(repository: str) -> Path:
         f"hf:{repository} is no directory here, and the Hub does not give it ({{reason}}); allowed "
         f"is what it has and lets you read, {by_hand}"
     )
-    with user_errors(OUTSIDE, InputError, said):
+    with user_errors(Exception, InputError, said):  # of huggingface_hub and its HTTP client
         return Path(package.snapshot_download(repository, allow_patterns=list(FILES)))
 
 
@@ -50,8 +49,11 @@ def push(directory: Path, repository: str) -> str:
     Raises InputError where that is refused.
     """
     package = hub_package("--push", f"or `hf upload {repository} {directory}`")
-    said = f"{directory} is written, but the Hub does not take it as {repository} ({{reason}})"
-    with user_errors(OUTSIDE, InputError, said):
+    said = (
+        f"{directory} is written, but the Hub does not take it as {repository} ({{reason}}); "
+        f"`hf upload {repository} {directory}` tries again"
+    )
+    with user_errors(Exception, InputError, said):  # of huggingface_hub and its HTTP client
         hub = package.HfApi()
         address = hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=directory)

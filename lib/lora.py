@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): W + (alpha / r) A B, where W is frozen and A [n r] and B [r m] train.
 
 A config takes `lora_rows` as its model's `rows`, `adapted` as `reparam` and `unfrozen` as
-`optimizer`. A model that is there already gets adapters by the edit `add_lora`.
+`optimizer`. A model that is there already, of any family, gets adapters by the edit `add_lora`.
 """
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lib.config import function_of, to_json
+from lib.fields import plain
 from lib.matrices import matrices, sides
 from lib.optim import adamw
 from model import Context, Edited, Model, ModelConfig, Param, Params, draw, dtype_of, groups, table
@@ -22,7 +24,7 @@ def freeze_rows(
     rows: dict[str, Param], config: ModelConfig, alone: bool = False
 ) -> dict[str, Param]:
     """The rows of a model with the matrices of its blocks frozen; `alone`: with all of it."""
-    frozen = rows if alone else matrices(config)
+    frozen = rows if alone else matrices(config).keys() & rows
     return rows | {name: replace(rows[name], group=FROZEN) for name in frozen}
 
 
@@ -43,6 +45,8 @@ def lora_rows(
     if layers:
         first, number = "state", len(layers)
     for name, row in matrices(config).items():
+        if name not in rows:  # such as the gate, which some families have not
+            continue
         n, m = sides(row)
         deviation = (3 * n) ** -0.5  # of Kaiming's uniform draw, as in the paper's code
         stored[f"{name}/a"] = Param((first, "in", "rank"), (number, n, rank), deviation)
@@ -89,11 +93,31 @@ def unfrozen(table: dict[str, Param], **adam: float) -> dict[str, optax.Gradient
     return transforms
 
 
+def in_turn(
+    config: ModelConfig, rows: dict[str, Param], first: dict, then: dict
+) -> dict[str, Param]:
+    """A `rows`: two of them, given as JSON, one after the other."""
+    return function_of(then)(config, function_of(first)(config, rows))
+
+
+def rows_before(config: ModelConfig) -> Callable | None:
+    """The `rows` that a model had before `attach` gave it more, such as those of its family."""
+    rows = config.rows
+    while rows and plain(rows) is in_turn:
+        rows = function_of(rows.keywords["first"])
+    return rows
+
+
 def attach(model: Model, context: Context, rows: Callable) -> Edited:
     """Give a model the parameters that `rows` adds, which must change nothing as they are drawn.
 
-    The optimiser begins afresh.
+    `rows` is given those that the model has, of a family or of its own. The optimiser begins
+    afresh.
     """
+    own = model.config.rows
+    if own:
+        written = to_json(partial(in_turn, first=to_json(own), then=to_json(rows)))
+        rows = function_of(written)
     config = replace(model.config, rows=rows)
     params = dict(model.params)
     for name, row in table(config).items():

@@ -1,4 +1,4 @@
-"""Memory: whether a run's state fits, before anything is compiled, and what to do if not."""
+"""Memory: whether a run fits, its state before anything is compiled, and what to do if not."""
 import math
 import os
 
@@ -11,6 +11,8 @@ LESS = (
     "allowed is a smaller model, more parts of a batch (--phases.N.accumulate), --model.remat "
     "all, or the same spread over more devices (--mesh.fsdp)"
 )
+
+POSITION = 24  # bytes of one in a batch, whose arrays are of 32 bits: tokens, targets, segments ...
 
 
 def check_state(config, plan, mesh):
@@ -29,6 +31,33 @@ def check_state(config, plan, mesh):
                 f"device, which has {there / 2**30:,.1f} GiB; {LESS}")
 
 
+def check_batch(config):
+    """Raise InputError for a phase whose batches alone do not fit the memory of this machine."""
+    there = host_memory()
+    for i, phase in enumerate(config.phases):
+        needed = POSITION * phase.batch * phase.seq / jax.process_count()
+        if needed > there:
+            raise InputError(
+                f"phases.{i}: a batch takes {needed / 2**30:,.1f} GiB of this machine, which has "
+                f"{there / 2**30:,.1f} GiB; allowed is a smaller batch x seq")
+
+
+def check_step(step, phase: int, mesh):
+    """Raise InputError for a phase whose step, compiled, takes more than a device has."""
+    there, needed = memory_of(mesh.devices.flat[0]) / cpus_of(mesh), step_memory(step)
+    if there and needed > there:
+        raise InputError(
+            f"phases.{phase}: a step takes {needed / 2**30:,.1f} GiB a device, which has "
+            f"{there / 2**30:,.1f} GiB; {LESS}")
+
+
+def step_memory(step) -> int:
+    """Bytes of a device that a compiled step takes: state, batch, and what it works with."""
+    of = step.memory_analysis()
+    made = of.output_size_in_bytes - of.alias_size_in_bytes  # not in the place of what it was given
+    return of.argument_size_in_bytes + of.temp_size_in_bytes + made
+
+
 def cpus_of(mesh) -> int:
     """How many devices of a mesh share the memory of this machine; 1 where each has its own."""
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
@@ -38,8 +67,13 @@ def cpus_of(mesh) -> int:
 def memory_of(device) -> float:
     """Bytes of memory that a device has; 0 where that is not known."""
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_memory()
     return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_out(error: BaseException) -> bool:

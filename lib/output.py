@@ -30,6 +30,7 @@ def answered(work: Callable[[], int]) -> int:
 
 
 complaints: list[str] = []  # what went wrong in this process, for others of the same run
+partings: list[Callable[[str], None]] = []  # told why, where this process ends at once
 
 
 def complain(sentence: str):
@@ -38,6 +39,13 @@ def complain(sentence: str):
     with forgiving():
         sys.stderr.write(f"error: {printable(sentence)}\n")  # at once: threads may write too
         sys.stderr.flush()
+
+
+def end_at_once(sentence: str, code: int):
+    """End the process, whatever it is at; `partings` hear why."""
+    for tell in partings:
+        tell(sentence)
+    os._exit(code)
 
 
 class Forgiving:

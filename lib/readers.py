@@ -1,7 +1,7 @@
 """Readers of records: JSON, Parquet, Hugging Face data sets and TensorFlow Datasets."""
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -163,30 +163,33 @@ def parquet_of(fs, name: str, place: str, content: str = "text", meta: tuple = (
     def opened():
         return pyarrow.parquet.ParquetFile(fs.open(place), page_checksum_verification=True)
 
+    def damage(error: Exception) -> bool:  # pyarrow raises plain OSErrors for it too
+        if isinstance(error, MemoryError):  # pyarrow has one of its own
+            return False
+        plain = type(error) is OSError and error.errno is None
+        return plain or isinstance(error, pyarrow.ArrowException | UnicodeDecodeError)
+
+    def read(group: int):
+        file = files[0] if files else opened()
+        files.clear()  # it is opened again where this fails
+        found = file.read_row_group(group)
+        files.append(file)
+        return found
+
+    files = []
     try:
-        file = retried(opened, place)
+        files.append(retried(opened, place, damage))
     except (pyarrow.ArrowException, OSError):  # the index of row groups stands at the end
         yield Skipped(name, "truncated archive")
         return
-    for group in range(file.num_row_groups):
+    for group in range(files[0].num_row_groups):
         try:
-            records = read_group(file, opened, group, place)
-            records = records.to_pylist()
+            records = retried(partial(read, group), place, damage).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
             yield Skipped(f"{name}#{group + 1}", "unreadable row group")
             continue
         for row, record in enumerate(records, 1):
             yield compose(record, f"{name}#{group + 1}.{row}", content, meta, key)
-
-
-def read_group(file, opened: Callable, group: int, place: str):
-    """A row group of a Parquet file, which is opened again where the disk fails."""
-    try:
-        return file.read_row_group(group)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        return retried(lambda: opened().read_row_group(group), place)
 
 
 def hugging_face(path: str, split: str = "", content: str = "text", meta: tuple = (),

@@ -1,5 +1,6 @@
 """Sources: where documents come from."""
 import ast
+import gzip
 import hashlib
 import io
 import itertools
@@ -7,6 +8,7 @@ import os
 import re
 import sysconfig
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -189,14 +191,23 @@ def odd_kind(fs, place: str, base: str) -> str:
     A directory that somebody gave away may link to any file of who reads it; a pipe never ends.
     """
     if isinstance(fs, LocalFileSystem) and base and os.path.islink(place):
-        target, home = os.path.realpath(place), os.path.realpath(base)
+        target, home = os.path.realpath(place), Path(os.path.realpath(base))
         if not os.path.exists(target):
             return "broken link"
         if os.path.isdir(target):
             return "link to a directory"
-        if not Path(target).is_relative_to(home):
+        if not any(map(Path(target).is_relative_to, (home, *blobs_of(home)))):
             return "link out of the directory"
     return "" if fs.isfile(place) else "no regular file"
+
+
+def blobs_of(home: Path) -> list[Path]:
+    """Where the files lie that a snapshot of the Hugging Face cache, or a part of one, links to.
+
+    That is REPOSITORY/blobs of REPOSITORY/snapshots/REVISION.
+    """
+    above = [home, *home.parents]
+    return [one.parent.parent / "blobs" for one in above if one.parent.name == "snapshots"]
 
 
 def text(path: str, separator: str = "", longest: Count = 2**26) -> Iterator[Document | Skipped]:
@@ -205,8 +216,8 @@ def text(path: str, separator: str = "", longest: Count = 2**26) -> Iterator[Doc
     With a `separator` each file is cut after it; the pieces are documents `file#number`, from 1.
     Files are read piece by piece: a document over `longest` bytes is skipped and never held whole.
     Those before the break of a damaged archive are kept, and counted as doubtful. Raises InputError
-    for a file that the disk cannot read, tried again TRIES times: what it holds is not lost, and
-    must not count so.
+    for a file that the disk or the network does not give, tried TRIES times: what it holds is not
+    lost, and must not count so.
     """
     fs, found, odd = listing(path)
     yield from odd
@@ -233,27 +244,42 @@ def texts_in(fs, name: str, place: str, separator: str = "",
             yield Skipped(name, "truncated archive", doubtful=given)
             break
         except Exception as error:  # of fsspec and of archives, each of which has its own
-            if getattr(error, "errno", None) is None:  # none of the disk's
+            if is_damage(error):
                 yield Skipped(name, "unreadable", doubtful=given)
                 break
             wait_or_refuse(place, error, again)
 
 
-def retried(read: Callable, place: str) -> Any:
-    """What `read` gives, called again where the disk fails to give it; see `text`."""
+def is_damage(error: Exception) -> bool:
+    """Whether an error says that an archive is damaged; any other is of the disk or the network."""
+    named = type(error).__name__ == "ZstdError"  # of a package that may be missing
+    return named or isinstance(error, zlib.error | gzip.BadGzipFile)
+
+
+def has_no_number(error: Exception) -> bool:
+    """Whether an error is none that the system gave for a disk."""
+    return not isinstance(error, OSError) or error.errno is None
+
+
+def retried(read: Callable, place: str, damage: Callable = has_no_number) -> Any:
+    """What `read` gives, called again where the disk fails to give it; see `text`.
+
+    damage: error -> whether it says what is in the file. Such an error is raised as it is.
+    """
     for again in range(TRIES):
         try:
             return read()
-        except OSError as error:
-            if error.errno is None:  # it is what is in the file
+        except Exception as error:  # of fsspec: without a network each file system has its own
+            if damage(error):
                 raise
             wait_or_refuse(place, error, again)
 
 
-def wait_or_refuse(place: str, error: OSError, again: int):
+def wait_or_refuse(place: str, error: Exception, again: int):
     """Wait before a file is read again; raise InputError after the last time."""
     if again + 1 == TRIES:
-        raise InputError(f"source file {place!r} cannot be read ({error.strerror}); mend that, or "
+        why = getattr(error, "strerror", None) or first_cause(error)
+        raise InputError(f"source file {place!r} cannot be read ({why}); mend that, or "
                          "move it elsewhere; what was built so far is kept") from None
     time.sleep(PAUSE * 2**again)
 

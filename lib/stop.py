@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from lib.output import end_at_once
 from lib.sharding import largest
 
 # What a process asks for; all of them do the largest that any of them asks for.
@@ -62,12 +63,12 @@ class Stop:
     def answer(self):
         """Say what a signal does, and end the process where it is not to wait."""
         first = None  # when the first one came
-        while said := os.read(self.listening, 1):
-            name, now = signal.Signals(said[0]).name, time.monotonic()
+        while heard := os.read(self.listening, 1):
+            name, now = signal.Signals(heard[0]).name, time.monotonic()
             if self.abandon is None:
-                print(f"stopped by {name} before the first step; the same command begins again",
-                      flush=True)
-                os._exit(self.code)
+                said = f"stopped by {name} before the first step"
+                print(f"{said}; the same command begins again", flush=True)
+                end_at_once(said, self.code)
             if first is None:
                 first = now
                 print(f"{name}: what is at work is finished and saved first; once more ends it at "
@@ -75,7 +76,7 @@ class Stop:
             elif now - first > PATIENCE or name == "SIGINT":
                 print(f"error: interrupted by {name}; the same command resumes from the last "
                       "checkpoint", flush=True)
-                os._exit(128 + said[0])
+                end_at_once(f"interrupted by {name}", 128 + heard[0])
 
     def heard(self, number: int, _):
         """Take note of a signal."""

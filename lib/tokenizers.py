@@ -529,7 +529,9 @@ def why_left_out(document, source: Source, shares: tuple[float, float]) -> str:
 def read_hf_json(name: str, file: str) -> dict:
     """A JSON file of hf:DIRECTORY or hf:ORG/NAME; {} without it, but config.json must be there."""
     path = place(name) / file
-    if not path.is_file() and file != "config.json":
+    if path.exists() and not path.is_file():  # one that another program feeds would wait for it
+        raise InputError(f"{name}: {path} is no regular file; allowed is a file of JSON")
+    if not path.exists() and file != "config.json":
         return {}
     sentence = f"{name} is no local Hugging Face directory: {path} cannot be read ({{reason}})"
     with user_errors((OSError, *ODD), InputError, sentence):

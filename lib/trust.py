@@ -16,13 +16,12 @@ import hmac
 import json
 import os
 import secrets
-import shutil
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
-from lib.disk import cache_home, digest, file_hash, read_object, write
+from lib.disk import cache_home, copy, digest, file_hash, read_object, write
 from lib.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,12 +111,12 @@ def record(source: Path, names: set[str]):
         path = (ROOT / name).resolve()
         if is_offered(path) or not path.is_file():
             continue
-        copy = path.name
-        if copy in HOUSE or copy in [each["copy"] for each in files.values()]:
-            copy = f"{digest(name)[:8]}-{copy}"
-        if path != (source / copy).resolve():
-            shutil.copy(path, source / copy)
-        files[name] = {"copy": copy, "hash": file_hash(source / copy)}
+        kept = path.name
+        if kept in HOUSE or kept in [each["copy"] for each in files.values()]:
+            kept = f"{digest(name)[:8]}-{kept}"
+        if path != (source / kept).resolve():
+            copy(path, source / kept)
+        files[name] = {"copy": kept, "hash": file_hash(source / kept)}
     known = {"files": files, "signature": signature(files)}
     write(source / "code.json", json.dumps(known, indent=1))
 

@@ -20,11 +20,12 @@ from conftest import environment, first_cosine
 
 import model
 import train
-from lib.config import ROOT
+from lib.config import ROOT, from_json, to_json
 from lib.edits import reset_embeddings, stack
 from lib.errors import InputError
 from lib.families.family import written
 from lib.hf import FAMILIES, family_of, read_params, read_shape
+from lib.lora import FROZEN, adapted, add_lora
 from lib.optim import adamw, state_like
 from lib.prune import prune
 from lib.sharding import MeshConfig, make_mesh
@@ -280,6 +281,32 @@ def test_widening_says_truly_whether_it_preserves_the_function(kind, tmp_path):
     assert wide.preserves == plain
     if plain:
         assert apart(ours(*wide.model), ours(shape, params)) < 10 * NEAR
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_neox", "gpt2", "olmo2"])
+def test_adapters_train_beside_a_family_s_rows_and_are_merged_into_its_layout(kind, tmp_path):
+    """LoRA: nothing changes at first; what is exported computes what the adapted model does."""
+    shape, params = read(made(tmp_path / "in", KINDS[kind]))
+    context = model.Context(jax.random.key(0), 0, None, None, None)
+    edit = partial(add_lora, rank=2, alone=True)
+    config, both = edit(model.Model(shape, params), context).model
+    again = to_json(from_json(ModelConfig, json.loads(json.dumps(to_json(config)))))
+    assert json.dumps(again) == json.dumps(to_json(config))
+    rows = model.table(config)
+    assert rows.keys() == both.keys() and params.keys() < both.keys()
+    assert {row.group for name, row in rows.items() if name in params} == {FROZEN}
+
+    def used(params):
+        return model.reparametrised(adapted, params, 0, {}, config)
+
+    equal(ours(config, used(both)), ours(shape, params))
+    for name in both.keys() - params.keys():
+        both[name] = both[name] + 0.02 * jax.random.normal(context.key, both[name].shape)
+    mine = ours(config, used(both))
+    assert apart(mine, ours(shape, params)) > 0.01
+    run = train.Config(model=config, reparam=adapted)
+    write(tmp_path / "out", config, export.llama_params(run, both, 0))
+    assert apart(mine, theirs(tmp_path / "out")) < NEAR * max(1, np.abs(mine).max())
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "olmo2", "qwen2", "gemma3"])

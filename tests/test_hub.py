@@ -20,6 +20,10 @@ CONFIG = dict(
 )
 
 
+class Unreachable(Exception):
+    """What an HTTP client raises that is no OSError."""
+
+
 class Fake:
     """A Hub of one model, and of one that nobody may read."""
 
@@ -29,6 +33,8 @@ class Fake:
 
     def snapshot_download(self, repository, allow_patterns):
         self.calls.append((repository, *allow_patterns))
+        if repository == "org/far":
+            raise Unreachable("[Errno -2] Name or service not known")
         if repository != "org/small":
             raise OSError("401 Client Error")
         return str(self.root)
@@ -39,6 +45,8 @@ class Fake:
     def create_repo(self, repository, private, exist_ok):
         if repository == "org/theirs":
             raise OSError("403 Forbidden")
+        if repository == "org/far":
+            raise Unreachable("[Errno -2] Name or service not known")
         self.calls.append(("create", repository, private, exist_ok))
         return f"https://hub/{repository}"
 
@@ -96,6 +104,15 @@ def test_a_directory_is_pushed_to_a_private_repository(fake):
 def test_a_push_that_is_refused_says_that_the_directory_is_there(fake):
     with pytest.raises(InputError, match="is written, but the Hub does not take.*403"):
         hub.push(fake.root, "org/theirs")
+
+
+def test_without_a_network_there_is_one_sentence(fake):
+    """The package lets through what its HTTP client raises."""
+    with pytest.raises(InputError, match="hf:org/far is no directory here.*Name or service not known"):
+        hub.place("hf:org/far")
+    said = "is written, but.*Name or service not known.*`hf upload org/far .*tries again"
+    with pytest.raises(InputError, match=said):
+        hub.push(fake.root, "org/far")
 
 
 def test_a_name_that_is_none_is_refused_before_anything_is_done(fake):

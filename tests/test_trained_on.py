@@ -64,15 +64,18 @@ def test_they_are_counted_once_and_said_each_time(home, monkeypatch, capsys):
 
 def test_a_count_that_is_damaged_or_cannot_be_kept_is_made_again(home, monkeypatch, capsys):
     cache = opened()["mine"]
-    (cache.directory / "trained_on.json").write_text("{")
+    place = cache.directory / "trained_on.json"
+    place.write_text(place.read_text().replace('"documents": 2', '"documents": 7'))
+    opened()
+    place.write_text("{")
 
     def refuses(*_):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(lib.corpus, "write", refuses)
     opened()
-    assert capsys.readouterr().out.count("2 of 3 documents are trained on too") == 2
-    assert (cache.directory / "trained_on.json").read_text() == "{"
+    assert capsys.readouterr().out.count("2 of 3 documents are trained on too") == 3
+    assert place.read_text() == "{"
 
 
 def test_one_process_alone_says_it(home, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """What is refused in time: names that lead elsewhere, states that fit nowhere, disks that give nothing."""
+import functools
 import gzip
 import math
 import re
@@ -67,6 +68,33 @@ def test_a_state_that_fits_no_device_is_refused_before_anything_is_compiled(tiny
     assert memory.cpus_of(four) == 1
 
 
+def test_a_batch_or_a_step_that_fits_no_memory_is_refused(tiny, monkeypatch):
+    """A batch before it is made, a step before it runs: the system would end the process in silence."""
+    large = train.Config(phases=(train.Phase(), train.Phase(batch=2**20, seq=2**17)))
+    with pytest.raises(InputError, match="phases.1: a batch takes 3,072.0 GiB of this machine, which has "):
+        memory.check_batch(large)
+    memory.check_batch(train.Config())
+    mesh = train.make_mesh(train.MeshConfig(), jax.devices()[:1])
+    step = jax.jit(lambda x: x @ x).lower(jax.numpy.ones((256, 256))).compile()
+    size = memory.step_memory(step)
+    assert 2 * 4 * 256**2 <= size < 4 * 4 * 256**2
+    monkeypatch.setattr(memory, "memory_of", lambda device: size)
+    memory.check_step(step, 3, mesh)
+    monkeypatch.setattr(memory, "memory_of", lambda device: size - 1)
+    with pytest.raises(InputError, match="phases.3: a step takes 0.0 GiB a device.*phases.N.accumulate"):
+        memory.check_step(step, 3, mesh)
+
+
+def test_a_run_compares_its_step_with_what_there_is(tiny, monkeypatch, corpus, tmp_path):
+    monkeypatch.setattr(memory, "step_memory", lambda step: 2**60)
+    source = data.Source(functools.partial(data.text, path=str(corpus)))
+    config = train.Config(name="a", runs=str(tmp_path), model=tiny, overlap=8, prompts=(),
+                          phases=(train.Phase(steps=2, batch=8, seq=32),),
+                          data=data.DataConfig(sources={"x": source}, tokenizer="bytes", dev=0, test=0))
+    with pytest.raises(InputError, match="phases.0: a step takes 1,073,741,824.0 GiB a device"):
+        train.train(config)
+
+
 def test_cpus_share_what_there_is():
     mesh = train.make_mesh(train.MeshConfig(fsdp=4), jax.devices()[:4])
     assert memory.cpus_of(mesh) == 4 and memory.memory_of(jax.devices()[0]) > 2**28
@@ -108,12 +136,12 @@ def failing(tmp_path, monkeypatch):
     file.write_text("".join(f"line {i}\n" for i in range(10)))
     cut, opened = sources.cut, []
 
-    def set_failures(*times: int):
+    def set_failures(*times: int, error: Exception | None = None):
         def broken(raw, separator, longest):
             opened.append(raw)
             for number, piece in enumerate(cut(raw, separator, longest)):
                 if number == 4 and len(opened) in times:
-                    raise OSError(5, "Input/output error")
+                    raise error or OSError(5, "Input/output error")
                 yield piece
 
         monkeypatch.setattr(sources, "cut", broken)
@@ -134,6 +162,21 @@ def test_a_disk_that_gives_nothing_is_refused_and_not_counted(failing):
     file, fails = failing
     fails(1, 2, 3)
     with pytest.raises(InputError, match="a.txt' cannot be read .Input/output error.; mend that"):
+        list(data.text(str(file), "\n"))
+
+
+class Unreachable(Exception):
+    """What an HTTP client raises that is no OSError."""
+
+
+@pytest.mark.parametrize("error", [Unreachable("read timed out"), ConnectionResetError("reset by peer")])
+def test_a_network_that_fails_loses_no_document(failing, error):
+    """Its errors have no number, and were taken for damage, which is sealed for ever."""
+    file, fails = failing
+    fails(1, 2, error=error)
+    assert [one.text for one in data.text(str(file), "\n")] == [f"line {i}\n" for i in range(10)]
+    fails(*range(1, 9), error=error)
+    with pytest.raises(InputError, match=f"a.txt' cannot be read .{type(error).__name__}: {error}.; mend"):
         list(data.text(str(file), "\n"))
 
 

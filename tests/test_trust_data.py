@@ -66,6 +66,25 @@ def test_what_an_archive_gave_before_its_break_is_doubtful(tmp_path):
 # ------------------------------------------------------------------------------------- links and pipes
 
 
+def test_a_snapshot_of_the_hugging_face_cache_is_read_and_nothing_beside_it(tmp_path):
+    """Its files are links to REPOSITORY/blobs, which is out of the directory."""
+    repository = tmp_path / "datasets--org--name"
+    snapshot = repository / "snapshots/0123abcd"
+    for name, words in {"blobs/aa": "one", "blobs/bb": "two", "refs/main": "not this"}.items():
+        place = repository / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(words)
+    (snapshot / "part").mkdir(parents=True)
+    (snapshot / "a.txt").symlink_to("../../blobs/aa")
+    (snapshot / "part/b.txt").symlink_to("../../../blobs/bb")
+    (snapshot / "c.txt").symlink_to("../../refs/main")
+    out = Skipped("c.txt", "link out of the directory")
+    whole = list(data.text(str(snapshot)))
+    assert [getattr(one, "text", one) for one in whole] == [out, "one", "two"]
+    assert [one.text for one in data.text(str(snapshot / "part"))] == ["two"]
+    assert [one.text for one in data.text(f"{snapshot}/part/*.txt")] == ["two"]
+
+
 def test_links_that_lead_out_and_what_is_no_file_are_counted(tmp_path):
     inside = tmp_path / "data"
     (inside / "below").mkdir(parents=True)
@@ -112,7 +131,13 @@ def test_pages_of_parquet_are_compared_with_their_checksums(table):
     assert kinds(found) == ["unreadable row group"] and len(found) == 21
 
 
-def test_a_passing_error_loses_no_row_group(table, monkeypatch):
+class Unreachable(Exception):
+    """What an HTTP client raises that is no OSError."""
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.EIO, "Input/output error"), ConnectionResetError("reset"), Unreachable("timed out")])
+def test_a_passing_error_loses_no_row_group(table, monkeypatch, error):
     import pyarrow.parquet
     whole, failed = list(parquet(str(table))), []
     read = pyarrow.parquet.ParquetFile.read_row_group
@@ -120,7 +145,7 @@ def test_a_passing_error_loses_no_row_group(table, monkeypatch):
     def failing(file, group):
         if group == 1 and len(failed) < 2:
             failed.append(group)
-            raise OSError(errno.EIO, "Input/output error")
+            raise error
         return read(file, group)
 
     monkeypatch.setattr(sources, "PAUSE", 0)

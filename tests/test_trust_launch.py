@@ -1,13 +1,15 @@
 """Several processes: the mistake of one is a sentence for all; one that is alone says how long it waits."""
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import environment
 from test_scale import free_port
 
-from lib.config import ROOT
+from lib.config import ROOT, load_file
 
 MINE = '''
 import sys
@@ -41,6 +43,49 @@ def test_one_process_s_mistake_is_a_sentence_for_the_others(corpus, tmp_path):
     own = "config file mine.py defines no `config = Config(...)`"
     assert said[1] == f"error: {own}\n"
     assert f"error: process 1 has ended: {own}" in said[0]
+
+
+class Service:
+    """What processes tell each other by."""
+
+    def __init__(self):
+        self.said = {}
+
+    def key_value_set(self, key, value):
+        self.said[key] = value
+
+    def key_value_try_get(self, key):
+        return self.said[key]
+
+
+def test_a_process_that_a_signal_ends_tells_the_others_and_not_itself(monkeypatch, capsys):
+    launch, service = load_file(ROOT / "tools/launch.py"), Service()
+    state = SimpleNamespace(client=service, process_id=1)
+    monkeypatch.setattr(launch.distributed, "global_state", state)
+    monkeypatch.setattr(launch, "LISTEN", 0.01)
+    over = threading.Event()
+    silent = launch.last_words(1)
+    launch.part("stopped by SIGTERM before the first step", over, silent)
+    assert silent.returncode == 0
+    assert service.said == {launch.ENDED: "process 1 has ended: stopped by SIGTERM before the first step"}
+    ended = []
+    monkeypatch.setattr(launch.os, "_exit", lambda code: (ended.append(code), other.set()))
+    launch.listen(over, silent)  # its own: it returns
+    other = threading.Event()
+    launch.listen(other, silent)
+    said = "error: process 1 has ended: stopped by SIGTERM before the first step; the same command goes on"
+    assert ended == [2] and capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("ends", ["os.abort()", "os.kill(os.getpid(), 9)", "launch.unsaid(words)"])
+def test_a_process_that_is_lost_leaves_one_sentence(ends):
+    """As where JAX aborts it, which prints a trace, or where the system kills it."""
+    script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom lib.config import load_file\n"
+              f"launch = load_file({str(ROOT / 'tools/launch.py')!r})\nwords = launch.last_words(1)\n{ends}")
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), text=True, capture_output=True)
+    said = "error: process 1 was ended from outside, or by JAX since another process of the run was lost"
+    assert done.stderr.startswith(said) == (done.returncode != 0)
+    assert done.stderr.count("\n") == (done.returncode != 0)
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -42,9 +42,10 @@ print("saved", flush=True)
 
 
 def waiting(begun: bool, ends: bool, *signals: signal.Signals, pause: float = 0.0,
-            patience: float = PATIENCE):
+            patience: float = PATIENCE, before: str = ""):
     """(exit code, output) of a process that waits before or after `begin`, and gets signals."""
-    script = WAITING.format(root=str(ROOT), begun=begun, ends=ends, patience=patience)
+    script = WAITING.replace("with Stop", f"{before}\nwith Stop")
+    script = script.format(root=str(ROOT), begun=begun, ends=ends, patience=patience)
     with subprocess.Popen([sys.executable, "-c", script], env=environment(), text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout.readline() == "ready\n"
@@ -67,6 +68,15 @@ def test_a_signal_is_answered_while_a_step_takes_long_and_a_second_one_ends_it()
     assert code == 128 + signal.SIGTERM
     assert first == "SIGTERM: what is at work is finished and saved first; once more ends it at once"
     assert second.startswith("error: interrupted by SIGTERM; the same command resumes")
+
+
+def test_who_ends_at_once_says_why_to_the_others_first():
+    """`launch` hears it: else they would end by a trace of JAX's, within a minute."""
+    before = "import lib.output\nlib.output.partings.append(lambda why: print('told', why, flush=True))"
+    code, out = waiting(False, False, signal.SIGTERM, before=before)
+    assert code == 75 and out.splitlines()[-1] == "told stopped by SIGTERM before the first step"
+    code, out = waiting(True, False, signal.SIGTERM, signal.SIGTERM, pause=0.8, before=before)
+    assert code == 128 + signal.SIGTERM and out.splitlines()[-1] == "told interrupted by SIGTERM"
 
 
 def test_an_echo_of_a_signal_is_no_second_one():

@@ -240,6 +240,19 @@ def test_a_passing_error_retires_no_checkpoint(made, stopped, tiny, monkeypatch)
     assert_same(run, made / "runs/run")
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError("Unable to allocate 7 GiB"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.")])
+def test_memory_that_is_out_retires_no_checkpoint(stopped, tiny, monkeypatch, error):
+    def full(checkpoints, step, args):
+        raise ValueError("as Orbax says it") from error
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", full)
+    with pytest.raises(InputError, match="cannot be read now .*nothing was changed.*smaller model"):
+        train.train(settings(stopped, tiny))
+    assert not list((stopped / "runs/run").glob("checkpoints/*.damaged"))
+
+
 def test_a_checkpoint_of_an_older_version_is_read_with_a_note_and_not_resumed(stopped, tiny, capsys):
     run = stopped / "runs/run"
     file = metadata(run, 4)
@@ -253,6 +266,27 @@ def test_a_checkpoint_of_an_older_version_is_read_with_a_note_and_not_resumed(st
         train.train(settings(stopped, tiny))
     start = settings(stopped, tiny, init_from=f"{run}@4", init_with="all")
     assert train.train(replace(start, name="next"))["step"] == 6
+
+
+def test_a_link_among_a_run_s_source_leads_nothing_out_of_it(stopped, tiny, tmp_path):
+    """Of a directory that one was given: what a link leads to stays as it is."""
+    source, mine = stopped / "runs/run/source", tmp_path / "mine"
+    (tmp_path / "folder").mkdir()
+    mine.write_text("mine")
+    (source / "model.py").unlink()
+    (source / "model.py").symlink_to(mine)
+    shutil.rmtree(source / "lib")
+    (source / "lib").symlink_to(tmp_path / "folder")
+    train.train(settings(stopped, tiny))
+    assert mine.read_text() == "mine" and not list((tmp_path / "folder").iterdir())
+    assert (source / "model.py").read_text() == Path(model.__file__).read_text()
+    assert (source / "lib/disk.py").is_file() and not (source / "lib").is_symlink()
+    train.keep_source(source, str(source / "model.py"))  # a run may be resumed by its own copy
+    (tmp_path / "folder/link").symlink_to(mine)
+    shutil.rmtree(source)
+    source.symlink_to(tmp_path / "folder")
+    train.keep_source(source, "")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["link"] and source.is_dir()
 
 
 def test_a_damaged_tokenizer_of_a_run_is_refused(stopped):

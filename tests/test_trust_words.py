@@ -46,6 +46,25 @@ def test_a_path_that_is_none_is_one_sentence(text, said, capsys):
     assert user_path("~") == Path.home() and user_path("./~x") == Path("./~x")
 
 
+def test_what_is_written_goes_where_a_path_leads(tmp_path, capsys, monkeypatch):
+    """~ is a home directory in what a verb writes and in the files that it reads, too."""
+    said = "in no home directory that is known here"
+    for command in (["export", "run", "~nosuchuser/x"], ["sample", "run", "--prompts", "~nosuchuser/x"]):
+        assert said in refused(command, capsys)
+    assert "is no path" in refused(["sample", "run", "--prompts", "a\0b"], capsys)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export = load_file(ROOT / "tools/export.py")
+    given = export.parse_arguments(["~/run", "~/out"])
+    assert (given.run, given.directory) == (tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5_000, "{"])
+def test_an_odd_line_of_prompts_is_one_sentence(line, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(line)
+    assert "--prompts has the line" in refused(["sample", "x", "--prompts", str(file)], capsys)
+
+
 def test_a_prompt_that_is_no_text_is_refused_before_a_model_is_read(capsys):
     for flag in "--prompt", "--stop":
         assert f"{flag} is " in refused(["sample", "nowhere", flag, "a\udc80"], capsys)
@@ -105,6 +124,26 @@ def test_a_pipe_among_tasks_is_not_waited_for(tmp_path):
         tasks.json_lines(tmp_path)
     with pytest.raises(InputError, match="a.jsonl' is not a file of JSON Lines"):
         tasks.json_lines(tmp_path / "a.jsonl")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_pipe_in_a_hugging_face_directory_is_not_waited_for(file, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text('{"a": 1}')
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(InputError, match=f"{file} is no regular file"):
+        make_tokenizer(data.DataConfig(tokenizer=f"hf:{tmp_path}"), 0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', "[" * 100_000])
+def test_what_a_study_keeps_beside_its_runs_is_one_sentence_where_it_is_damaged(content, tmp_path):
+    study = load_file(ROOT / "tools/study.py")
+    assert study.add_seconds(tmp_path, 2.0) == 2.0 and study.add_seconds(tmp_path, 1.0) == 3.0
+    (tmp_path / "seconds.json").write_text(content)
+    with pytest.raises(InputError, match="seconds.json is damaged .*; delete it, and the same command"):
+        study.add_seconds(tmp_path, 1.0)
 
 
 # ------------------------------------------------------------------------------ Hugging Face directories

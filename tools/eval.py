@@ -38,7 +38,6 @@ scores its tasks as lib/core_tasks.py says: `core/<task>` is accuracy, `core/<ta
 at 0, and `core` is the mean of these. With --most N, a task is the first N lines of its shuffled file.
 """
 from functools import partial
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -50,6 +49,7 @@ from lib.cache import build
 from lib.checkpoint import find_checkpoint
 from lib.core_tasks import Task, core_figures, read_core
 from lib.corpus import open_caches, open_held_out
+from lib.disk import user_path
 from lib.evals import own_evals, sharded_apply
 from lib.evaluate import (
     Setting,
@@ -196,5 +196,5 @@ def main(arguments: list[str]) -> dict:
         found = core_figures(params, apply, tokenizer, a.core, config.phases[-1].seq)
         show_core(found, a.core)
         result |= found
-    write_figures(Path(a.run), result)
+    write_figures(user_path(a.run), result)
     return result

@@ -31,7 +31,7 @@ from data import batch_lengths
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.config import to_json
-from lib.disk import read_object
+from lib.disk import read_object, user_path
 from lib.errors import InputError, user_errors
 from lib.families.family import written
 from lib.families.layout import pack, size_in_file
@@ -458,6 +458,7 @@ def parse_arguments(arguments: list[str]):
     add("--push", metavar="ORG/NAME", help="upload it to the Hugging Face Hub; private if it is new")
     add("--license", default=UNSAID, help="of the model, as its card says it: apache-2.0, mit ...")
     a = parser.parse_args(arguments)
+    a.run, a.directory = user_path(a.run), user_path(a.directory)
     if not a.shard_mb > 0:
         parser.error(f"--shard-mb is {a.shard_mb}; allowed is more than 0")
     if a.push and not NAME.fullmatch(a.push):

@@ -9,13 +9,17 @@ is a free port of process 0's host.
 
 All processes see one directory of runs. Each makes and reads only its rows of a batch. One process
 of a host builds token caches, process 0 prints and writes. SIGTERM to any of them saves all of them
-at the same step. A process that ends by a mistake says so to the others, which end too. One that is
-lost ends the others within a minute.
+at the same step. A process that ends by a mistake, or by a signal before the first step, says so to
+the others, which end too. Where one is lost, JAX ends the others within a minute, with a trace of
+its own, after which a sentence says so.
 
 A process waits for the others `--patience` seconds (300), and says so.
 """
+import contextlib
+import functools
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -28,7 +32,7 @@ import train
 from lib.arguments import Arguments
 from lib.disk import is_step
 from lib.errors import InputError, first_cause
-from lib.output import complain, complaints
+from lib.output import complain, complaints, partings
 from lib.processes import is_main_process
 
 FLAGS = ("--processes", "--process")
@@ -100,6 +104,28 @@ def watch(there: threading.Event, address: str, name: str, seconds: int):
         os._exit(2)
 
 
+def last_words(process: int) -> subprocess.Popen:
+    """A shell that says one sentence if this process is gone before it writes a line to it.
+
+    Where another process is lost, JAX aborts this one from within, with a trace of its stack.
+    """
+    said = (
+        f"error: process {process} was ended from outside, or by JAX since another process of the "
+        "run was lost; the same command goes on from the last checkpoint"
+    )
+    shell = ["sh", "-c", 'read line || echo "$0" >&2', said]
+    return subprocess.Popen(
+        shell, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def unsaid(words: subprocess.Popen):
+    """Let `last_words` be silent: this process ends by itself, and has said why."""
+    gone = OSError, ValueError, subprocess.TimeoutExpired  # the shell, or it was told before
+    with contextlib.suppress(*gone):
+        words.communicate(b"over\n", timeout=LISTEN)
+
+
 def say_to_others(sentence: str):
     """Tell the other processes that this one ends, and why."""
     client, own = distributed.global_state.client, distributed.global_state.process_id
@@ -113,7 +139,14 @@ def say_to_others(sentence: str):
         time.sleep(4 * LISTEN)
 
 
-def listen(over: threading.Event):
+def part(sentence: str, over: threading.Event, words: subprocess.Popen):
+    """Tell the others, where this process ends at once by a signal."""
+    over.set()
+    unsaid(words)
+    say_to_others(sentence)
+
+
+def listen(over: threading.Event, words: subprocess.Popen):
     """End this process, with a sentence, where another one has ended by a mistake."""
     client = distributed.global_state.client
     while not over.wait(LISTEN):
@@ -124,6 +157,7 @@ def listen(over: threading.Event):
         if not over.is_set():
             complain(f"{said}; the same command goes on from the last checkpoint")
             sys.stderr.flush()
+            unsaid(words)
             os._exit(2)
 
 
@@ -147,11 +181,16 @@ def main(arguments: list[str]) -> int:
     address, given, rest = parse_arguments(arguments)
     connect(address, given, rest)
     out, over = sys.stdout, threading.Event()
-    threading.Thread(target=listen, args=[over], daemon=True).start()
+    words = last_words(jax.process_index())
+    threading.Thread(target=listen, args=[over, words], daemon=True).start()
+    partings.append(functools.partial(part, over=over, words=words))
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")
-    code = run(rest)
-    over.set()
+    try:
+        code = run(rest)
+    finally:
+        over.set()
+        unsaid(words)
     sys.stdout = out
     if code:
         say_to_others("".join(complaints[-1:]))

@@ -18,6 +18,7 @@ import jax
 from lib.arguments import Arguments
 from lib.checkpoint import find_checkpoint
 from lib.continuations import as_text, continue_prompts
+from lib.disk import user_path
 from lib.errors import InputError, user_errors
 from lib.fields import SURROGATE
 from lib.generate import sampling
@@ -31,7 +32,7 @@ AXES = ("data", "fsdp", "tensor")
 def read_prompts(path: str) -> list[str]:
     """The lines of a file that are not blank; of .jsonl strings, or the `prompt` of objects."""
     try:
-        text = Path(path).read_text("utf-8")
+        text = user_path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"sample: --prompts is {path!r}, which cannot be read ({error})"
@@ -46,7 +47,7 @@ def json_prompt(line: str) -> str:
     """The prompt of a line of JSON."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         value = value.get("prompt")

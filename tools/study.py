@@ -46,7 +46,7 @@ from lib.arguments import Arguments
 from lib.config import ROOT, flatten, load_module, run_json, to_json, walk
 from lib.curves import Series, above
 from lib.disk import digest, finite, read_object, user_path, write
-from lib.errors import InputError
+from lib.errors import InputError, user_errors
 from lib.fields import allowed_names
 from lib.schedule import Schedule
 from lib.statistics import (
@@ -276,11 +276,18 @@ def complete(request: Request, job: Job) -> bool:
     started = run / STARTED
     if whole and started.exists():
         now = ends_of(request, job)
-        for name, end in json.loads(started.read_text()).items():
+        for name, end in read_kept(started, dict).items():
             if now.get(name, end) != end:
                 raise InputError(f"run {run} needs {name}, which was made anew since; delete {run}, "
                                  "or use another --runs")
     return whole
+
+
+def read_kept(place: Path, kind: type):
+    """What a study has written into a file. Raises InputError where it holds anything else."""
+    said = f"{place} is damaged ({{reason}}); delete it, and the same command goes on"
+    with user_errors((TypeError, ValueError, RecursionError), sentence=said):
+        return kind(json.loads(place.read_text()))
 
 
 def ends_of(request: Request, job: Job) -> dict[str, str]:
@@ -493,7 +500,7 @@ def check_claimed(request: Request, job: Job, last: dict):
 def add_seconds(directory: Path, seconds: float) -> float:
     """Add to the wall time that a study's runs have taken so far, all commands together."""
     place = directory / "seconds.json"
-    before = json.loads(place.read_text()) if place.is_file() else 0.0
+    before = read_kept(place, float) if place.is_file() else 0.0
     write(place, json.dumps(before + seconds))
     return before + seconds
 
