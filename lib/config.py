@@ -105,7 +105,7 @@ def refuse_no_file(path: str):
 
 
 # Words that were verbs, or are elsewhere, with what does the same here.
-NOW_A_FIELD = {
+NO_VERBS = {
     "track": "a tracker is a field of a run: --tracker tensorboard, wandb or trackio",
     "train": "a run needs no verb: python train.py CONFIG",
     "resume": "the command that began a run resumes it",
@@ -114,8 +114,8 @@ NOW_A_FIELD = {
 
 def nearest(place: Path) -> str:
     """Which config file or verb a path that does not exist may mean, by its name."""
-    if str(place) in NOW_A_FIELD:
-        return NOW_A_FIELD[str(place)]
+    if str(place) in NO_VERBS:
+        return NO_VERBS[str(place)]
     files = sorted((ROOT / "configs").rglob("*.py"))
     known = {file.stem: file.relative_to(ROOT).as_posix() for file in files}
     known |= {verb: verb for verb in verbs()}
