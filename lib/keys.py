@@ -56,7 +56,9 @@ def source_above(function: Callable) -> str:
     while todo:
         name, file = todo.popitem()
         found[name] = re.split(r"(?m)^(?:config|arms|study)\b", inspect.getsource(file))[0]
-        todo |= {name: other for name, other in helpers(file).items() if name not in found}
+        for other, module in helpers(file).items():
+            if other not in found:
+                todo[other] = module
     return "".join(found.values())
 
 
@@ -67,17 +69,25 @@ def in_house(module: str) -> bool:
 
 def helpers(file: ModuleType) -> dict[str, ModuleType]:
     """{name: module} of what a file takes names from: config files, and files beside it."""
-    nodes = list(ast.walk(ast.parse(inspect.getsource(file))))
-    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    names += [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
+    here = Path(inspect.getsourcefile(file)).parent
     found = {}
-    for name in names:
+    for name in names_imported(inspect.getsource(file)):
         place = getattr(sys.modules.get(name), "__file__", None)
         if place is None or in_house(name):
             continue
-        beside = Path(place).parent == Path(inspect.getsourcefile(file)).parent
-        if beside or name.startswith("configs."):
+        if name.startswith("configs.") or Path(place).parent == here:
             found[name] = sys.modules[name]
+    return found
+
+
+def names_imported(text: str) -> list[str]:
+    """The modules that a Python file imports, or takes names from."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [each.name for each in node.names]
     return found
 
 
