@@ -14,7 +14,7 @@ import train
 from configs.parameters.galore import Low, galore, projected
 from lib.kernels import Mask
 from lib.matrices import flat, matrices, sides
-from lib.optim import first_state
+from lib.optim import adamw, first_state
 from lib.sharding import MeshConfig, make_mesh
 from lib.sizes import sizes
 
@@ -162,3 +162,16 @@ def test_blocks_that_begin_silent_have_the_directions_of_the_first_gradient_that
     g = np.asarray(flat(trees[1]["q"], table["q"]), np.float64)
     wanted = np.linalg.svd(g)[0][..., :5]
     np.testing.assert_allclose(np.abs(held["q"].p), np.abs(wanted), atol=1e-4)
+
+
+def test_galore_of_full_rank_is_the_control(tiny):
+    """AdamW of the library, its decay and its factors on rates by inputs with it."""
+    trees, table = gradients(tiny, 3), model.table(tiny)
+    params = {name: 0.1 * x for name, x in trees[0].items()}
+    ours, theirs = galore(table, rank=48)["matrix"], adamw(table)["matrix"]
+    state, other = ours.init(params), theirs.init(params)
+    for tree in trees:
+        made, state = jax.jit(ours.update)(tree, state, params)
+        wanted, other = jax.jit(theirs.update)(tree, other, params)
+        for name in wanted:
+            np.testing.assert_allclose(made[name], wanted[name], atol=1e-5)

@@ -25,7 +25,7 @@ from jax import lax
 
 from configs import base
 from lib.matrices import flat, smaller_first
-from lib.optim import adamw
+from lib.optim import adamw, lr_factors, scale_each
 from lib.sharding import constrain
 from lib.study import Claim, Paper, Study
 from model import Param
@@ -95,8 +95,8 @@ def norms(x, axis):
 def galore(table: dict[str, Param], rank: int = 24, every: int = 50, residual: bool = False,
            b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1) -> dict:
     """An `optimizer`: `projected` for the matrices, AdamW for the rest; residual: Fira."""
-    low = projected(table, rank, every, residual, b1, b2)
-    decayed = optax.chain(low, optax.add_decayed_weights(weight_decay))
+    low, factors = projected(table, rank, every, residual, b1, b2), lr_factors(table, 1.0, 64)
+    decayed = optax.chain(low, optax.add_decayed_weights(weight_decay), scale_each(factors))
     return adamw(table, b1, b2, weight_decay=weight_decay) | {"matrix": decayed}
 
 

@@ -8,8 +8,9 @@ Method: W = (alpha / r) A B + S, from the first step. The support of S, a share 
     layer by layer, and is near full rank at 60M to 7B.
 Here: r 16, a share of 0.03 as in the paper, matrices of 96 x 96 and 96 x 256. The support is
     stored, as int32, and does not train. lora has the matrices as they were drawn, frozen, in
-    place of S; in it alone outputs of blocks are drawn too, not 0. Embeddings, gains and the head are whole. W is formed and multiplied as one matrix,
-    so that a step costs what it does in full; no quantisation.
+    place of S; in it alone outputs of blocks are drawn too, not 0. Embeddings, gains and the head
+    are whole. W is formed and multiplied as one matrix, so that a step costs what it does in full;
+    no quantisation.
 Cost: twelve runs of 200 steps at two rates, a quarter of a minute each: four minutes on two cores.
 Run:
     python train.py study configs/parameters/sltrain.py --jobs 2
