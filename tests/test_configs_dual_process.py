@@ -345,9 +345,11 @@ def test_arms_have_the_same_cost_and_the_same_rates_but_for_embeddings(plans):
             assert np.allclose(plan.lr[group], control.lr[group]), arm
 
 
-def test_the_rate_of_embeddings_comes_in_cycles_until_resets_end(plans):
+@pytest.mark.parametrize("group", ["embed", "head"])
+def test_the_rate_of_embeddings_comes_in_cycles_until_resets_end(plans, group):
+    """And that of the head, which is drawn anew with them."""
     vanilla, active, temporary = (
-        plans[arm].lr["embed"] for arm in ("vanilla", "active", "temporary"))
+        plans[arm].lr[group] for arm in ("vanilla", "active", "temporary"))
     after = int(plans["temporary"].ends[0]) + 1
 
     assert np.allclose(temporary[1:after], active[1:after])
@@ -355,7 +357,7 @@ def test_the_rate_of_embeddings_comes_in_cycles_until_resets_end(plans):
     episodes = active[1:].reshape(-1, forgetting.EVERY)
     assert np.allclose(episodes, episodes[0])
     control = plans[forgetting.study.first]
-    assert episodes[0].max() > control.lr["embed"].max()
+    assert episodes[0].max() > control.lr[group].max()
 
 
 @pytest.fixture
@@ -374,6 +376,7 @@ def short_run() -> list[str]:
         "phases.0.repeat.0.every": 2,
         "model.layers": 1,
         "phases.0.lr.embed.cycle": 2,
+        "phases.0.lr.head.cycle": 2,
         "sample_tokens": 1,
     }
     words = []

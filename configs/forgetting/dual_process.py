@@ -61,9 +61,10 @@ vanilla = Config(
     evals=(partial(probe, words=WORDS, ambiguous=AMBIGUOUS),), eval_every=200, overlap=0,
     save_every=2_400, keep=1, sample_tokens=LENGTH,
 )
-# New embeddings have few steps to learn in: their rate is twice as high, and anew each time.
-forgetting = replace(plain, repeat=(Edit(reset_embeddings, every=EVERY),), lr={
-    "embed": Schedule(shape="linear", peak=6e-3, warmup=5, final=0.1, cycle=EVERY)})
+# New embeddings and a new head have few steps to learn in: their rate is twice as high, and anew
+# each time.
+forgetting = replace(plain, repeat=(Edit(reset_embeddings, every=EVERY),), lr=dict.fromkeys(
+    ("embed", "head"), Schedule(shape="linear", peak=6e-3, warmup=5, final=0.1, cycle=EVERY)))
 halves = replace(forgetting, steps=1_200), replace(plain, steps=1_200)
 active, temporary = partial(Claim, arm="active"), partial(Claim, arm="temporary")
 study = Study(
