@@ -233,7 +233,8 @@ def test_a_head_of_its_own_goes_with_the_embeddings(path):
         left_out = {*getattr(config.optimizer, "keywords", {}).get("frozen", ())}
         for phase in () if config.model.tied else config.phases:
             frozen = left_out | {group for group, rate in phase.lr.items() if rate == 0}
-            assert "head" in frozen or not {"embed", "matrix", "vector"} <= frozen, name
+            alone = name == "head"  # perp.py trains that and nothing else
+            assert alone or "head" in frozen or not {"embed", "matrix", "vector"} <= frozen, name
             anew = any(edit.apply is reset_embeddings for edit in phase.repeat)
             assert not anew or phase.lr.get("head") == phase.lr.get("embed"), name
 
