@@ -259,6 +259,16 @@ def test_the_evaluation_asks_about_the_words_it_says():
         assert values(adjective - FIRST) == ranks
 
 
+def test_new_words_are_drawn_as_the_table_is_and_are_outputs_too():
+    """A head of its own knows no new word, whatever its embedding is."""
+    for arm, config in forgetting.study.arms.items():
+        assert config.model.tied, arm
+        assert model.table(config.model)["embed"].init == config.model.embed**-0.5
+    table = jnp.zeros((FIRST + WORDS, 8))
+    with pytest.raises(data.InputError, match="the model has a head of its own"):
+        process.probe({"embed": table, "head": table.T}, answering(from_context, []), WORDS, 4)
+
+
 def test_the_evaluation_draws_embeddings_for_new_words_alone():
     seen = []
     probe(from_context, seen)
@@ -345,11 +355,9 @@ def test_arms_have_the_same_cost_and_the_same_rates_but_for_embeddings(plans):
             assert np.allclose(plan.lr[group], control.lr[group]), arm
 
 
-@pytest.mark.parametrize("group", ["embed", "head"])
-def test_the_rate_of_embeddings_comes_in_cycles_until_resets_end(plans, group):
-    """And that of the head, which is drawn anew with them."""
+def test_the_rate_of_embeddings_comes_in_cycles_until_resets_end(plans):
     vanilla, active, temporary = (
-        plans[arm].lr[group] for arm in ("vanilla", "active", "temporary"))
+        plans[arm].lr["embed"] for arm in ("vanilla", "active", "temporary"))
     after = int(plans["temporary"].ends[0]) + 1
 
     assert np.allclose(temporary[1:after], active[1:after])
@@ -357,7 +365,7 @@ def test_the_rate_of_embeddings_comes_in_cycles_until_resets_end(plans, group):
     episodes = active[1:].reshape(-1, forgetting.EVERY)
     assert np.allclose(episodes, episodes[0])
     control = plans[forgetting.study.first]
-    assert episodes[0].max() > control.lr[group].max()
+    assert episodes[0].max() > control.lr["embed"].max()
 
 
 @pytest.fixture
@@ -376,7 +384,6 @@ def short_run() -> list[str]:
         "phases.0.repeat.0.every": 2,
         "model.layers": 1,
         "phases.0.lr.embed.cycle": 2,
-        "phases.0.lr.head.cycle": 2,
         "sample_tokens": 1,
     }
     words = []
