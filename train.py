@@ -1057,7 +1057,7 @@ def save(run: Run, state: State, step: int, log: Log):
         },
         {name: loan for name, loan in run.borrowed.items() if name not in trained},
     )
-    log.save_s = time.monotonic() - begun
+    log.saved(time.monotonic() - begun)
 
 
 def lay_out(run: Run):
@@ -1126,7 +1126,7 @@ def log_of(run: Run, step: int) -> Log:
     place, sizes = run.directory / "metrics.jsonl", sizes_of(run.plan, run.config.optimizer)
     log = Log(place, step, run.plan, run.config.max_skipped, complete, sizes)
     if not complete:
-        log.track = start_tracker(run, step)
+        log.tell(start_tracker(run, step))
     return log
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data import Document
+from data import Document, InputError
 
 COPULA, FIRST = 1, 259  # ids: of the copula, which is bos; of the first word, after all others
 LENGTH = 6  # positions of a sentence: context, query, answer less its last word, a target alone
@@ -98,6 +98,9 @@ def probe(params: dict, apply: Callable, words: int, ambiguous: int,
                 as the context says. /weights: as the parts of speech in training say, the other
                 word of the two
     """
+    if "head" in params:
+        raise InputError("probe: the model has a head of its own, in which no new word is an "
+                         "answer; allowed is one whose embeddings are the head, tied=True")
     rng, (nouns, new) = np.random.default_rng(0), split(words)
     table = params["embed"]
     fresh = rng.normal(size=(new, table.shape[1])) * table.shape[1] ** -0.5  # as the table draws

@@ -99,6 +99,10 @@ class Cache:
         self.shard = lru_cache(64)(self.open)
         self.described = lru_cache(16)(lambda number: self.shard(number).documents())
 
+    def wait_for(self, builder: tuple[subprocess.Popen, Path]):
+        """Take a process that is at work on it, and its log."""
+        self.builder = builder
+
     def wait(self, shards: float = math.inf) -> int:
         """The number of sealed shards, once there are `shards` or the cache is complete."""
         while True:

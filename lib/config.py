@@ -104,8 +104,18 @@ def refuse_no_file(path: str):
         raise InputError(f"{path} is neither a config file, NAME.py, nor the config.json of a run")
 
 
+# Words that were verbs, or are elsewhere, with what does the same here.
+NO_VERBS = {
+    "track": "a tracker is a field of a run: --tracker tensorboard, wandb or trackio",
+    "train": "a run needs no verb: python train.py CONFIG",
+    "resume": "the command that began a run resumes it",
+}
+
+
 def nearest(place: Path) -> str:
     """Which config file or verb a path that does not exist may mean, by its name."""
+    if str(place) in NO_VERBS:
+        return NO_VERBS[str(place)]
     files = sorted((ROOT / "configs").rglob("*.py"))
     known = {file.stem: file.relative_to(ROOT).as_posix() for file in files}
     known |= {verb: verb for verb in verbs()}

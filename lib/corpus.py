@@ -136,7 +136,7 @@ def stream(config, name: str, tokenizer: Tokenizer) -> Cache:
     """The token cache of a source, which a process is still building unless it is complete."""
     cache = open_cache(name, config.data, tokenizer, config.seed)
     if cache.length() is None:
-        cache.builder = spawn(config, name, cache.directory)
+        cache.wait_for(spawn(config, name, cache.directory))
     return cache
 
 

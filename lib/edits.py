@@ -25,12 +25,13 @@ def stack(
     times: Count = 2,
     layers: tuple[int, ...] | None = None,
     moments: Literal["reset", "map"] = "reset",
-    new: Literal["random", "identity"] = "random",
+    new: Literal["random", "loud", "identity"] = "random",
 ) -> Edited:
     """Grow in depth: the blocks, `times` over (G_stack, Du et al. 2024).
 
     layers: in place of that, old layers in any order; -1 is a new layer. new: it is drawn as at
-    initialisation ("random"), or so with zero output projections, and changes nothing yet
+    initialisation ("random"), where output projections are 0 by default; with these drawn as what
+    reads the stream is ("loud"); or with zeros in their place, so that it changes nothing yet
     ("identity"). Copies keep the output scale of the shallow model.
     moments: "reset" starts every optimiser group afresh, as the paper does. "map" copies the
     blocks' moments along; those of new layers are 0.
@@ -44,9 +45,10 @@ def stack(
     rows = table(config)
 
     def drawn(name, like):
-        if new == "identity" and writes_stream(rows[name]):
-            return jnp.zeros_like(like)
-        return draw(name, rows[name], context.key, like.dtype)
+        row = rows[name]
+        if writes_stream(row) and new != "random":
+            row = replace(row, init=0.0 if new == "identity" else config.embed**-0.5)
+        return draw(name, row, context.key, like.dtype)
 
     def mapped(tree, moment):
         return in_order(tree, order, rows, lambda _, like: jnp.zeros_like(like))

@@ -21,9 +21,9 @@ CODE = "*.py", "lib/*.py", "configs/*.py"  # files whose every change matters
 def key_of(config, device: str) -> str:
     """What a run is known by: its config, what that reads and names, the code, and the device.
 
-    The code is the house's and, of other files, those of the config's functions, up to the config.
-    Not seen are functions that these take from other files of a config's kind. config: a
-    `train.Config`, in which the run that it needs is named by its own key.
+    The code is the house's and, of other files, those of the config's functions and the config
+    files that these take names from, up to their configs. config: a `train.Config`, in which the
+    run that it needs is named by its own key.
     """
     written = to_json(config)
     for name in NO_MATTER:

@@ -1,4 +1,5 @@
 """Keys: what a function of a config computes, as JSON, so that what it made can be found again."""
+import ast
 import contextlib
 import inspect
 import json
@@ -7,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -42,12 +44,51 @@ def source_above(function: Callable) -> str:
     """The source of a function's file up to its config; of Coppice's own files nothing.
 
     Those are fixed by FORMAT in lib/disk.py: an edit there must not make every cache be built anew.
+    Config files, and files beside it, that it takes names from follow it, and so on.
     """
     module = function.__module__
-    if module == "data" or module.startswith("lib."):
+    if in_house(module):
         return ""
-    file = inspect.getsource(inspect.getmodule(function) or function)
-    return re.split(r"(?m)^(?:config|arms|study)\b", file)[0]
+    file = inspect.getmodule(function)
+    if file is None:
+        return inspect.getsource(function)
+    found, todo = {}, {module: file}
+    while todo:
+        name, file = todo.popitem()
+        found[name] = re.split(r"(?m)^(?:config|arms|study)\b", inspect.getsource(file))[0]
+        for other, module in helpers(file).items():
+            if other not in found:
+                todo[other] = module
+    return "".join(found.values())
+
+
+def in_house(module: str) -> bool:
+    """Whether a module is one of Coppice's own, no config file."""
+    return module in ("data", "model", "train") or module.startswith("lib.")
+
+
+def helpers(file: ModuleType) -> dict[str, ModuleType]:
+    """{name: module} of what a file takes names from: config files, and files beside it."""
+    here = Path(inspect.getsourcefile(file)).parent
+    found = {}
+    for name in names_imported(inspect.getsource(file)):
+        place = getattr(sys.modules.get(name), "__file__", None)
+        if place is None or in_house(name):
+            continue
+        if name.startswith("configs.") or Path(place).parent == here:
+            found[name] = sys.modules[name]
+    return found
+
+
+def names_imported(text: str) -> list[str]:
+    """The modules that a Python file imports, or takes names from."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [each.name for each in node.names]
+    return found
 
 
 def read_key(name: str, value: Any, given: bool) -> list:

@@ -63,7 +63,7 @@ class Log:
     """Writes a row for each step, one step late, so that no device waits for the host.
 
     A thread makes JSON of rows and tells the tracker, so that the loop waits for neither.
-    track: takes each row too. complete: the run has ended before; its rows stay as they are.
+    complete: the run has ended before; its rows stay as they are.
     """
 
     def __init__(self, path: Path, step: int, plan: Plan, max_skipped: int, complete: bool = False,
@@ -99,6 +99,14 @@ class Log:
         finally:
             self.writer.shutdown()
             self.file.close()
+
+    def tell(self, track: Callable[[dict], None] | None):
+        """Give each row to come to a tracker too."""
+        self.track = track
+
+    def saved(self, seconds: float):
+        """Take for how long a checkpoint held up the loop; the next step's row says it."""
+        self.save_s = seconds
 
     def step(self, step: int, metrics: dict, of_batch: dict, waited: float):
         """Take a step's metrics, still on the device, and write the row of the step before.

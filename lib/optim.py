@@ -1,5 +1,6 @@
 """Optimisers: AdamW, and the state that a step changes."""
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -55,11 +56,13 @@ def lr_factors(table: dict[str, Param], embed_lr: float, base_width: int) -> dic
 
     What reads or writes the residual stream learns at base_width / its inputs; at 1 if base_width
     is 0. Embeddings that are no head learn at embed_lr, whatever the width. All else learns at 1:
-    gains, a tied table, and rows with axes of a config's own.
+    gains, a tied table, and rows with axes of a config's own. A row of another model in the table,
+    whose axes have a prefix, learns as it would in that model.
     """
     untied = "head" in table
     factors = {}
     for name, row in table.items():
+        row = replace(row, axes=tuple(axis.rpartition("/")[2] for axis in row.axes))
         factors[name] = 1.0
         if row.group == "embed" and untied:
             factors[name] = embed_lr

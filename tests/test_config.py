@@ -678,7 +678,8 @@ def test_a_directory_and_a_word_that_is_no_verb_are_one_helpful_sentence(tmp_pat
     assert parse([str(run / "config.json")])[0] == config
     said = {str(run): "is the directory of a run; resume it by .*run/config.json"}
     said |= {
-        "track": "neither a config file, .* nor a verb .*bench, corpus, .*eval",
+        "track": "neither a config file, .* nor a verb .*bench, corpus, .*eval.*--tracker tensorboard",
+        "train": "neither a config file, .*; a run needs no verb: python train.py CONFIG",
         "configs/growth/g_stack.py/x": "neither",
         "configs/quikstart.py": r"did you mean configs/quickstart.py\?",
     }

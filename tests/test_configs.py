@@ -17,6 +17,7 @@ import model
 import train
 from configs import base
 from lib.config import ROOT, from_json, load_file, to_json
+from lib.edits import reset_embeddings
 from lib.packing import best_fit
 from lib.study import NEED, Study, needs_of
 from train import parse
@@ -222,6 +223,20 @@ def test_every_arm_can_be_written_down(path):
     for config in load_file(path).study.arms.values():
         written = json.loads(json.dumps(to_json(config)))
         assert to_json(from_json(train.Config, written)) == to_json(config)
+
+
+@every_study
+def test_a_head_of_its_own_goes_with_the_embeddings(path):
+    """Where they are frozen with all of the body, or drawn anew at a rate of their own, it is too."""
+    own = load_file(path).study
+    for name, config in (own.arms | own.needs).items():
+        left_out = {*getattr(config.optimizer, "keywords", {}).get("frozen", ())}
+        for phase in () if config.model.tied else config.phases:
+            frozen = left_out | {group for group, rate in phase.lr.items() if rate == 0}
+            alone = name == "head"  # perp.py trains that and nothing else
+            assert alone or "head" in frozen or not {"embed", "matrix", "vector"} <= frozen, name
+            anew = any(edit.apply is reset_embeddings for edit in phase.repeat)
+            assert not anew or phase.lr.get("head") == phase.lr.get("embed"), name
 
 
 @pytest.mark.parametrize("name", BUDGET)

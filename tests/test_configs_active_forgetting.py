@@ -293,6 +293,8 @@ def test_only_the_embeddings_rate_starts_again_in_each_episode():
     phase = arms["forgetting"].phases[0]
     (reset,) = phase.repeat
     own = phase.lr["embed"]
+    assert phase.lr.keys() == {"embed", "head"}
+    equal(forget["head"], forget["embed"])  # it is drawn anew with them
     assert own.cycle == reset.every
     assert phase.steps % reset.every == 0
 

@@ -259,6 +259,16 @@ def test_the_evaluation_asks_about_the_words_it_says():
         assert values(adjective - FIRST) == ranks
 
 
+def test_new_words_are_drawn_as_the_table_is_and_are_outputs_too():
+    """A head of its own knows no new word, whatever its embedding is."""
+    for arm, config in forgetting.study.arms.items():
+        assert config.model.tied, arm
+        assert model.table(config.model)["embed"].init == config.model.embed**-0.5
+    table = jnp.zeros((FIRST + WORDS, 8))
+    with pytest.raises(data.InputError, match="the model has a head of its own"):
+        process.probe({"embed": table, "head": table.T}, answering(from_context, []), WORDS, 4)
+
+
 def test_the_evaluation_draws_embeddings_for_new_words_alone():
     seen = []
     probe(from_context, seen)

@@ -31,7 +31,7 @@ BASE = load_file(ROOT / "configs/quickstart.py").config
 
 def points(text: str) -> list[str]:
     """Extension points by name, as `Phase.order`."""
-    return re.findall(r"`((?:Source|Phase|Config)\.\w+)`", text)
+    return re.findall(r"`((?:Source|Phase|Config|DataConfig|Schedule)\.\w+)`", text)
 
 
 # --------------------------------------------------------------------------------------- examples
@@ -52,7 +52,7 @@ def test_there_is_an_example_for_every_extension_point():
     rows = re.findall(r"(?m)^\| (`.*?`) \| ", GUIDE)
     listed = [point for row in rows for point in points(row)]
     shown = [point for name in EXAMPLES for point in points(name)]
-    assert len(listed) >= 15
+    assert len(listed) >= 20
     assert sorted(listed) == sorted(shown)
 
 
@@ -66,6 +66,8 @@ def test_an_example_is_a_config_that_is_accepted(examples, name):
         "Config": [(config, BASE)],
         "Phase": [(phase, BASE.phases[0]) for phase in config.phases],
         "Source": [(source, BASE.data.sources["stdlib"]) for source in sources],
+        "DataConfig": [(config.data, BASE.data)],
+        "Schedule": [(config.schedule, BASE.schedule)],
     }
     for point in points(name):
         kind, field = point.split(".")
@@ -92,7 +94,7 @@ def all_together(examples: dict[str, train.Config], path: Path):
     source = empty
     phase = train.Phase(steps=4, batch=8, seq=32)
     config = {}
-    hooks = "reparam", "token_loss", "reduce", "optimizer", "evals"
+    hooks = "reparam", "token_loss", "reduce", "gradient", "optimizer", "evals", "tracker"
     for example in examples.values():
         for own in example.data.sources.values():
             found = changed_fields(own, empty, ("split",))  # all have documents in every split
@@ -151,6 +153,8 @@ def test_all_examples_together_train(examples, tmp_path, tiny):
     assert all(row["train/skipped"] == 0 for row in steps)
     assert all(row["own/hardest"] >= row["train/loss"] for row in steps)
     assert any(0 <= row.get("own/closes", -1) <= 1 for row in rows)
+    tracked = (tmp_path / "all/train-grad_norm.csv").read_text().split()
+    assert [line.split(",")[0] for line in tracked] == [str(step) for step in range(1, 9)]
 
 
 def test_every_config_on_a_page_is_accepted(tmp_path):

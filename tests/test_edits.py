@@ -291,3 +291,17 @@ def test_random_layers_begin_without_moments(before):
 def test_stack_refuses_an_unknown_kind_of_new_layer(before):
     with pytest.raises(ValueError, match="new is 'zero'"):
         stack(before, context(), layers=(0, -1), new="zero")
+
+
+def test_loud_layers_are_heard_at_once_whatever_the_table_says(before):
+    """As at initialisation, but with outputs drawn as what reads the stream is, where they are 0."""
+    quiet = replace(before.config, rows=None)
+    edited = stack(before._replace(config=quiet), context(), layers=(0, 1, -1), new="loud")
+    config, params = edited.model
+    fresh = model.init(config, context().key)
+    assert not edited.preserves and not np.any(fresh["o"]) and not np.any(fresh["down"])
+    for name in ("o", "down"):
+        spread = float(np.std(params[name][2]))
+        assert spread == pytest.approx(config.embed**-0.5, rel=0.15), name
+    for name in ("q", "gate", "attn_norm"):
+        equal(params[name][2], fresh[name][2])

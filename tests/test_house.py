@@ -185,6 +185,57 @@ def test_no_other_file_loads_one_by_its_name(path):
     assert not lines_that_load(path)
 
 
+def is_self(node: ast.expr) -> bool:
+    """Whether an expression is a method's own object."""
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def targets(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """What a file writes with `=` and the like that has the form OBJECT.NAME."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node
+
+
+def owned(path: Path) -> set[str]:
+    """What objects of a file's classes have: their fields, and what methods write into `self`."""
+    found = {node.attr for node in targets(parsed(path)) if is_self(node.value)}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ClassDef):
+            fields = [inner for inner in node.body if isinstance(inner, ast.AnnAssign)]
+            found |= {field.target.id for field in fields}
+    return found
+
+
+def written_elsewhere(tree: ast.AST, own: set[str], of_others: set[str]) -> list[str]:
+    """What a file writes into an object that is of another file's class, by the names.
+
+    `a` is what a verb's own parser made of the command line.
+    """
+    made_here = {"a"} | {node.name for node in ast.walk(tree) if isinstance(node, FUNCTIONS)}
+    found = []
+    for node in targets(tree):
+        mine = is_self(node.value) or node.attr in own or ast.unparse(node.value) in made_here
+        if node.attr in of_others and not mine:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+OWNED = {path: owned(path) for path in [*CORE, *TOOLS]}
+
+
+@pytest.mark.parametrize("path", [*CORE, *TOOLS], ids=label)
+def test_nothing_writes_into_an_object_that_another_file_owns(path):
+    others = set().union(*(names for other, names in OWNED.items() if other != path))
+    assert not written_elsewhere(parsed(path), OWNED[path], others)
+
+
+def test_a_write_into_another_file_s_object_would_be_found():
+    text = "def f(log): pass\nlog.late = 1\nrun.mine, log.other = 2, 3\nf.late = self.late = 4\n"
+    found = written_elsewhere(ast.parse(text), {"mine"}, {"late", "mine"})
+    assert found == ["2: log.late"]
+
+
 # -------------------------------------------------------------------------------------------- lines
 
 # What is no token of a thought.

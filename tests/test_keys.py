@@ -1,8 +1,11 @@
 """lib/keys.py: a function's key follows all that it computes from."""
+import importlib
 import inspect
 import json
+import linecache
 import os
 import shutil
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,7 +17,8 @@ import data
 from data import Loader
 from lib.cache import build
 from lib.checkpoint import Checkpoints
-from lib.keys import function_key, run_key, run_step
+from lib.config import ROOT, load_file
+from lib.keys import function_key, run_key, run_step, source_above
 from lib.optim import State
 from lib.packing import concat_and_split
 from lib.tokenizers import Bytes
@@ -242,3 +246,32 @@ def test_a_key_follows_the_file_that_a_function_stands_in():
     in_data = function_key(data.text)["file"]
     assert in_data == function_key(data.stdlib)["file"]
     assert in_data != function_key(by_run)["file"]
+
+
+def test_a_key_follows_the_files_that_a_config_file_takes_names_from(tmp_path, monkeypatch):
+    """Beside it, and theirs; the library's own files and what stands below a config do not count."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_tools.py").write_text("from own_parts import half\nimport lib.packing\n")
+    (tmp_path / "own_idea.py").write_text(
+        "import json\nimport own_tools\n\ndef idea(lengths, seq):\n    return own_tools.half(seq)\n")
+    keys = []
+    for text in ("def half(x):\n    return x // 2\n", "def half(x):\n    return x / 2\n",
+                 "def half(x):\n    return x / 2\nconfig = 3\n"):
+        (tmp_path / "own_parts.py").write_text(text)
+        for name in ("own_idea", "own_tools", "own_parts"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        keys.append(function_key(importlib.import_module("own_idea").idea))
+    for name in ("own_idea", "own_tools", "own_parts"):
+        del sys.modules[name]
+    assert keys[0]["source"] == keys[1]["source"]
+    assert different(keys) == 2 and keys[0] != keys[1]
+
+
+def test_a_key_follows_another_paper_s_function():
+    """ingenious.py embeds documents by d4.py, which packs them by qurating.py."""
+    text = source_above(load_file(ROOT / "configs/selection/ingenious.py").facility)
+    for function in ("facility", "embed", "pack"):
+        assert text.count(f"\ndef {function}(") == 1, function
+    assert "def small" not in text and "study = Study(" not in text

@@ -69,3 +69,11 @@ def test_pairs_are_of_a_window_in_a_segment():
     often = {"tokens": np.zeros((1, 1_000), int), "segments": np.ones((1, 1_000), int)}
     left, _ = cw2v.pairs_of([often], 1, rate=0.01)
     assert 100 < len(left) < 300  # a tenth of the centers, with two others each
+
+
+def test_word2vec_is_charged_for_each_table_that_the_model_has():
+    """300 steps of products [2048 old] by [old embed], forward and backward."""
+    shape, new = cw2v.base.model, 2_048
+    tables = [row for row in table(shape).values() if "vocab" in row.axes]
+    each = 6.0 * new * shape.vocab * shape.embed
+    assert cw2v.study.teacher_flops == {"cw2v": 300 * len(tables) * each} and len(tables) == 2

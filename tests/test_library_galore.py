@@ -14,7 +14,7 @@ import train
 from configs.parameters.galore import Low, galore, projected
 from lib.kernels import Mask
 from lib.matrices import flat, matrices, sides
-from lib.optim import first_state
+from lib.optim import adamw, first_state
 from lib.sharding import MeshConfig, make_mesh
 from lib.sizes import sizes
 
@@ -57,7 +57,7 @@ def by_hand(trees, row, rank, every, residual, growth=1.01):
     before = None
     for t, g in enumerate(trees, 1):
         g = g if n <= m else g.T
-        if (t - 1) % every == 0:
+        if (t - 1) % every == 0 or t == 2:
             p = np.linalg.svd(g)[0][:, :rank]
         low = p.T @ g
         mu, nu = B1 * mu + (1 - B1) * low, B2 * nu + (1 - B2) * low**2
@@ -106,7 +106,7 @@ def test_a_new_projection_keeps_the_moments(tiny):
         for t, tree in enumerate(trees):
             g = np.asarray(flat(tree[name], row), np.float64)
             g = g if sides(row)[0] <= sides(row)[1] else g.swapaxes(1, 2)
-            if t == 0:
+            if t < 2:
                 p = np.linalg.svd(g)[0][..., :5]
             if t == 2:  # the one in use, whose signs are as they are
                 p = np.asarray(held[name].p, np.float64)
@@ -152,3 +152,26 @@ def test_bytes_of_state_are_as_counted_and_it_trains_on_a_mesh(tiny):
             state, metrics = step(state, rows(i), rate, mask=Mask("causal", 0))
     assert int(state.skipped) == 0 and np.isfinite(metrics["train/loss"])
     assert found["model/opt_bytes"] == sum(x.nbytes for x in jax.tree.leaves(state.opt))
+
+
+def test_blocks_that_begin_silent_have_the_directions_of_the_first_gradient_that_is_not_zero(tiny):
+    """As by default: outputs of blocks begin as 0, and so do the gradients of all that is before."""
+    trees, table = gradients(tiny, 2), {"q": matrices(tiny)["q"]}
+    still = {"q": jnp.zeros_like(trees[0]["q"])}
+    _, (_, held) = taken(projected(table, 5, 50, False, B1, B2), [still, {"q": trees[1]["q"]}])
+    g = np.asarray(flat(trees[1]["q"], table["q"]), np.float64)
+    wanted = np.linalg.svd(g)[0][..., :5]
+    np.testing.assert_allclose(np.abs(held["q"].p), np.abs(wanted), atol=1e-4)
+
+
+def test_galore_of_full_rank_is_the_control(tiny):
+    """AdamW of the library, its decay and its factors on rates by inputs with it."""
+    trees, table = gradients(tiny, 3), model.table(tiny)
+    params = {name: 0.1 * x for name, x in trees[0].items()}
+    ours, theirs = galore(table, rank=48)["matrix"], adamw(table)["matrix"]
+    state, other = ours.init(params), theirs.init(params)
+    for tree in trees:
+        made, state = jax.jit(ours.update)(tree, state, params)
+        wanted, other = jax.jit(theirs.update)(tree, other, params)
+        for name in wanted:
+            np.testing.assert_allclose(made[name], wanted[name], atol=1e-5)

@@ -50,6 +50,11 @@ def test_rates_are_by_inputs_whatever_reads_or_writes_the_stream(tiny):
     ones = dict.fromkeys(["attn_norm", "mlp_norm", "norm", "a"], 1.0)
     assert factors == reads | writes | ones | {"embed": 10.0}
 
+    beside = {f"encoder/{name}": replace(row, axes=tuple(f"encoder/{axis}" for axis in row.axes))
+              for name, row in table.items()}
+    assert lr_factors(table | beside, 10.0, 64) == factors | {
+        f"encoder/{name}": factor for name, factor in factors.items()}
+
     tied = lr_factors(model.table(tiny), 10.0, 64)
     assert tied["embed"] == 1.0
     assert set(lr_factors(table, 1.0, 0).values()) == {1.0}

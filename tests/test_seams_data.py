@@ -666,7 +666,8 @@ EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", GUIDE))
 
 @pytest.mark.parametrize("name, key", [
     ("`Source.split`", ""), ("`Source.marks`", "marks"), ("Sources without text", "x"),
-    ("Scores of many documents at once", ""), ("Tokenizers of your own", ""), ("Objectives by source", "")])
+    ("Scores of many documents at once", ""), ("`DataConfig.tokenizer`", ""), ("Objectives by source", ""),
+    ("Text that is read without loss", ""), ("`Schedule.shape`", "")])
 def test_examples_of_the_guide_make_batches(home, tmp_path, name, key):
     """On a few documents in the place of the standard library."""
     file = tmp_path / "example.py"
@@ -684,6 +685,9 @@ def test_examples_of_the_guide_make_batches(home, tmp_path, name, key):
     assert first.arrays.keys() == last.arrays.keys() and (not key or first.arrays[key].any())
     assert config.token_loss is train.cross_entropy or key
     assert first.arrays["weights"].any() and last.arrays["weights"].any()
+    if name == "Text that is read without loss":
+        read_alone = (first.arrays["weights"] == 0) & (first.arrays["segments"] > 0)
+        assert 0.1 < read_alone.mean() < 0.9
 
 
 def quotes(number: int = 60, letter: str = "q"):

@@ -11,14 +11,21 @@ from conftest import rows as random_rows
 
 import model
 import train
+from data import DataConfig, Source
+from lib import seams
 from lib.config import ROOT, from_json, to_json
 from lib.kernels import Mask
 from lib.optim import state_like
 from lib.sharding import MeshConfig, make_mesh
+from lib.study import Study
 from lib.tokenizers import Bytes
 
 GUIDE = (ROOT / "docs/extending.md").read_text("utf-8")
 EXAMPLES = dict(re.findall(r"(?ms)^#### (.*?)$.*?^```python\n(.*?)^```", GUIDE))
+HELD = train.Config, train.Phase, train.Edit, train.Schedule, DataConfig, Source, model.ModelConfig, Study
+# Where a function is given that no field of these has the seam of.
+BESIDES = {"Param.init": seams.INIT, "Study.measures": seams.MEASURE}
+RENAMED = {"Edit.apply": "Phase.repeat"}  # what the page shows in its place
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +33,46 @@ def one():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+def seams_in(hint) -> set:
+    """The extension points that a field's annotation holds, also within its parts."""
+    found = {part for part in getattr(hint, "__metadata__", ()) if isinstance(part, seams.Seam)}
+    inner = () if isinstance(hint, type) else getattr(hint, "__args__", ())
+    return found.union(*map(seams_in, inner))
+
+
+def places() -> dict[str, seams.Seam]:
+    """{"Class.field": the extension point} of every field that holds a function."""
+    found = dict(BESIDES)
+    for made in HELD:
+        for field, hint in made.__annotations__.items():
+            for point in seams_in(hint):
+                name = f"{made.__name__}.{field}"
+                found[RENAMED.get(name, name)] = point
+    return found
+
+
+def test_the_page_has_every_extension_point_that_the_core_knows_with_its_call():
+    """In a table with all that it is given and may ask for, and in the heading or text of code."""
+    known = places()
+    every = {point for point in vars(seams).values() if isinstance(point, seams.Seam)}
+    assert set(known.values()) == every
+    rows = re.findall(r"(?m)^\| .*`\w+\.\w+`.* \|$", GUIDE)
+    headings = re.findall(r"(?ms)^####? ([^\n]*)\n(?:(?!^#).)*?^```python$", GUIDE)
+    code = "".join(re.findall(r"(?ms)^```python\n(.*?)^```", GUIDE))
+    for name, point in known.items():
+        own = [row for row in rows if f"`{name}`" in row]
+        alike = [row for row in rows if any(f"`{other}`" in row for other in known if known[other] == point)]
+        assert own, name
+        told = {*point.given, *point.asked}
+        assert any(told <= set(re.findall(r"\w+", row)) for row in alike), (name, told)
+        field = name.removeprefix("Study.")
+        shown = any(f"`{name}`" in heading for heading in headings)
+        assert shown or field != name and re.search(rf"(?m)^    {field}=\{{.*: [a-z_]+\}}", code), name
+
+
 def test_there_is_an_example_for_every_field_of_the_table():
-    listed = re.findall(r"(?m)^\| `(ModelConfig\.\w+)` \| ", GUIDE)
-    shown = [point for name in EXAMPLES for point in re.findall(r"`(ModelConfig\.\w+)`", name)]
+    listed = re.findall(r"(?m)^\| `((?:ModelConfig|Param)\.\w+)` \| ", GUIDE)
+    shown = [point for name in EXAMPLES for point in re.findall(r"`((?:ModelConfig|Param)\.\w+)`", name)]
     assert sorted(listed) == sorted(shown) and len(EXAMPLES) == 5
 
 

@@ -415,6 +415,8 @@ def test_the_example_of_the_docs_is_a_study(tmp_path):
             config, _ = parse([str(word) for word in study.command(request, study.Job(name, None, 1))])
             train.check(config)
             assert bool(config.init_from.endswith("teacher-own-s1")) == (name == "on")
+    fall = request.study.measures["fall"]
+    assert fall([{"train/loss": 3.0}, {"eval/stdlib/bpb": 9.0}, {"train/loss": 2.25}]) == 0.75
     exponent = request.study.conclusions["exponent"]
     params = {arm: np.array([float(10 ** i)] * 3) for i, arm in enumerate(("layers1", "layers2", "layers4"))}
     figures = {arm: {"bpb": size**-0.5, "model/params": size} for arm, size in params.items()}

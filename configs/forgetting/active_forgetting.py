@@ -86,8 +86,8 @@ pretrain = Phase(steps=1_200, batch=16, seq=64, mixture={"old": 1.0}, schedule=r
 adapt = replace(pretrain, mixture={"new": 1.0}, edits=(reset_embeddings,), lr=body,
                 schedule=Schedule(shape="linear", peak=1.2e-2, warmup=10, final=0.0))
 cells = [replace(adapt, steps=n, packing=partial(few, tokens=t)) for t, n in CELLS.values()]
-forget = replace(pretrain, repeat=(Edit(reset_embeddings, every=K),),
-                 lr={"embed": replace(rate, warmup=20, final=0.0, cycle=K)})
+forget = replace(pretrain, repeat=(Edit(reset_embeddings, every=K),), lr=dict.fromkeys(
+    ("embed", "head"), replace(rate, warmup=20, final=0.0, cycle=K)))
 standard = Config(
     model=ModelConfig(layers=4, embed=64, heads=2, kv_heads=2, head_dim=32, mlp=128),
     data=DataConfig(sources={"old": Source(partial(stdlib, unit="definition")), "new": Source(

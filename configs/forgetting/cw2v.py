@@ -105,7 +105,7 @@ study = Study(
                 seeds=("003:2",)),
     needs={"base": base, "larger": larger},
     arms=arms,
-    teacher_flops={"cw2v": 300.0 * 6 * 2048 * 512 * 128},
+    teacher_flops={"cw2v": 300.0 * 2 * 6 * 2048 * 512 * 128},  # embeddings, and a head of its own
     measures={"dev/first": early},
     quick=shared.quick(keep=("model.vocab", "data.tokenizer")),
     claims=(

@@ -5,7 +5,7 @@ Method: no embeddings are learnt. In each row each token id has a random Gaussia
     the same within the row and new in every other. It is what the model reads and, as the tied
     head, what it compares its states with. So what a token means must be read off the context.
 Here: bytes of Python's library in rows of 128; the paper has 512 on the Pile, and larger models.
-    The vectors have our table's deviation, 1/sqrt(width); held-out rows draw by their place in the
+    Vectors have the deviation of a tied table, 1/sqrt(width); held-out rows draw by place in the
     batch. cipher: the same documents with permuted ASCII characters; nobody trains on it. place/i:
     loss of new batches in the i-th quarter of 128 positions of a text. lookup: 16 pairs of random
     bytes, then a key again; the share of right values.

@@ -95,7 +95,7 @@ more = replace(seed.phases[0], steps=200, mixture=dict(wiki=1.0, code=1.0, math=
 join = *(partial(adopt, run=run, prefix=name) for name, run in BRANCHES.items()), partial(
     stitch, branches=tuple(BRANCHES))
 joint = replace(more, steps=100, cost=3.3, edits=join, lr={"stitch": 0.25})
-still = replace(more, steps=1, lr=dict(embed=0.0, matrix=0.0, vector=0.0))
+still = replace(more, steps=1, lr=dict.fromkeys(("embed", "head", "matrix", "vector"), 0.0))
 FROZEN = *still.lr, *BRANCHES
 hub = replace(seed, init_from="needs:seed", phases=(still,))
 paid = round(2 * more.steps + joint.cost * joint.steps)  # in steps of the hub

@@ -72,7 +72,8 @@ def adapted(cross: str, alone: int = 0) -> Config:
     rest = replace(after, steps=steps - alone)
     if not alone:
         return replace(decoder, phases=(replace(rest, edits=(edit,)),))
-    first = replace(after, steps=alone, edits=(edit,), lr=dict(embed=0.0, matrix=0.0, vector=0.0))
+    still = dict.fromkeys(("embed", "head", "matrix", "vector"), 0.0)
+    first = replace(after, steps=alone, edits=(edit,), lr=still)
     return replace(decoder, phases=(first, rest))
 
 

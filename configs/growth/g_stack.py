@@ -84,7 +84,7 @@ def gradual(copied) -> Config:
     return replace(scratch, model=base.shape(layers=2), phases=tuple(phases))
 
 
-stacked, on_top = grown(), grown(layers=(0, 1, -1, -1, -1, -1, -1, -1))
+stacked, on_top = grown(), grown(layers=(0, 1) + 6 * (-1,), new="loud")
 fade_in = partial(annealed, layers=2, start=on_top.phases[0].steps, steps=100)
 silent = partial(silence, layers=(1, 2, 3, 5, 6, 7))
 study = Study(

@@ -6,10 +6,10 @@ Method: P holds the first r singular vectors of a matrix's gradient G, of its sm
     anew every so many steps. Adam runs on R = P'G, whose moments are kept; the update is P Adam(R)
     (GaLore). Fira adds what P leaves out, G - P R, each column scaled by |Adam(R)| / |R| of that
     column; where its norm grows by more than 1 % in a step it is cut back.
-Here: r 24 of 96, a new P every 50 steps, the scale of P Adam(R) is 1 where the papers have 0.25,
-    so that arms share their grid of rates. Norms are of Adam's step with its bias corrected. Where
-    the smaller side is no more than r, P is 1: that is Adam. Weight decay is the control's, 0.1.
-    Embeddings and gains have AdamW.
+Here: r 24 of 96, a new P every 50 steps and after the first one: the outputs of blocks begin as 0,
+    and so do most gradients. The scale of P Adam(R) is 1 where the papers have 0.25, so that arms
+    share their rates. Norms are of Adam's step with its bias corrected. Where the smaller side is
+    no more than r, P is 1: that is Adam. Embeddings and gains have AdamW, weight decay is 0.1.
 Cost: some fifteen runs of 200 steps, a quarter of a minute each: four minutes on two CPU cores.
 Run:
     python train.py study configs/parameters/galore.py --jobs 2
@@ -25,7 +25,7 @@ from jax import lax
 
 from configs import base
 from lib.matrices import flat, smaller_first
-from lib.optim import adamw
+from lib.optim import adamw, lr_factors, scale_each
 from lib.sharding import constrain
 from lib.study import Claim, Paper, Study
 from model import Param
@@ -61,7 +61,7 @@ def projected(rows: dict[str, Param], rank: int, every: int, residual: bool, b1:
     def one(g, old: Low, count):
         p, norm, t = old.p, old.norm, count + 1
         if p.shape[2] < p.shape[1]:
-            p = lax.cond(count % every == 0, directions, lambda g, p: p, g, p)
+            p = lax.cond((count % every == 0) | (count == 1), directions, lambda g, p: p, g, p)
         low = p.swapaxes(1, 2) @ g
         mu = b1 * old.mu + (1 - b1) * low
         nu = b2 * old.nu + (1 - b2) * low**2
@@ -95,8 +95,8 @@ def norms(x, axis):
 def galore(table: dict[str, Param], rank: int = 24, every: int = 50, residual: bool = False,
            b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1) -> dict:
     """An `optimizer`: `projected` for the matrices, AdamW for the rest; residual: Fira."""
-    low = projected(table, rank, every, residual, b1, b2)
-    decayed = optax.chain(low, optax.add_decayed_weights(weight_decay))
+    low, factors = projected(table, rank, every, residual, b1, b2), lr_factors(table, 1.0, 64)
+    decayed = optax.chain(low, optax.add_decayed_weights(weight_decay), scale_each(factors))
     return adamw(table, b1, b2, weight_decay=weight_decay) | {"matrix": decayed}
 
 

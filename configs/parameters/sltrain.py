@@ -8,8 +8,9 @@ Method: W = (alpha / r) A B + S, from the first step. The support of S, a share 
     layer by layer, and is near full rank at 60M to 7B.
 Here: r 16, a share of 0.03 as in the paper, matrices of 96 x 96 and 96 x 256. The support is
     stored, as int32, and does not train. lora has the matrices as they were drawn, frozen, in
-    place of S. Embeddings, gains and the head are whole. W is formed and multiplied as one matrix,
-    so that a step costs what it does in full; no quantisation.
+    place of S; in it alone outputs of blocks are drawn too, not 0. Embeddings, gains and the head
+    are whole. W is formed and multiplied as one matrix, so that a step costs what it does in full;
+    no quantisation.
 Cost: twelve runs of 200 steps at two rates, a quarter of a minute each: four minutes on two cores.
 Run:
     python train.py study configs/parameters/sltrain.py --jobs 2
@@ -73,6 +74,11 @@ def sparse_plus_low(params: dict, step, batch, config, alpha: float = 16.0) -> d
     return used
 
 
+def beside(config, rows: dict[str, Param]) -> dict[str, Param]:
+    """A `rows`: LoRA's factors beside frozen matrices, none of which is 0."""
+    return lora_rows(config, base.loud(config, rows), rank=16)
+
+
 def arm(rows, reparam) -> Config:
     """A run whose model stores other rows."""
     return replace(full, model=replace(full.model, rows=rows), reparam=reparam, optimizer=unfrozen)
@@ -85,7 +91,7 @@ study = Study(
                       "pretraining", authors="Han et al.", year=2024, seeds=("001:32",)),
     arms={"full": full,
           "low_rank": replace(full, model=replace(full.model, rows=factored), reparam=product),
-          "lora": arm(partial(lora_rows, rank=16), adapted),
+          "lora": arm(beside, adapted),
           "sltrain": arm(sparse_rows, sparse_plus_low)},
     peak_lrs=(4e-3, 8e-3),
     measures={"stored": "model/params", "trained": "model/trained", "bytes": "model/opt_bytes"},
