@@ -201,7 +201,7 @@ def test_it_says_what_it_chose(here, capsys):
 
 
 def test_depth_and_length_follow_from_how_much_there_is(here, capsys):
-    """A token a parameter in four passes, which it takes, but 3 million tokens at most; of little text bytes."""
+    """A token a parameter in four passes, which it takes; 3 million tokens at most; of little text bytes."""
     mine = load_file(MINE)
     assert [mine.depth_for(tokens) for tokens in (0, 1e5, 2e5, 4e5, 7e5, 1e6, 1e12)] == [2, 2, 3, 4, 5, 6, 6]
     size = (here / "corpus.jsonl").stat().st_size
@@ -241,7 +241,7 @@ def test_a_model_to_start_from_has_its_own_shape_and_tokenizer(here, capsys):
     (["--path", "notes", "--held_out", "gone"], "'gone' cannot be read"),
     (["--path", "notes", "--kind", "csv"], "--kind of"),
     (["--path", "notes", "--depth", "-1"], "--depth of"),
-    (["--path", "notes", "--depth", "deep"], "is 'deep' (str); allowed is an integer, 0 or more, at most 100"),
+    (["--path", "notes", "--depth", "deep"], "'deep' (str); allowed is an integer, 0 or more, at most 100"),
     (["--path", "corpus.jsonl", "--content", "body.txt"], "no key 'body.txt'"),
     (["--path", "notes", "--tokens", "1e6", "--epochs", "2"], "tokens 1e+06 and epochs 2"),
     (["--path", "notes", "--epochs", "2", "--data.stream", "true"], "data.stream is true"),
