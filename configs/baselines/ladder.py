@@ -15,7 +15,7 @@ Run:
     python train.py configs/baselines/ladder.py --depth 6 --tokens_per_param 5
     python train.py fit configs/baselines/ladder.py --depth 24 --topology h100:8
 """
-from configs.base import TOKENS_PER_PARAM, Depth, ladder, rung, says
+from configs import base
 from lib.errors import InputError
 from lib.fields import NotNegative
 from model import count
@@ -23,7 +23,7 @@ from train import Config
 
 
 def config(
-    depth: Depth = 4, tokens: NotNegative = 0.0, tokens_per_param: NotNegative = 0.0
+    depth: base.Depth = 4, tokens: NotNegative = 0.0, tokens_per_param: NotNegative = 0.0
 ) -> Config:
     """A run of so many layers.
 
@@ -32,8 +32,8 @@ def config(
     if tokens and tokens_per_param:
         raise InputError(f"a run is given tokens {tokens:g} and tokens_per_param "
                          f"{tokens_per_param:g}; allowed is one of them")
-    each = tokens_per_param or TOKENS_PER_PARAM
-    found = ladder(depth, tokens or each * count(rung(depth)))
-    print(f"ladder: depth {depth}: {says(found)} (--depth, --tokens, --tokens_per_param)",
+    each = tokens_per_param or base.TOKENS_PER_PARAM
+    found = base.ladder(depth, tokens or each * count(base.rung(depth)))
+    print(f"ladder: depth {depth}: {base.says(found)} (--depth, --tokens, --tokens_per_param)",
           flush=True)
     return found

@@ -43,7 +43,8 @@ def foretold(figures: dict) -> dict[str, float]:
     law = fit_law(size, tokens, loss)
     line = np.polyfit(np.log(flops), np.log(loss), 1)
     n, d, true, f = (x.mean() for x in points(figures, [NEXT]))
-    missed = [abs(told / true - 1) for told in (law.loss(n, d), np.exp(np.polyval(line, np.log(f))))]
+    told = law.loss(n, d), np.exp(np.polyval(line, np.log(f)))
+    missed = [abs(one / true - 1) for one in told]
     means = [x.reshape(len(FITTED), -1).mean(1) for x in (size, tokens, loss)]
     found = law._asdict() | {
         "exponent of the best size": law.exponent, "missed": missed[0],

@@ -83,7 +83,7 @@ def worst(figures: dict) -> float:
 
 
 def above_best(figures: dict, sizes: tuple[str, ...]) -> dict:
-    """Curves over the rates: losses less the least of each size, without what a seed adds to all."""
+    """A chart's curves: losses less the least of each size, without what a seed adds to all."""
     found = {}
     for size in sizes:
         bits = np.array([figures[arm(size, rate)]["bpb"] for rate in base.RATES])
