@@ -31,6 +31,10 @@ def test_the_law_that_runs_follow_is_found_and_foretells_d8():
     for name, value in LAW._asdict().items():
         assert found[name] == pytest.approx(value, rel=1e-5)
     assert found["exponent of the best size"] == pytest.approx(0.38 / 0.73)
+    best, each = found["best size at d8's FLOPs"], found["tokens a parameter there"]
+    flops = base.flops(scaling.study.arms["d8"].model, scaling.study.arms["d8"].phases[0])
+    assert best == pytest.approx(LAW.best_size(flops), rel=1e-5)
+    assert 6 * best * (each * best) == pytest.approx(flops)
     assert found["missed"] == pytest.approx(0, abs=1e-8)
     assert found["worst of those fitted"] == pytest.approx(0, abs=1e-8)
     assert found["less a line's"] < -0.01  # a line over FLOPs has no room for the size

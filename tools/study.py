@@ -22,7 +22,8 @@ runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a stud
 
 Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, each made by the ordinary command in a process of
 its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores.
-What is complete is not run again. Beside them are study.json, study.png and a log of each run.
+What is complete is not run again. Beside them are study.json, a log of each run, and study.png:
+the study's `charts`, or a curve for each arm.
 """
 import argparse
 import json

@@ -9,8 +9,8 @@ Here: the ladder of configs/base.py, d2 and d4 at three lengths and d6 at two; d
     ready configs have a million times these FLOPs and other text: what is said of them is the law
     drawn far beyond its runs, and its interval has the seeds alone. Against: a straight line of log
     L over log F. Intervals are by resampling seeds.
-Cost: 27 runs of 2e13 FLOPs together: eight to nine minutes on two CPU cores that do nothing else,
-    an estimate.
+Cost: 27 runs of 2e13 FLOPs together, seven to nine minutes on two CPU cores that do nothing else,
+    an estimate: 5e10 to 8e10 FLOPs a second, and five seconds a run for what is not training.
 Run:
     python train.py study configs/baselines/scaling.py --jobs 2
 """
@@ -46,8 +46,10 @@ def foretold(figures: dict) -> dict[str, float]:
     told = law.loss(n, d), np.exp(np.polyval(line, np.log(f)))
     missed = [abs(one / true - 1) for one in told]
     means = [x.reshape(len(FITTED), -1).mean(1) for x in (size, tokens, loss)]
+    best = law.best_size(f)
     found = law._asdict() | {
-        "exponent of the best size": law.exponent, "missed": missed[0],
+        "exponent of the best size": law.exponent, "best size at d8's FLOPs": best,
+        "tokens a parameter there": f / 6 / best**2, "missed": missed[0],
         "less a line's": missed[0] - missed[1],
         "worst of those fitted": np.abs(law.loss(*means[:2]) / means[2] - 1).max()}
     for name, ready in READY.items():
