@@ -148,23 +148,31 @@ def rung(depth: int, vocab: int = 0) -> ModelConfig:
 def ladder(depth: int, tokens: float = 0.0, vocab: int = 0) -> Config:
     """The run of a rung. tokens: its length, 0 for 20 a parameter; vocab: see `rung`.
 
-    A batch has 0.292 FLOPs^0.3271 tokens (DeepSeek LLM, Bi et al. 2024, equation 1), rounded down
-    to a power of two. An eighth of the steps warm up. The peak rate is the same for all, see
-    lib/optim.py. Text is Python's standard library, of which large rungs read too little.
+    A batch grows with the length, tokens^0.47, whatever the size, as the critical batch does (Zhang
+    et al. 2024, "How Does Critical Batch Size Scale in Pre-training?"). It has 2,048 tokens where
+    the run has 2^20: so the peak rate was chosen, which is the same for all, see lib/optim.py. An
+    eighth of the steps warm up. Text is Python's standard library, of which large rungs read too
+    little.
     """
     model, like = rung(depth, vocab), deep
     if depth > OF_CPUS:
         like = replace(llama, data=replace(llama.data, sources=deep.data.sources))
     seq = like.phases[0].seq
     tokens = tokens or float(TOKENS_PER_PARAM * count(model))
-    spent = tokens * model.flops(model, seq)
-    rows = 2 ** max(0, math.floor(math.log2(0.292 * spent**0.3271 / seq)))
+    rows = round_rows(2048 * (tokens / 2**20) ** 0.47 / seq)
+    parts = max(1, rows // 32) if depth > OF_CPUS else 1  # 32,768 tokens at once
     steps = max(1, round(tokens / rows / seq))
-    parts = max(1, rows // 32)  # of a batch, at large rungs: 32,768 tokens at once
-    phase = Phase(steps=steps, batch=rows, seq=seq, accumulate=parts if depth > OF_CPUS else 1)
     every = max(1, steps // 10)
-    return replace(like, model=model, phases=(phase,), eval_every=every, save_every=every,
+    return replace(like, model=model, eval_every=every, save_every=every,
+                   phases=(Phase(steps=steps, batch=rows, seq=seq, accumulate=parts),),
                    schedule=replace(deep.schedule, warmup=steps // 8))
+
+
+def round_rows(rows: float) -> int:
+    """The nearest of 1, 2, 3, 4, 6, 8, 12, 16, 24 ..., so that several devices share a batch."""
+    power = 2 ** max(0, math.floor(math.log2(rows)))
+    near = power, power + power // 2, 2 * power
+    return min(near, key=lambda one: abs(math.log(one / rows)))
 
 
 def says(config: Config) -> str:

@@ -1,5 +1,4 @@
 """The ladder: what follows from a depth, its command, and the pages that show it."""
-import math
 import re
 from dataclasses import replace
 
@@ -38,18 +37,28 @@ def test_a_rung_has_the_size_of_its_closed_form(depth, embed, heads, mlp, vocab,
 
 
 @pytest.mark.parametrize("depth, tokens, rows, steps", [
-    # 20 tokens a parameter: d4 has 6,585,600, and 0.292 (1.3e13)^0.3271 = 5,674 tokens a batch
+    # 20 tokens a parameter; 2,048 (6,585,600 / 2^20)^0.47 = 4,860 tokens are 19 rows of 256
     (4, 6_585_600, 16, 1_608),
-    (12, 2_076_564_480, 128, 15_843),
+    (12, 2_076_564_480, 64, 31_686),  # 72,663 are 71 rows of 1,024
 ])
-def test_a_run_reads_20_tokens_a_parameter_in_batches_by_its_flops(depth, tokens, rows, steps):
+def test_a_run_reads_20_tokens_a_parameter_in_batches_by_its_length(depth, tokens, rows, steps):
     config = base.ladder(depth)
     (phase,), model = config.phases, config.model
     assert tokens == 20 * count(model)
-    spent = tokens * model.flops(model, phase.seq)
-    batch = 0.292 * spent**0.3271
-    assert phase.batch == rows == 2 ** math.floor(math.log2(batch / phase.seq))
+    batch = 2_048 * (tokens / 2**20) ** 0.47
+    assert phase.batch == rows == base.round_rows(batch / phase.seq)
     assert phase.steps == steps == round(tokens / rows / phase.seq)
+
+
+def test_a_batch_depends_on_the_length_alone():
+    """The batch of the runs by which the rate was chosen, twice that for 4.37 times the tokens."""
+    for tokens, rows in ((2**20, 8), (2**20 * 2 ** (1 / 0.47), 16), (2**20 / 2 ** (1 / 0.47), 4)):
+        assert {base.ladder(depth, tokens).phases[0].batch for depth in (2, 4, 8)} == {rows}
+
+
+def test_rows_are_rounded_to_what_several_devices_share():
+    found = [base.round_rows(rows) for rows in (0.1, 1.0, 1.6, 2.4, 2.5, 5.1, 7.0, 19.0, 20.0, 45.0, 180.0)]
+    assert found == [1, 1, 2, 2, 3, 6, 8, 16, 24, 48, 192]
 
 
 def test_widths_grow_by_16_then_faster_then_by_64():
@@ -68,7 +77,7 @@ def test_every_rung_is_a_config_that_fits_together(depth):
     assert model.heads * model.head_dim == model.embed
     assert 0 <= model.mlp - 8 * model.embed / 3 < (4 if depth <= 8 else 128)
     assert model.vocab == max(512, 16 * model.embed)
-    assert phase.batch & (phase.batch - 1) == 0
+    assert phase.batch == base.round_rows(phase.batch)
     parts = phase.batch * phase.seq / phase.accumulate
     assert phase.accumulate == 1 or parts == 32_768
     assert config.schedule == replace(base.deep.schedule, warmup=phase.steps // 8)

@@ -1,8 +1,8 @@
 """Ladder: one dial, the depth, from which the size, the batch, the length and the warm-up follow.
 
-Paper: none of its own; the batch is by DeepSeek LLM (Bi et al. 2024), the length by Training
-    Compute-Optimal Large Language Models (Hoffmann et al. 2022), one dial for all as in nanochat
-    (Karpathy 2025)
+Paper: none of its own; the length is by Training Compute-Optimal Large Language Models (Hoffmann et
+    al. 2022), the batch by How Does Critical Batch Size Scale in Pre-training? (Zhang et al. 2024),
+    one dial for all as in nanochat (Karpathy 2025)
 Method: the plain Llama by default. `rung` and `ladder` of configs/base.py have the rules; the peak
     rate is the same at every depth. Up to d8 a rung is made for CPUs, from d9 on for GPUs.
 Here: Python's standard library, 12 MB, which rungs from d6 on read more than four times over;

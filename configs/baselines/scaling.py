@@ -4,12 +4,12 @@ Paper: Training Compute-Optimal Large Language Models, Hoffmann et al. 2022
 Method: approach 3. The law L = E + A / N^a + B / D^b of N parameters and D tokens is fitted to runs
     by the Huber loss of log L, of width 1e-3, from several starts. Of F = 6 N D FLOPs the best size
     is then G (F / 6)^(b / (a + b)), G = (a A / (b B))^(1 / (a + b)).
-Here: the ladder of configs/base.py, d2 and d4 at three lengths and d6 at two; d8, twice as large as
-    any of them, is foretold. Bits per byte of Python's library, one vocabulary of 512 for all. The
-    ready configs have a million times these FLOPs and other text: what is said of them is the law
-    drawn far beyond its runs, and its interval has the seeds alone. Against: a straight line of log
-    L over log F. Intervals are by resampling seeds.
-Cost: 27 runs of 2e13 FLOPs together, seven to nine minutes on two CPU cores that do nothing else,
+Here: the ladder of configs/base.py, d2 and d4 at three lengths, d3 and d6 at one; d8, twice as
+    large as any of them, is foretold. Bits per byte of Python's library, one vocabulary of 512 for
+    all. The ready configs have a million times these FLOPs and other text: what is said of them is
+    the law drawn far beyond its runs, and its interval is of the seeds alone. Against: a straight
+    line of log L over log F. Intervals are by resampling seeds.
+Cost: 27 runs of 2.3e13 FLOPs together, seven to ten minutes on two CPU cores that do nothing else,
     an estimate: 5e10 to 8e10 FLOPs a second, and five seconds a run for what is not training.
 Run:
     python train.py study configs/baselines/scaling.py --jobs 2
@@ -23,10 +23,9 @@ from lib.laws import fit_law
 from lib.study import Chart, Claim, Paper, Study
 from model import count
 
-RUNS = {  # depth, tokens; the last one is foretold
-    "d2_short": (2, 8e4), "d2": (2, 2.4e5), "d2_long": (2, 7.2e5),
-    "d4_short": (4, 8e4), "d4": (4, 2.4e5), "d4_long": (4, 7.2e5),
-    "d6_short": (6, 8e4), "d6": (6, 2.4e5), "d8": (8, 2.4e5)}
+LENGTHS = {2: (240, 480, 960), 3: (240,), 4: (240, 480, 960), 6: (240,), 8: (240,)}  # 1,000 tokens
+RUNS = {f"d{depth}_{length}k": (depth, 1e3 * length)  # the last one is foretold
+        for depth, lengths in LENGTHS.items() for length in lengths}
 FITTED, NEXT = [*RUNS][:-1], [*RUNS][-1]
 READY = {"124M": base.llama, "350M": medium, "1.3B": large}
 
@@ -61,7 +60,7 @@ def foretold(figures: dict) -> dict[str, float]:
 def curves(figures: dict) -> dict:
     """Losses over FLOPs of each rung, and the law's, of d8 and at the best size of each budget."""
     found = {}
-    for depth in dict.fromkeys(depth for depth, _ in RUNS.values()):
+    for depth in LENGTHS:
         own = [arm for arm, (of, _) in RUNS.items() if of == depth]
         found[f"d{depth}"] = ([figures[arm]["flops"].mean() for arm in own],
                               [figures[arm]["bpb"] for arm in own])
@@ -78,7 +77,7 @@ study = Study(
     paper=Paper(title="Training Compute-Optimal Large Language Models", authors="Hoffmann et al.",
                 year=2022),
     arms={arm: base.ladder(depth, tokens, 512) for arm, (depth, tokens) in RUNS.items()},
-    control="d4", seeds=3,
+    control="d4_240k", seeds=3,
     quick=base.quick(),
     conclusions={"law": foretold},
     charts=[Chart(title="loss over the ladder", curves=curves, across="FLOPs of training")],
