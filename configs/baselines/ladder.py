@@ -8,7 +8,7 @@ Method: the plain Llama by default. `rung` and `ladder` of configs/base.py have 
 Here: Python's standard library, 12 MB, which rungs from d6 on read more than four times over;
     `mine.py --path PATH --depth N` is the same on text of yours. scaling.py asks whether small
     rungs foretell larger ones.
-Cost: on two CPU cores d2 takes ten seconds, d4 five minutes, d6 half an hour, estimates; d12 is
+Cost: on two CPU cores d2 takes half a minute, d4 five, d6 forty minutes, estimates; d12 is
     1.3e18 FLOPs, an hour of one H200 at 40 % MFU.
 Run:
     python train.py configs/baselines/ladder.py --depth 4
