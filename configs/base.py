@@ -1,4 +1,4 @@
-"""What studies share: a ladder of models, runs of them, `--quick`, arithmetic of equal FLOPs.
+"""What studies share: models, runs of them, the ladder, `--quick`, arithmetic of equal FLOPs.
 
 A study starts from one of these and changes what it is about. So two studies differ by their
 method, and a run that two of them need is the same run. `small` takes about a minute on two CPU
@@ -9,10 +9,12 @@ cores:
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Annotated
 
 from data import DataConfig, Source, stdlib
+from lib.fields import FROM_1, at_most
 from lib.readers import jsonl
-from model import ModelConfig, Param
+from model import ModelConfig, Param, count
 from train import Config, Phase, Schedule
 
 RATES = 4e-3, 8e-3, 1.6e-2  # peak learning rates that most studies tune each arm over
@@ -45,11 +47,15 @@ def quick(changes: dict | None = None, keep: tuple[str, ...] = ()) -> dict:
 
 # --------------------------------------------------------------------------------- models and runs
 
-def shape(layers: int = 4, embed: int = 128, vocab: int = 1024) -> ModelConfig:
-    """A rung of the ladder: heads of 32, an MLP 8/3 as wide as the stream."""
-    heads = embed // 32
-    return ModelConfig(layers=layers, embed=embed, heads=heads, kv_heads=heads, head_dim=32,
-                       mlp=4 * math.ceil(2 * embed / 3), vocab=vocab)
+def shape(
+    layers: int = 4, embed: int = 128, vocab: int = 1024, head_dim: int = 32
+) -> ModelConfig:
+    """A Llama with an MLP 8/3 as wide as the stream, in fours, or in 128s with heads above 32."""
+    heads = embed // head_dim
+    step = 128 if head_dim > 32 else 4
+    mlp = step * math.ceil(8 * embed / (3 * step))
+    return ModelConfig(layers=layers, embed=embed, heads=heads, kv_heads=heads, head_dim=head_dim,
+                       mlp=mlp, vocab=vocab)
 
 
 def loud(config: ModelConfig, rows: dict[str, Param]) -> dict[str, Param]:
@@ -104,20 +110,79 @@ llama = Config(  # 134 million parameters, 2.5 billion tokens, on JSON Lines of 
     keep_every=4_000,
 )
 config = small
-RUNGS = {"small": small, "deep": deep, "llama": llama}
-
-
-def rung(tokens: float) -> str:
-    """The rung for text of so many tokens: the largest that passes over it four times at most.
-
-    `llama` is not chosen by what text there is: it needs a GPU, so one asks for it by its name.
-    """
-    return "deep" if 4 * tokens >= budget(deep) else "small"
 
 
 def budget(config: Config) -> int:
     """The tokens that a config trains on."""
     return sum(phase.steps * phase.batch * phase.seq for phase in config.phases)
+
+
+# -------------------------------------------------------------------------------------- the ladder
+
+DEEPEST = 100
+Depth = Annotated[int, FROM_1, at_most(DEEPEST)]
+OF_CPUS = 8  # the deepest rung that is made for CPUs
+TOKENS_PER_PARAM = 20  # about the best for a budget of FLOPs (Hoffmann et al. 2022)
+
+
+def rung(depth: int, vocab: int = 0) -> ModelConfig:
+    """The model of a rung: so many layers, and what follows from that.
+
+    A layer adds 16 to the width up to d8 and 64 from d12 on, as in nanochat (Karpathy 2025), and
+    12 more with each layer between them: so a CPU has rungs whose cost is some times that of the
+    one before. Heads have 32, or 16 where the width asks for that, 64 from d9 and 128 from d24 on.
+    The vocabulary is 16 times the width, near the law by Tao et al. (2024, "Scaling Laws with
+    Vocabulary"). vocab: another one.
+    """
+    width = depth * min(max(12 * depth - 80, 16), 64)
+    head_dim = 32 if width % 32 == 0 else 16
+    if depth > OF_CPUS:
+        head_dim = 64 if depth < 24 else 128
+    embed = head_dim * math.ceil(width / head_dim)
+    model = shape(depth, embed, vocab or max(512, 16 * embed), head_dim)
+    if depth <= OF_CPUS:
+        return model
+    return replace(model, dtype="bfloat16", remat="elementwise" if depth > 12 else "none")
+
+
+def ladder(depth: int, tokens: float = 0.0, vocab: int = 0) -> Config:
+    """The run of a rung. tokens: its length, 0 for 20 a parameter; vocab: see `rung`.
+
+    A batch grows with the length, tokens^0.47, whatever the size, as the critical batch does (Zhang
+    et al. 2024, "How Does Critical Batch Size Scale in Pre-training?"). It has 2,048 tokens where
+    the run has 2^20: so the peak rate was chosen, which is the same for all, see lib/optim.py. An
+    eighth of the steps warm up. Text is Python's standard library, of which large rungs read too
+    little.
+    """
+    model, like = rung(depth, vocab), deep
+    if depth > OF_CPUS:
+        like = replace(llama, data=replace(llama.data, sources=deep.data.sources))
+    seq = like.phases[0].seq
+    tokens = tokens or float(TOKENS_PER_PARAM * count(model))
+    rows = round_rows(2048 * (tokens / 2**20) ** 0.47 / seq)
+    parts = max(1, rows // 32) if depth > OF_CPUS else 1  # 32,768 tokens at once
+    steps = max(1, round(tokens / rows / seq))
+    every = max(1, steps // 10)
+    return replace(like, model=model, eval_every=every, save_every=every,
+                   phases=(Phase(steps=steps, batch=rows, seq=seq, accumulate=parts),),
+                   schedule=replace(deep.schedule, warmup=steps // 8))
+
+
+def round_rows(rows: float) -> int:
+    """The nearest of 1, 2, 3, 4, 6, 8, 12, 16, 24 ..., so that several devices share a batch."""
+    power = 2 ** max(0, math.floor(math.log2(rows)))
+    near = power, power + power // 2, 2 * power
+    return min(near, key=lambda one: abs(math.log(one / rows)))
+
+
+def says(config: Config) -> str:
+    """The size, length and cost of a run of one phase, in a line."""
+    model, phase = config.model, config.phases[0]
+    size = count(model)
+    each = budget(config) / size
+    return (f"{model.layers} layers of width {model.embed} over {model.vocab:,} pieces, {size:,} "
+            f"parameters; {phase.steps:,} steps of {phase.batch} x {phase.seq} tokens ({each:.3g} "
+            f"a parameter), {flops(model, phase):.2g} FLOPs, peak rate {config.schedule.peak:g}")
 
 
 # ----------------------------------------------------------------------------------- equal budgets

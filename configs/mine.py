@@ -7,19 +7,24 @@ of the documents out for dev and 5 % for test. A run takes a minute to some minu
 
     python train.py configs/mine.py --path PATH
     python train.py configs/mine.py --path train.jsonl --held_out val.jsonl --tokens 2e6
+    python train.py configs/mine.py --path DIR --depth 12
     python train.py configs/mine.py --path DIR --kind jsonl --content "{title}: {body.text}"
 """
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
-from configs.base import RUNGS, rung, scaled
+from configs.base import DEEPEST, TOKENS_PER_PARAM, ladder, rung, says
 from data import Source
 from lib.any_text import Survey, any_text, survey
 from lib.errors import InputError
+from lib.fields import FROM_0, at_most
+from model import count
 from train import Config
 
 LITTLE = 200_000  # bytes of text below which there is too little to learn a tokenizer from
+PASSES = 4  # over the text at most: so many are nearly worth new text (Muennighoff et al. 2023)
+MOST = 3_000_000  # tokens of a run whose depth is chosen here: some minutes on two CPU cores
 PACKED = {"gz": 3.0, "zst": 3.0, "parquet": 2.0}  # bytes of text in one of such a file, roughly
 
 
@@ -29,15 +34,16 @@ def config(
     kind: Literal["", "jsonl", "json", "parquet", "text"] = "",
     content: str = "text",
     separator: str | None = None,
-    size: Literal["", "small", "deep", "llama"] = "",
+    depth: Annotated[int, FROM_0, at_most(DEEPEST)] = 0,
     init_from: str = "",
 ) -> Config:
     """A run on the text in `path`: a file, a directory or a pattern.
 
     held_out: your own held-out text, which is measured during the run and reported at its end.
     kind: how to read; "" goes by how names end. content: the key of a record's text, or a template
-    of keys. separator: the end of a document in plain text. size: a rung of configs/base.py.
-    init_from: a model to start from, which has its own shape and tokenizer.
+    of keys. separator: the end of a document in plain text. depth: a rung of the ladder in
+    configs/base.py, from which all sizes follow; 0 goes by how much text there is. init_from: a
+    model to start from, which has its own shape and tokenizer.
     """
     read = partial(any_text, kind=kind, content=content, separator=separator)
     source = Source(partial(read, path=path, without=held_out))
@@ -45,26 +51,33 @@ def config(
     try:
         seen = survey(path, kind, held_out)
     except InputError:  # whoever reads it will say so
-        return on_text(RUNGS[size or "small"], source, own, init_from)
+        return on_text(ladder(depth or 4), source, own, init_from)
     letters = text_bytes(seen)
-    chosen = size or rung(letters / 3)  # a piece of a small vocabulary has about three
-    found = on_text(RUNGS[chosen], source, own, init_from)
-    each = 3  # bytes of text a token
-    if letters < LITTLE and not size and not init_from:
-        each = 1
-        data = replace(found.data, tokenizer="bytes")
-        found = replace(found, data=data, model=replace(found.model, vocab=258))
-    phase = found.phases[0]
-    most = max(20, round(4 * letters / each / phase.batch / phase.seq))  # four passes
-    found = scaled(found, min(phase.steps, most))
-    print(says(found, seen, path, chosen, letters, held_out), flush=True)
+    by_bytes = letters < LITTLE and not depth and not init_from
+    tokens = letters if by_bytes else letters / 3  # a piece of a small vocabulary has about three
+    tokens = max(5_000.0, PASSES * tokens)
+    chosen = depth or depth_for(tokens)
+    most = TOKENS_PER_PARAM * count(rung(chosen))
+    if not depth:
+        most = min(most, MOST)
+    vocab = 258 if by_bytes else 0
+    found = on_text(ladder(chosen, min(tokens, most), vocab), source, own, init_from)
+    if by_bytes:
+        found = replace(found, data=replace(found.data, tokenizer="bytes"))
+    print(told(found, seen, path, chosen, letters, held_out), flush=True)
     return found
 
 
-def on_text(rung: Config, source: Source, own: dict[str, Source], init_from: str) -> Config:
+def depth_for(tokens: float) -> int:
+    """The deepest rung of those from 2 to 6 that reads a token a parameter in so many."""
+    fitting = [depth for depth in range(2, 7) if count(rung(depth)) <= tokens]
+    return max(fitting, default=2)
+
+
+def on_text(found: Config, source: Source, own: dict[str, Source], init_from: str) -> Config:
     """A rung of the ladder on a source and its held-out text; else as the rung has it."""
-    data = replace(rung.data, sources={"mine": source}, held_out=own)
-    return replace(rung, data=data, prompts=("",), init_from=init_from)
+    data = replace(found.data, sources={"mine": source}, held_out=own)
+    return replace(found, data=data, prompts=("",), init_from=init_from)
 
 
 def text_bytes(seen: Survey) -> int:
@@ -73,7 +86,7 @@ def text_bytes(seen: Survey) -> int:
     return round(seen.bytes * PACKED.get(place.rpartition(".")[2], 1.0))
 
 
-def says(found: Config, seen: Survey, path: str, size: str, letters: int, held_out: str) -> str:
+def told(found: Config, seen: Survey, path: str, depth: int, letters: int, held_out: str) -> str:
     """What was chosen, and how to choose otherwise."""
     phase = found.phases[0]
     dev, test = 100 * found.data.dev, 100 * found.data.test
@@ -81,15 +94,14 @@ def says(found: Config, seen: Survey, path: str, size: str, letters: int, held_o
                "paths (--held_out PATH)")
     files = "1 file" if len(seen.files) == 1 else f"{len(seen.files):,} files"
     left = ", ".join(f"{number} {end}" for end, number in seen.left_out.most_common(5))
-    shape = f"{found.model.layers} layers of width {found.model.embed} over {found.model.vocab:,} pieces"
+    size = f"depth {depth}: {says(found)}"
     if found.init_from:
-        shape = f"the model of {found.init_from}"
+        size = (f"the model of {found.init_from}, {phase.steps:,} steps of {phase.batch} x "
+                f"{phase.seq} tokens, peak rate {found.schedule.peak:g}")
     lines = [
         f"mine: {path}: {files} read as {seen.kind}, about {letters / 1e6:.2g} MB of text"
         + (f"; not read: {left} (--kind)" if left else ""),
         f"mine: held out: {held_out or by_hash}",
-        f"mine: size {size} of configs/base.py: {shape}, {phase.steps} steps of {phase.batch} x "
-        f"{phase.seq} tokens, peak rate {found.schedule.peak:g} "
-        "(--size, --tokens, --epochs, --tokens_per_param)",
+        f"mine: {size} (--depth, --tokens, --epochs, --tokens_per_param)",
     ]
     return "\n".join(lines)

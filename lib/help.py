@@ -45,7 +45,7 @@ def said(parameter: inspect.Parameter) -> str:
     words = ""
     if parameter.annotation is not parameter.empty:
         words = f", {getattr(parameter.annotation, '__name__', parameter.annotation)}"
-        if kind(parameter.annotation) is typing.Literal:
+        if kind(parameter.annotation) in (typing.Literal, typing.Annotated):
             words = f", {describe(parameter.annotation)}"
     if parameter.default is parameter.empty:
         return f"{words}, needed; what follows are the defaults of every config"

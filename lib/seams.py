@@ -59,6 +59,7 @@ OUTPUTS = seam("outputs", "params states batch config", "", "an array, such as l
 FLOPS = seam("flops", "config seq", "", "FLOPs a token, a finite number above 0")
 MEASURE = seam("measures", "rows", "", "a number")
 CONCLUSION = seam("conclusions", "figures", "", "a number, or {name: number}")
+CURVES = seam("curves", "figures", "", "{name: (x [n], y [n] or y [n seeds])}, of numbers")
 
 
 # ----------------------------------------------------------------------------------------- the call

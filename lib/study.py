@@ -22,6 +22,9 @@ A conclusion is drawn from all arms at once, such as a law fitted over sizes. It
 
 of the seeds that every arm ended with; the measures are those of a claim but the speed-ups. It is
 called on resamples of the seeds, the same ones in each arm, for its 95 % interval.
+
+A study with `charts` is drawn by these, in the place of a curve for each arm: what its figures are
+plotted over is a function too.
 """
 import dataclasses
 import re
@@ -45,7 +48,7 @@ from lib.fields import (
 )
 from lib.keys import run_step
 from lib.length import asked
-from lib.seams import CONCLUSION
+from lib.seams import CONCLUSION, CURVES
 from model import groups
 
 # Measures that every study with held-out text has.
@@ -121,6 +124,24 @@ class Claim:
 
 @strict
 @dataclass(frozen=True)
+class Chart:
+    """A panel of study.png, drawn from the figures of all arms as a conclusion is.
+
+    Each curve has places x and values y, or y of each seed, which are shown by their mean and its
+    95 % interval. The horizontal axis is logarithmic.
+    """
+
+    title: Text
+    curves: Annotated[Callable, CURVES]  # figures -> {name: (x [n], y [n] or y [n seeds])}
+    across: Text  # what the horizontal axis has
+    up: Text = "bits per byte"  # what the vertical one has
+
+    def __post_init__(self):
+        check_value(self, Chart, "chart")
+
+
+@strict
+@dataclass(frozen=True)
 class Study:
     """Arms that are run at equal seeds and compared, each at its own best peak learning rate.
 
@@ -146,6 +167,7 @@ class Study:
     needs: dict[str, Any] = field(default_factory=dict)  # {name: train.Config}, made first
     # {what it says: function}
     conclusions: dict[str, Annotated[Callable, CONCLUSION]] = field(default_factory=dict)
+    charts: Sequence[Chart] = ()  # what study.png shows in the place of a curve for each arm
 
     def __post_init__(self):
         for name, hint in field_types(Study).items():

@@ -37,6 +37,8 @@ BORROWS = {
         f"configs.growth.minitron.{name}"
         for name in ("SIZES", "large", "plain", "small", "tuned", "wide")
     },
+    "baselines/scaling": {"configs.baselines.llama_1_3b.config",
+                          "configs.baselines.llama_350m.config"},
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
     "baselines/strong": {"configs.baselines.muon.muon"},
     "baselines/strong_parts": {"configs.baselines.muon.muon"} | {
@@ -142,9 +144,8 @@ def test_a_file_of_the_library_begins_with_a_header(path):
 
 @every_file
 def test_a_file_of_the_library_has_a_study_or_a_config(path):
-    own = load_file(path)
-    found = getattr(own, "study", None)
-    assert isinstance(found, Study) or isinstance(own.config, train.Config)
+    found = getattr(load_file(path), "study", None)
+    assert isinstance(found, Study) or isinstance(train.load_config(str(path)), train.Config)
 
 
 @every_study
@@ -330,15 +331,15 @@ def test_quick_takes_changes_and_keeps_what_it_is_told_to():
     assert base.QUICK.keys() - made.keys() == {*kept}
 
 
-RUNGS = [(64, 2, 172), (96, 3, 256), (128, 4, 344), (192, 6, 512)]
+SHAPES = [(64, 2, 172), (96, 3, 256), (128, 4, 344), (192, 6, 512)]
 
 
-@pytest.mark.parametrize("embed, heads, mlp", RUNGS)
-def test_the_ladder_has_heads_of_32_and_an_mlp_of_8_3_of_the_width(embed, heads, mlp):
-    rung = base.shape(3, embed, 500)
-    assert (rung.layers, rung.embed, rung.vocab) == (3, embed, 500)
-    assert (rung.heads, rung.kv_heads) == (heads, heads)
-    assert (rung.head_dim, rung.mlp) == (32, mlp)
+@pytest.mark.parametrize("embed, heads, mlp", SHAPES)
+def test_shapes_have_heads_of_32_and_an_mlp_of_8_3_of_the_width(embed, heads, mlp):
+    shape = base.shape(3, embed, 500)
+    assert (shape.layers, shape.embed, shape.vocab) == (3, embed, 500)
+    assert (shape.heads, shape.kv_heads) == (heads, heads)
+    assert (shape.head_dim, shape.mlp) == (32, mlp)
 
 
 def test_steps_for_is_the_inverse_of_flops():

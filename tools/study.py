@@ -22,7 +22,8 @@ runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a stud
 
 Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, each made by the ordinary command in a process of
 its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores.
-What is complete is not run again. Beside them are study.json, study.png and a log of each run.
+What is complete is not run again. Beside them are study.json, a log of each run, and study.png:
+the study's `charts`, or a curve for each arm.
 """
 import argparse
 import json
@@ -49,6 +50,7 @@ from lib.disk import digest, finite, read_object, user_path, write
 from lib.errors import InputError, user_errors
 from lib.fields import allowed_names
 from lib.schedule import Schedule
+from lib.seams import CURVES, require_gave
 from lib.statistics import (
     NOT_JUDGED,
     PLUS_MINUS,
@@ -69,6 +71,7 @@ from lib.study import (
     NEED,
     OF_RUN,
     PAIRED,
+    Chart,
     Claim,
     Study,
     every_phase,
@@ -86,6 +89,7 @@ KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 QUICK_SEEDS = 2
 STARTED = ".needs.json"  # in a run's directory: how those ended that it needed
+MARKED = 8  # places of a chart that have a mark each, at most
 NOT_RUN = "not run"  # the verdict of a claim about an arm that was left out
 
 
@@ -568,7 +572,7 @@ def result_of(request: Request) -> dict:
         tuned_on_test=tuned_on_test(request), quick=request.quick, failed=runner.failed, measures=measures,
         made_by=makers([*tuned, *compared]), cost=cost_of(request, tuned, compared),
         claims=[judged(request, claim, runs, concluded) for claim in request.claims],
-        conclusions=concluded, needs=needs_figures(needed),
+        conclusions=concluded, charts=charts(request, runs), needs=needs_figures(needed),
         arms={arm: arms[arm] | {"needs": study.needed_by(arm)} for arm in request.arms})
 
 
@@ -591,17 +595,55 @@ def needs_figures(needed: dict[Job, dict]) -> dict[str, dict]:
     return found
 
 
-def conclusions(request: Request, runs: dict[str, dict[int, dict]]) -> dict[str, dict]:
-    """{what it says: value, half its interval} of the study's conclusions.
+def all_figures(request: Request, runs: dict[str, dict[int, dict]]) -> dict | None:
+    """{arm: {measure: values by seed}} of all arms.
 
-    There are none where --arms leaves out arms, or where no seed has a run of each arm.
+    None where --arms leaves out arms, or where no seed has a run of each arm.
     """
     if not request.whole or not set.intersection(*(set(own) for own in runs.values())):
-        return {}
-    figures, found = stacked(runs), {}
-    for name, function in request.study.conclusions.items():
-        found |= conclude(name, function, figures)
+        return None
+    return stacked(runs)
+
+
+def conclusions(request: Request, runs: dict[str, dict[int, dict]]) -> dict[str, dict]:
+    """{what it says: value, half its interval} of the study's conclusions; none of some arms."""
+    figures, found = all_figures(request, runs), {}
+    if figures:
+        for name, function in request.study.conclusions.items():
+            found |= conclude(name, function, figures)
     return found
+
+
+def charts(request: Request, runs: dict[str, dict[int, dict]]) -> list[dict]:
+    """The study's charts, as numbers; none of some arms."""
+    figures = all_figures(request, runs)
+    if not figures:
+        return []
+    return [charted(chart, figures) for chart in request.study.charts]
+
+
+def charted(chart: Chart, figures: dict[str, dict[str, np.ndarray]]) -> dict:
+    """A chart of a study as study.json has it; see lib/study.py."""
+    sentence = f"the chart {chart.title!r} ends in {{reason}}; allowed is figures -> curves"
+    arrays = {}
+    with user_errors(Exception, InputError, sentence):  # of the study's function
+        for name, (x, y) in chart.curves(figures).items():
+            arrays[str(name)] = np.array(x, float), np.array(y, float)
+    curves = {}
+    for name, (x, y) in arrays.items():
+        fine = x.ndim == 1 and y.ndim in (1, 2) and len(x) == len(y)
+        require_gave(fine, CURVES, chart.curves, {name: x, "y": y})
+        curves[name] = curve_shown(x, y)
+    return dict(title=chart.title, across=chart.across, up=chart.up, curves=curves)
+
+
+def curve_shown(x: np.ndarray, y: np.ndarray) -> dict:
+    """A curve in lists: places x [n], values y [n], halves of their intervals or None."""
+    if y.ndim == 1:
+        return dict(x=x.tolist(), y=y.tolist(), half=None)
+    means, halves = zip(*map(interval, y.tolist()), strict=True)
+    half = None if None in halves else list(halves)
+    return dict(x=x.tolist(), y=list(means), half=half)
 
 
 def arm_figures(own: dict[int, dict], control: dict[int, dict]) -> dict:
@@ -936,12 +978,41 @@ def draw_curves(figure: Figure, result: dict) -> np.ndarray:
     return axes
 
 
-def draw(result: dict) -> Figure:
-    """Dev curves, and differences to the control on dev along the way and on test at the end.
+def draw_chart(panel, chart: dict):
+    """One of a study's own charts."""
+    places = set()
+    for color, (name, curve) in enumerate(chart["curves"].items()):
+        alone = curve["half"] is None and len(curve["x"]) > MARKED
+        panel.errorbar(curve["x"], curve["y"], curve["half"], capsize=3, label=name,
+                       color=f"C{color % 10}", marker="" if alone else "o")
+        places |= set(curve["x"])
+    panel.set(title=chart["title"], xlabel=chart["across"], ylabel=chart["up"], xscale="log")
+    if len(places) <= MARKED:
+        panel.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
+        panel.minorticks_off()
+    finish_panel(panel)
 
-    Where a study has `measures`, the differences in these are below the curves, or alone where
-    nothing was tested.
+
+def draw_charts(charts: list[dict]) -> Figure:
+    """A study's own charts, three in a row."""
+    rows, columns = math.ceil(len(charts) / 3), min(3, len(charts))
+    figure = Figure(figsize=(max(7, 4.5 * columns), 4.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, chart in zip(panels, charts, strict=False):
+        draw_chart(panel, chart)
+    for panel in [*panels][len(charts):]:
+        panel.remove()
+    return figure
+
+
+def draw(result: dict) -> Figure:
+    """A study's own charts; without any, dev curves, and differences to the control.
+
+    These are on dev along the way and on test at the end. Where a study has `measures`, the
+    differences in these are below the curves, or alone where nothing was tested.
     """
+    if result["charts"]:
+        return draw_charts(result["charts"])
     untested = all(f["bpb"][0] is None for f in result["arms"].values())
     if result["measures"] and untested:
         figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -5,18 +5,19 @@ Method: the plain Llama by default, over three rates: a quarter to the whole of 
     to eight layers, 75 to 600 steps. The best rate of a size is that of a parabola through the
     three losses over the logarithm of the rate.
 Here: one length for all widths and depths, so larger models see fewer tokens a parameter. A best
-    rate outside of the three is counted as the nearest of them.
+    rate outside of the three is counted as the nearest of them. study.png has the losses by rate.
 Cost: 63 runs, about twenty minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/transfer.py --jobs 2
     python train.py study configs/baselines/transfer.py --seeds 1
 """
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from configs import base
-from lib.study import Claim, Paper, Study
+from lib.study import Chart, Claim, Paper, Study
 from train import Config
 
 SIZES = {  # embed, layers, steps
@@ -27,6 +28,11 @@ SIZES = {  # embed, layers, steps
     "layers_8": (64, 8, 300),
     "steps_75": (64, 4, 75),
     "steps_600": (64, 4, 600),
+}
+GROUPS = {
+    "width": ("width_32", "width_64", "width_128"),
+    "depth": ("layers_2", "width_64", "layers_8"),
+    "length": ("steps_75", "width_64", "steps_600"),
 }
 
 
@@ -60,11 +66,8 @@ def best_rate(losses: np.ndarray) -> float:
 
 def moves(figures: dict) -> dict[str, float]:
     """How far the best rate moves: the largest over the smallest, by width, depth and length."""
-    groups = {"width": ("width_32", "width_64", "width_128"),
-              "depth": ("layers_2", "width_64", "layers_8"),
-              "length": ("steps_75", "width_64", "steps_600")}
     found = {}
-    for name, sizes in groups.items():
+    for name, sizes in GROUPS.items():
         rates = [best_rate(losses(figures, size)) for size in sizes]
         found[name] = max(rates) / min(rates)
     return found
@@ -79,6 +82,16 @@ def worst(figures: dict) -> float:
     return max(lost)
 
 
+def above_best(figures: dict, sizes: tuple[str, ...]) -> dict:
+    """A chart's curves: losses less the least of each size, without what a seed adds to all."""
+    found = {}
+    for size in sizes:
+        bits = np.array([figures[arm(size, rate)]["bpb"] for rate in base.RATES])
+        least = losses(figures, size).min()
+        found[f"{size}, best {least:.3f}"] = base.RATES, bits - bits.mean(0) + bits.mean() - least
+    return found
+
+
 study = Study(
     question="Is one learning rate near the best at every width, depth and length?",
     paper=Paper(title="Tensor Programs V: Tuning Large Neural Networks via Zero-Shot "
@@ -87,6 +100,8 @@ study = Study(
     control=arm("width_64", 8e-3),
     quick=base.quick({"phases.*.steps": 2}),
     conclusions={"moves": moves, "worst": worst},
+    charts=[Chart(title=f"by {name}", curves=partial(above_best, sizes=sizes), across="peak rate",
+                  up="bits per byte above the best rate's") for name, sizes in GROUPS.items()],
     claims=(
         Claim(says="over four times the width the best rate moves by less than 2",
               measure="moves: width", below=2.0),

@@ -18,10 +18,11 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from scipy.optimize import least_squares, nnls
+from scipy.optimize import nnls
 
 from configs import base
 from data import DataConfig, Source, stdlib
+from lib.laws import least
 from lib.readers import jsonl
 from lib.study import Claim, Paper, Study
 from model import count
@@ -45,11 +46,8 @@ def fit(points: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         shape = terms(points, np.exp(logs))
         return shape @ nnls(shape, losses)[0] - losses
 
-    found = []
-    for start in [0.3, 0.5, 0.5, 0.3, 0.1], [0.5, 0.3, 0.1, 1.0, 0.5], [1.0, 1.0, 1.0, 0.1, 0.02]:
-        found.append(least_squares(left, np.log(start), bounds=(np.log(1e-3), np.log(5.0)),
-                                   xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=200))
-    exponents = np.exp(min(found, key=lambda one: one.cost).x)
+    starts = [0.3, 0.5, 0.5, 0.3, 0.1], [0.5, 0.3, 0.1, 1.0, 0.5], [1.0, 1.0, 1.0, 0.1, 0.02]
+    exponents = np.exp(least(left, np.log(starts), bounds=(np.log(1e-3), np.log(5.0))))
     return exponents, nnls(terms(points, exponents), losses)[0]
 
 
