@@ -96,7 +96,6 @@ BORROWS = {
     "objectives/structural": {f"configs.objectives.packages.{name}" for name in (
         "MEASURES", "config", "fine", "pre")},
     "objectives/hidden_distillation": {"configs.objectives.packages.package"},
-    "objectives/self_pretraining": {"configs.objectives.packages.sure"},
     "objectives/birdie": {f"configs.objectives.codegen2.{name}" for name in (
         "PREFIX", "SENTINELS", "asked", "infill", "prefix")},
     "selection/d4": {"configs.selection.qurating.best", "configs.selection.qurating.pack"},

@@ -24,7 +24,7 @@ GUIDE = (ROOT / "docs/extending.md").read_text("utf-8")
 EXAMPLES = dict(re.findall(r"(?ms)^#### (.*?)$.*?^```python\n(.*?)^```", GUIDE))
 HELD = train.Config, train.Phase, train.Edit, train.Schedule, DataConfig, Source, model.ModelConfig, Study
 # Where a function is given that no field of these has the seam of.
-BESIDES = {"Param.init": seams.INIT, "Study.measures": seams.MEASURE}
+BESIDES = {"Param.init": seams.INIT, "Study.measures": seams.MEASURE, "Study.charts": seams.CURVES}
 RENAMED = {"Edit.apply": "Phase.repeat"}  # what the page shows in its place
 
 
@@ -67,7 +67,7 @@ def test_the_page_has_every_extension_point_that_the_core_knows_with_its_call():
         assert any(told <= set(re.findall(r"\w+", row)) for row in alike), (name, told)
         field = name.removeprefix("Study.")
         shown = any(f"`{name}`" in heading for heading in headings)
-        assert shown or field != name and re.search(rf"(?m)^    {field}=\{{.*: [a-z_]+\}}", code), name
+        assert shown or field != name and re.search(rf"(?m)^    {field}=[\[{{].*[:=] ?[a-z_]+[,}}]", code), name
 
 
 def test_there_is_an_example_for_every_field_of_the_table():
