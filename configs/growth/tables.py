@@ -9,8 +9,10 @@ Here: made-up tables of three columns, four rows and a name for each, written ro
     told from the rest. Spans are of one id. Three tasks ask for one of row, column and value by
     the other two. filled: 600 steps of span corruption, then 300 of questions. shuffled: the same
     with the ids of each text in any order, so that no cell has a row. scratch: the questions alone.
-    labelled: questions all along. cells: as filled, with questions for values alone, as many. Left
-    out: real tables and their long contexts, SQL, a text model to begin with, sizes of 11 billion.
+    labelled: questions all along. cells: as filled, with questions for values alone, as many. This
+    is too short to learn to read a cell: at one seed no arm had over 0.13 of the answers right, a
+    guess of the column alone 0.1. Left out: real tables and their long contexts, SQL, a text model
+    to begin with, sizes of 11 billion.
 Cost: 15 runs of some 20 seconds, five minutes on two CPU cores.
 Run:
     python train.py study configs/growth/tables.py --jobs 2
