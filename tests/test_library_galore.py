@@ -50,8 +50,11 @@ def test_galore_of_full_rank_is_adam_and_fira_adds_nothing(tiny):
                 np.testing.assert_allclose(one[name], other[name], atol=1e-5)
 
 
-def by_hand(trees, row, rank, every, residual, growth=1.01):
-    """`projected` of one layer's matrix in float64 and plain words."""
+def by_hand(trees, row, rank, every, residual, used, growth=1.01):
+    """`projected` of one layer's matrix in float64 and plain words.
+
+    used: what it projected on in each step [small r], for the signs of singular vectors, which are free.
+    """
     n, m = sides(row)
     mu = nu = 0.0
     before = None
@@ -59,6 +62,7 @@ def by_hand(trees, row, rank, every, residual, growth=1.01):
         g = g if n <= m else g.T
         if (t - 1) % every == 0 or t == 2:
             p = np.linalg.svd(g)[0][:, :rank]
+            p = p * np.sign(np.sum(p * used[t - 1], axis=0))
         low = p.T @ g
         mu, nu = B1 * mu + (1 - B1) * low, B2 * nu + (1 - B2) * low**2
         step = mu / (1 - B1**t) / (np.sqrt(nu / (1 - B2**t)) + 1e-8)
@@ -84,11 +88,14 @@ def test_every_update_is_the_closed_form(tiny, residual):
     trees = [{n: x * (1 + 2 * t) for n, x in tree.items()} for t, tree in enumerate(trees)]
     table = {n: table[n] for n in ("q", "v", "down")}
     trees = [{n: tree[n] for n in table} for tree in trees]
-    made, state = taken(projected(table, 5, steps, residual, B1, B2), trees)
+    transform = projected(table, 5, steps, residual, B1, B2)
+    states = [taken(transform, trees[:t + 1])[1] for t in range(steps)]
+    made, state = taken(transform, trees)
     for name, row in table.items():
         for layer in range(tiny.layers):
             each = [np.asarray(flat(tree[name], row)[layer], np.float64) for tree in trees]
-            wanted, norm = by_hand(each, row, 5, steps, residual)
+            used = [np.asarray(held[name].p[layer], np.float64) for _, held in states]
+            wanted, norm = by_hand(each, row, 5, steps, residual, used)
             got = flat(made[-1][name], row)[layer]
             np.testing.assert_allclose(got, wanted, atol=2e-4)
             if residual:
