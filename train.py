@@ -66,7 +66,7 @@ from lib.hardware import tune_for_cpu
 from lib.kernels import Mask, choose, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
-from lib.memory import check_batch, check_state, check_step
+from lib.memory import check_batch_memory, check_state, check_step
 from lib.optim import (
     State,
     adamw,
@@ -742,7 +742,7 @@ def prepare(config: Config, file: str = "") -> Run:
     with user_errors():
         mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
-    check_batch(config)
+    check_batch_memory(config)
     config, tokenizer, caches = assemble(config, own)
     held_out = open_held_out(config, tokenizer, caches)
     loader, context, plan = planned(config, tokenizer, caches)

@@ -56,9 +56,9 @@ def source_above(function: Callable) -> str:
     while todo:
         name, file = todo.popitem()
         found[name] = re.split(r"(?m)^(?:config|arms|study)\b", inspect.getsource(file))[0]
-        for other, module in helpers(file).items():
+        for other, place in helpers(file).items():
             if other not in found:
-                todo[other] = module
+                todo[other] = place
     return "".join(found.values())
 
 

@@ -31,7 +31,7 @@ def check_state(config, plan, mesh):
                 f"device, which has {there / 2**30:,.1f} GiB; {LESS}")
 
 
-def check_batch(config):
+def check_batch_memory(config):
     """Raise InputError for a phase whose batches alone do not fit the memory of this machine."""
     there = host_memory()
     for i, phase in enumerate(config.phases):

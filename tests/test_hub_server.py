@@ -8,14 +8,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import environment
 
 from lib.config import ROOT
 
 pytest.importorskip("huggingface_hub")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 REVISION = "0123456789" * 4
 # What the process does that has the package; a mistake is its sentence.

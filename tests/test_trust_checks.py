@@ -72,8 +72,8 @@ def test_a_batch_or_a_step_that_fits_no_memory_is_refused(tiny, monkeypatch):
     """A batch before it is made, a step before it runs: the system would end the process in silence."""
     large = train.Config(phases=(train.Phase(), train.Phase(batch=2**20, seq=2**17)))
     with pytest.raises(InputError, match="phases.1: a batch takes 3,072.0 GiB of this machine, which has "):
-        memory.check_batch(large)
-    memory.check_batch(train.Config())
+        memory.check_batch_memory(large)
+    memory.check_batch_memory(train.Config())
     mesh = train.make_mesh(train.MeshConfig(), jax.devices()[:1])
     step = jax.jit(lambda x: x @ x).lower(jax.numpy.ones((256, 256))).compile()
     size = memory.step_memory(step)
