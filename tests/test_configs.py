@@ -32,6 +32,8 @@ LINES, EXPERIMENT = 120, 40  # the most of a file, and of its experiment
 SHARED = "configs.bursty", "configs.parts_of_speech", "configs.points"
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
+    "growth/g_stack_beside": {"configs.baselines.recipe.old", "configs.baselines.strong.RATES",
+                              "configs.baselines.strong.on"},
     "growth/tables": {"configs.growth.t5.MARKS", "configs.growth.t5.asked"},
     "growth/pruning_value": {
         f"configs.growth.minitron.{name}"
@@ -41,6 +43,9 @@ BORROWS = {
                           "configs.baselines.llama_350m.config"},
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
     "baselines/strong": {"configs.baselines.muon.muon"},
+    "baselines/steps_500": {"configs.baselines.muon.muon", "configs.baselines.recipe.as_before",
+                            "configs.baselines.recipe.old", "configs.baselines.recipe.redrawn",
+                            "configs.baselines.strong.config"},
     "baselines/strong_parts": {"configs.baselines.muon.muon"} | {
         f"configs.baselines.strong.{name}" for name in ("capped", "config", "parts", "strong")},
     "continual/agem": {
@@ -60,6 +65,9 @@ BORROWS = {
         "configs.continual.agem.package", "configs.continual.rewarm.base",
         "configs.continual.rewarm.cosine", "configs.continual.rewarm.first"} | {
             f"configs.selection.qurating.{name}" for name in ("documented", "sampled", "top")},
+    "forgetting/active_forgetting_beside": {"configs.baselines.recipe.old",
+                                            "configs.baselines.strong.on",
+                                            "configs.forgetting.active_forgetting.study"},
     "forgetting/cw2v": {f"configs.forgetting.vocabulary.{name}" for name in (
         "base", "early", "larger", "swap", "swap_vocabulary")},
     "forgetting/lexinvariant": {"configs.forgetting.active_forgetting.permuted"},

@@ -28,6 +28,17 @@ def redrawn(config: ModelConfig, rows: dict, embed: float = 0.0, head: float = 0
     return {name: replace(row, init=draws.get(name) or row.init) for name, row in rows.items()}
 
 
+def old(config: Config) -> Config:
+    """A config with the defaults that the recipe took the place of, at its own peak rate."""
+    tied = replace(config.model, rows=as_before, tied=True)
+    return replace(config, model=tied, optimizer=partial(adamw, base_width=0))
+
+
+def as_before(config: ModelConfig, rows: dict) -> dict:
+    """`rows`: outputs of blocks drawn as they were."""
+    return redrawn(config, rows, write=0.02 / math.sqrt(2 * config.layers))
+
+
 def lacks(optimizer=adamw, tied: bool = False, **draws: float) -> Config:
     """The plain run with another optimiser, a tied table or other draws."""
     rows = partial(redrawn, **draws) if draws else None
@@ -35,18 +46,18 @@ def lacks(optimizer=adamw, tied: bool = False, **draws: float) -> Config:
 
 
 model = base.shape(embed=64)
-read, write = model.embed**-0.5, 0.02 / math.sqrt(2 * model.layers)  # deviations, as they were
+read = model.embed**-0.5  # the deviation that the other draws had
 phase = replace(base.small.phases[0], steps=400, seq=256)
 plain = replace(base.small, model=model, phases=(phase,), overlap=32,
                 schedule=replace(base.small.schedule, warmup=80), eval_every=200)
 arms = {  # by what is left out
     "large_embeddings": lacks(embed=read),
     "small_head": lacks(head=read),
-    "zero_outputs": lacks(write=write),
+    "zero_outputs": replace(plain, model=replace(model, rows=as_before)),
     "fast_embeddings": lacks(optimizer=partial(adamw, embed_lr=1.0)),
     "rates_by_inputs": lacks(optimizer=partial(adamw, base_width=0)),
     "own_head": lacks(tied=True),
-    "all_of_it": lacks(optimizer=partial(adamw, base_width=0), tied=True, write=write),
+    "all_of_it": old(plain),
 }
 study = Study(
     question="What is each part of the default recipe worth?",

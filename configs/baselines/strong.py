@@ -5,9 +5,8 @@ Method: Muon by Polar Express with equal outputs; embeddings at twice the plain 
     without gains, of embeddings, queries and keys too; squared ReLU; gates of heads. Tables of
     values in each layer, gated, and of pairs of tokens cost memory and no FLOPs. Half of a key is
     that of the token before, and its embedding is mixed in by a gate (smear). Logits are capped.
-Here: each part is an argument; strong_parts.py measures what each is worth. Its tables make it four
-    times as large as the plain Llama of its shape. Residual scalars that feed the embedding again,
-    as nanochat has them, are left out: with them it was behind.
+Here: each part is an argument; strong_parts.py measures what each is worth. By its tables it is
+    four times as large as the plain Llama. With nanochat's residual scalars it was behind.
 Cost: about three minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py configs/baselines/strong.py
@@ -24,6 +23,7 @@ from configs import base
 from configs.baselines.muon import muon
 from lib.kernels import lookup
 from model import ModelConfig, Param, plain_attend, rms_norm, stream
+from train import Config
 
 
 def parts(config: ModelConfig, rows: dict, gains: bool = False, gated: bool = False,
@@ -107,9 +107,14 @@ def flops(config: ModelConfig, seq: int) -> int:
     return 6 * (sum(used) + tied + config.layers * config.heads * config.head_dim * seq)
 
 
-phase = replace(base.small.phases[0], steps=500, seq=256, lr={"embed": 2.0, "head": 2.0})
-config = replace(
-    base.small, phases=(phase,), eval_tokens=32_768, overlap=64, eval_every=100,
-    model=replace(base.shape(), mlp=512, qk_norm=True, rows=parts, forward=strong,
-                  outputs=capped, flops=flops),
-    optimizer=partial(muon, iteration="polar_express", outputs="equal"))
+def on(config: Config) -> Config:
+    """A config with the strong model and its optimiser in the place of the plain ones."""
+    made = replace(config.model, mlp=4 * config.model.embed, qk_norm=True, rows=parts,
+                   forward=strong, outputs=capped, flops=flops)
+    best = partial(muon, iteration="polar_express", outputs="equal")
+    return replace(config, model=made, optimizer=best)
+
+
+RATES = {"embed": 2.0, "head": 2.0}  # of groups, times the plain Llama's
+phase = replace(base.small.phases[0], steps=500, seq=256, lr=RATES)
+config = on(replace(base.small, phases=(phase,), eval_tokens=32_768, overlap=64, eval_every=100))
