@@ -280,11 +280,13 @@ def test_the_ledger_shows_each_claim(recorded):
     assert "## growth" in ledger
     assert "± is half a 95 % interval" in ledger
     assert "Not recorded yet: none." in ledger
-    row = (
-        "| [tiny](../configs/growth/tiny.py) | it helps | bpb: grown less deep | "
-        f"-0.2000 ± {half:.4f} | below 10 | confirmed | "
-        "`python train.py study configs/growth/tiny.py --seeds 2 --record` |"
-    )
+    assert "1 of 1 studies are recorded: 1 confirmed, 1 reversed, 1 not run." in ledger
+    command = "python train.py study configs/growth/tiny.py --seeds 2 --record"
+    assert (
+        "### [tiny](../configs/growth/tiny.py)\n\n"
+        f"Is it better to grow? 2 seeds: `{command}`"
+    ) in ledger
+    row = f"| it helps | bpb: grown less deep | -0.2000 ± {half:.4f} | below 10 | confirmed |"
     assert row in ledger
     assert "| – | below 0 | not run |" in ledger
 

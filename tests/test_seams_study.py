@@ -277,7 +277,8 @@ def test_the_interval_of_a_conclusion_is_student_s_for_a_mean():
         conclude(lambda figures: figures["z"], values)
 
 
-def test_a_record_and_its_pages_have_them(file, trainer, monkeypatch):
+def recorded(file, monkeypatch) -> Path:
+    """A house that holds the study's file, with its record of three seeds."""
     root = file.parent / "house"
     for place, text in {"configs/growth/tiny.py": file.read_text(),
                         "README.md": "<!-- results -->\n<!-- /results -->\n"}.items():
@@ -286,6 +287,11 @@ def test_a_record_and_its_pages_have_them(file, trainer, monkeypatch):
     monkeypatch.setattr(papers, "ROOT", root)
     place = root / "configs/growth/tiny.py"
     study.main([str(place), "--runs", str(root / "runs"), "--record", "--seeds", "3"])
+    return root
+
+
+def test_a_record_and_its_pages_have_them(file, trainer, monkeypatch):
+    root = recorded(file, monkeypatch)
     record = json.loads((root / "results/growth/tiny.json").read_text())
     assert record["needs"] == {name: dict(tokens=400, flops=1e6) for name in ("base", "second")}
     assert record["arms"]["again"]["needs"] == ["second", "base"]
@@ -331,6 +337,18 @@ def test_charts_of_all_arms_are_in_the_result_and_in_the_picture(charted, traine
     assert (arms["y"][1], arms["half"][1]) == pytest.approx(statistics.interval([3.01, 3.02, 3.03]))
     assert first["curves"]["three"] == dict(x=[*range(1, 21)], y=20 * [3.0], half=None)
     assert json.loads((charted.parent / "runs/tiny/study.json").read_text())["charts"] == result["charts"]
+
+
+def test_a_record_s_page_shows_the_charts(charted, trainer, monkeypatch):
+    root = recorded(charted, monkeypatch)
+    assert (root / "results/growth/tiny.png").read_bytes()[1:4] == b"PNG"
+    assert "](growth/tiny.png)" in papers.pages(root)[root / "results/README.md"]
+
+
+def test_a_record_without_charts_has_no_picture(file, trainer, monkeypatch):
+    root = recorded(file, monkeypatch)
+    assert not (root / "results/growth/tiny.png").exists()
+    assert ".png" not in papers.pages(root)[root / "results/README.md"]
 
 
 def test_without_all_arms_there_is_a_curve_for_each(charted, trainer, monkeypatch):

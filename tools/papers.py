@@ -65,9 +65,14 @@ class Entry(NamedTuple):
             return "no study"
         if self.record is None:
             return NOT_RECORDED
-        found = [claim["verdict"] for claim in self.record["claims"]]
-        counts = [f"{found.count(verdict)} {verdict}" for verdict in dict.fromkeys(found)]
-        return ", ".join(counts) or "no claims"
+        return counted([self])
+
+
+def counted(entries: list[Entry]) -> str:
+    """Each verdict of recorded studies and how often it came."""
+    found = [claim["verdict"] for entry in entries for claim in entry.record["claims"]]
+    counts = [f"{found.count(verdict)} {verdict}" for verdict in dict.fromkeys(found)]
+    return ", ".join(counts) or "no claims"
 
 
 def header(place: Path) -> str:
@@ -250,27 +255,36 @@ def by_chapter(entries: list[Entry]) -> dict[str, list[Entry]]:
 # ----------------------------------------------------------------------------------------- pages
 
 def ledger(entries: list[Entry]) -> str:
-    """results/README.md: a row for each claim of each recorded study."""
+    """results/README.md: a section for each recorded study, a row for each of its claims."""
+    recorded = [entry for entry in entries if entry.record]
+    studies = [entry for entry in entries if entry.study]
     lines = ["# Results", "", GENERATED, "",
              "Each row is a claim that was written before its study was run. A figure is an arm less "
              "its control over paired seeds, or an arm alone, or a conclusion from all arms, and "
              f"{PLUS_MINUS}. A claim is confirmed "
              "where the whole interval is on the side claimed, reversed where it is on the other, "
-             "else undecided. The JSON files beside this page have each seed's figures.", ""]
-    recorded = [entry for entry in entries if entry.record]
+             "else undecided. The JSON files beside this page have each seed's figures.", "",
+             f"{len(recorded)} of {len(studies)} studies are recorded: {counted(recorded)}.", ""]
     for chapter, own in by_chapter(recorded).items():
-        rows = []
+        lines += [f"## {chapter}", ""]
         for entry in own:
-            record = entry.record
-            for claim, now in zip(record["claims"], entry.study.claims, strict=True):
-                rows.append([link(entry, "results"), now.says, about(claim), found(claim),
-                             bound(claim),
-                             claim["verdict"], f"`{record['command']}`"])
-        head = ["method", "claim", "figure", "found", "claimed", "verdict", "command"]
-        lines += [f"## {chapter}", "", *table(head, rows)]
-    missing = [entry.method for entry in entries if entry.study and not entry.record]
+            lines += section(entry)
+    missing = [entry.method for entry in studies if not entry.record]
     lines += [f"{NOT_RECORDED.capitalize()}: {', '.join(missing) or 'none'}.", ""]
     return "\n".join(lines)
+
+
+def section(entry: Entry) -> list[str]:
+    """The lines of a recorded study: its question, its command, its claims, its picture if any."""
+    record = entry.record
+    lines = [f"### {link(entry, 'results')}", "",
+             f"{entry.question} {record['seeds']} seeds: `{record['command']}`", ""]
+    rows = [[now.says, about(claim), found(claim), bound(claim), claim["verdict"]]
+            for claim, now in zip(record["claims"], entry.study.claims, strict=True)]
+    lines += table(["claim", "figure", "found", "claimed", "verdict"], rows)
+    if entry.study.charts:
+        lines += [f"![{entry.question}]({entry.chapter}/{entry.method}.png)", ""]
+    return lines
 
 
 def index(root: Path, entries: list[Entry]) -> str:

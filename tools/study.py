@@ -17,8 +17,9 @@ added to the arm's. A run is made once for equal configs: what another study in 
 one for another arm, by the same code, is linked to in the place of a new run.
 
 --quick takes the study's `quick` fields, the middle rate and two seeds. It shows that the study
-runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/.
---json prints the same as one line, the last one. --tracker is that of each run, see docs/runs.md.
+runs and gives no verdict. --record writes results/CHAPTER/METHOD.json of a study in configs/, and
+beside it a picture of the study's charts. --json prints the same as one line, the last one.
+--tracker is that of each run, see docs/runs.md.
 
 Runs are ordinary ones, RUNS/STUDY/ARM-RATE-sSEED, each made by the ordinary command in a process of
 its own: one a GPU at a time or, without GPUs, --jobs at a time, each on its share of the cores.
@@ -1064,11 +1065,14 @@ def main(arguments: list[str]) -> dict:
     request.directory.mkdir(parents=True, exist_ok=True)
     result = result_of(request)
     write(request.directory / "study.json", json.dumps(finite(result), indent=1))
-    draw(result).savefig(request.directory / "study.png", dpi=110)
+    picture = draw(result)
+    picture.savefig(request.directory / "study.png", dpi=110)
     print(f"\n{table(result)}\n\n{request.directory} has study.json and study.png")
     record = make_record(ROOT, request.path, request.study, result, bool(a.arms))
     if place:
         write(place, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        if request.study.charts:
+            picture.savefig(place.with_suffix(".png"), dpi=110)
         print(f"{place} has the record; `python train.py papers --write` shows it in the pages")
     if a.json:
         print(json.dumps(record))
