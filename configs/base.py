@@ -130,12 +130,13 @@ def rung(depth: int, vocab: int = 0) -> ModelConfig:
 
     A layer adds 16 to the width up to d8 and 64 from d12 on, as in nanochat (Karpathy 2025), and
     12 more with each layer between them: so a CPU has rungs whose cost is some times that of the
-    one before. Heads have 32, or 16 where the width asks for that, 64 from d9 and 128 from d24 on.
+    one before. Heads have 64 from d9 and 128 from d24 on; below that the most, up to 32, that
+    divides the width.
     The vocabulary is 16 times the width, near the law by Tao et al. (2024, "Scaling Laws with
     Vocabulary"). vocab: another one.
     """
     width = depth * min(max(12 * depth - 80, 16), 64)
-    head_dim = 32 if width % 32 == 0 else 16
+    head_dim = max(size for size in range(2, 33, 2) if width % size == 0)
     if depth > OF_CPUS:
         head_dim = 64 if depth < 24 else 128
     embed = head_dim * math.ceil(width / head_dim)
