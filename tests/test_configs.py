@@ -47,7 +47,8 @@ BORROWS = {
                             "configs.baselines.recipe.old", "configs.baselines.recipe.redrawn",
                             "configs.baselines.strong.config"},
     "baselines/strong_parts": {"configs.baselines.muon.muon"} | {
-        f"configs.baselines.strong.{name}" for name in ("capped", "config", "parts", "strong")},
+        f"configs.baselines.strong.{name}" for name in (
+            "capped", "config", "on", "parts", "strong")},
     "continual/agem": {
         "configs.continual.rewarm.base", "configs.continual.rewarm.cosine",
         "configs.continual.rewarm.first"},

@@ -3,9 +3,9 @@
 Paper: Value Residual Learning For Alleviating Attention Concentration In Transformers, Zhou et al.
     2024 (arXiv 2410.17897), of the values; where the others are from is said in strong.py
 Method: the strong baseline, and it without each of its parts.
-Here: at equal rows, steps and rate, and FLOPs within 0.5 %. What is in it was chosen by looks at
-    one seed. all_parts is the plain Llama with AdamW.
-Cost: 42 runs of 150 steps, about an hour on two CPU cores that do nothing else, an estimate.
+Here: at equal rows, steps and rate, and FLOPs within 0.5 %; half as wide as strong.py. What is in
+    it was chosen by looks at one seed, at its own width. all_parts is the plain Llama with AdamW.
+Cost: 42 runs of 150 steps, about ten minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/strong_parts.py --jobs 2
     python train.py study configs/baselines/strong_parts.py --arms values,pairs --seeds 1
@@ -16,7 +16,7 @@ from functools import partial
 
 from configs import base
 from configs.baselines.muon import muon
-from configs.baselines.strong import capped, config, parts, strong
+from configs.baselines.strong import capped, config, on, parts, strong
 from lib.optim import adamw
 from lib.study import Claim, Paper, Study
 from train import Config
@@ -27,9 +27,10 @@ def lacks(**off) -> Config:
     return replace(whole, model=replace(model, rows=partial(parts, **off)))
 
 
-whole = base.scaled(config, 150)
+narrow = base.shape(embed=64)
+whole = on(replace(base.scaled(config, 150), model=narrow))
 model, phase = whole.model, whole.phases[0]
-plain = replace(whole, model=base.shape(), optimizer=adamw, phases=(replace(phase, lr={}),))
+plain = replace(whole, model=narrow, optimizer=adamw, phases=(replace(phase, lr={}),))
 arms = {  # by what is left out
     "all_parts": plain,
     "muon": replace(whole, optimizer=adamw),
@@ -40,7 +41,8 @@ arms = {  # by what is left out
     "pairs": lacks(pairs=0),
     "head_gates": lacks(gates=False),
     "smear": lacks(smear=False),
-    "squared_relu": replace(whole, model=replace(model, mlp=344, rows=partial(parts, gated=True))),
+    "squared_relu": replace(whole, model=replace(
+        model, mlp=narrow.mlp, rows=partial(parts, gated=True))),
     "key_shift": replace(whole, model=replace(model, forward=partial(strong, shift=False))),
     "embedding_norm": replace(whole, model=replace(model, forward=partial(strong, normed=False))),
     "cap": replace(whole, model=replace(model, outputs=partial(capped, cap=0.0))),

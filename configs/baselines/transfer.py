@@ -6,7 +6,7 @@ Method: the plain Llama by default, over three rates: a quarter to the whole of 
     three losses over the logarithm of the rate.
 Here: one length for all widths and depths, so larger models see fewer tokens a parameter. A best
     rate outside of the three is counted as the nearest of them. study.png has the losses by rate.
-Cost: 63 runs, about twenty minutes on two CPU cores that do nothing else, an estimate.
+Cost: 63 runs, about twelve minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/transfer.py --jobs 2
     python train.py study configs/baselines/transfer.py --seeds 1
@@ -21,11 +21,11 @@ from lib.study import Chart, Claim, Paper, Study
 from train import Config
 
 SIZES = {  # embed, layers, steps
-    "width_32": (32, 4, 300),
-    "width_64": (64, 4, 300),
-    "width_128": (128, 4, 300),
-    "layers_2": (64, 2, 300),
-    "layers_8": (64, 8, 300),
+    "width_32": (32, 4, 200),
+    "width_64": (64, 4, 200),
+    "width_128": (128, 4, 200),
+    "layers_2": (64, 2, 200),
+    "layers_8": (64, 8, 200),
     "steps_75": (64, 4, 75),
     "steps_600": (64, 4, 600),
 }
