@@ -223,13 +223,16 @@ def fill(
         "weights": np.zeros(shape, np.float32),
         "document": np.full(shape, -1, np.int32),
     }
-    first = np.searchsorted(plan[:, ROW], rows)
-    last = np.searchsorted(plan[:, ROW], rows, side="right")
-    for r in range(len(rows)):
+    for r, number in enumerate(rows):
         row = {key: value[r] for key, value in arrays.items()}
-        pieces = plan[first[r]:last[r]]
-        fill_row(row, pieces, tokens_of, tokenizer)
+        fill_row(row, pieces_of(plan, number), tokens_of, tokenizer)
     return arrays
+
+
+def pieces_of(plan: np.ndarray, row: int) -> np.ndarray:
+    """The pieces of a row, as its plan has them."""
+    start, end = np.searchsorted(plan[:, ROW], (row, row + 1))
+    return plan[start:end]
 
 
 def fill_row(
@@ -239,6 +242,7 @@ def fill_row(
     tokenizer: Tokenizer,
 ):
     """Write the pieces of one row into its arrays [seq]."""
+    row["segments"][:] = segments_of(pieces, len(row["segments"]))
     at = 0  # where the next piece begins
     current, begun = 0, 0  # the segment, and where it began
     for _, segment, document, start, length, quiet in pieces.tolist():
@@ -248,11 +252,18 @@ def fill_row(
         inputs, targets = predictions(tokens_of(document), start, length, tokenizer)
         row["tokens"][at:end] = inputs
         row["targets"][at:end] = targets
-        row["segments"][at:end] = segment
         row["positions"][at:end] = np.arange(at - begun, end - begun)
         row["weights"][at + quiet:end] = 1
         row["document"][at:end] = document
         at = end
+
+
+def segments_of(pieces: np.ndarray, seq: int) -> np.ndarray:
+    """The segments [seq] of one row, int32, 0 on padding; pieces: as its plan has them."""
+    row = np.zeros(seq, np.int32)
+    segments = np.repeat(pieces[:, SEGMENT], pieces[:, LENGTH])
+    row[:len(segments)] = segments
+    return row
 
 
 def fill_marks(
