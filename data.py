@@ -48,7 +48,7 @@ from lib.packing import (
     fill,
     fill_marks,
     permute,
-    pieces_of,
+    permute_one,
     segments_of,
 )
 from lib.seams import LENGTHS, MIXTURE, OBJECTIVE, ORDER, TOKENIZER, is_number, require_gave
@@ -177,6 +177,11 @@ class Window(NamedTuple):
     documents: Documents
     lengths: np.ndarray  # positions of each document [documents]
     plan: np.ndarray  # [pieces, 6], see lib/packing.py
+    begins: np.ndarray  # of each row's pieces in the plan, and its end [rows + 1]
+
+    def pieces(self, row: int) -> np.ndarray:
+        """The pieces of a row, as the plan has them."""
+        return self.plan[self.begins[row]:self.begins[row + 1]]
 
 
 class Row(NamedTuple):
@@ -196,8 +201,7 @@ def shuffled(draw: int, rows: int, progress: float, key: tuple[int, ...]) -> int
     order may also ask for `log`, see `Evaluation`.
     """
     epoch, place = divmod(draw, rows)
-    permuted = permute(place, rows, *key, 1 + epoch)
-    return int(permuted[0])
+    return permute_one(place, rows, *key, 1 + epoch)
 
 
 class Rows:
@@ -259,8 +263,10 @@ class Rows:
             np.save(content, self.pack(documents, lengths).astype(np.int32))
             written = content.getvalue()
             write_checked(file, written)
-        plan = np.load(io.BytesIO(written))
-        return Window(documents, lengths, plan.astype(np.int64))
+        plan = np.load(io.BytesIO(written)).astype(np.int64)
+        rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
+        begins = np.searchsorted(plan[:, ROW], np.arange(rows + 1))
+        return Window(documents, lengths, plan, begins)
 
     def permuted_documents(self, number: int) -> Documents:
         """The documents of a window, in the order in which they are packed."""
@@ -298,8 +304,7 @@ class Rows:
             first = number * self.shards
             if self.cache.wait(first + self.shards) <= first:
                 return False
-            plan = self.window(number).plan
-            rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
+            rows = len(self.window(number).begins) - 1
             self.ends.append(self.ends[-1] + rows)
             return True
 
@@ -332,18 +337,17 @@ class Rows:
     def segments(self, draw: int, progress: float, log: Sequence[Evaluation]) -> np.ndarray:
         """The segments [seq] of the row that is drawn after `draw` others; no token is read."""
         number, row = self.place(draw, progress, log)
-        pieces = pieces_of(self.window(number).plan, row)
-        return segments_of(pieces, self.seq)
+        return segments_of(self.window(number).pieces(row), self.seq)
 
     def get(self, draw: int, progress: float = 0.0, log: Sequence[Evaluation] = ()) -> Row:
         """The row that is drawn after `draw` others; `progress` and `log` are for the order."""
         number, row = self.place(draw, progress, log)
-        documents, lengths, plan = self.window(number)
-        arrays = fill(plan, np.array([row]), self.seq, documents.ids, self.tokenizer)
+        window = self.window(number)
+        documents, pieces = window.documents, window.pieces(row)
+        arrays = fill(pieces, np.array([row]), self.seq, documents.ids, self.tokenizer)
         del arrays["document"]
-        pieces = pieces_of(plan, row)
         ends = pieces[:, START] + pieces[:, LENGTH]
-        cut = np.sum(ends < lengths[pieces[:, DOCUMENT]])
+        cut = np.sum(ends < window.lengths[pieces[:, DOCUMENT]])
         arrays = {key: value[0] for key, value in arrays.items()}
         if self.marks:
             arrays["marks"] = fill_marks(pieces, self.seq, documents.marks)
@@ -704,7 +708,7 @@ class Loader:
         """The batch of a step (1 and up): a function of config, seed, step and, where steered, log.
 
         own: takes the number of its rows and gives those that are made here, in ascending order.
-        counted: whether segments are counted in rows that are not made here, too.
+        counted: whether segments are counted.
         """
         drawn = self.drawn(step)
         objectives = self.phases[drawn.phase].objective
@@ -729,7 +733,7 @@ class Loader:
             for source, name in enumerate(self.names):
                 metrics[f"data/{name}/rows"] = drawn.sources.count(source)
         number = len(drawn.sources)
-        bound = self.bound(drawn, made) if counted or len(made) == number else 0
+        bound = self.bound(drawn, made) if counted else 0
         return Batch(arrays, mask, metrics, number, bound)
 
     def bound(self, drawn: Drawn, made: dict[int, tuple[dict, dict]]) -> int:

@@ -196,7 +196,7 @@ def test_where_segments_of_others_are_not_known_no_process_says_a_bound(objectiv
     assert made.batch(1).segments
 
 
-def test_rows_of_others_are_counted_only_where_it_is_asked_for():
+def test_segments_are_counted_only_where_it_is_asked_for():
     made = loader(phase())
-    assert made.batch(1, every_so_many(0, 2), counted=False).segments == 0
-    assert made.batch(1, counted=False).segments == made.batch(1).segments > 0
+    assert made.batch(1, counted=False).segments == 0
+    assert made.batch(1).segments > 0
