@@ -18,8 +18,6 @@ from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
-import jax
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from data import DataConfig, Source, text
@@ -115,7 +113,6 @@ def main(words: list[str]):
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--steps", type=int, default=300)
     options = vars(parser.parse_args(words))
-    jax.config.update("jax_cpu_enable_async_dispatch", True)
     took, called = measured(False, **options), measured(True, **options)
     lines = [["thread", "ms a step", "calls a step"]]
     for name in THREADS:
