@@ -26,6 +26,7 @@ from lib.errors import InputError
 from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
 from lib.objectives import (
+    SEGMENTS,
     asks,
     declared_masks,
     in_vocabulary,
@@ -47,6 +48,8 @@ from lib.packing import (
     fill,
     fill_marks,
     permute,
+    permute_one,
+    segments_of,
 )
 from lib.seams import LENGTHS, MIXTURE, OBJECTIVE, ORDER, TOKENIZER, is_number, require_gave
 from lib.sources import (  # noqa: F401
@@ -174,6 +177,11 @@ class Window(NamedTuple):
     documents: Documents
     lengths: np.ndarray  # positions of each document [documents]
     plan: np.ndarray  # [pieces, 6], see lib/packing.py
+    begins: np.ndarray  # of each row's pieces in the plan, and its end [rows + 1]
+
+    def pieces(self, row: int) -> np.ndarray:
+        """The pieces of a row, as the plan has them."""
+        return self.plan[self.begins[row]:self.begins[row + 1]]
 
 
 class Row(NamedTuple):
@@ -193,8 +201,7 @@ def shuffled(draw: int, rows: int, progress: float, key: tuple[int, ...]) -> int
     order may also ask for `log`, see `Evaluation`.
     """
     epoch, place = divmod(draw, rows)
-    permuted = permute(place, rows, *key, 1 + epoch)
-    return int(permuted[0])
+    return permute_one(place, rows, *key, 1 + epoch)
 
 
 class Rows:
@@ -256,8 +263,10 @@ class Rows:
             np.save(content, self.pack(documents, lengths).astype(np.int32))
             written = content.getvalue()
             write_checked(file, written)
-        plan = np.load(io.BytesIO(written))
-        return Window(documents, lengths, plan.astype(np.int64))
+        plan = np.load(io.BytesIO(written)).astype(np.int64)
+        rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
+        begins = np.searchsorted(plan[:, ROW], np.arange(rows + 1))
+        return Window(documents, lengths, plan, begins)
 
     def permuted_documents(self, number: int) -> Documents:
         """The documents of a window, in the order in which they are packed."""
@@ -295,8 +304,7 @@ class Rows:
             first = number * self.shards
             if self.cache.wait(first + self.shards) <= first:
                 return False
-            plan = self.window(number).plan
-            rows = int(plan[-1, ROW]) + 1 if len(plan) else 0
+            rows = len(self.window(number).begins) - 1
             self.ends.append(self.ends[-1] + rows)
             return True
 
@@ -307,8 +315,11 @@ class Rows:
             pass
         return self.ends[-1]
 
-    def get(self, draw: int, progress: float = 0.0, log: Sequence[Evaluation] = ()) -> Row:
-        """The row that is drawn after `draw` others; `progress` and `log` are for the order."""
+    def place(self, draw: int, progress: float, log: Sequence[Evaluation]) -> tuple[int, int]:
+        """(window, row of its plan) of the row that is drawn after `draw` others.
+
+        `progress` and `log` are for the order.
+        """
         while draw >= self.ends[-1] and self.grow():
             pass
         epoch, place = divmod(draw, self.ends[-1])
@@ -321,13 +332,22 @@ class Rows:
         fine = isinstance(row, int | np.integer) and 0 <= row < rows
         more = f", here {rows - 1}, of {self.cache.name!r}"
         require_gave(fine, ORDER, self.order, row, more)
-        documents, lengths, plan = self.window(number)
-        arrays = fill(plan, np.array([row]), self.seq, documents.ids, self.tokenizer)
+        return number, row
+
+    def segments(self, draw: int, progress: float, log: Sequence[Evaluation]) -> np.ndarray:
+        """The segments [seq] of the row that is drawn after `draw` others; no token is read."""
+        number, row = self.place(draw, progress, log)
+        return segments_of(self.window(number).pieces(row), self.seq)
+
+    def get(self, draw: int, progress: float = 0.0, log: Sequence[Evaluation] = ()) -> Row:
+        """The row that is drawn after `draw` others; `progress` and `log` are for the order."""
+        number, row = self.place(draw, progress, log)
+        window = self.window(number)
+        documents, pieces = window.documents, window.pieces(row)
+        arrays = fill(pieces, np.array([row]), self.seq, documents.ids, self.tokenizer)
         del arrays["document"]
-        start, end = np.searchsorted(plan[:, ROW], (row, row + 1))
-        pieces = plan[start:end]
         ends = pieces[:, START] + pieces[:, LENGTH]
-        cut = np.sum(ends < lengths[pieces[:, DOCUMENT]])
+        cut = np.sum(ends < window.lengths[pieces[:, DOCUMENT]])
         arrays = {key: value[0] for key, value in arrays.items()}
         if self.marks:
             arrays["marks"] = fill_marks(pieces, self.seq, documents.marks)
@@ -590,6 +610,11 @@ class Drawn(NamedTuple):
         rows = self.rows[self.sources[number]]
         return rows.get(self.draws[number], self.progress, self.log)
 
+    def segments(self, number: int) -> np.ndarray:
+        """The segments [seq] of a row of the batch, as its plan has them."""
+        rows = self.rows[self.sources[number]]
+        return rows.segments(self.draws[number], self.progress, self.log)
+
 
 class Loader:
     """`batch(step)` for all steps of a run, from its caches and phases (see `train.Phase`)."""
@@ -679,10 +704,11 @@ class Loader:
         epochs = self.positions(step) / size
         return dict(zip(self.names, epochs.tolist(), strict=True))
 
-    def batch(self, step: int, own: Callable = np.arange) -> Batch:
+    def batch(self, step: int, own: Callable = np.arange, counted: bool = True) -> Batch:
         """The batch of a step (1 and up): a function of config, seed, step and, where steered, log.
 
         own: takes the number of its rows and gives those that are made here, in ascending order.
+        counted: whether segments are counted.
         """
         drawn = self.drawn(step)
         objectives = self.phases[drawn.phase].objective
@@ -707,8 +733,26 @@ class Loader:
             for source, name in enumerate(self.names):
                 metrics[f"data/{name}/rows"] = drawn.sources.count(source)
         number = len(drawn.sources)
-        bound = bound_on_segments(arrays["segments"]) if len(mine) == number else 0
+        bound = self.bound(drawn, made) if counted else 0
         return Batch(arrays, mask, metrics, number, bound)
+
+    def bound(self, drawn: Drawn, made: dict[int, tuple[dict, dict]]) -> int:
+        """`Batch.segments`, the same in all processes, each of which made other rows or all.
+
+        made: {row: (arrays, mask)}. Of other rows the plan says the segments, and SEGMENTS what
+        the objective makes of them; 0 where it does not say that.
+        """
+        objectives = self.phases[drawn.phase].objective
+        changes = [SEGMENTS.get(objective_of(objectives, name)) for name in self.names]
+        rows = []
+        for r, source in enumerate(drawn.sources):
+            if len(made) == len(drawn.sources):
+                rows.append(made[r][0]["segments"])
+            elif changes[source]:
+                rows.append(changes[source](drawn.segments(r)))
+            else:
+                return 0
+        return bound_on_segments(np.stack(rows))
 
     def drawn(self, step: int) -> Drawn:
         """The rows of a step's batch, before its objective."""

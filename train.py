@@ -63,7 +63,7 @@ from lib.fields import (
     strict,
 )
 from lib.hardware import tune_for_cpu
-from lib.kernels import Mask, choose, settled
+from lib.kernels import Mask, choose, counts_segments, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
 from lib.memory import check_batch_memory, check_state, check_step
@@ -967,8 +967,10 @@ class Given(NamedTuple):
 
 def given(run: Run, step: int) -> Given:
     """What a step takes, put onto the devices; made by a thread, ahead of the loop."""
-    batch = run.loader.batch(step, own=functools.partial(own_rows, run.mesh))
-    model = run.plan.models[run.plan.phase_of(step)]
+    phase = run.plan.phase_of(step)
+    model, seq = run.plan.models[phase], run.config.phases[phase].seq
+    counted = counts_segments(model.attention, seq, model.head_dim, model.dtype)
+    batch = run.loader.batch(step, functools.partial(own_rows, run.mesh), counted)
     lr = np.array([run.plan.lr[group][step] for group in groups(model)], np.float32)
     if jax.process_count() == 1:
         lr = jax.device_put(lr, NamedSharding(run.mesh, PartitionSpec()))

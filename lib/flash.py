@@ -13,6 +13,12 @@ from lib.masks import Mask, allowed
 
 LEAST = 8  # segments that cuDNN's packed layout is told of at least: jax takes one for no layout
 MOST = 128  # and at most: cuDNN's float32 sums are as many times as large
+# Splash's fused backward kernel makes scores once where two kernels make them twice, 5 products in
+# place of 7. But it writes gradients of the queries for each block of keys, which are summed after.
+# Compiled for a v5e it accesses 0.81 of their bytes and holds 0.75 of their scratch in rows of
+# 1,024 with heads of 64, 0.98 and 0.84 in 2,048 of 128 (of 256: 1.22 of the bytes), 1.14 and 7.0
+# in 4,096, 1.47 and 5.6 in 8,192. So it is taken up to so many blocks.
+PARTS = 4
 
 
 class Case(NamedTuple):
@@ -48,12 +54,14 @@ def splash(
 
     b, t, kv, g, h = q.shape
     size = next(size for size in (512, 256, 128) if t % size == 0)
+    fused = t <= PARTS * size
+    number = 6 if fused else 8
     visible = masks.CausalMask((t, t))
     if mask.window:
         visible = masks.LocalMask((t, t), (mask.window - 1, 0), 0)
     of_heads = kernel.make_splash_mqa_single_device(
         masks.MultiHeadMask([visible] * g),
-        block_sizes=kernel.BlockSizes(*[size] * 8),
+        block_sizes=kernel.BlockSizes(*[size] * number, use_fused_bwd_kernel=fused),
         residual_checkpoint_name="attention",
         interpret=interpret,
     )

@@ -106,6 +106,13 @@ def settled(
     return mask if ATTENTION[name].counts else replace(mask, segments=0)
 
 
+def counts_segments(implementation: str, length: int, head_dim: int, dtype) -> bool:
+    """Whether what is chosen for causal rows may depend on how many segments they have."""
+    case = Case(Mask("causal", 0, segments=1), length, head_dim, jnp.dtype(dtype), *here())
+    names = ATTENTION if implementation == "auto" else [implementation]
+    return any(ATTENTION[name].counts and ATTENTION[name].able(case) for name in names)
+
+
 def reference(q, k, v, mask, segments, prefix):
     """`attention` by the whole [t t] square."""
     index = jnp.arange(q.shape[1])

@@ -2,6 +2,7 @@
 import math
 
 from lib.edits import writes_stream
+from lib.errors import InputError
 from model import ModelConfig, Param, plain_table
 
 
@@ -15,8 +16,13 @@ def matrices(config: ModelConfig) -> dict[str, Param]:
 
 
 def sides(param: Param) -> tuple[int, int]:
-    """(inputs, outputs) of one layer's matrix."""
+    """(inputs, outputs) of one layer's matrix; raises InputError for what has one axis alone."""
     inner = param.shape[1:]  # without `layers`
+    if not inner:
+        raise InputError(
+            f"model.rows: a parameter of the optimiser group {param.group} has the axes "
+            f"{', '.join(param.axes)}; allowed are others besides layers"
+        )
     size = math.prod(inner)
     if writes_stream(param):
         outputs = inner[-1]

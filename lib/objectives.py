@@ -27,7 +27,7 @@ def causal(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
 
 def one_segment(row: dict, rng: np.random.Generator) -> tuple[dict, dict]:
     """Predict each next token, attending across all documents of a row, whose positions run on."""
-    real = (row["segments"] > 0).astype(np.int32)
+    real = joined(row["segments"])
     positions = np.arange(len(real), dtype=np.int32) * real
     return row | {"segments": real, "positions": positions}, CAUSAL
 
@@ -114,6 +114,20 @@ def in_vocabulary(row: dict, last: int) -> bool:
 
 causal.masks = one_segment.masks = (CAUSAL,)
 masked.masks = (BIDIRECTIONAL,)
+
+
+def as_planned(segments: np.ndarray) -> np.ndarray:
+    """Segments [seq] as they are."""
+    return segments
+
+
+def joined(segments: np.ndarray) -> np.ndarray:
+    """All of a row's segments [seq] as one."""
+    return (segments > 0).astype(np.int32)
+
+
+# What an objective makes of a row's segments, where no process need make the row to know it.
+SEGMENTS = {causal: as_planned, one_segment: joined}
 
 
 def objective_of(objective: Callable | dict[str, Callable], source: str) -> Callable:

@@ -150,14 +150,16 @@ def same(one: data.Batch, other: data.Batch):
         np.testing.assert_array_equal(values, other.arrays[name], err_msg=name)
 
 
+def every_so_many(first: int, parts: int):
+    """The rows of one of `parts` processes: every so-manieth of a batch."""
+    return lambda rows: np.arange(first, rows, parts)
+
+
 def check_parts(made: data.Loader, step: int, parts: int):
     """Processes that make every so-manieth row alone have the rows and the mask of the whole."""
     whole = made.batch(step)
     for first in range(parts):
-        def own(rows, first=first):
-            return np.arange(first, rows, parts)
-
-        part = made.batch(step, own)
+        part = made.batch(step, every_so_many(first, parts))
         rows = {name: values[first::parts] for name, values in whole.arrays.items()}
         same(part, whole._replace(arrays=rows))
         assert part.rows == whole.rows

@@ -13,7 +13,7 @@ import train
 from data import Batch
 from lib import flash, kernels
 from lib.hardware import capability, hardware
-from lib.kernels import ATTENTION, choose, settled
+from lib.kernels import ATTENTION, choose, counts_segments, settled
 from lib.masks import Mask
 from lib.packing import BOUNDS, bound_on_segments
 from model import rematerialised
@@ -80,6 +80,19 @@ def test_a_bound_on_segments_is_kept_where_a_kernel_depends_on_it(monkeypatch):
     monkeypatch.setattr(kernels, "here", lambda: HOPPER)
     assert settled("auto", causal(8), 256, 64, "bfloat16") == causal(8)
     assert settled("cudnn", causal(8), 256, 64, "bfloat16") == CAUSAL
+
+
+@pytest.mark.parametrize("asked, device, counted", [
+    ("auto", HOPPER, True),
+    ("cudnn_packed", HOPPER, True),
+    ("cudnn", HOPPER, False),
+    ("xla", HOPPER, False),
+    ("auto", CPU, False),
+    ("cudnn_packed", CPU, False),
+])
+def test_segments_are_counted_where_a_kernel_depends_on_them(monkeypatch, asked, device, counted):
+    monkeypatch.setattr(kernels, "here", lambda: device)
+    assert counts_segments(asked, 256, 64, "bfloat16") == counted
 
 
 def test_a_forward_of_its_own_is_told_no_bound(tiny):

@@ -1,12 +1,16 @@
 """Objectives as a loader calls them: random numbers of a row's own, one mask for a whole batch."""
 from collections import Counter
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import pytest
-from sky import check_parts, loader, phase
+from sky import check_parts, every_so_many, loader, phase
 
+import data
 from data import InputError
+from lib.objectives import causal, one_segment
+from lib.packing import BOUNDS, ROW, SEGMENT, best_fit, concat_and_split, one_per_row
 
 equal = np.testing.assert_array_equal
 CAUSAL = {"kind": "causal", "window": 0}
@@ -104,3 +108,95 @@ def test_masks_that_cannot_be_one_are_refused():
     sentence = r"phases\.1\.objective .*'causal', 'window': 0.*'window': 5"
     with pytest.raises(InputError, match=sentence):
         made.batch(3)
+
+
+# ----------------------------------------------------------------- the bound on segments of all rows
+
+
+def torn(lengths, seq):
+    """A packing whose rows go back to their first segment, which therefore does not lie together."""
+    plan = concat_and_split(lengths, seq)
+    last = np.append(np.diff(plan[:, ROW]) > 0, True)
+    third = plan[:, SEGMENT] > 2
+    plan[last & third, SEGMENT] = 1
+    return plan
+
+
+def two_lengths(progress):
+    """As many batches of short rows as of long ones."""
+    return {32: 1, 128: 1}
+
+
+def plain_bound(segments: np.ndarray) -> int:
+    """The least of BOUNDS for rows of segments that lie together; 0 where one does not."""
+    most = 0
+    for row in segments.tolist():
+        runs = [segment for segment, _ in groupby(row)]
+        if len(set(runs)) < len(runs):
+            return 0
+        most = max(most, len(runs))
+    return min(size for size in BOUNDS if size >= most)
+
+
+@pytest.mark.parametrize("packing, bounds", [
+    (concat_and_split, {1, 8, 32}),
+    (best_fit, {8, 32}),
+    (one_per_row, {8}),
+    (torn, {0, 1, 8}),
+])
+def test_processes_agree_on_the_bound_on_segments(packing, bounds):
+    """It is that of the whole batch, though each of them makes a part of the rows."""
+    found = set()
+    for objective in (causal, one_segment, mixed, {"stars": one_segment}):
+        made = loader(phase(
+            steps=4, batch=8, seq=128, packing=packing, objective=objective, lengths=two_lengths))
+        for step in range(1, 5):
+            whole = made.batch(step)
+            found.add(whole.segments)
+            assert whole.segments == plain_bound(whole.arrays["segments"])
+            for parts in (2, 8):
+                for first in range(parts):
+                    part = made.batch(step, every_so_many(first, parts))
+                    assert part.segments == whole.segments
+    assert found == bounds
+
+
+def test_a_process_reads_no_tokens_of_rows_that_others_make(monkeypatch):
+    made = loader(phase())
+    read = []
+    ids = data.Documents.ids
+
+    def counted(documents, document):
+        read.append(document)
+        return ids(documents, document)
+
+    monkeypatch.setattr(data.Documents, "ids", counted)
+    part = made.batch(1, every_so_many(0, 4))
+    assert len(read) == part.metrics["data/segments"]  # pieces of its one row
+    assert part.segments
+
+
+def declared(row, rng):
+    """An objective that makes other segments and says which masks it gives, and no more."""
+    return one_segment(row, rng)
+
+
+declared.masks = (CAUSAL,)
+
+
+@pytest.mark.parametrize("objective, sources", [
+    (declared, dict(stars=1)),
+    ({"moons": declared}, dict(stars=1, moons=1)),
+])
+def test_where_segments_of_others_are_not_known_no_process_says_a_bound(objective, sources):
+    """Not even one whose own rows are all of an objective that is known."""
+    made = loader(phase(objective=objective, mixture=sources))
+    found = {made.batch(1, every_so_many(first, 4)).segments for first in range(4)}
+    assert found == {0}
+    assert made.batch(1).segments
+
+
+def test_segments_are_counted_only_where_it_is_asked_for():
+    made = loader(phase())
+    assert made.batch(1, counted=False).segments == 0
+    assert made.batch(1).segments > 0

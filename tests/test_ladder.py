@@ -1,12 +1,13 @@
 """The ladder: what follows from a depth, its command, and the pages that show it."""
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import train
 from configs import base
-from lib.config import ROOT
+from lib.config import ROOT, load_file
 from model import count, table
 
 LADDER = str(ROOT / "configs/baselines/ladder.py")
@@ -177,3 +178,20 @@ def test_the_readme_s_table_is_that_of_the_ladder():
         assert batch == f"{phase.batch} x {phase.seq:,}"
         assert steps == f"{phase.steps:,}"
         assert spent == f"{base.flops(config.model, phase):.2g}"
+
+
+def test_fit_says_once_what_the_dial_says(monkeypatch, capsys):
+    """It reads the config twice: itself, and as the process that compiles."""
+    fit = load_file(ROOT / "tools/fit.py")
+    words = [LADDER, "--depth", "2", "--devices", "1"]
+
+    def compiled(line, env, **how):
+        assert capsys.readouterr().out == ""
+        with monkeypatch.context() as context:
+            context.setenv("COPPICE_FIT", env["COPPICE_FIT"])
+            return SimpleNamespace(stderr="", returncode=fit.main(words))
+
+    monkeypatch.setattr(fit.subprocess, "run", compiled)
+    monkeypatch.setattr(fit, "here", lambda arguments, config: 0)
+    assert fit.main(words) == 0
+    assert capsys.readouterr().out.count("ladder: depth 2") == 1

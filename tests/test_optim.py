@@ -12,7 +12,9 @@ from conftest import rows, used
 import model
 import train
 from configs.baselines.muon import muon
+from lib.errors import InputError
 from lib.kernels import Mask
+from lib.matrices import sides
 from lib.optim import State, adamw, init_opt_state, lr_factors
 
 equal = np.testing.assert_array_equal
@@ -177,3 +179,9 @@ def test_accumulation_is_the_whole_batch(tiny, tied_params, parts):
     assert moments
     for one, other in zip(moments, jax.tree.leaves(in_parts.opt), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_a_matrix_of_one_axis_is_refused_in_one_sentence():
+    scale = model.Param(("layers",), (2,), 0.0, group="matrix")
+    with pytest.raises(InputError, match="group matrix has the axes layers; allowed are others"):
+        sides(scale)

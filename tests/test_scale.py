@@ -578,14 +578,17 @@ def test_fit_compiles_for_gpus_that_are_not_here(place, monkeypatch):
 # ------------------------------------------------------------------------------------------ kernels
 
 
-@pytest.mark.parametrize("window", [0, 70])
-def test_splash_equals_the_reference(window):
-    """Outputs and gradients, in the interpreter: grouped queries, segments, padding, a window."""
+@pytest.mark.parametrize("length, window", [(256, 0), (384, 70), (640, 70)])
+def test_splash_equals_the_reference(length, window):
+    """Outputs and gradients, in the interpreter: grouped queries, segments, padding, a window.
+
+    In one block, in three, and in five, whose gradients are not made by one kernel.
+    """
     keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (2, 256, 2, 2, 32))
-    k = jax.random.normal(keys[1], (2, 256, 2, 32))
-    v = jax.random.normal(keys[2], (2, 256, 2, 32))
-    segments = np.random.default_rng(0).integers(1, 4, (2, 256))
+    q = jax.random.normal(keys[0], (2, length, 2, 2, 32))
+    k = jax.random.normal(keys[1], (2, length, 2, 32))
+    v = jax.random.normal(keys[2], (2, length, 2, 32))
+    segments = np.random.default_rng(0).integers(1, 4, (2, length))
     segments = np.sort(segments, 1).astype(np.int32)
     segments[1, 200:] = 0
     mask = Mask("causal", window)

@@ -93,6 +93,22 @@ def test_a_suite_that_misses_a_target_or_breaks_ends_with_1(tmp_path, monkeypatc
     assert "no time was left" in json.loads(out.read_text())["misses"][0]
 
 
+@pytest.mark.parametrize("thread, found", [
+    ("Stream #14", {"gemm": 3.0}),
+    ("python", {"gemm": 3.0, "wait": 5.0}),
+])
+def test_a_trace_tells_of_what_the_device_did(thread, found):
+    """Of a GPU's streams where there are any, and never of Python's functions."""
+    names = [(1, thread), (2, "python")]
+    events = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}}
+        for tid, name in names
+    ]
+    for tid, name, dur in ((1, "gemm", 1e3), (1, "gemm", 2e3), (1, "$train.py:1 f", 9e3), (2, "wait", 5e3)):
+        events.append({"ph": "X", "name": name, "pid": 0, "tid": tid, "dur": dur})
+    assert suite.longest(events) == found
+
+
 def test_documents_are_of_about_the_length_that_is_asked_for():
     assert suite.documents(2, 64, 0).tolist() == [[1] * 64] * 2
     segments = suite.documents(64, 1024, 100)

@@ -18,7 +18,9 @@ the peak, of its memory traffic (what it works on, written and read once) and of
 none of which overlap. Exit code 1 where something does not fit, with what to change, compiled to be
 sure of it.
 """
+import contextlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -596,10 +598,13 @@ def main(arguments: list[str]) -> int:
     a, rest = parser.parse_known_args(arguments)
     if bool(a.topology) == bool(a.devices) or a.devices < 0:
         parser.error("allowed is either --topology KIND:AxB or --devices N")
-    config, _ = parse(rest)
+    again = "COPPICE_FIT" in os.environ
+    quiet = contextlib.nullcontext() if again else contextlib.redirect_stdout(io.StringIO())
+    with quiet:  # what a config says is said once
+        config, _ = parse(rest)
     check(config)
     config = with_vocabulary(config, parser)
-    if "COPPICE_FIT" in os.environ:
+    if again:
         return here(a, config)
     where = {"COPPICE_FIT": "1"}
     if a.topology:

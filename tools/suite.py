@@ -369,14 +369,18 @@ def trace(suite: Suite):
 
 
 def longest(events: list[dict], most: int = 15) -> dict[str, float]:
-    """{name: milliseconds} of what took longest in a trace; on a GPU of its streams alone."""
+    """{name: milliseconds} of what took longest in a trace, Python's functions not among it.
+
+    On a GPU it is of the streams alone.
+    """
     names = {(e["pid"], e.get("tid")): e["args"].get("name", "")
              for e in events if e.get("name") == "thread_name"}
     total = collections.Counter()
     on_gpu = any(name.startswith("Stream") for name in names.values())
     for event in events:
         thread = names.get((event.get("pid"), event.get("tid")), "")
-        if event.get("ph") == "X" and (not on_gpu or thread.startswith("Stream")):
+        timed = event.get("ph") == "X" and not event["name"].startswith("$")
+        if timed and (not on_gpu or thread.startswith("Stream")):
             total[event["name"][:80]] += event["dur"] / 1e3
     return {name: round(ms, 3) for name, ms in total.most_common(most)}
 

@@ -95,7 +95,8 @@ def norms(x, axis):
 def galore(table: dict[str, Param], rank: int = 24, every: int = 50, residual: bool = False,
            b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1) -> dict:
     """An `optimizer`: `projected` for the matrices, AdamW for the rest; residual: Fira."""
-    low, factors = projected(table, rank, every, residual, b1, b2), lr_factors(table, 1.0, 64)
+    low = projected(table, rank, every, residual, b1, b2)
+    factors = lr_factors(table, 1.0, 64)
     decayed = optax.chain(low, optax.add_decayed_weights(weight_decay), scale_each(factors))
     return adamw(table, b1, b2, weight_decay=weight_decay) | {"matrix": decayed}
 
@@ -109,12 +110,11 @@ study = Study(
                  authors="Zhao et al.", year=2024)),
     arms={"adamw": adam, "galore": replace(adam, optimizer=galore),
           "fira": replace(adam, optimizer=partial(galore, residual=True))},
-    peak_lrs=(4e-3, 8e-3), measures={"bytes": "model/opt_bytes"}, quick=base.quick(),
+    peak_lrs=(4e-3, 8e-3), measures={"bytes": "model/opt_bytes"}, quick=base.quick(), seeds=3,
     claims=(
         Claim(says="GaLore is behind AdamW", arm="galore", above=0.0),
         Claim(says="Fira beats GaLore", arm="fira", control="galore", below=0.0),
         Claim(says="Fira is within a twentieth of a bit of AdamW", arm="fira", below=0.05),
         Claim(says="with less state", arm="fira", measure="model/opt_bytes", below=-0.5),
     ),
-    seeds=3,
 )

@@ -26,7 +26,7 @@ from lib.kernels import Mask
 from lib.lora import unfrozen
 from lib.matrices import flat, matrices, sides, smaller_first
 from lib.study import Claim, Paper, Study
-from model import Context, Edited, Model, Param, count, losses
+from model import Edited, Model, Param, count, losses
 from train import Edit
 
 
@@ -69,14 +69,14 @@ def share(w, p, alpha: float, turns: int):
     return best[:3]
 
 
-def merge(model: Model, context: Context, rank: int = 24, alpha: float = 0.5, turns: int = 5,
-          every: int = 1) -> Edited:
+def merge(model, context, rank: int = 24, alpha: float = 0.5, turns: int = 5, every: int = 1):
     """An edit: merge, P from the gradient, W shared; after `every` steps times 1, 2, 4, 8, ..."""
     first, intervals = model.config.rows is None, context.step // every
     if not first and intervals & (intervals - 1):
         return Edited(model, {}, preserves=True)
     plain = replace(model.config, rows=None)
     whole, (batch,) = dequantised(model.params, 0, {}, plain, alpha), context.batches(1)
+
     def loss(some):
         return jnp.sum(losses(whole | some, batch, Mask("causal", 0), plain) * batch["weights"])
 
