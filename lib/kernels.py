@@ -17,10 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from lib import flash
+from lib.blocks import in_blocks
 from lib.flash import Case
 from lib.hardware import capability
 from lib.masks import Mask, allowed
 from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, scattered, split_of
+
+LONG = 512  # positions of a row from which on a CPU is faster to make scores again than to keep them
 
 
 def float32_or_wider(dtype):
@@ -116,10 +119,12 @@ def reference(q, k, v, mask, segments, prefix):
 def blockwise(q, k, v, mask, segments, prefix):
     """`attention` in blocks of queries, each with only the keys that it can see.
 
-    A causal row costs about half the square. Other masks take the whole of it.
+    A causal row costs about half the square. Short rows of other masks take the whole of it.
     """
     length = q.shape[1]
     sizes = [size for size in (128, 64) if length % size == 0 and length > size]
+    if sizes and length >= LONG:
+        return in_blocks(q, k, v, mask, segments, prefix, sizes[0])
     if mask.kind != "causal" or not sizes:
         return reference(q, k, v, mask, segments, prefix)
     index = jnp.arange(length)
