@@ -8,6 +8,7 @@ Letters of axes: b batch, k key-value head, h head_dim, s position of a key, r q
 head: block after block, within a block query head after query head.
 """
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,21 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lib.masks import Mask, allowed
+
+
+class Marks(NamedTuple):
+    """What a mask reads of the positions of a row."""
+
+    segments: jax.Array  # [b s]
+    prefix: jax.Array | None  # [b s], of a prefix mask
+
+
+class Blocks(NamedTuple):
+    """How the scores are cut up."""
+
+    mask: Mask
+    size: int  # positions of a block
+    rows: int  # queries of a key-value head in it
 
 
 def in_blocks(
@@ -29,121 +45,175 @@ def in_blocks(
 ) -> jax.Array:
     """`lib.kernels.attention` by blocks of so many positions, of which a row is a multiple."""
     b, t, kv, g, h = q.shape
-    q = q.reshape(b, t // size, size, kv, g, h) * h**-0.5
+    q = q * h**-0.5
+    q = q.reshape(b, t // size, size, kv, g, h)
     q = jnp.transpose(q, (0, 3, 1, 4, 2, 5))
     q = q.reshape(b, kv, g * t, h)
     k = jnp.moveaxis(k, 1, 2)
     v = jnp.moveaxis(v, 1, 2)
-    out = mix(q, k, v, segments, prefix, mask, size)
+    marks = Marks(segments, prefix)
+    blocks = Blocks(mask, size, g * size)
+    out = mix(q, k, v, marks, blocks)
     out = out.reshape(b, kv, t // size, g, size, h)
     out = jnp.transpose(out, (0, 2, 4, 1, 3, 5))
     return out.reshape(b, t, kv, g, h)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def mix(q, k, v, segments, prefix, mask, size):
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def mix(
+    q,
+    k,
+    v,
+    marks: Marks,
+    blocks: Blocks,
+) -> jax.Array:
     """softmax(q kᵀ where the mask allows it) v [b k r h], for q [b k r h], k and v [b k s h].
 
     Scores and sums are in float32 or wider; the gradient is its own. Each query sees itself.
     """
-    return mix_forward(q, k, v, segments, prefix, mask, size)[0]
+    out, _ = mix_forward(q, k, v, marks, blocks)
+    return out
 
 
-def mix_forward(q, k, v, segments, prefix, mask, size):
-    """(out, residuals) of `mix`: with the logarithm of each query's sum [b k r]."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    least = jnp.finfo(wide).min  # not -inf: within a block a query may see nothing
-    rows = size * q.shape[2] // k.shape[2]
+def mix_forward(q, k, v, marks, blocks):
+    """(out, residuals) of `mix`, of which one is the logarithm of each query's sum [b k r].
+
+    As scores are [b k s r], what is summed up is [b k h r]: no product turns scores round.
+    """
+    values = jnp.swapaxes(v, 2, 3)
+    _, size, rows = blocks
 
     def add(found, pair):
         i, j = pair
-        before, top, total = (part(x, i, rows) for x in found)
-        keys, values = part(k, j, size), part(v, j, size)
-        scores = jnp.einsum("bkrh,bksh->bkrs", part(q, i, rows), keys, preferred_element_type=wide)
-        visible = seen(mask, segments, prefix, pair, size)
-        visible = jnp.tile(visible[:, None], (1, 1, rows // size, 1))
-        scores = jnp.where(visible, scores, least)
-        highest = jnp.maximum(top, jnp.max(scores, -1))
-        probs = jnp.exp(scores - highest[..., None])
-        fade = jnp.exp(top - highest)
-        own = jnp.einsum("bkrs,bksh->bkrh", probs.astype(v.dtype), values, preferred_element_type=wide)
-        now = before * fade[..., None] + own, highest, total * fade + jnp.sum(probs, -1)
-        return tuple(put(x, one, i) for x, one in zip(found, now, strict=True)), None
+        out, top, total = found
+        scores = scores_of(q, k, marks, blocks, pair)
+        before = part(top, i, rows)
+        now = jnp.maximum(before, jnp.max(scores, 2))
+        fade = jnp.exp(before - now)
+        probs = jnp.exp(scores - now[:, :, None])
+        sums = part(total, i, rows) * fade
+        sums += jnp.sum(probs, 2)
+        own = part(out, i, rows, 3)
+        own *= fade[:, :, None]
+        shares = probs.astype(v.dtype)
+        seen = part(values, j, size, 3)
+        own += product("bkhs,bksr->bkhr", seen, shares)
+        out = put(out, own, i, 3)
+        top = put(top, now, i)
+        total = put(total, sums, i)
+        return (out, top, total), None
 
-    zeros = jnp.zeros(q.shape, wide)
-    begun = zeros, zeros[..., 0] + least, zeros[..., 0]
-    (out, top, total), _ = lax.scan(add, begun, pairs(mask, k.shape[2] // size, size))
-    out = checkpoint_name((out / total[..., None]).astype(v.dtype), "attention")
+    out = jnp.zeros_like(q, wide_of(q))
+    out = jnp.swapaxes(out, 2, 3)
+    total = out[:, :, 0]
+    top = total + jnp.finfo(total.dtype).min
+    visible = pairs(blocks, k.shape[2])
+    found, _ = lax.scan(add, (out, top, total), visible)
+    out, top, total = found
+    out /= total[:, :, None]
+    out = jnp.swapaxes(out, 2, 3)
+    out = checkpoint_name(out.astype(v.dtype), "attention")
     sums = checkpoint_name(top + jnp.log(total), "attention")
-    return out, (q, k, v, segments, prefix, out, sums)
+    return out, (q, k, v, marks, out, sums)
 
 
-def mix_backward(mask, size, residuals, d_out):
-    """Gradients of the arguments of `mix`.
-
-    Scores are made as [b k s r], and the gradient of q as [b k h r]. So no product transposes what
-    is as large as scores.
-    """
-    q, k, v, segments, prefix, out, sums = residuals
-    wide = sums.dtype
-    rows = size * q.shape[2] // k.shape[2]
-    turned = jnp.swapaxes(k, 2, 3)
-    product_sums = jnp.sum((d_out * out).astype(wide), -1)
-    product = partial(jnp.einsum, preferred_element_type=wide)
+def mix_backward(blocks, residuals, d_out):
+    """Gradients of the arguments of `mix`."""
+    q, k, v, marks, out, sums = residuals
+    keys = jnp.swapaxes(k, 2, 3)
+    _, size, rows = blocks
+    products = (d_out * out).astype(sums.dtype)
+    products = jnp.sum(products, -1)
 
     def add(found, pair):
         i, j = pair
         d_q, d_k, d_v = found
-        queries, d_mixed, own_sums, own_products = (
-            part(x, i, rows) for x in (q, d_out, sums, product_sums)
-        )
-        keys, values = part(k, j, size), part(v, j, size)
-        scores = product("bksh,bkrh->bksr", keys, queries)
-        visible = seen(mask, segments, prefix, pair, size)
-        visible = jnp.tile(jnp.swapaxes(visible, 1, 2)[:, None], (1, 1, 1, rows // size))
-        scores = jnp.where(visible, scores, jnp.finfo(wide).min)
-        probs = jnp.exp(scores - own_sums[:, :, None])
-        d_probs = product("bksh,bkrh->bksr", values, d_mixed)
-        d_scores = (probs * (d_probs - own_products[:, :, None])).astype(q.dtype)
-        d_v = plus(d_v, product("bksr,bkrh->bksh", probs.astype(q.dtype), d_mixed), j)
-        d_k = plus(d_k, product("bksr,bkrh->bksh", d_scores, queries), j)
-        d_q = plus(d_q, product("bkhs,bksr->bkhr", part(turned, j, size, 3), d_scores), i, 3)
+        d_mixed = part(d_out, i, rows)
+        normaliser = part(sums, i, rows)
+        row_sums = part(products, i, rows)
+        scores = scores_of(q, k, marks, blocks, pair)
+        probs = jnp.exp(scores - normaliser[:, :, None])
+        seen = part(v, j, size)
+        d_probs = product("bksh,bkrh->bksr", seen, d_mixed)
+        d_scores = probs * (d_probs - row_sums[:, :, None])
+        d_scores = d_scores.astype(q.dtype)
+        probs = probs.astype(q.dtype)
+        turned = part(keys, j, size, 3)
+        own_q = product("bkhs,bksr->bkhr", turned, d_scores)
+        own_k = product("bksr,bkrh->bksh", d_scores, part(q, i, rows))
+        own_v = product("bksr,bkrh->bksh", probs, d_mixed)
+        d_q = plus(d_q, own_q, i, 3)
+        d_k = plus(d_k, own_k, j)
+        d_v = plus(d_v, own_v, j)
         return (d_q, d_k, d_v), None
 
-    begun = [jnp.zeros(x.shape, wide) for x in (jnp.swapaxes(q, 2, 3), k, v)]
-    found, _ = lax.scan(add, tuple(begun), pairs(mask, k.shape[2] // size, size))
+    d_q = jnp.zeros_like(q, sums.dtype)
+    d_q = jnp.swapaxes(d_q, 2, 3)
+    d_k = jnp.zeros_like(k, sums.dtype)
+    visible = pairs(blocks, k.shape[2])
+    found, _ = lax.scan(add, (d_q, d_k, d_k), visible)
     d_q, d_k, d_v = (x.astype(q.dtype) for x in found)
-    return jnp.swapaxes(d_q, 2, 3), d_k, d_v, None, None
+    d_q = jnp.swapaxes(d_q, 2, 3)
+    return d_q, d_k, d_v, None
 
 
 mix.defvjp(mix_forward, mix_backward)
 
 
-def pairs(mask: Mask, blocks: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks of queries and, beside each, those of keys that some query in it may see."""
-    index = np.arange(blocks)
-    ahead = index[None, :] - index[:, None]
-    visible = (ahead <= 0) | (mask.kind != "causal")
-    if mask.window:
-        nearest = (abs(ahead) - 1) * size + 1
-        visible &= nearest < mask.window
-    queries, keys = np.nonzero(visible)
-    return queries.astype(np.int32), keys.astype(np.int32)
+def scores_of(
+    q,
+    k,
+    marks: Marks,
+    blocks: Blocks,
+    pair,
+) -> jax.Array:
+    """The scores [b k s r] of a pair of blocks, and the least number where nothing is seen.
 
-
-def seen(mask: Mask, segments, prefix, pair, size: int) -> jax.Array:
-    """bool [b size size]: which keys of a block each position of a block sees, see `allowed`."""
+    Not -inf: within a block a query may see nothing.
+    """
     i, j = pair
+    mask, size, rows = blocks
+    scores = product("bksh,bkrh->bksr", part(k, j, size), part(q, i, rows))
     index = jnp.arange(size)
-    marks = part(prefix, j, size, 1) if mask.kind == "prefix" else None
-    return allowed(
+    prefix = None
+    if mask.kind == "prefix":
+        prefix = part(marks.prefix, j, size, 1)
+    visible = allowed(
         mask,
         i * size + index,
         j * size + index,
-        part(segments, i, size, 1),
-        part(segments, j, size, 1),
-        marks,
+        part(marks.segments, i, size, 1),
+        part(marks.segments, j, size, 1),
+        prefix,
     )
+    visible = jnp.swapaxes(visible, 1, 2)[:, None]
+    visible = jnp.tile(visible, rows // size)
+    least = jnp.finfo(scores.dtype).min
+    return jnp.where(visible, scores, least)
+
+
+def pairs(blocks: Blocks, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks of queries and, beside each, those of keys that some query in it may see."""
+    mask, size, _ = blocks
+    index = np.arange(length // size)
+    ahead = index[None, :] - index[:, None]
+    visible = np.ones_like(ahead, bool)
+    if mask.kind == "causal":
+        visible = ahead <= 0
+    if mask.window:
+        nearest = (abs(ahead) - 1) * size + 1
+        visible &= nearest < mask.window
+    return np.nonzero(visible)
+
+
+def wide_of(x):
+    """The dtype of scores and sums."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def product(axes: str, x, y) -> jax.Array:
+    """`jnp.einsum`, summed up in float32 or wider."""
+    return jnp.einsum(axes, x, y, preferred_element_type=wide_of(x))
 
 
 def part(x, number, size: int, axis: int = 2) -> jax.Array:
@@ -153,7 +223,8 @@ def part(x, number, size: int, axis: int = 2) -> jax.Array:
 
 def put(x, block, number, axis: int = 2) -> jax.Array:
     """x with this as its block `number`."""
-    return lax.dynamic_update_slice_in_dim(x, block, number * block.shape[axis], axis)
+    start = number * block.shape[axis]
+    return lax.dynamic_update_slice_in_dim(x, block, start, axis)
 
 
 def plus(x, block, number, axis: int = 2) -> jax.Array:

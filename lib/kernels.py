@@ -23,7 +23,7 @@ from lib.hardware import capability
 from lib.masks import Mask, allowed
 from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, scattered, split_of
 
-LONG = 512  # positions of a row from which on a CPU is faster to make scores again than to keep them
+LONG = 512  # positions from which on a CPU makes scores again faster than it keeps them
 
 
 def float32_or_wider(dtype):

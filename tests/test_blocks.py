@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib import kernels
-from lib.blocks import in_blocks, pairs
+from lib.blocks import Blocks, in_blocks, pairs
 from lib.kernels import attention, reference
 from lib.masks import Mask, allowed
 from model import rematerialised
@@ -119,7 +119,8 @@ def test_only_blocks_that_can_be_seen_are_computed(mask):
     ones = np.ones((1, blocks * size), int)
     square = np.array(allowed(mask, index, index, ones, ones, ones))[0]
     parts = square.reshape(blocks, size, blocks, size).any((1, 3))
-    assert [*zip(*pairs(mask, blocks, size), strict=True)] == [*zip(*np.nonzero(parts), strict=True)]
+    found = pairs(Blocks(mask, size, size), blocks * size)
+    assert [*zip(*found, strict=True)] == [*zip(*np.nonzero(parts), strict=True)]
 
 
 def equations(length: int) -> str:
