@@ -93,6 +93,16 @@ def tune_for_cpu():
         os.environ["XLA_FLAGS"] = f"{flags} {wanted}".strip()
 
 
+def wait_on_cpu(state):
+    """Wait on a CPU, and there alone, until arrays are made, before what uses them is dispatched.
+
+    A program gets its scratch memory when it is dispatched. A step that is dispatched while the one
+    before it runs has other scratch than that, and the heap comes to hold both, and their gaps.
+    """
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(state)
+
+
 def tune_malloc():
     """Set the options of MALLOPT, where the C library is GNU's."""
     library = ctypes.CDLL(None)
