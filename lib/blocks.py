@@ -76,11 +76,7 @@ def mix(
 
 
 def mix_forward(q, k, v, marks, blocks):
-    """(out, residuals) of `mix`, of which one is the logarithm of each query's sum [b k r].
-
-    As scores are [b k s r], what is summed up is [b k h r]: no product turns scores round.
-    """
-    values = jnp.swapaxes(v, 2, 3)
+    """(out, residuals) of `mix`, of which one is the logarithm of each query's sum [b k r]."""
     _, size, rows = blocks
 
     def add(found, pair):
@@ -88,37 +84,37 @@ def mix_forward(q, k, v, marks, blocks):
         out, top, total = found
         scores = scores_of(q, k, marks, blocks, pair)
         before = part(top, i, rows)
-        now = jnp.maximum(before, jnp.max(scores, 2))
+        now = jnp.maximum(before, jnp.max(scores, -1))
         fade = jnp.exp(before - now)
-        probs = jnp.exp(scores - now[:, :, None])
+        probs = jnp.exp(scores - now[..., None])
         sums = part(total, i, rows) * fade
-        sums += jnp.sum(probs, 2)
-        own = part(out, i, rows, 3)
-        own *= fade[:, :, None]
+        sums += jnp.sum(probs, -1)
+        own = part(out, i, rows)
+        own *= fade[..., None]
         shares = probs.astype(v.dtype)
-        seen = part(values, j, size, 3)
-        own += product("bkhs,bksr->bkhr", seen, shares)
-        out = put(out, own, i, 3)
+        own += product("bkrs,bksh->bkrh", shares, part(v, j, size))
+        out = put(out, own, i)
         top = put(top, now, i)
         total = put(total, sums, i)
         return (out, top, total), None
 
     out = jnp.zeros_like(q, wide_of(q))
-    out = jnp.swapaxes(out, 2, 3)
-    total = out[:, :, 0]
+    total = out[..., 0]
     top = total + jnp.finfo(total.dtype).min
     visible = pairs(blocks, k.shape[2])
     found, _ = lax.scan(add, (out, top, total), visible)
     out, top, total = found
-    out /= total[:, :, None]
-    out = jnp.swapaxes(out, 2, 3)
+    out /= total[..., None]
     out = checkpoint_name(out.astype(v.dtype), "attention")
     sums = checkpoint_name(top + jnp.log(total), "attention")
     return out, (q, k, v, marks, out, sums)
 
 
 def mix_backward(blocks, residuals, d_out):
-    """Gradients of the arguments of `mix`."""
+    """Gradients of the arguments of `mix`.
+
+    Scores are made as [b k s r], and d_q as [b k h r]: no product has to turn scores round.
+    """
     q, k, v, marks, out, sums = residuals
     keys = jnp.swapaxes(k, 2, 3)
     _, size, rows = blocks
@@ -131,7 +127,7 @@ def mix_backward(blocks, residuals, d_out):
         d_mixed = part(d_out, i, rows)
         normaliser = part(sums, i, rows)
         row_sums = part(products, i, rows)
-        scores = scores_of(q, k, marks, blocks, pair)
+        scores = scores_of(q, k, marks, blocks, pair, "bksr")
         probs = jnp.exp(scores - normaliser[:, :, None])
         seen = part(v, j, size)
         d_probs = product("bksh,bkrh->bksr", seen, d_mixed)
@@ -153,8 +149,7 @@ def mix_backward(blocks, residuals, d_out):
     visible = pairs(blocks, k.shape[2])
     found, _ = lax.scan(add, (d_q, d_k, d_k), visible)
     d_q, d_k, d_v = (x.astype(q.dtype) for x in found)
-    d_q = jnp.swapaxes(d_q, 2, 3)
-    return d_q, d_k, d_v, None
+    return jnp.swapaxes(d_q, 2, 3), d_k, d_v, None
 
 
 mix.defvjp(mix_forward, mix_backward)
@@ -166,14 +161,15 @@ def scores_of(
     marks: Marks,
     blocks: Blocks,
     pair,
+    axes: str = "bkrs",
 ) -> jax.Array:
-    """The scores [b k s r] of a pair of blocks, and the least number where nothing is seen.
+    """The scores of a pair of blocks, and the least number where nothing is seen.
 
     Not -inf: within a block a query may see nothing.
     """
     i, j = pair
     mask, size, rows = blocks
-    scores = product("bksh,bkrh->bksr", part(k, j, size), part(q, i, rows))
+    scores = product(f"bkrh,bksh->{axes}", part(q, i, rows), part(k, j, size))
     index = jnp.arange(size)
     prefix = None
     if mask.kind == "prefix":
@@ -186,10 +182,11 @@ def scores_of(
         part(marks.segments, j, size, 1),
         prefix,
     )
-    visible = jnp.swapaxes(visible, 1, 2)[:, None]
-    visible = jnp.tile(visible, rows // size)
+    visible = jnp.tile(visible, (1, rows // size, 1))
+    if axes == "bksr":
+        visible = jnp.swapaxes(visible, 1, 2)
     least = jnp.finfo(scores.dtype).min
-    return jnp.where(visible, scores, least)
+    return jnp.where(visible[:, None], scores, least)
 
 
 def pairs(blocks: Blocks, length: int) -> tuple[np.ndarray, np.ndarray]:
