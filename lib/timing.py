@@ -36,7 +36,8 @@ def time_steps(
     """
     for _ in range(warm_up):
         state, _ = step(state, batches[0], lr)
-        jax.block_until_ready(state)
+        wait_on_cpu(state)
+    jax.block_until_ready(state)
     times = []
     count = 0
     busy = 0.0
