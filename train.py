@@ -62,7 +62,7 @@ from lib.fields import (
     require,
     strict,
 )
-from lib.hardware import tune_for_cpu
+from lib.hardware import tune_for_cpu, wait_on_cpu
 from lib.kernels import Mask, choose, counts_segments, settled
 from lib.length import asked, length_rules, with_steps
 from lib.log import Log, say
@@ -994,6 +994,7 @@ def train_step(run: Run, state: State, batch: Given, step: int) -> tuple[State, 
         compile_next(run, phase, shapes_of(arrays), mask)
     edited = any(step - n in run.plan.edits for n in range(1, 6))  # in the last five steps
     before = jax.tree.map(jnp.copy, state.params) if edited else None
+    wait_on_cpu(state)
     state, metrics = update(state, arrays, batch.lr)
     if edited:
         metrics = dict(metrics) | update_ratios(before, state.params, model)

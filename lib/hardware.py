@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ MALLOPT = {  # options of the GNU C library's malloc, see `tune_for_cpu`
     -2: 2**30,  # M_TOP_PAD, bytes
     1: 0,  # M_MXFAST
 }
+PAUSE = 1 / 500  # of a step, between its end and the next: its scratch is freed meanwhile
 ALLOCATIONS = 50_000  # objects that Python makes between two looks for garbage
 
 
@@ -91,6 +93,21 @@ def tune_for_cpu():
     if "xla_backend_extra_options" not in flags:
         wanted = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
         os.environ["XLA_FLAGS"] = f"{flags} {wanted}".strip()
+
+
+def wait_on_cpu(state):
+    """Wait on a CPU, and there alone, until arrays are made, before what uses them is dispatched.
+
+    A step that follows at once gets its scratch memory while the one before it still has its own,
+    and the heap comes to hold both, and more as small pieces fill the gaps. That memory is freed a
+    moment after the results are there, and nothing tells when: so a little more time passes.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    begun = time.perf_counter()
+    jax.block_until_ready(state)
+    waited = time.perf_counter() - begun
+    time.sleep(waited * PAUSE)
 
 
 def tune_malloc():

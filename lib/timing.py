@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lib.hardware import wait_on_cpu
+
 WARM_UP = 3  # steps before any is timed
 
 
@@ -29,10 +31,12 @@ def time_steps(
 ) -> tuple[Any, Times]:
     """(state, times) of steps for so many seconds, five at least.
 
-    Each step is dispatched before the one before it has ended, as the loop of a run does it.
+    Each step is dispatched before the one before it has ended, but for CPUs, as the loop of a run
+    does it.
     """
     for _ in range(warm_up):
         state, _ = step(state, batches[0], lr)
+        wait_on_cpu(state)
     jax.block_until_ready(state)
     times = []
     count = 0
@@ -40,6 +44,7 @@ def time_steps(
     last = None
     begun = now = time.perf_counter()
     while now - begun < seconds or len(times) < 5:
+        wait_on_cpu(state)
         called = time.perf_counter()
         state, metrics = step(state, batches[count % len(batches)], lr)
         busy += time.perf_counter() - called

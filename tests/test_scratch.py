@@ -1,0 +1,66 @@
+"""On a CPU a step is not dispatched while the one before it runs: each would have its own scratch."""
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import train
+from lib.hardware import wait_on_cpu
+from lib.timing import time_steps
+
+
+@jax.jit
+def slow(x):
+    """Some hundredths of a second."""
+    return jax.lax.fori_loop(0, 200, lambda _, x: jnp.sin(x @ x), x)
+
+
+@pytest.fixture
+def x():
+    return jnp.eye(256)
+
+
+@pytest.fixture
+def step(x):
+    """A step of a state (x,), which must be there when the next is dispatched; `step.ready`."""
+
+    def step(state, batch, lr):
+        step.ready.append(state[0].is_ready())
+        made = slow(state[0])
+        return (made,), {"train/loss": made[0, 0]}
+
+    step.ready = []
+    jax.block_until_ready(slow(x))  # compiled
+    return step
+
+
+def test_a_cpu_is_waited_for_and_no_other_device(x, monkeypatch):
+    jax.block_until_ready(slow(x))
+    y = slow(x)
+    wait_on_cpu(y)
+    assert y.is_ready()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    z = slow(y)
+    wait_on_cpu(z)
+    assert not z.is_ready()
+
+
+def test_the_benchmark_waits_for_each_step(step, x):
+    time_steps(step, (x,), [None], None, 0.0)
+    assert len(step.ready) >= 8
+    assert all(step.ready)
+
+
+def test_the_loop_waits_for_each_step(step, x, monkeypatch):
+    found = Future()
+    found.set_result(step)
+    monkeypatch.setattr(train, "compiled", lambda *_: found)
+    plan = SimpleNamespace(phase_of=lambda step: 0, models=[None], edits={})
+    run = SimpleNamespace(plan=plan, begun={0})
+    state, batch = (x,), SimpleNamespace(arrays=None, mask=None, lr=None)
+    for number in range(1, 5):
+        state, _ = train.train_step(run, state, batch, number)
+    assert len(step.ready) == 4
+    assert all(step.ready)
