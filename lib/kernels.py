@@ -23,7 +23,8 @@ from lib.hardware import capability
 from lib.masks import Mask, allowed
 from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, scattered, split_of
 
-FEW = 4  # blocks of a row up to which a CPU keeps scores faster than it makes them again
+PARTS = 8  # blocks of queries of a row whose scores are kept
+KEPT = 2_048  # the longest such row: beyond it they would take more memory than all else
 
 
 def float32_or_wider(dtype):
@@ -126,14 +127,17 @@ def reference(q, k, v, mask, segments, prefix):
 def blockwise(q, k, v, mask, segments, prefix):
     """`attention` in blocks of queries, each with only the keys that it can see.
 
-    A causal row costs about half the square. A few blocks of other masks take the whole of it.
-    Forward and backward, on two cores with rows of 4,096 tokens in all, `in_blocks` has 0.85 of
-    this function's speed at 256, 0.95 to 1.2 of it at 512, and 1.2 to 1.5 from 1,024 on.
+    A causal row costs about half the square, and few blocks compile as fast for any length. Rows
+    of more than KEPT positions go to `in_blocks`, which makes scores again: at 2,048 it holds a
+    fifth of the memory, and has two thirds of the speed on two cores, for its loop has no two
+    blocks at once.
     """
     length = q.shape[1]
-    sizes = [size for size in (128, 64) if length % size == 0 and length > size]
-    if sizes and length > FEW * sizes[0]:
+    sizes = [size for size in (128, 64) if length % size == 0]
+    if sizes and length > KEPT:
         return in_blocks(q, k, v, mask, segments, prefix, sizes[0])
+    wanted = max(128, length // PARTS), 64
+    sizes = [size for size in wanted if length % size == 0 and length > size]
     if mask.kind != "causal" or not sizes:
         return reference(q, k, v, mask, segments, prefix)
     index = jnp.arange(length)

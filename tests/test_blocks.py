@@ -86,8 +86,10 @@ def test_the_gradients_are_finite_differences_in_float64():
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, Mask("causal", 200), Mask("prefix", 0)], ids=str)
-def test_long_rows_on_a_cpu_have_the_values_of_the_whole_square(mask):
-    """Float32, in blocks of 128 and of 64."""
+@pytest.mark.parametrize("kept", [0, kernels.KEPT])
+def test_long_rows_on_a_cpu_have_the_values_of_the_whole_square(mask, kept, monkeypatch):
+    """Float32, in blocks of 128 and of 64, and by quarters where scores are kept."""
+    monkeypatch.setattr(kernels, "KEPT", kept)
     for length in (320, 640):
         given, marks = drawn(length, kv=1, group=2, batch=1)
         with jax.enable_x64(True):
@@ -127,13 +129,19 @@ def equations(length: int) -> str:
     """The program of attention and its gradient for such rows, without its numbers."""
     given, marks = drawn(length, batch=1)
     program = str(jax.make_jaxpr(lambda *given: both(XLA, CAUSAL, given, marks))(*given))
-    assert f"{length},{length}" not in program
+    assert f"{length},{length}]" not in program
     return "".join(letter for letter in program if not letter.isdigit())
 
 
-def test_the_program_of_a_longer_row_is_no_larger_and_never_has_the_square():
-    few = 128 * kernels.FEW
-    assert len(equations(2 * few)) == pytest.approx(len(equations(few + 128)), rel=0.02)
+def test_the_program_of_a_longer_row_is_no_larger_and_never_has_the_square(monkeypatch):
+    monkeypatch.setattr(kernels, "KEPT", 512)
+    assert len(equations(1_024)) == pytest.approx(len(equations(640)), rel=0.02)
+
+
+def test_where_scores_are_kept_it_is_no_larger_either(monkeypatch):
+    """Eight blocks of queries, of which the last sees all keys."""
+    monkeypatch.setattr(kernels, "KEPT", 2_048)
+    assert len(equations(2_048)) == pytest.approx(len(equations(1_024)), rel=0.02)
 
 
 def test_the_backward_pass_keeps_q_k_v_the_output_and_one_sum_a_query():
