@@ -90,8 +90,11 @@ def test_the_thread_that_makes_batches_puts_them_and_the_rates_on_the_devices():
     config = tiny_config()
     plan, mesh = plan_of(config), train_cases.single_mesh()
     batch = Batch(train_cases.random_batch(), {"kind": "causal", "window": 0}, {"own": 1.0}, 8, 8)
-    loader = SimpleNamespace(batch=lambda step, own: batch)
-    given = train.given(SimpleNamespace(plan=plan, mesh=mesh, loader=loader), 2)
+    asked = []
+    loader = SimpleNamespace(batch=lambda step, own, counted: asked.append(counted) or batch)
+    run = SimpleNamespace(config=config, plan=plan, mesh=mesh, loader=loader)
+    given = train.given(run, 2)
+    assert asked == [False]  # no kernel of a CPU asks for the number of segments
     assert all(isinstance(x, jax.Array) for x in [*given.arrays.values(), given.lr])
     assert (given.mask, given.metrics) == (train.Mask("causal", 0, 8), {"own": 1.0})
     expected = [plan.lr[group][2] for group in train.groups(plan.models[0])]
