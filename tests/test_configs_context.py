@@ -496,7 +496,7 @@ def test_consecutive_near_copies_leave_the_path():
 def test_related_rows_hold_every_document_whole_in_the_path_s_order():
     phase = replace(PLAIN, packing=in_context.related, objective=one_segment)
     loader, same = load(topics, phase), load(topics, phase)
-    documents, lengths, plan = only_window(loader)
+    documents, lengths, plan, _ = only_window(loader)
 
     taken = np.bincount(plan[:, DOCUMENT], plan[:, LENGTH])
     assert np.array_equal(taken, lengths)

@@ -119,7 +119,7 @@ def test_a_curriculum_s_batches_begin_with_the_shortest_documents(hard):
     order = partial(climb.sorted_once, hard=hard)
     phase = replace(PLAIN, packing=climb.easy_first, order=order)
     loader = load(some, phase, score=scores.length)
-    documents, _, plan = only_window(loader)
+    documents, _, plan, _ = only_window(loader)
 
     score = documents.of(lambda shard: shard.score)
     first_documents = [row[0, DOCUMENT] for row in rows_of(plan)]
@@ -338,7 +338,7 @@ def test_a_sample_does_not_follow_the_seed_of_the_run():
     for seed in (0, 1):
         sources = {"one": data.Source(some, score=scores.length)}
         loader = load_all(sources, phase, seed=seed)
-        documents, _, plan = only_window(loader)
+        documents, _, plan, _ = only_window(loader)
         known = documents.of(Shard.documents)
         samples.append({known[i]["path"] for i in kept(plan)})
     assert samples[0] == samples[1]
