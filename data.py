@@ -708,7 +708,7 @@ class Loader:
         """The batch of a step (1 and up): a function of config, seed, step and, where steered, log.
 
         own: takes the number of its rows and gives those that are made here, in ascending order.
-        counted: whether segments are counted.
+        counted: whether segments are counted; `Batch.segments` is 0 where they are not.
         """
         drawn = self.drawn(step)
         objectives = self.phases[drawn.phase].objective
@@ -742,16 +742,16 @@ class Loader:
         made: {row: (arrays, mask)}. Of other rows the plan says the segments, and SEGMENTS what
         the objective makes of them; 0 where it does not say that.
         """
+        if len(made) == len(drawn.sources):
+            rows = [arrays["segments"] for arrays, _ in made.values()]
+            return bound_on_segments(np.stack(rows))
         objectives = self.phases[drawn.phase].objective
         changes = [SEGMENTS.get(objective_of(objectives, name)) for name in self.names]
         rows = []
         for r, source in enumerate(drawn.sources):
-            if len(made) == len(drawn.sources):
-                rows.append(made[r][0]["segments"])
-            elif changes[source]:
-                rows.append(changes[source](drawn.segments(r)))
-            else:
+            if changes[source] is None:
                 return 0
+            rows.append(changes[source](drawn.segments(r)))
         return bound_on_segments(np.stack(rows))
 
     def drawn(self, step: int) -> Drawn:

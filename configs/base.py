@@ -131,9 +131,8 @@ def rung(depth: int, vocab: int = 0) -> ModelConfig:
     A layer adds 16 to the width up to d8 and 64 from d12 on, as in nanochat (Karpathy 2025), and
     12 more with each layer between them: so a CPU has rungs whose cost is some times that of the
     one before. Heads have 64 from d9 and 128 from d24 on; below that the most, up to 32, that
-    divides the width.
-    The vocabulary is 16 times the width, near the law by Tao et al. (2024, "Scaling Laws with
-    Vocabulary"). vocab: another one.
+    divides the width. The vocabulary is 16 times the width, near the law by Tao et al. (2024,
+    "Scaling Laws with Vocabulary"). vocab: another one.
     """
     width = depth * min(max(12 * depth - 80, 16), 64)
     head_dim = max(size for size in range(2, 33, 2) if width % size == 0)

@@ -346,7 +346,7 @@ def half_of(n: int) -> int:
 
 @lru_cache(256)
 def seeds_of(*key: int) -> list[int]:
-    """Of each round of a network."""
+    """The seeds of the rounds of a network."""
     seeds = np.random.SeedSequence((len(key), *key))
     rounds = seeds.generate_state(4, np.uint64)
     return rounds.tolist()

@@ -4,9 +4,9 @@
 
 Rows of 4,096 tokens in all, causal, float32. For each length: seconds of the processor that compiling
 took, MiB of scratch, and the median time of a call, by the clock and by the processor, with its ratio
-to that of the last checkout, the median over `--rounds` rounds whose order turns round. The
-processor's time is to be trusted where others use the machine. 2e-6 is the largest difference from
-the first checkout that is let pass.
+to that of the last checkout, the median over `--rounds` rounds whose order turns round. Trust the
+clock, on a quiet machine: the processor's time does not see a core that is left idle. 2e-6 is the
+largest difference from the first checkout that is let pass.
 """
 import argparse
 import importlib

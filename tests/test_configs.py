@@ -32,7 +32,7 @@ LINES, EXPERIMENT = 120, 40  # the most of a file, and of its experiment
 SHARED = "configs.bursty", "configs.parts_of_speech", "configs.points"
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
-    "growth/g_stack_beside": {"configs.baselines.recipe.old", "configs.baselines.strong.RATES",
+    "growth/g_stack_beside": {"configs.baselines.recipe.old", "configs.baselines.strong.GROUP_RATES",
                               "configs.baselines.strong.on"},
     "growth/tables": {"configs.growth.t5.MARKS", "configs.growth.t5.asked"},
     "growth/pruning_value": {

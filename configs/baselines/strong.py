@@ -115,6 +115,6 @@ def on(config: Config) -> Config:
     return replace(config, model=made, optimizer=best)
 
 
-RATES = {"embed": 2.0, "head": 2.0}  # of groups, times the plain Llama's
-phase = replace(base.small.phases[0], steps=500, seq=256, lr=RATES)
+GROUP_RATES = {"embed": 2.0, "head": 2.0}  # of groups, times the plain Llama's
+phase = replace(base.small.phases[0], steps=500, seq=256, lr=GROUP_RATES)
 config = on(replace(base.small, phases=(phase,), eval_tokens=32_768, overlap=64, eval_every=100))
