@@ -26,8 +26,8 @@ from lib.errors import InputError
 from lib.fields import Count, Positive, Rules, Share, join, strict
 from lib.keys import function_key
 from lib.objectives import (
-    SEGMENTS,
     asks,
+    declared,
     declared_masks,
     in_vocabulary,
     is_made,
@@ -45,8 +45,8 @@ from lib.packing import (
     bound_on_segments,
     checked_plan,
     concat_and_split,  # noqa: F401  (for config files)
-    fill,
     fill_marks,
+    fill_row,
     permute,
     permute_one,
     segments_of,
@@ -344,11 +344,9 @@ class Rows:
         number, row = self.place(draw, progress, log)
         window = self.window(number)
         documents, pieces = window.documents, window.pieces(row)
-        arrays = fill(pieces, np.array([row]), self.seq, documents.ids, self.tokenizer)
-        del arrays["document"]
+        arrays = fill_row(pieces, self.seq, documents.ids, self.tokenizer)
         ends = pieces[:, START] + pieces[:, LENGTH]
         cut = np.sum(ends < window.lengths[pieces[:, DOCUMENT]])
-        arrays = {key: value[0] for key, value in arrays.items()}
         if self.marks:
             arrays["marks"] = fill_marks(pieces, self.seq, documents.marks)
 
@@ -723,8 +721,10 @@ class Loader:
             source = drawn.sources[r]
             row = drawn.row(r)
             row.arrays["source"] = np.full_like(row.arrays["tokens"], source)
-            rng = np.random.default_rng([self.seed, step, r])
             objective = objective_of(objectives, self.names[source])
+            rng = None
+            if declared(objective, "draws", True):
+                rng = np.random.default_rng([self.seed, step, r])
             made[r] = self.made(objective, row, rng, drawn.progress, drawn.log)
             rows[r] = row
         arrays, mask = stack(made, mine, masks, f"phases.{drawn.phase}.objective")
@@ -739,14 +739,15 @@ class Loader:
     def bound(self, drawn: Drawn, made: dict[int, tuple[dict, dict]]) -> int:
         """`Batch.segments`, the same in all processes, each of which made other rows or all.
 
-        made: {row: (arrays, mask)}. Of other rows the plan says the segments, and SEGMENTS what
-        the objective makes of them; 0 where it does not say that.
+        made: {row: (arrays, mask)}. Of other rows the plan says the segments, and its
+        `segments` what an objective makes of them; 0 where one does not say that.
         """
         if len(made) == len(drawn.sources):
             rows = [arrays["segments"] for arrays, _ in made.values()]
             return bound_on_segments(np.stack(rows))
         objectives = self.phases[drawn.phase].objective
-        changes = [SEGMENTS.get(objective_of(objectives, name)) for name in self.names]
+        of_sources = [objective_of(objectives, name) for name in self.names]
+        changes = [declared(objective, "segments") for objective in of_sources]
         rows = []
         for r, source in enumerate(drawn.sources):
             if changes[source] is None:
@@ -762,7 +763,7 @@ class Loader:
         log = self.draws[number].decisions(steps - 1)
         return Drawn(number, self.rows[number][length], sources, draws, progress, log)
 
-    def made(self, objective: Callable, row: Row, rng: np.random.Generator, progress: float,
+    def made(self, objective: Callable, row: Row, rng: np.random.Generator | None, progress: float,
              log: list[Evaluation]) -> tuple[dict, dict]:
         """(arrays, mask) that an objective makes of a row. Raises InputError for anything else."""
         found = self.told(objective, row, progress, log)(row.arrays, rng)

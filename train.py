@@ -701,6 +701,15 @@ class Run:
     own_figures: tuple[int, dict] = (-1, {})  # of its own evals, and the step that they are of
     borrowed: dict[str, Loan] = field(default_factory=dict)  # parameters that are another run's
 
+    @functools.cached_property
+    def counted(self) -> set[int]:
+        """Phases whose attention may depend on how many segments a row has."""
+        found = set()
+        for i, (model, phase) in enumerate(zip(self.plan.models, self.config.phases, strict=True)):
+            if counts_segments(model.attention, phase.seq, model.head_dim, model.dtype):
+                found.add(i)
+        return found
+
     def key(self, use: Literal["init", "edits"]) -> jax.Array:
         """A key of its own for each use of the seed. (Data is drawn from the seed by numpy.)"""
         return jax.random.fold_in(jax.random.key(self.config.seed), ("init", "edits").index(use))
@@ -961,21 +970,17 @@ class Given(NamedTuple):
 
     arrays: dict[str, jax.Array]  # of its batch, on the devices
     mask: Mask
-    lr: jax.Array | np.ndarray  # float32, the rate of each optimiser group
+    lr: np.ndarray  # float32, the rate of each optimiser group
     metrics: dict[str, float]  # of its batch
 
 
 def given(run: Run, step: int) -> Given:
     """What a step takes, put onto the devices; made by a thread, ahead of the loop."""
     phase = run.plan.phase_of(step)
-    model, seq = run.plan.models[phase], run.config.phases[phase].seq
-    counted = counts_segments(model.attention, seq, model.head_dim, model.dtype)
-    batch = run.loader.batch(step, functools.partial(own_rows, run.mesh), counted)
-    lr = np.array([run.plan.lr[group][step] for group in groups(model)], np.float32)
-    if jax.process_count() == 1:
-        lr = jax.device_put(lr, NamedSharding(run.mesh, PartitionSpec()))
-    arrays = put(batch.arrays, run.mesh, batch.rows)
-    return Given(arrays, mask_of(batch, model), lr, batch.metrics)
+    own = functools.partial(own_rows, run.mesh)
+    batch = run.loader.batch(step, own, counted=phase in run.counted)
+    arrays, mask = put(batch.arrays, run.mesh, batch.rows), mask_of(batch, run.plan.models[phase])
+    return Given(arrays, mask, run.plan.rates(step), batch.metrics)
 
 
 def train_step(run: Run, state: State, batch: Given, step: int) -> tuple[State, Any]:

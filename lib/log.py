@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -88,6 +89,7 @@ class Log:
         self.save_s = 0.0  # seconds that a checkpoint held up the loop since the last row
         self.begun = None  # (time, FLOPs) of the first row; the first step is mostly compilation
         self.shown, self.speed, self.peak = 0.0, {}, peak()
+        self.live = sys.stdout.isatty()  # asked once: the answer lets other threads go first
 
     def __enter__(self):
         return self
@@ -168,7 +170,7 @@ class Log:
 
     def report_spike(self, step: int, loss: float):
         """Say so where a loss is far above the last ones."""
-        if len(self.recent) > 50:
+        if len(self.recent) > 50 and loss > fmean(self.recent) + SPIKE * LEAST:
             spread = max(LEAST, np.std(self.recent))
             above = (loss - np.mean(self.recent)) / spread
             if above > SPIKE:
@@ -214,11 +216,10 @@ class Log:
 
     def show(self, row: dict, now: float):
         """Show where the run is: on a terminal each step, elsewhere every few seconds."""
-        live = sys.stdout.isatty()
-        if not live and now - self.shown < PAUSE and row["step"] != self.plan.total:
+        if not self.live and now - self.shown < PAUSE and row["step"] != self.plan.total:
             return
         self.shown, text = now, self.status_line(row, now)
-        if live:
+        if self.live:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[2K{text[:width]}", end="", flush=True)
         else:

@@ -8,6 +8,7 @@ It may ask for more by the names of its parameters: `tokenizer`, `progress` (of 
 `log` (see `data.Evaluation`) and `document`, the row's first one (see `data.Documents.document`).
 """
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -112,8 +113,10 @@ def in_vocabulary(row: dict, last: int) -> bool:
     return bool(inside.all() and finite.all())
 
 
-causal.masks = one_segment.masks = (CAUSAL,)
-masked.masks = (BIDIRECTIONAL,)
+def declared(objective: Callable, name: str, default: Any = None) -> Any:
+    """What an objective declares of itself, as an attribute of its function."""
+    function = getattr(objective, "func", objective)  # of a partial
+    return getattr(function, name, default)
 
 
 def as_planned(segments: np.ndarray) -> np.ndarray:
@@ -126,8 +129,10 @@ def joined(segments: np.ndarray) -> np.ndarray:
     return (segments > 0).astype(np.int32)
 
 
-# What an objective makes of a row's segments, where no process need make the row to know it.
-SEGMENTS = {causal: as_planned, one_segment: joined}
+causal.masks = one_segment.masks = (CAUSAL,)
+masked.masks = (BIDIRECTIONAL,)
+causal.segments, one_segment.segments = as_planned, joined  # so no process need make the row
+causal.draws = one_segment.draws = False  # so no generator is made, which takes longer than they
 
 
 def objective_of(objective: Callable | dict[str, Callable], source: str) -> Callable:
@@ -151,8 +156,7 @@ def declared_masks(objectives: Iterable[Callable]) -> tuple[dict, ...]:
     """
     found = []
     for objective in objectives:
-        function = getattr(objective, "func", objective)  # of a partial
-        masks = getattr(function, "masks", ())
+        masks = declared(objective, "masks")
         if not masks:
             return ()
         found += [mask for mask in masks if mask not in found]

@@ -216,52 +216,62 @@ def fill(
     They are: tokens targets segments positions weights document. tokens_of: gives a document's ids.
     Padding, and a row that is not in the plan, is eos in segment 0 of document -1.
     """
-    shape = len(rows), seq
-    arrays = {
-        "tokens": np.full(shape, tokenizer.eos, np.int32),
-        "targets": np.full(shape, tokenizer.eos, np.int32),
-        "segments": np.zeros(shape, np.int32),
-        "positions": np.zeros(shape, np.int32),
-        "weights": np.zeros(shape, np.float32),
-        "document": np.full(shape, -1, np.int32),
-    }
     first = np.searchsorted(plan[:, ROW], rows)
     last = np.searchsorted(plan[:, ROW], rows, side="right")
-    for r in range(len(rows)):
-        row = {key: value[r] for key, value in arrays.items()}
-        pieces = plan[first[r]:last[r]]
-        fill_row(row, pieces, tokens_of, tokenizer)
-    return arrays
+    filled = []  # a row each
+    for begin, end in zip(first, last, strict=True):
+        pieces = plan[begin:end]
+        row = fill_row(pieces, seq, tokens_of, tokenizer)
+        filled.append(row | {"document": spread(pieces, DOCUMENT, seq, -1)})
+    return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
 
 
 def fill_row(
-    row: dict[str, np.ndarray],
     pieces: np.ndarray,
+    seq: int,
     tokens_of: Callable[[int], np.ndarray],
     tokenizer: Tokenizer,
-):
-    """Write the pieces of one row into its arrays [seq]."""
-    row["segments"][:] = segments_of(pieces, len(row["segments"]))
+) -> dict[str, np.ndarray]:
+    """`fill` for one row, without `document`: arrays [seq] of its pieces."""
+    tokens = np.full(seq, tokenizer.eos, np.int32)
+    targets = tokens.copy()
+    positions, weights = np.zeros(seq, np.int32), np.zeros(seq, np.float32)
     at = 0  # where the next piece begins
     current, begun = 0, 0  # the segment, and where it began
     for _, segment, document, start, length, quiet in pieces.tolist():
         if segment != current:
             current, begun = segment, at
         end = at + length
-        inputs, targets = predictions(tokens_of(document), start, length, tokenizer)
-        row["tokens"][at:end] = inputs
-        row["targets"][at:end] = targets
-        row["positions"][at:end] = np.arange(at - begun, end - begun)
-        row["weights"][at + quiet:end] = 1
-        row["document"][at:end] = document
+        ids = tokens_of(document)
+        first = at
+        if start == 0:  # bos stands before a document's first token
+            tokens[at] = tokenizer.bos
+            first += 1
+        tokens[first:end] = ids[start + first - at - 1:start + length - 1]
+        rest = ids[start:start + length]  # eos follows the last token
+        targets[at:at + len(rest)] = rest
+        positions[at:end] = np.arange(at - begun, end - begun)
+        weights[at + quiet:end] = 1
         at = end
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segments": segments_of(pieces, seq),
+        "positions": positions,
+        "weights": weights,
+    }
 
 
 def segments_of(pieces: np.ndarray, seq: int) -> np.ndarray:
     """The segments [seq] of one row, int32, 0 on padding; pieces: as its plan has them."""
-    row = np.zeros(seq, np.int32)
-    segments = np.repeat(pieces[:, SEGMENT], pieces[:, LENGTH])
-    row[:len(segments)] = segments
+    return spread(pieces, SEGMENT, seq, 0)
+
+
+def spread(pieces: np.ndarray, column: int, seq: int, rest: int) -> np.ndarray:
+    """A column of a row's pieces at each of its positions [seq], int32; rest: on padding."""
+    row = np.full(seq, rest, np.int32)
+    values = np.repeat(pieces[:, column], pieces[:, LENGTH])
+    row[:len(values)] = values
     return row
 
 
@@ -295,23 +305,6 @@ def bound_on_segments(segments: np.ndarray) -> int:
     most = np.max(runs)
     enough = [bound for bound in BOUNDS if most <= bound]
     return min(enough, default=0)
-
-
-def predictions(
-    ids: np.ndarray,
-    start: int,
-    length: int,
-    tokenizer: Tokenizer,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets) [length] of a document's positions from `start` on."""
-    end = start + length
-    inputs = np.full(length, tokenizer.bos, np.int32)
-    targets = np.full(length, tokenizer.eos, np.int32)
-    first = 1 if start == 0 else 0
-    inputs[first:] = ids[start + first - 1:end - 1]
-    last = min(end, len(ids))
-    targets[:last - start] = ids[start:last]
-    return inputs, targets
 
 
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:

@@ -91,6 +91,7 @@ class Plan:
     ends: np.ndarray  # last step of each phase
     start: ModelConfig  # the model before the first edit
     models: list[ModelConfig]  # of each phase, its edits applied
+    groups: list[list[str]]  # optimiser groups of each phase's model
     tokens: np.ndarray  # consumed, int64 [steps + 1]
     flops: np.ndarray  # model FLOPs consumed, float64 [steps + 1]
     lr: dict[str, np.ndarray]  # learning rate of each optimiser group [steps + 1]
@@ -144,6 +145,13 @@ class Plan:
         if since is None:
             return None
         return since + step - start
+
+    def rates(self, step: int) -> np.ndarray:
+        """The learning rate of each optimiser group that the model of a step has, float32."""
+        phase = self.phase_of(step)
+        names = self.groups[phase]
+        rates = [self.lr[name][step] for name in names]
+        return np.array(rates, np.float32)
 
     def spent(self, step: int) -> dict[str, float]:
         """What every row of metrics.jsonl says of the budget."""
@@ -306,6 +314,7 @@ def make_plan(config, context: Context) -> Plan:
         ends=ends,
         start=config.model,
         models=models,
+        groups=[list(groups(model)) for model in models],
         tokens=tokens,
         flops=flops,
         lr=lr_of_groups(config, ends, dict(tokens=tokens, flops=flops), names),

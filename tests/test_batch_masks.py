@@ -138,6 +138,19 @@ def plain_bound(segments: np.ndarray) -> int:
     return min(size for size in BOUNDS if size >= most)
 
 
+class Halves:
+    """An objective that puts the halves of a row into a segment each, and declares it."""
+
+    masks = (CAUSAL,)
+
+    def segments(self, segments: np.ndarray) -> np.ndarray:
+        """What it makes of a row's segments."""
+        return 1 + (np.arange(len(segments)) >= len(segments) // 2).astype(np.int32)
+
+    def __call__(self, row, rng):
+        return row | {"segments": self.segments(row["segments"])}, CAUSAL
+
+
 @pytest.mark.parametrize("packing, bounds", [
     (concat_and_split, {1, 8, 32}),
     (best_fit, {8, 32}),
@@ -147,7 +160,7 @@ def plain_bound(segments: np.ndarray) -> int:
 def test_processes_agree_on_the_bound_on_segments(packing, bounds):
     """It is that of the whole batch, though each of them makes a part of the rows."""
     found = set()
-    for objective in (causal, one_segment, mixed, {"stars": one_segment}):
+    for objective in (causal, one_segment, mixed, {"stars": one_segment}, Halves()):
         made = loader(phase(
             steps=4, batch=8, seq=128, packing=packing, objective=objective, lengths=two_lengths))
         for step in range(1, 5):
