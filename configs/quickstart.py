@@ -1,9 +1,14 @@
 """Quickstart: a small Llama on the source of Python's standard library, shallow, then twice as deep.
 
 Shows growth by stacking within one run. About two minutes on two CPU cores: python train.py
+
+The arm `strong` is the same run of the strongest model here, and a little shorter, for about the
+same time: python train.py configs/quickstart.py:strong
 """
+from dataclasses import replace
 from functools import partial
 
+from configs.baselines.strong import GROUP_RATES, on
 from data import DataConfig, Source, stdlib
 from lib.edits import stack
 from lib.schedule import Schedule
@@ -23,3 +28,7 @@ config = Config(
     save_every=75,
     prompts=("def ", "class ", "import os\n"),
 )
+
+shallow, deep = (replace(phase, lr=GROUP_RATES) for phase in config.phases)
+shorter = replace(config, phases=(replace(shallow, steps=125), replace(deep, steps=155)))
+arms = {"strong": on(shorter)}
