@@ -32,6 +32,10 @@ LINES, EXPERIMENT = 120, 40  # the most of a file, and of its experiment
 SHARED = "configs.bursty", "configs.parts_of_speech", "configs.points"
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
+    "baselines/beside": {
+        "configs.baselines.strong.GROUP_RATES", "configs.baselines.strong.on",
+        "configs.context.best_fit", "configs.context.meco", "configs.growth.minitron",
+        "configs.selection.skill_it"},
     "growth/g_stack_beside": {"configs.baselines.recipe.old", "configs.baselines.strong.GROUP_RATES",
                               "configs.baselines.strong.on"},
     "growth/tables": {"configs.growth.t5.MARKS", "configs.growth.t5.asked"},

@@ -1,6 +1,11 @@
 """Headlines: do verdicts on the plain Llama hold on the strongest small model here?
 
-Papers: those of best_fit.py, meco.py, minitron.py and skill_it.py
+Paper: Fewer Truncations Improve Language Modeling, Ding et al. 2024 (001:39);
+    Metadata Conditioning Accelerates Language Model Pre-training, Gao et al. 2025 (000:15);
+    Compact Language Models via Pruning and Knowledge Distillation, Muralidharan et al. 2024
+    (002:26);
+    Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models,
+    Chen et al. 2023 (000:11, 001:37)
 Method: the arms of these four studies, with strong.py's model, optimiser and rates in the place of
     the plain ones, at the recipe's one peak rate. Each is compared to its own study's control on
     the same model.
