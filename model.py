@@ -44,7 +44,6 @@ from lib.kernels import (
     Mask,
     attention,
     dense,
-    float32_or_wider,
     here,
     keeping_arguments,
     kept,
@@ -54,6 +53,7 @@ from lib.kernels import (
     residual,
     weighted_nats,
 )
+from lib.products import float32_or_wider
 from lib.seams import (
     FLOPS,
     FORWARD,

@@ -17,6 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lib.masks import Mask, allowed
+from lib.products import float32_or_wider, product
 
 
 class Marks(NamedTuple):
@@ -92,13 +93,13 @@ def mix_forward(q, k, v, marks, blocks):
         own = part(out, i, rows)
         own *= fade[..., None]
         shares = probs.astype(v.dtype)
-        own += product("bkrs,bksh->bkrh", shares, part(v, j, size))
+        own += wide_product("bkrs,bksh->bkrh", shares, part(v, j, size))
         out = put(out, own, i)
         top = put(top, now, i)
         total = put(total, sums, i)
         return (out, top, total), None
 
-    out = jnp.zeros_like(q, wide_of(q))
+    out = jnp.zeros_like(q, float32_or_wider(q.dtype))
     total = out[..., 0]
     top = total + jnp.finfo(total.dtype).min
     visible = pairs(blocks, k.shape[2])
@@ -130,14 +131,14 @@ def mix_backward(blocks, residuals, d_out):
         scores = scores_of(q, k, marks, blocks, pair, "bksr")
         probs = jnp.exp(scores - normaliser[:, :, None])
         seen = part(v, j, size)
-        d_probs = product("bksh,bkrh->bksr", seen, d_mixed)
+        d_probs = wide_product("bksh,bkrh->bksr", seen, d_mixed)
         d_scores = probs * (d_probs - row_sums[:, :, None])
         d_scores = d_scores.astype(q.dtype)
         probs = probs.astype(q.dtype)
         turned = part(keys, j, size, 3)
-        own_q = product("bkhs,bksr->bkhr", turned, d_scores)
-        own_k = product("bksr,bkrh->bksh", d_scores, part(q, i, rows))
-        own_v = product("bksr,bkrh->bksh", probs, d_mixed)
+        own_q = wide_product("bkhs,bksr->bkhr", turned, d_scores)
+        own_k = wide_product("bksr,bkrh->bksh", d_scores, part(q, i, rows))
+        own_v = wide_product("bksr,bkrh->bksh", probs, d_mixed)
         d_q = plus(d_q, own_q, i, 3)
         d_k = plus(d_k, own_k, j)
         d_v = plus(d_v, own_v, j)
@@ -169,7 +170,7 @@ def scores_of(
     """
     i, j = pair
     mask, size, rows = blocks
-    scores = product(f"bkrh,bksh->{axes}", part(q, i, rows), part(k, j, size))
+    scores = wide_product(f"bkrh,bksh->{axes}", part(q, i, rows), part(k, j, size))
     index = jnp.arange(size)
     prefix = None
     if mask.kind == "prefix":
@@ -203,14 +204,9 @@ def pairs(blocks: Blocks, length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.nonzero(visible)
 
 
-def wide_of(x):
-    """The dtype of scores and sums."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def product(axes: str, x, y) -> jax.Array:
-    """`jnp.einsum`, summed up in float32 or wider."""
-    return jnp.einsum(axes, x, y, preferred_element_type=wide_of(x))
+def wide_product(axes: str, x, y) -> jax.Array:
+    """`product` in float32 or wider."""
+    return product(axes, x, y, float32_or_wider(x.dtype))
 
 
 def part(x, number, size: int, axis: int = 2) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.sharding import get_abstract_mesh
 
 from lib.kernels import Mask, attention
 from lib.plain import computes_llama
+from lib.products import product
 from lib.sharding import ROWS, RULES, constrain
 from model import (
     ModelConfig,
@@ -159,7 +160,7 @@ def next_logits(others, states, config: ModelConfig):
     parts = others.get("head", [others["embed"]])
     for part in parts:
         part = constrain(part, RULES["vocab"])
-        own = jnp.einsum("bd,vd->bv", states, part, preferred_element_type=wide)
+        own = product("bd,vd->bv", states, part, wide)
         logits.append(own)
     return jnp.concatenate(logits, -1)
 
@@ -235,11 +236,11 @@ def decode(weights, cache, last, slot, pad, config: ModelConfig):
         head_dim = q.shape[-1]
         queries = q.reshape(len(keys), -1, head_dim)  # [n g h]
         queries = queries * head_dim**-0.5
-        scores = jnp.einsum("ngh,nsh->ngs", queries, keys, preferred_element_type=wide)
+        scores = product("ngh,nsh->ngs", queries, keys, wide)
         scores = jnp.where(mask, scores, jnp.finfo(wide).min)
         probs = jax.nn.softmax(scores)
         probs = probs.astype(values.dtype)
-        out = jnp.einsum("ngs,nsh->ngh", probs, values)
+        out = product("ngs,nsh->ngh", probs, values, values.dtype)
         return out.reshape(q.shape), [keys, values]
 
     attends = [partial(attend, held) for held in cache]

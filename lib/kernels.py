@@ -21,15 +21,11 @@ from lib.blocks import in_blocks
 from lib.flash import Case
 from lib.hardware import capability
 from lib.masks import Mask, allowed
+from lib.products import float32_or_wider, padded_for_cache, product
 from lib.sharding import FREE, ROWS, RULES, constrain, is_local, rule, scattered, split_of
 
 PARTS = 8  # blocks of queries of a row whose scores are kept
 KEPT = 2_048  # the longest such row: beyond it they would take more memory than all else
-
-
-def float32_or_wider(dtype):
-    """The dtype in which sums and normalisers of `dtype` are computed."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -250,13 +246,13 @@ def softmax_mix(q, k, v, mask):
 def softmax_mix_forward(q, k, v, mask):
     """(out, residuals) of `softmax_mix`."""
     wide = float32_or_wider(q.dtype)
-    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
+    scores = product("bkth,bksh->bkts", q, k, wide)
     group = q.shape[2] // mask.shape[2]
     mask = jnp.tile(mask, (1, 1, group, 1))
     least = jnp.finfo(wide).min  # not -inf: a query may see nothing
     scores = jnp.where(mask, scores, least)
     probs = jax.nn.softmax(scores).astype(v.dtype)
-    out = jnp.einsum("bkts,bksh->bkth", probs, v)
+    out = product("bkts,bksh->bkth", probs, v, v.dtype)
     out = checkpoint_name(out, "attention")
     return out, (q, k, v, probs, out)
 
@@ -265,14 +261,14 @@ def softmax_mix_backward(residuals, d_out):
     """Gradients of the arguments of `softmax_mix`."""
     q, k, v, probs, out = residuals
     wide = float32_or_wider(q.dtype)
-    d_probs = jnp.einsum("bkth,bksh->bkts", d_out, v, preferred_element_type=wide)
+    d_probs = product("bkth,bksh->bkts", d_out, v, wide)
     products = (d_out * out).astype(wide)
     row_sums = jnp.sum(products, -1, keepdims=True)
     d_scores = probs * (d_probs - row_sums)
     d_scores = d_scores.astype(q.dtype)
-    d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k)
-    d_k = jnp.einsum("bkts,bkth->bksh", d_scores, q)
-    d_v = jnp.einsum("bkts,bkth->bksh", probs, d_out)
+    d_q = product("bkts,bksh->bkth", d_scores, k, q.dtype)
+    d_k = product("bkts,bkth->bksh", d_scores, q, k.dtype)
+    d_v = product("bkts,bkth->bksh", probs, d_out, v.dtype)
     return d_q, d_k, d_v, None
 
 
@@ -348,7 +344,7 @@ def matmul_forward(x, w, axes, out):
     rows = x.shape[:min(2, x.ndim - 1)]
     whole = gathered(w, axes, x.dtype)
     outputs = whole.shape[inputs_of(axes):]
-    y = jnp.matmul(flat(x), matrix(whole, axes), preferred_element_type=out)
+    y = product("ni,io->no", flat(x), matrix(whole, axes), out)
     return y.reshape(*rows, *outputs), (x, w)
 
 
@@ -358,7 +354,7 @@ def matmul_backward(axes, out, residuals, dy):
     whole = gathered(w, axes, x.dtype)
     weights = matrix(whole, axes)
     dy = dy.astype(x.dtype).reshape(-1, weights.shape[1])
-    dx = jnp.einsum("no,io->ni", dy, weights)
+    dx = product("no,io->ni", dy, weights, x.dtype)
     dw = gradient_of_weights(flat(x), dy, w.dtype)
     return dx.reshape(x.shape), placed(dw.reshape(whole.shape), axes)
 
@@ -385,7 +381,7 @@ def flat(x) -> jax.Array:
 def gradient_of_weights(x, dy, dtype) -> jax.Array:
     """The sum [i o] over rows of x [n i] times dy [n o], in a dtype."""
     padded = padded_for_cache(dy)
-    dw = jnp.einsum("ni,no->io", x, padded, preferred_element_type=dtype)
+    dw = product("ni,no->io", x, padded, dtype)
     return dw[:, : dy.shape[1]]
 
 
@@ -421,19 +417,6 @@ def gathered(w, axes, dtype) -> jax.Array:
         return lax.all_gather(w, "fsdp", axis=split, tiled=True)
     places = [None if place == "fsdp" else place for place in places]
     return constrain(w, *places)
-
-
-def padded_for_cache(dy) -> jax.Array:
-    """dy [n o], on one CPU with 16 columns more where o is a multiple of 2048.
-
-    Rows of 8 KiB, or a multiple of that, share few sets of a CPU's cache. Then the product is a
-    fifth to two fifths slower.
-    """
-    mesh = get_abstract_mesh()
-    one_cpu = mesh.size == 1 and mesh.abstract_device.platform == "cpu"
-    if one_cpu and dy.shape[1] % 2048 == 0:
-        return jnp.pad(dy, ((0, 0), (0, 16)))
-    return dy
 
 
 # ------------------------------------------------------------------------------------- losses
@@ -536,7 +519,7 @@ def whole_head(head, states) -> jax.Array:
 def chunk_of_nats(whole, part):
     """`nll_forward` of a chunk of (states [b c d], targets, weights) under a head [d v]."""
     x, targets, _ = part
-    logits = jnp.matmul(flat(x), whole, preferred_element_type=x.dtype)
+    logits = product("ni,io->no", flat(x), whole, x.dtype)
     logits = logits.reshape(*targets.shape, -1)
     return nll_forward(logits, targets)
 
@@ -547,7 +530,7 @@ def gradients_of_nats(whole, part, dtype):
     nats, kept = chunk_of_nats(whole, part)
     d_logits, _ = nll_backward(kept, weights)
     d_logits = d_logits.reshape(-1, whole.shape[1])
-    dx = jnp.einsum("no,io->ni", d_logits, whole)
+    dx = product("no,io->ni", d_logits, whole, x.dtype)
     d_head = gradient_of_weights(flat(x), d_logits, dtype)
     return nats, dx.reshape(x.shape), d_head
 

@@ -1,8 +1,8 @@
 """Matrix products of JAX beside PyTorch's on this CPU, in turn in one process: what they allow.
 
-    python tests/check_products.py [--rounds 30]
+    python tests/check_products.py [--rounds 30] [--dtype bfloat16]
 
-float32; rows of 4,096 tokens times the matrices of models 128, 384 and 768 wide, the gradient of
+Rows of 4,096 tokens times the matrices of models 128, 384 and 768 wide, the gradient of
 such a matrix, and a head. Medians, in GFLOP/s.
 """
 import argparse
@@ -35,13 +35,14 @@ def seconds(product) -> float:
     return time.perf_counter() - begun
 
 
-def compared(rows: int, inputs: int, outputs: int, rounds: int) -> tuple[float, float]:
+def compared(rows: int, inputs: int, outputs: int, rounds: int, dtype: str) -> tuple[float, float]:
     """GFLOP/s of (JAX, PyTorch)."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, inputs)).astype(np.float32)
     w = rng.normal(size=(inputs, outputs)).astype(np.float32)
     compiled = jax.jit(lambda x, w: x @ w)
-    ours, theirs = [jax.device_put(one) for one in (x, w)], [torch.tensor(one) for one in (x, w)]
+    ours = [jax.numpy.asarray(one, dtype) for one in (x, w)]
+    theirs = [torch.tensor(one, dtype=getattr(torch, dtype)) for one in (x, w)]
     both = (lambda: compiled(*ours).block_until_ready()), (lambda: theirs[0] @ theirs[1])
     times = [[seconds(product) for product in both] for _ in range(rounds)][rounds // 5:]
     flops = 2e-9 * rows * inputs * outputs
@@ -52,9 +53,10 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options = vars(parser.parse_args())
     for shape in SHAPES:
-        ours, theirs = compared(*shape, rounds)
+        ours, theirs = compared(*shape, **options)
         print(f"{shape}: {ours:.0f} against {theirs:.0f} GFLOP/s, ratio {ours / theirs:.2f}")
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lib.families.family import Family, bias, biased, ungated_flops
-from lib.kernels import float32_or_wider, residual
+from lib.kernels import residual
+from lib.products import float32_or_wider
 from model import (
     ModelConfig,
     Param,
