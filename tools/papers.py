@@ -28,6 +28,7 @@ PAPER_FIELD = re.compile(r"^Papers?: *(.*(?:\n[ \t]+\S.*)*)", re.M)  # of a head
 ID = re.compile(r"\b\d{3}:\d+\b")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 IN_README = 5  # rows of results there, at most
+HEADLINES = "g_stack", "active_forgetting", "best_fit", "meco", "minitron", "skill_it"
 GENERATED = "This page is written by `python train.py papers --write`, from the files and records."
 
 
@@ -309,8 +310,12 @@ def index(root: Path, entries: list[Entry]) -> str:
 
 
 def chosen(entries: list[Entry]) -> list[Entry]:
-    """Recorded studies for the README: the first of each chapter, then the second, and so on."""
+    """Recorded studies for the README: the first of each chapter, then the second, and so on.
+
+    HEADLINES come before others of their chapter.
+    """
     claimed = [entry for entry in entries if entry.record and entry.study.claims]
+    claimed.sort(key=lambda entry: entry.method not in HEADLINES)
     recorded = list(by_chapter(claimed).values())
     longest = max(map(len, recorded), default=0)
     turns = [own[i] for i in range(longest) for own in recorded if i < len(own)]
