@@ -29,6 +29,7 @@ from lib.objectives import (
     asks,
     declared,
     declared_masks,
+    generator_for,
     in_vocabulary,
     is_made,
     objective_of,
@@ -722,9 +723,7 @@ class Loader:
             row = drawn.row(r)
             row.arrays["source"] = np.full_like(row.arrays["tokens"], source)
             objective = objective_of(objectives, self.names[source])
-            rng = None
-            if declared(objective, "draws", True):
-                rng = np.random.default_rng([self.seed, step, r])
+            rng = generator_for(objective, self.seed, step, r)
             made[r] = self.made(objective, row, rng, drawn.progress, drawn.log)
             rows[r] = row
         arrays, mask = stack(made, mine, masks, f"phases.{drawn.phase}.objective")
@@ -766,6 +765,7 @@ class Loader:
     def made(self, objective: Callable, row: Row, rng: np.random.Generator | None, progress: float,
              log: list[Evaluation]) -> tuple[dict, dict]:
         """(arrays, mask) that an objective makes of a row. Raises InputError for anything else."""
+        planned = np.array(row.arrays["segments"])  # it may change them where they are
         found = self.told(objective, row, progress, log)(row.arrays, rng)
         fine = is_made(found, row.arrays)
         require_gave(fine, OBJECTIVE, objective, found)
@@ -776,6 +776,11 @@ class Loader:
         fine = in_vocabulary(found[0], last)
         more = f", ids from 0 to {last} in tokens, finite weights"
         require_gave(fine, OBJECTIVE, objective, found, more)
+        change = declared(objective, "segments")
+        if change:
+            fine = np.array_equal(change(planned), found[0]["segments"])
+            more = ", and in segments what its own `segments` makes of them"
+            require_gave(fine, OBJECTIVE, objective, found, more)
         return found
 
     def told(self, objective: Callable, row: Row, progress: float,

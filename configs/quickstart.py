@@ -2,8 +2,8 @@
 
 Shows growth by stacking within one run. About two minutes on two CPU cores: python train.py
 
-The arm `strong` is the same run of the strongest model here, and a little shorter, for about the
-same time: python train.py configs/quickstart.py:strong
+The arm `strong` trains the strongest model here, for 280 steps, which take about as long:
+python train.py configs/quickstart.py:strong
 """
 from dataclasses import replace
 from functools import partial

@@ -89,7 +89,7 @@ class Log:
         self.save_s = 0.0  # seconds that a checkpoint held up the loop since the last row
         self.begun = None  # (time, FLOPs) of the first row; the first step is mostly compilation
         self.shown, self.speed, self.peak = 0.0, {}, peak()
-        self.live = sys.stdout.isatty()  # asked once: the answer lets other threads go first
+        self.live = sys.stdout.isatty()  # asked once: asking lets go of the GIL
 
     def __enter__(self):
         return self

@@ -119,6 +119,13 @@ def declared(objective: Callable, name: str, default: Any = None) -> Any:
     return getattr(function, name, default)
 
 
+def generator_for(objective: Callable, *key: int) -> np.random.Generator | None:
+    """Random numbers of one row; None where an objective declares that it draws none."""
+    if not declared(objective, "draws", True):
+        return None
+    return np.random.default_rng(key)
+
+
 def as_planned(segments: np.ndarray) -> np.ndarray:
     """Segments [seq] as they are."""
     return segments

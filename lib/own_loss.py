@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from data import Loader, Rows, shuffled
 from lib.evaluate import Setting, open_source
 from lib.kernels import Mask
-from lib.objectives import causal, declared_masks, objective_of, stack
+from lib.objectives import causal, declared_masks, generator_for, objective_of, stack
 from lib.sharding import put
 from model import cross_entropy, weighted_mean
 
@@ -112,7 +112,7 @@ def row_maker(
     def make(number: int):
         row = rows.get(number)
         row.arrays["source"] = np.full_like(row.arrays["tokens"], source)
-        rng = np.random.default_rng([seed, source, number])
+        rng = generator_for(objective, seed, source, number)
         return loader.made(objective, row, rng, progress, log)
 
     return make

@@ -11,11 +11,12 @@ def float32_or_wider(dtype):
 
 
 def product(axes: str, x, y, out) -> jax.Array:
-    """`jnp.einsum` of two arrays, in the dtype `out`.
+    """`jnp.einsum` of two arrays, in the dtype `out`; axes: as "ni,io->no".
 
-    Axes that both share and that stay come first in each. On one CPU, products of 16-bit numbers
-    are summed up in float32 and rounded then, over the last axis of x. XLA has kernels for these
-    alone, several times as fast on a CPU with AMX; all others it makes of float32 copies.
+    Axes that both arrays and the result have must come first in each. On one CPU, 16-bit products
+    are summed in float32, and the sum is rounded. x is turned so that the sum is over its last
+    axis. XLA has kernels for this form alone, several times as fast on a CPU with AMX. All others
+    it makes of float32 copies.
     """
     if x.dtype.itemsize > 2 or not on_one_cpu():
         return jnp.einsum(axes, x, y, preferred_element_type=out)

@@ -151,6 +151,33 @@ class Halves:
         return row | {"segments": self.segments(row["segments"])}, CAUSAL
 
 
+class Wrong(Halves):
+    """An objective that leaves a row's segments as they are, and declares halves."""
+
+    def __call__(self, row, rng):
+        return row, CAUSAL
+
+
+def test_what_an_objective_declares_of_segments_is_checked():
+    with pytest.raises(InputError, match="objective: .*in segments what its own `segments` makes"):
+        loader(phase(objective=Wrong())).batch(1)
+
+
+def test_no_generator_is_made_for_an_objective_that_draws_nothing():
+    given = []
+
+    def noted(row, rng):
+        given.append(rng)
+        return row, CAUSAL
+
+    loader(phase(objective=noted)).batch(1)
+    drawing, given = given, []
+    noted.draws = False
+    loader(phase(objective=noted)).batch(1)
+    assert all(isinstance(rng, np.random.Generator) for rng in drawing) and drawing
+    assert given == [None] * len(drawing)
+
+
 @pytest.mark.parametrize("packing, bounds", [
     (concat_and_split, {1, 8, 32}),
     (best_fit, {8, 32}),

@@ -50,6 +50,20 @@ def test_products_in_32_bits_are_the_plain_ones(axes):
         lambda x, y: jnp.einsum(axes, x, y, preferred_element_type=jnp.float32))
 
 
+@pytest.mark.parametrize("axes", AXES)
+def test_a_product_in_16_bits_has_the_form_that_a_cpu_has_kernels_for(axes):
+    """On one CPU: sums in float32, over the last axis of what comes first. On several: the plain."""
+    x, y, _ = drawn(axes, "bfloat16")
+    for devices in jax.devices()[:1], jax.devices():
+        with jax.set_mesh(make_mesh(MeshConfig(), devices)):
+            program = jax.make_jaxpr(lambda x, y: product(axes, x, y, x.dtype))(x, y)
+        (dot,) = [each for each in program.eqns if each.primitive.name == "dot_general"]
+        (summed, _), _ = dot.params["dimension_numbers"]
+        assert dot.params["preferred_element_type"] == (jnp.float32 if len(devices) == 1 else x.dtype)
+        if len(devices) == 1:
+            assert summed == (dot.invars[0].aval.ndim - 1,)
+
+
 def test_a_product_in_16_bits_can_be_mapped():
     """As runs that are one program do."""
     x, y, exact = drawn("ni,no->io", "bfloat16")

@@ -315,8 +315,9 @@ def chosen(entries: list[Entry]) -> list[Entry]:
     HEADLINES come before others of their chapter.
     """
     claimed = [entry for entry in entries if entry.record and entry.study.claims]
-    claimed.sort(key=lambda entry: entry.method not in HEADLINES)
     recorded = list(by_chapter(claimed).values())
+    for own in recorded:
+        own.sort(key=lambda entry: entry.method not in HEADLINES)
     longest = max(map(len, recorded), default=0)
     turns = [own[i] for i in range(longest) for own in recorded if i < len(own)]
     return turns[:IN_README]

@@ -6,13 +6,14 @@ Paper: Fewer Truncations Improve Language Modeling, Ding et al. 2024 (001:39);
     (002:26);
     Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models,
     Chen et al. 2023 (000:11, 001:37)
-Method: the arms of these four studies, with strong.py's model, optimiser and rates in the place of
-    the plain ones, at the recipe's one peak rate. Each is compared to its own study's control on
-    the same model.
-Here: the claims are the first that each study makes of its method, and are said of the plain Llama
-    there. A strong model is cut by the size of its weights alone, since scoring by activations
-    reads the plain forward pass; its tables of values and pairs are cut with the stream.
-    g_stack_beside.py and active_forgetting_beside.py are the same for these two.
+Method: arms of these four studies, with strong.py's model, optimiser and rates of groups in the
+    place of the plain ones, at the peak rates that these studies have for the plain Llama.
+Here: best_fit.py's packing under a mask, meco.py's run with a cooldown, minitron.py's cut with a
+    teacher and skill_it.py's estimated graph. A strong model is cut by the size of its weights or
+    blindly, since scoring by activations reads the plain forward pass. Its tables of values are cut
+    with the heads, those of pairs with the stream, and its gates along the stream are scaled where
+    a plain model's gains would be. g_stack_beside.py and active_forgetting_beside.py do the same
+    for growth and forgetting.
 Cost: some 40 runs, about a quarter of an hour on two CPU cores, an estimate.
 Run:
     python train.py study configs/baselines/beside.py --jobs 2
