@@ -2,7 +2,7 @@
 
 Shows growth by stacking within one run. About two minutes on two CPU cores: python train.py
 
-The arm `strong` trains the strongest model here, for 280 steps, which take about as long:
+The arm `strong` trains the strongest model here, for 205 steps, which take about as long:
 python train.py configs/quickstart.py:strong
 """
 from dataclasses import replace
@@ -30,5 +30,5 @@ config = Config(
 )
 
 shallow, deep = (replace(phase, lr=GROUP_RATES) for phase in config.phases)
-shorter = replace(config, phases=(replace(shallow, steps=125), replace(deep, steps=155)))
-arms = {"strong": on(shorter)}
+phases = replace(shallow, steps=90), replace(deep, steps=115)
+arms = {"strong": on(replace(config, phases=phases, sample_tokens=100))}
