@@ -86,16 +86,16 @@ def test_host_stall_counts_the_loop_s_own_work_and_its_waiting(kept, monkeypatch
     assert row["perf/host_stall"] == pytest.approx((0.5 + 0.25) / 1.25)
 
 
-def test_the_thread_that_makes_batches_puts_them_and_the_rates_on_the_devices():
+def test_the_thread_that_makes_batches_puts_them_on_the_devices_and_says_the_rates():
     config = tiny_config()
     plan, mesh = plan_of(config), train_cases.single_mesh()
     batch = Batch(train_cases.random_batch(), {"kind": "causal", "window": 0}, {"own": 1.0}, 8, 8)
     asked = []
     loader = SimpleNamespace(batch=lambda step, own, counted: asked.append(counted) or batch)
-    run = SimpleNamespace(config=config, plan=plan, mesh=mesh, loader=loader)
+    run = train.Run(config, "", None, mesh, None, {}, {}, loader, plan, None)
     given = train.given(run, 2)
     assert asked == [False]  # no kernel of a CPU asks for the number of segments
-    assert all(isinstance(x, jax.Array) for x in [*given.arrays.values(), given.lr])
+    assert all(isinstance(x, jax.Array) for x in given.arrays.values())
     assert (given.mask, given.metrics) == (train.Mask("causal", 0, 8), {"own": 1.0})
     expected = [plan.lr[group][2] for group in train.groups(plan.models[0])]
     np.testing.assert_array_equal(given.lr, np.array(expected, np.float32))
