@@ -979,7 +979,8 @@ def given(run: Run, step: int) -> Given:
     phase = run.plan.phase_of(step)
     own = functools.partial(own_rows, run.mesh)
     batch = run.loader.batch(step, own, counted=phase in run.counted)
-    arrays, mask = put(batch.arrays, run.mesh, batch.rows), mask_of(batch, run.plan.models[phase])
+    arrays = put(batch.arrays, run.mesh, batch.rows)
+    mask = mask_of(batch, run.plan.models[phase])
     return Given(arrays, mask, run.plan.rates(step), batch.metrics)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import get_abstract_mesh
 
 from lib.kernels import Mask, attention
 from lib.plain import computes_llama
-from lib.products import product
+from lib.products import float32_or_wider, product
 from lib.sharding import ROWS, RULES, constrain
 from model import (
     ModelConfig,
@@ -155,7 +155,7 @@ def forward_blocks(
 
 def next_logits(others, states, config: ModelConfig):
     """Logits [b v] in float32 or wider, from final states [b d]."""
-    wide = jnp.promote_types(config.dtype, jnp.float32)
+    wide = float32_or_wider(config.dtype)
     logits = []
     parts = others.get("head", [others["embed"]])
     for part in parts:
@@ -218,7 +218,7 @@ def prefill(weights, tokens, pad, size: int, config: ModelConfig):
 
 def decode(weights, cache, last, slot, pad, config: ModelConfig):
     """Logits [b v] after the ids `last` [b], and the cache with these in its place `slot`."""
-    wide = jnp.promote_types(config.dtype, jnp.float32)
+    wide = float32_or_wider(config.dtype)
     keys, _ = cache[0]
     index = jnp.arange(keys.shape[1])
     seen = (index >= pad[:, None]) & (index <= slot)  # [b s]
