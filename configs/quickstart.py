@@ -8,7 +8,7 @@ python train.py configs/quickstart.py:strong
 from dataclasses import replace
 from functools import partial
 
-from configs.baselines.strong import GROUP_RATES, on
+from configs.baselines.strong import on
 from data import DataConfig, Source, stdlib
 from lib.edits import stack
 from lib.schedule import Schedule
@@ -29,6 +29,6 @@ config = Config(
     prompts=("def ", "class ", "import os\n"),
 )
 
-shallow, deep = (replace(phase, lr=GROUP_RATES) for phase in config.phases)
+shallow, deep = config.phases
 phases = replace(shallow, steps=90), replace(deep, steps=115)
 arms = {"strong": on(replace(config, phases=phases, sample_tokens=100))}

@@ -33,11 +33,9 @@ SHARED = "configs.bursty", "configs.parts_of_speech", "configs.points"
 # Which config takes a function of another one, besides configs/base.py, and which function.
 BORROWS = {
     "baselines/beside": {
-        "configs.baselines.strong.GROUP_RATES", "configs.baselines.strong.on",
-        "configs.context.best_fit", "configs.context.meco", "configs.growth.minitron",
-        "configs.selection.skill_it"},
-    "growth/g_stack_beside": {"configs.baselines.recipe.old", "configs.baselines.strong.GROUP_RATES",
-                              "configs.baselines.strong.on"},
+        "configs.baselines.strong.on", "configs.context.best_fit", "configs.context.meco",
+        "configs.growth.minitron", "configs.selection.skill_it"},
+    "growth/g_stack_beside": {"configs.baselines.recipe.old", "configs.baselines.strong.on"},
     "growth/tables": {"configs.growth.t5.MARKS", "configs.growth.t5.asked"},
     "growth/pruning_value": {
         f"configs.growth.minitron.{name}"

@@ -22,19 +22,13 @@ from dataclasses import replace
 from functools import partial
 
 from configs import base
-from configs.baselines.strong import GROUP_RATES, on
+from configs.baselines.strong import on as strong
 from configs.context import best_fit, meco
 from configs.growth import minitron
 from configs.selection import skill_it
 from lib.prune import prune
 from lib.study import Claim, Study
 from train import Config
-
-
-def strong(config: Config) -> Config:
-    """A config on the strong model."""
-    phases = tuple(replace(phase, lr=GROUP_RATES) for phase in config.phases)
-    return on(replace(config, phases=phases))
 
 
 def cut(config: Config, by: str) -> Config:

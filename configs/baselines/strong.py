@@ -11,7 +11,6 @@ Cost: about three minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py configs/baselines/strong.py
 """
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +23,8 @@ from configs.baselines.muon import muon
 from lib.kernels import lookup
 from model import ModelConfig, Param, plain_attend, rms_norm, stream
 from train import Config
+
+GROUP_RATES = {"embed": 2.0, "head": 2.0}  # of groups, times the plain Llama's
 
 
 def parts(config: ModelConfig, rows: dict, gains: bool = False, gated: bool = False,
@@ -56,7 +57,7 @@ def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift:
            largest: float = 16.0):
     """`forward`, with the parts whose rows are there. largest: the most of attention scores."""
     ids, before = batch["tokens"], partial(past, segments=batch["segments"])
-    sizes = dict.fromkeys(("q_norm", "k_norm"), math.sqrt(largest) / config.head_dim**0.25)
+    sizes = dict.fromkeys(("q_norm", "k_norm"), largest**0.5 / config.head_dim**0.25)
     ones = {name: jnp.full(row.shape, sizes.get(name, 1.0), config.dtype)
             for name, row in model.plain_table(config).items() if row.init is None}
     params = ones | params
@@ -101,20 +102,19 @@ def capped(params, states, batch, config: ModelConfig, cap: float = 15.0):
 
 def flops(config: ModelConfig, seq: int) -> int:
     """`flops`, counted as the plain Llama's, of the products that are there."""
-    used = [row.size for name, row in model.table(config).items()
-            if row.group in ("matrix", "head") or "gate" in name]
-    tied = config.tied * config.vocab * config.embed
-    return 6 * (sum(used) + tied + config.layers * config.heads * config.head_dim * seq)
+    used = [row.size for name, row in model.table(config).items() if row.group in
+            ("matrix", "head") or "gate" in name or (name == "embed" and config.tied)]
+    return 6 * (sum(used) + config.layers * config.heads * config.head_dim * seq)
 
 
-def on(config: Config) -> Config:
-    """A config with the strong model and its optimiser in the place of the plain ones."""
+def on(config: Config, rates: dict[str, float] = GROUP_RATES) -> Config:
+    """A config with the strong model, its optimiser and its rates in place of the plain ones."""
     made = replace(config.model, mlp=4 * config.model.embed, qk_norm=True, rows=parts,
                    forward=strong, outputs=capped, flops=flops)
-    best = partial(muon, iteration="polar_express", outputs="equal")
-    return replace(config, model=made, optimizer=best)
+    phases = tuple(replace(phase, lr=rates | phase.lr) for phase in config.phases)
+    return replace(config, model=made, phases=phases,
+                   optimizer=partial(muon, iteration="polar_express", outputs="equal"))
 
 
-GROUP_RATES = {"embed": 2.0, "head": 2.0}  # of groups, times the plain Llama's
-phase = replace(base.small.phases[0], steps=500, seq=256, lr=GROUP_RATES)
+phase = replace(base.small.phases[0], steps=500, seq=256)
 config = on(replace(base.small, phases=(phase,), eval_tokens=32_768, overlap=64, eval_every=100))

@@ -13,6 +13,7 @@ Run:
     python train.py study configs/forgetting/active_forgetting_beside.py --jobs 2
 """
 from dataclasses import replace
+from functools import partial
 
 from configs.baselines.recipe import old
 from configs.baselines.strong import on
@@ -34,7 +35,7 @@ def before(config: Config) -> Config:
     return old(replace(config, phases=tuple(phases), schedule=halved(config.schedule)))
 
 
-BASELINES = {"plain": lambda config: config, "old": before, "strong": on}
+BASELINES = {"plain": lambda config: config, "old": before, "strong": partial(on, rates={})}
 arms = {}
 for name, made in BASELINES.items():
     for arm in "standard", "forgetting":

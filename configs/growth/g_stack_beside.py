@@ -15,7 +15,7 @@ from functools import partial
 
 from configs import base
 from configs.baselines.recipe import old
-from configs.baselines.strong import GROUP_RATES, on
+from configs.baselines.strong import on
 from lib.edits import stack
 from lib.study import Claim, Paper, Study
 from train import Config
@@ -35,8 +35,7 @@ phase = replace(base.deep.phases[0], steps=300)
 plain = replace(base.deep, model=base.shape(layers=8, embed=64), phases=(phase,), overlap=32,
                 schedule=replace(base.deep.schedule, warmup=40))
 slower = replace(plain, schedule=replace(plain.schedule, peak=4e-3))
-faster = replace(plain, phases=(replace(phase, lr=GROUP_RATES),))
-baselines = {"plain": plain, "old": old(slower), "strong": on(faster)}
+baselines = {"plain": plain, "old": old(slower), "strong": on(plain)}
 arms = {}
 for name, scratch in baselines.items():
     arms |= {name: scratch, f"{name}_stack": grown(scratch)}
