@@ -86,7 +86,6 @@ BORROWS = {
     "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "understanding/word_classes": {
         f"configs.understanding.probes.{name}" for name in ("trained", "untrained")},
-    "parameters/layra": {"configs.forgetting.active_forgetting.permuted"},
     "parameters/loqt": {f"configs.parameters.qlora.{name}"
                         for name in ("quantised", "restored", "stored", "weight_bytes")},
     "parameters/qlora": {"configs.parameters.layra.lora", "configs.parameters.layra.old"},

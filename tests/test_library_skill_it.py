@@ -52,6 +52,14 @@ def test_falls_are_read_from_runs_and_steer_the_shares(tmp_path):
     assert shares["a"] / shares["b"] == pytest.approx(np.exp(1.0 + 0.5 * 2.0 - 2.0))
 
 
+def test_an_estimated_edge_of_one_counts_in_full(tmp_path):
+    write(tmp_path / "on_a", [2.0, 2.0], [1.0, 1.0])  # a helps b by as much as b does
+    write(tmp_path / "on_b", [2.0, 2.0], [2.0, 1.0])
+    runs = [str(tmp_path / "on_a"), str(tmp_path / "on_b")]
+    shares = skill_it.estimated(0.5, [dict(a=1.0, b=2.0)], ["a", "b"], runs, eta=1.0)
+    assert shares["a"] / shares["b"] == pytest.approx(np.exp(1.0 + 2.0 - 2.0))
+
+
 def test_the_figure_is_the_mean_of_the_skills_test_losses():
     rows = [{"step": 1}, {f"eval/{name}.test/loss": i for i, name in enumerate(skill_it.NAMES)}]
     assert skill_it.mean_loss(rows) == 1.0

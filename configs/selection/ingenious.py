@@ -77,7 +77,8 @@ def falling(config):
     return replace(config, schedule=Schedule("wsd", peak=8e-3, warmup=0, decay=decay, final=0.05))
 
 
-second = after("needs:warm", partial(facility, run="needs:warm", share=0.125), 120)
+second = replace(after("needs:warm", partial(facility, run="needs:warm", share=0.125), 120),
+                 schedule=replace(warm.schedule, warmup=0))
 packings = {
     "chance": partial(chance, share=0.125),
     "everything": warm.phases[0].packing,

@@ -57,14 +57,14 @@ def falls_of(runs: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray:
 
 
 def steered(progress: float, log: list, names: list, graph: list | None = None, eta: float = 0.1,
-            window: int = 3) -> dict[str, float]:
+            window: int = 3, halved: bool = True) -> dict[str, float]:
     """Shares ~ exp(eta A L): L sums the last `window` dev losses of each name; ones at first.
 
-    A is the graph [n, n] with its 1s off the diagonal halved: A[i, j] is what learning i does for
-    j. None is the identity. From Skill-it's code: no memory beyond the window.
+    A is the graph: A[i, j] is what learning i does for j. None is the identity. No memory beyond
+    the window. halved: so are its 1s off the diagonal, as in Skill-it's code, which has but 0s and 1s.
     """
     A = np.eye(len(names)) if graph is None else np.array(graph, float)
-    A = np.where((A == 1) & ~np.eye(len(A), dtype=bool), 0.5, A)
+    A = np.where(halved & (A == 1) & ~np.eye(len(A), dtype=bool), 0.5, A)
     losses = [[row[name] for name in names] for row in log[-window:]] or [[1.0] * len(names)]
     power = eta * A @ np.array(losses).sum(0)
     return dict(zip(names, np.exp(power - power.max()).tolist(), strict=True))
@@ -72,7 +72,7 @@ def steered(progress: float, log: list, names: list, graph: list | None = None, 
 
 def estimated(progress: float, log: list, names: list, runs: list, eta: float = 0.1) -> dict:
     """`steered` by the graph of short runs, one on each name alone."""
-    return steered(progress, log, names, graph_of(falls_of(tuple(runs), tuple(names))), eta)
+    return steered(progress, log, names, graph_of(falls_of((*runs,), (*names,))), eta, halved=False)
 
 
 def mean_loss(rows: list[dict]) -> float:
