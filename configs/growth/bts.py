@@ -8,7 +8,7 @@ Method: train a hub; branches of it go on, each on one domain. Then all are froz
 Here: the hub reads English ("wiki" of TinyHelen's "leaner" text), branches code (Python's library)
     and math, in bytes. Gates are made to be 0 at first, so that the start is the hub. A step of all
     three and the stitches counts 3.3 of the hub's, as if all trained. on: the hub goes on, on the
-    mix, for the FLOPs of `bts`. average: of all parameters. hub, code, math: each alone. These four do
+    mix, for the FLOPs of `bts`. average: of all parameters. hub, code, math: each alone. These do
     not train. Text lies in ../shared/data; elsewhere, give `--data.sources.math.documents.path`.
 Cost: 18 runs and 9 that they need, six minutes on two CPU cores.
 Run: in the directory of train.py,

@@ -61,7 +61,7 @@ def steered(progress: float, log: list, names: list, graph: list | None = None, 
     """Shares ~ exp(eta A L): L sums the last `window` dev losses of each name; ones at first.
 
     A is the graph: A[i, j] is what learning i does for j. None is the identity. No memory beyond
-    the window. halved: so are its 1s off the diagonal, as in Skill-it's code, which has but 0s and 1s.
+    the window. halved: so are its 1s off the diagonal, as in Skill-it's code, all 0s and 1s.
     """
     A = np.eye(len(names)) if graph is None else np.array(graph, float)
     A = np.where(halved & (A == 1) & ~np.eye(len(A), dtype=bool), 0.5, A)
