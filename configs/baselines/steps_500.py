@@ -6,7 +6,9 @@ Method: from the defaults of before, AdamW and a tied table, one change after an
     of its own drawn small, embeddings drawn large or learnt faster, both; then AdamW with these,
     the plain Llama as it is now; and strong.py.
 Here: 4 layers of 128 over 1,024 pieces, 500 steps of 8 x 256, equal rows and seeds, equal FLOPs
-    within 0.5 %. The peak rate is 8e-3, half of that for the defaults of before.
+    within 0.5 %. The peak rate is 8e-3, half of that for the defaults of before. The plain Llama
+    has outputs drawn as 0 and rates by width besides. strong.py warms up for 40 steps, the others
+    for 100.
 Cost: 24 runs, about half an hour on two CPU cores, an estimate.
 Run:
     python train.py study configs/baselines/steps_500.py --jobs 2

@@ -10,9 +10,9 @@ Here: functions and classes of Python's library; the new language is the same te
     characters permuted. standard: no resets. forgetting: one every 200 of 1,200 steps, none at the
     end. random_body: as drawn. A run takes four cells in turn, one a phase, from new embeddings
     each: 2k, 20k, 200k tokens (k is 1,024) and all. A cell's figure is its best loss on dev of the
-    new language, in nats per byte, as there is no test split; "own language" is that of the old
-    one where pre-training ends. What decides, named before it was run: the cell of 20k.
-Cost: nine runs, ten minutes on two CPU cores. The rate is the middle of an earlier grid.
+    new language, in nats per byte, as there is no test split; "own language" is that of the old one
+    where pre-training ends. What decides, named before it was run: the cell of 20k.
+Cost: 15 runs, a quarter of an hour on two CPU cores. The rate is the middle of an earlier grid.
 Run:
     python train.py study configs/forgetting/active_forgetting.py --jobs 2
 """

@@ -6,13 +6,14 @@ Method: score layers, heads, MLP units and the stream's units on a few batches, 
     retrain by the divergence from the logits of the uncut model in place of cross-entropy. The
     paper finds width a better thing to cut than depth, and activations a better score than weights.
 Here: half of the heads, MLP units and stream of a trained model go, by one of three scores.
-    magnitude: the smallest weights. activations: what does least on eight batches of training
-    data. first: the units that stand last go, whatever they do: the control. They are retrained on
+    magnitude: the smallest weights. activations: what does least on eight batches of training data.
+    first: the units that stand last go, whatever they do: the control. They are retrained on
     cross-entropy, kl and first_kl on the divergence, over as many tokens. kl_flops has fewer, for
     the teacher's forward pass: its FLOPs are the plain arms'. scratch: the small shape on as many
     FLOPs as the wide and the cut model take together; the wide model's are in each arm's. Left out:
     losses on inner states, a search over shapes, and several sizes from one wide model, where the
-    paper saves most.
+    paper saves most. The wide model has no more steps than follow the cut. It ends behind what was
+    then trained on text, so a student taught by it is held back.
 Cost: seven arms and the wide model, 24 runs of 10 to 60 seconds, ten minutes on two CPU cores.
 Run:
     python train.py study configs/growth/minitron.py --jobs 2

@@ -10,7 +10,7 @@ Here: r 24 of 96, a new P every 50 steps and after the first one: the outputs of
     and so do most gradients. The scale of P Adam(R) is 1 where the papers have 0.25, so that arms
     share their rates. Norms are of Adam's step with its bias corrected. Where the smaller side is
     no more than r, P is 1: that is Adam. Embeddings and gains have AdamW, weight decay is 0.1.
-Cost: some fifteen runs of 200 steps, a quarter of a minute each: four minutes on two CPU cores.
+Cost: some twenty runs of 200 steps, a quarter of a minute each: five minutes on two CPU cores.
 Run:
     python train.py study configs/parameters/galore.py --jobs 2
 """

@@ -11,8 +11,8 @@ Here: a synthetic domain. Each of 64 traders lives in one of 8 regions; in a reg
     sentences of no matter. The base read such documents of other traders, whose goods are drawn
     alike. declarative: the share of traders whose good has the likeliest first letter; statistical:
     that of regions where an unknown trader's likeliest good is the most frequent one;
-    probabilistic: 1 less the total variation between the chances it has there and the shares.
-    Equal tokens, so that a condensed fact comes some six times as often.
+    probabilistic: 1 less the total variation between the chances it has there and the shares. Equal
+    tokens: condensed facts come some five times as often, and all begin a row, as questions do.
 Cost: three bases of 200 steps, nine runs of 150: three minutes on two CPU cores.
 Run:
     python train.py study configs/parameters/insights.py --jobs 2

@@ -6,11 +6,11 @@ Method: each matrix is a product A B of rank r from the first step. Every so man
     singular value decomposition A B = U S V', set A = U S^1/2 and B = S^1/2 V', which changes
     nothing but the gradient (weight refactorisation), and set the optimiser's moments to zero
     (momentum reset). The paper's 1B model is ahead of GaLore and Fira at less memory.
-Here: matrices of 96 x 96 and 96 x 256 at rank 16. Both come every 40 steps, refactored has both,
-    reset the second alone. The decomposition is that of an r x r matrix between two QR
-    factorisations. Embeddings, gains and the head are whole. The product is formed and multiplied
-    as one matrix, so that a step costs what it does in full; what the arms save is memory.
-Cost: nine runs of 200 steps, a quarter of a minute each: some three minutes on two CPU cores.
+Here: matrices of 96 x 96 and 96 x 256 at rank 16. refactored has both, every 40 steps. The
+    decomposition is that of an r x r matrix between two QR factorisations. Embeddings, gains and
+    the head are whole. The product is formed and multiplied as one matrix, so that a step costs
+    what it does in full; what the arms save is memory.
+Cost: 18 runs of 200 steps, a quarter of a minute each: some five minutes on two CPU cores.
 Run:
     python train.py study configs/parameters/low_rank.py --jobs 2
     python train.py configs/parameters/low_rank.py:refactored       one arm by hand
