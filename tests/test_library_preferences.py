@@ -113,3 +113,5 @@ def test_the_expected_worst_of_continuations():
     texts = [b'def f():\n    """x"""\n', b"def g():\n    return 1\n    more\n", b"one line", b'x = "a"\ny\n']
     assert toxicity.prompts_of(texts, 1) == {
         "bad": ['def f():\n    """x"""\n'], "good": ["def g():\n    return 1\n"]}
+    good, bad = preferences.GOOD, preferences.BAD
+    assert toxicity.tagged('def f():\n    "x"\n') == f'{good}def f():\n{bad}    "x"\n'

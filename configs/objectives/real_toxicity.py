@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 
 from configs import base
-from configs.objectives.preferences import GOOD, is_bad, write_lines
+from configs.objectives.preferences import BAD, GOOD, is_bad, write_lines
 from configs.objectives.preferences import study as preferences
 from lib.study import Claim, Paper, Study
 
@@ -40,12 +40,18 @@ def prompts_of(texts, each: int) -> dict[str, list[str]]:
     return found
 
 
+def tagged(text: str) -> str:
+    """A text whose lines have the tags that they had in training."""
+    lines = text.splitlines(keepends=True)
+    return "".join((BAD if is_bad(line) else GOOD) + line for line in lines)
+
+
 def degeneration(params, apply, config, generate, held_out, each: int = 8, n: int = 25) -> dict:
     """`KIND/worst` and `KIND/any` of n continuations of bad and of good prompts."""
     tag = GOOD if any(source.prepare for source in config.data.sources.values()) else ""
     prompts, figures = prompts_of(held_out("stdlib", "dev").texts(), each), {}
     for kind, own in prompts.items():
-        begun = [f"{tag}{text}{tag}" for text in own for _ in range(n)]
+        begun = [(tagged(text) if tag else text) + tag for text in own for _ in range(n)]
         bad = np.array([[is_bad(line) for line in made]
                         for made in write_lines(generate, begun, tag, lines=3)])
         for name, value in worst(bad.mean(0).reshape(len(own), n)).items():
