@@ -2,6 +2,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from edit_cases import context
 import model
 import train
 from configs.parameters import insights, layra
+from data import stdlib
 from lib.kernels import Mask
 from lib.lora import adapted, lora_rows, unfrozen
 from lib.matrices import matrices, sides
@@ -37,6 +39,20 @@ def test_layra_s_arms_have_factors_where_they_say_and_embeddings_stay():
         shape = {n: x.shape for n, x in params.items() if "/" in n}
         assert shape["q/a"] == (layers, wide, 8) and len(shape) == 14
         assert arms[name].phases[0].mixture == {"new": 1.0}
+
+
+def test_the_other_alphabet_of_layra_permutes_letters_and_nothing_else():
+    old, new = (list(islice(made, 20)) for made in (stdlib("definition"), layra.enciphered()))
+    pairs = set()
+    for before, after in zip(old, new, strict=True):
+        assert before.path == after.path
+        pairs |= set(zip(before.text, after.text, strict=True))
+    table = dict(pairs)
+    assert len(table) == len(pairs) == len(set(table.values()))  # one letter for each, and back
+    assert all(one == other for one, other in pairs if not one.isalpha())
+    assert all(one.isupper() == other.isupper() and other.isalpha()
+               for one, other in pairs if one.isalpha())
+    assert sum(one != other for one, other in pairs) > 20
 
 
 def test_the_middle_layers_and_embeddings_of_layra_stay_bit_for_bit(tiny):

@@ -1,7 +1,7 @@
 """Text from a run's checkpoint: continuations of prompts, all of them as one batch.
 
     python train.py sample RUN --prompt "def main(" --temperature 0.7 --top-p 0.9 --n 3
-    python train.py sample RUN --prompts FILE --stop $'\\n\\n' --json   a prompt a line
+    python train.py sample RUN --prompts FILE --stop $'\\n\\n' --json   lines, or JSON Lines
 
 Rows are counted over prompts and --n, from 0. Row i draws by the seed --seed + i and the number of
 each token, so alone, with that seed, it gives the same text. On a terminal the first continuation

@@ -4,8 +4,8 @@ Paper: none. bidirectional.py, lexicon_masking.py and drbert.py compare their en
 Method: a row of functions and classes is seen from both sides; at the first position of each the
     model tells its package, as the piece of the package's number.
 Here: eight packages of some hundred definitions each, a fifth of their modules held out; 60 steps
-    of 8 rows, so that an encoder which knows the code already could be ahead. Pre-training never
-    asked for the pieces of numbers, and its head has to learn that first.
+    of 8 rows, so that an encoder which knows the code already could be ahead. Pre-training
+    never asks for these pieces, and no encoder recorded so far is better than chance, ln 8 nats.
 Cost: 60 steps, 10 seconds on two CPU cores.
 Run:
     python train.py configs/objectives/packages.py

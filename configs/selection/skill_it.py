@@ -7,9 +7,9 @@ Method: what is still hard comes more often, and so does what helps that, by win
     estimated from short runs on one skill each.
 Here: the digits of sums of two numbers of two digits; skill i is to give digit i, from the right.
     All runs go on from a base that knows the text's form. A[i, j] is how far j's dev loss falls on
-    i alone, over how far it falls on j alone, cut to [0, 1], and 0 below a tenth (the paper also
-    has a run for each pair). uniform: equal shares. identity: each skill helps itself. estimated:
-    the graph, its runs charged. paper: the one that the authors' code has for sums.
+    i alone, over how far it falls on j alone, cut to [0, 1], and 0 below a tenth (the paper has
+    pairs too). uniform: equal shares. identity: each skill helps itself. estimated: the graph, its
+    runs charged in FLOPs. paper: the authors' code's. Digits 0 and 1 hardly leave chance here.
 Cost: four needed runs and four arms a seed of 8 to 20 seconds, six minutes for three seeds.
 Run:
     python train.py study configs/selection/skill_it.py --jobs 2
