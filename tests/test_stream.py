@@ -109,10 +109,13 @@ else:
 
 
 def start(script: Path, *arguments, **more: str) -> subprocess.Popen:
-    """A process of the script."""
+    """A process of the script.
+
+    Its output has no buffer here: `communicate` with a time limit loses lines that one holds.
+    """
     environment = os.environ | {"COPPICE": str(ROOT), "PAUSE": "0.05"} | more
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, bufsize=0, env=environment, stdout=subprocess.PIPE)
 
 
 def start_all(script: Path, first: int, last: int, parts: int) -> tuple[list, list]:
@@ -124,7 +127,7 @@ def start_all(script: Path, first: int, last: int, parts: int) -> tuple[list, li
 
 def output_of(process: subprocess.Popen) -> str:
     """All that a process has still to say."""
-    return process.communicate(timeout=120)[0]
+    return process.communicate(timeout=120)[0].decode()
 
 
 def joined(texts: list[str], first: int, complete: bool) -> list[list[str]]:
@@ -149,7 +152,7 @@ def joined(texts: list[str], first: int, complete: bool) -> list[list[str]]:
 def read_until_killed(script: Path, first: int, last: int, parts: int, lines: int) -> list:
     """The rows of each step; all processes are killed once the first reader printed some lines."""
     builders, readers = start_all(script, first, last, parts)
-    said = [readers[0].stdout.readline() for _ in range(lines)]
+    said = [readers[0].stdout.readline().decode() for _ in range(lines)]
     for process in (*builders, *readers):
         process.kill()
     texts = [output_of(reader) for reader in readers]
