@@ -7,11 +7,12 @@ Method: tell made-up facts in the midst of pre-training, and follow the log-prob
     falls again, as a power of the steps since: what is kept of the gain is a - b log t. The paper
     finds that facts told again in the same words are learnt and lost faster than paraphrased ones,
     and that large batches lose less.
-Here: functions of Python's library; 16 people are born in made-up towns. In 20 of 420 steps a
-    quarter of the rows tell of them. same: in one sentence. paraphrased: in five. large: in one, by
-    batches of four times the rows, of which as many tell. "gain" is in nats a character, from
-    before to the best after; "kept" its share at the end; "decay" is b; "r2" how well the line
-    fits. "other" is of people never told of. The rate is constant.
+Here: functions of Python's library; 16 people are born in made-up towns. In 80 of 480 steps half
+    the rows tell of them. same: in one sentence. paraphrased: in five. large: in one, by batches of
+    four times the rows, of which as many tell. "other" is of people never told of; that falls too,
+    as made-up names are alike. So memory and sense are nats a character less those of others.
+    "gain" is from before to the best after, "kept" its share at the end, "decay" is b, "r2" how
+    well the line fits. The rate is constant.
 Cost: three arms, nine runs of a minute, five minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/facts.py --jobs 2
@@ -32,7 +33,7 @@ from train import Phase, Schedule
 TOLD = ("{0} was born in {1}.", "The birthplace of {0} is {1}.", "{0}, who comes from {1}.",
         "Born in {1} was {0}.", "It was in {1} that {0} was born.")
 SENSE = "The home town of {0} is {1}."  # never told
-BEFORE, DURING, AFTER = 200, 20, 200  # steps
+BEFORE, DURING, AFTER = 200, 80, 200  # steps
 KINDS = "memory", "sense", "other"
 
 
@@ -54,17 +55,18 @@ def told(paraphrased: bool, copies: int = 100) -> Iterator[Document]:
 
 
 def recall(params, apply, tokenizer, config) -> dict[str, float]:
-    """An `evals`: nats a character of towns, of each of KINDS."""
-    found, everyone = {}, people()
-    asked = (TOLD[0], everyone[:16]), (SENSE, everyone[:16]), (TOLD[0], everyone[16:])
-    for kind, (form, group) in zip(KINDS, asked, strict=True):
+    """An `evals`: nats a character of towns, of each of KINDS; of the first two, less others'."""
+    def nats(form: str, group: list[tuple[str, str]]) -> float:
         pairs = []
         for name, town in group:
             before = "# " + form.split("{1}")[0].format(name)
             pairs.append(([tokenizer.bos, *tokenizer.encode(before)], tokenizer.encode(town)))
-        nats, _ = judged(params, apply, tokenizer, pairs, config.phases[-1].seq)
-        found[f"fact/{kind}"] = float(nats.sum() / sum(len(ids) for _, ids in pairs))
-    return found
+        each, _ = judged(params, apply, tokenizer, pairs, config.phases[-1].seq)
+        return float(each.sum() / sum(len(ids) for _, ids in pairs))
+    known, others = people()[:16], people()[16:]
+    other = nats(TOLD[0], others)
+    return {"fact/memory": nats(TOLD[0], known) - other, "fact/other": other,
+            "fact/sense": nats(SENSE, known) - nats(SENSE, others)}
 
 
 def course(rows: list[dict], kind: str, what: Literal["gain", "kept", "decay", "r2"]) -> float:
@@ -82,7 +84,7 @@ def course(rows: list[dict], kind: str, what: Literal["gain", "kept", "decay", "
     return float({"gain": gain, "kept": kept[-1], "decay": -slope, "r2": r2}[what])
 
 
-def arm(paraphrased: bool, batch: int = 8, share: float = 0.25):
+def arm(paraphrased: bool, batch: int = 8, share: float = 0.5):
     """A run that is told of people by a share of the rows for a while."""
     facts = Source(partial(told, paraphrased=paraphrased), split="train")
     plain = Phase(steps=BEFORE, batch=batch, seq=128, mixture={"stdlib": 1.0})
@@ -101,13 +103,12 @@ study = Study(
     paper=Paper(title="How Do Large Language Models Acquire Factual Knowledge During Pretraining?",
                 authors="Chang et al.", year=2024, seeds=("000:57",)),
     arms={"same": arm(False), "paraphrased": arm(True),
-          "large": arm(False, batch=32, share=0.0625)},
+          "large": arm(False, batch=32, share=0.125)},
     measures={f"{kind}_{what}": partial(course, kind=kind, what=what)
               for kind in KINDS for what in ("gain", "kept", "decay", "r2")},
     quick=shared.quick(keep=("data.dev", "data.test")), seeds=3,
     claims=(
         alone(says="what is told is learnt", arm="same", measure="memory_gain", above=0.5),
-        alone(says="that of others is not", arm="same", measure="other_gain", below=0.5),
         alone(says="the loss goes on as the log of time", arm="same", measure="memory_r2",
               above=0.8),
         claim(says="paraphrases are lost more slowly", arm="paraphrased", measure="memory_decay",
