@@ -5,10 +5,11 @@ Paper: On the Parameterization and Initialization of Diagonal State Space Models
 Method: in each block a recurrence in place of attention: S4D, see s4d.py, or a GRU (Cho et al.
     2014), whose reset gate acts after the product, as in cuDNN.
 Here: bytes of Python's library; the MLP stays. The GRU has two thirds of the width, which makes its
-    parameters those of attention exactly; S4D has three fifths of these. Segments reset the GRU.
-    Compared at equal steps; what each step costs is charged. For bursty.py and languages.py these
-    are the mixers to compare attention with.
-Cost: 9 runs, 5 minutes on two CPU cores.
+    parameters those of attention exactly; S4D has two thirds of these. S4D's product out is drawn,
+    that of the others begins as 0. Segments reset the GRU. Matrices of a mixer's own learn at the
+    whole rate, those of attention at two thirds of it, so each arm's rate is tuned. Compared at
+    equal steps; what each step costs is charged. bursty.py compares attention with this GRU.
+Cost: 9 runs and 9 or more to tune them, 8 minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/mixers.py --jobs 2
     python train.py configs/understanding/mixers.py:gru          one arm by hand
@@ -75,7 +76,7 @@ study = Study(
     paper=Paper(title="On the Parameterization and Initialization of Diagonal State Space Models",
                 authors="Gu et al.", year=2022, seeds=("003:10",)),
     arms={"attention": attention, "s4d": arm("lin"), "gru": replace(attention, model=recurrent)},
-    quick=base.quick({"model.embed": 48}),
+    peak_lrs=base.RATES, quick=base.quick({"model.embed": 48}),
     claims=(
         Claim(says="S4D is behind attention", arm="s4d", above=0.0),
         Claim(says="a GRU is behind attention", arm="gru", above=0.0),
