@@ -31,7 +31,7 @@ def test_the_estimate_is_within_two_standard_errors_of_exact_p():
 
 def test_samples_pass_with_the_probability_of_their_text():
     """Of a model whose items have one right text, drawn by `generate` as the evals draws them."""
-    tokenizer = Numbers(own.END)
+    tokenizer = Numbers(21)
     shape = model.ModelConfig(layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=16, vocab=23,
                               tied=False)
     params = model.init(shape, jax.random.key(0))
@@ -48,7 +48,7 @@ def test_samples_pass_with_the_probability_of_their_text():
     def apply(params, ids):
         return model.apply(params, np.asarray(ids), shape)
 
-    prompt = [tokenizer.bos, 3, 12, 5, own.ASK, 3]
+    prompt = [tokenizer.bos, 3, 12, 5, 20, 3]
     texts = generate([prompt] * n, 2, 1.0, 0)
     often = max(sorted(text for text in set(texts) if len(text.split()) == 2), key=texts.count)
     nats, _ = judged(params, apply, tokenizer, [(prompt, tokenizer.encode(often))], 32)
@@ -69,11 +69,41 @@ def test_the_law_is_found_again():
     assert found["missed"] == pytest.approx(0, abs=1e-6) and found["greedy"] > 0.01
 
 
-def test_the_answer_is_the_value_of_the_key():
+def test_the_law_is_of_probabilities_below_half_an_item_too():
+    sizes = np.array([1e3, 2e3, 4e3, 8e3, 16e3])
+    figures = {}
+    for size in sizes:
+        value = np.array([np.exp(-1e4 / size)])
+        figures[str(size)] = {"model/params": np.array([size]), "exact": value, "greedy": np.round(value, 1)}
+    found = own.foretold(figures)
+    assert np.exp(-1e4 / sizes[0]) < 1 / 512 and found["missed"] == pytest.approx(0, abs=1e-6)
+    assert found["greedy"] > 0.01
+
+
+def test_the_answer_is_where_a_walk_comes_to():
     rng = np.random.default_rng(0)
     for _ in range(100):
+        (*inputs, state), answer = own.item(rng)
+        assert len(inputs) == len(answer) == own.STEPS and 0 <= state < own.STATES
+        for one, after in zip(inputs, answer, strict=True):
+            state = own.TABLE[state, one - own.STATES]
+            assert state == after
+
+
+def test_rows_cut_no_walk_and_those_taught_hold_the_table():
+    taught = list(own.walks())
+    texts = [(d.prefix.split(), d.text.split()) for d in taught]
+    (phase,) = own.one.phases
+    assert {len(before) + len(after) + 1 for before, after in texts} == {8} and phase.seq % 8 == 0
+    cells = {(s, x) for before, after in texts
+             for s, x in zip([before[-1], *after], before, strict=False)}
+    assert len(cells) > 0.99 * own.STATES**2
+
+
+def test_who_goes_by_the_last_state_alone_has_3e_5():
+    share = np.stack([np.bincount(row, minlength=own.STATES) for row in own.TABLE]) / own.STATES
+    rng, found = np.random.default_rng(0), []
+    for _ in range(20_000):
         ask, answer = own.item(rng)
-        assert ask[-2] == own.ASK and len(ask) == 22
-        entries = [ask[i : i + 5] for i in range(0, 20, 5)]
-        assert [entry[1:] for entry in entries if entry[0] == ask[-1]] == [answer]
-        assert all(10 <= digit < 20 for digit in answer)
+        found.append(np.prod([share[s, after] for s, after in zip([ask[-1], *answer], answer, strict=False)]))
+    assert np.mean(found) == pytest.approx(3e-5, rel=0.2)
