@@ -12,6 +12,7 @@ import model
 from lib import probe
 from lib.config import ROOT, load_file
 from lib.kernels import Mask
+from lib.sources import split_in
 
 pytestmark = pytest.mark.library
 probes = load_file(ROOT / "configs/understanding/probes.py")
@@ -131,3 +132,29 @@ def test_accuracy_of_separable_classes_is_one():
     rng, kinds = np.random.default_rng(0), np.arange(300) % 6
     x = np.eye(6)[kinds] + 0.05 * rng.normal(size=(300, 6))
     assert classes.accuracy(x, kinds, np.arange(300) < 150) == 1.0
+
+
+def test_the_middle_is_ahead_by_the_best_of_its_blocks_less_the_best_of_both_ends(monkeypatch):
+    """States after the second of three blocks are planted distances, those of the others noise."""
+    rng = np.random.default_rng(0)
+    texts = [b"a = [%s]\n" % b", ".join(b"b" * (1 + i % 2) for i in range(n)) for n in rng.integers(3, 9, 60)]
+    _, pairs = probes.neighbours(texts, 60, 64)
+    planted = rng.normal(size=(4, 60, 64, 6)).astype(np.float32)
+    planted[2] = 0
+    for row, begin, end, second, last, apart, _ in pairs:
+        planted[2, row, second + 1:last + 1, 0] = planted[2, row, begin + 1:end + 1, 0].mean() + apart**0.5
+    monkeypatch.setattr(probes, "states", lambda *_: planted)
+    config = replace(probes.trained, phases=(replace(probes.phase, seq=64),))
+    held = type("Held", (), {"texts": lambda self: iter(texts)})()
+    found = probes.syntax(None, None, config, lambda *_: held, n=60)
+    tree = [found[f"tree/{block}"] for block in range(4)]
+    assert found["tree/best"] == tree[2] == max(tree) > 0.8
+    assert found["tree/middle"] == pytest.approx(max(tree[1:3]) - max(tree[0], tree[3]))
+    assert found["tree/middle"] > 0.5
+
+
+def test_as_many_functions_are_held_out_as_are_probed():
+    data = probes.trained.data
+    (source,) = data.sources.values()
+    held = [d for d in source.documents() if split_in(d, source, data.dev, data.test) == 2]
+    assert len(held) >= 400

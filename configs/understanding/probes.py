@@ -4,11 +4,11 @@ Paper: AST-Probe: Recovering abstract syntax trees from hidden representations o
     language models, Hernandez Lopez et al. 2022 (003:19)
 Method: for each block, states of a program's leaves are projected to few dimensions so that squared
     distances of neighbouring leaves there rank as what separates these in the syntax tree.
-Here: functions of Python's library in bytes. Leaves are nodes of Python's ast that hold no other; a
-    leaf's state is the mean over its bytes, its distance to the next one the edges between. Rank 8
-    and a bias fit on half of 400 held-out functions, by absolute errors. tree/i: rank correlation
-    on the others. control: distances drawn by the leaves' texts (Hewitt & Liang 2019). Left out:
-    the paper's loss of ranks, labels, which it predicts too, and trees made of both.
+Here: definitions of Python's library, 255 bytes of each. Leaves hold no other node; states are
+    means over their bytes, distances of neighbours the edges between. Rank 8 and a bias fit on half
+    of 400 held-out texts, by absolute errors. tree/i: rank correlation on the others; middle: of
+    the best inner block, less that of the better end. control: distances by the leaves' texts
+    (Hewitt & Liang 2019). Left out: the loss of ranks, labels, which it predicts too, both's trees.
 Cost: 6 runs, 7 minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/probes.py --jobs 2
@@ -97,14 +97,14 @@ def syntax(params, apply, config: Config, held_out, n: int = 400) -> dict[str, f
         for name, y in labels.items():
             said = np.asarray(projected(moved, y.astype(np.float32), seen))
             found[f"{name}/{block}"] = float(spearmanr(y[~seen], said[~seen])[0])
-    best = max(range(len(x)), key=lambda block: found[f"tree/{block}"])
-    return found | {"tree/middle": float(0 < best < len(x) - 1), "tree/best": found[f"tree/{best}"],
-                    "tree/selective": found[f"tree/{best}"] - found[f"control/{best}"]}
+    tree, control = ([found[f"{name}/{block}"] for block in range(len(x))] for name in labels)
+    return found | {"tree/best": max(tree), "tree/middle": max(tree[1:-1]) - max(tree[0], tree[-1]),
+                    "tree/selective": max(tree) - control[int(np.argmax(tree))]}
 
 
 phase = replace(base.small.phases[0], steps=400, seq=256)
 data = replace(base.small.data, sources={"stdlib": Source(partial(stdlib, unit="definition"))},
-               tokenizer="bytes", test=0.05)
+               tokenizer="bytes", test=0.15)
 trained = replace(base.small, model=base.shape(4, 96, 0), data=data, phases=(phase,),
                   evals=(syntax,), eval_every=400, prompts=())
 untrained = replace(trained, phases=(replace(phase, steps=1),), schedule=Schedule(peak=1e-9),
@@ -116,5 +116,5 @@ study = Study(
     arms={"untrained": untrained, "trained": trained}, claims=(
         Claim("more than without training", "trained", measure="tree/best", above=0.15),
         Claim("by more than texts explain", "trained", measure="tree/selective", above=0.05),
-        Claim("most in a middle block", "trained", control=None, measure="tree/middle", above=0.5),
+        Claim("most in a middle block", "trained", control=None, measure="tree/middle", above=0.0),
     ), seeds=3)
