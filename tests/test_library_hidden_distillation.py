@@ -8,6 +8,7 @@ import pytest
 from conftest import rows, strong
 
 import model
+import train
 from lib.config import ROOT, load_file
 from lib.kernels import Mask
 from lib.teacher import adopt_random, adopt_self, with_teacher
@@ -100,6 +101,19 @@ def test_held_states_add_their_squared_distance(tiny):
     np.testing.assert_allclose(got, nats + jnp.sum((one - two)**2, -1), rtol=1e-4)
     rows = [{"train/loss": 3.0}, *[{"train/loss": 1.0}] * 9, {"train/loss": 2.0}, {"eval/xml/loss": 5.0}]
     assert hidden.gap(rows) == 3.0
+    assert hidden.gap([row | {"nats": 1.5} for row in rows[:-1]] + rows[-1:]) == 3.5
+
+
+def test_the_gap_of_a_student_is_without_its_distance(tiny):
+    """`nats` of a step with a teacher are those of the student alone; the loss is above them."""
+    config = replace(tiny, forward=hidden.with_states)
+    student = Model(config, strong(config))
+    apart = with_teacher(student, "teacher", tiny, model.init(tiny, jax.random.key(5))).model
+    loss = train.loss_of(hidden.student, apart.config, hidden.student.phases[0])
+    numerator, (count, metrics) = loss.sums(apart.params, {}, BATCH, 0, CAUSAL)
+    alone, _ = model.weighted_mean(model.losses(student.params, BATCH, CAUSAL, tiny), BATCH)
+    np.testing.assert_allclose(metrics["nats"], alone[0] / alone[1], rtol=1e-4)
+    assert float(numerator / count) > float(metrics["nats"]) + 1
 
 
 def test_a_student_begins_near_its_teacher(tiny):
