@@ -80,6 +80,13 @@ def test_the_divergence_of_relations_is_zero_for_equal_models_and_else_positive(
     assert np.any(grads["v"][-1]) and not np.any(grads["o"][-1])  # what comes after is not taught
 
 
+def test_rates_go_by_tokens_in_all_arms():
+    """By FLOPs a teacher would make them fall early, before what relations do not teach learns."""
+    arms = minilm.study.arms.values()
+    assert {(arm.schedule, arm.schedule.budget) for arm in arms} == {(minilm.plain.schedule, "tokens")}
+    assert len({tuple((phase.steps, phase.schedule) for phase in arm.phases) for arm in arms}) == 1
+
+
 def test_bidirectional_relations_see_all_of_a_segment(pair):
     (config, params), _, _ = pair
     given = model.forward(params, BATCH, Mask("bidirectional", 0), config)[1]["relations"]

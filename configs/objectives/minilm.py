@@ -7,7 +7,9 @@ Method: a small model learns by nothing but two divergences from a large one: of
     of v.v/sqrt(head_dim). So widths and depths may differ, the number of heads may not.
 Here: a teacher of 4 layers 192 wide, students of 2 layers 96 wide, all with 6 heads. For 200 steps
     a student learns by relations (minilm), the teacher's logits (logits) or the text (plain), then
-    for 100 steps by the text alone. Left out: an assistant between teacher and student, and tasks.
+    for 100 steps by the text alone. The rate falls by tokens, so it is the same in all arms. Head,
+    last MLP and last output of attention learn nothing by relations, so only in these 100 steps.
+    Left out: an assistant between teacher and student, and tasks.
 Cost: 12 runs, of which 3 of a minute are made first, 6 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/minilm.py --jobs 2
@@ -65,6 +67,7 @@ def shape(layers: int, embed: int):
 teacher = replace(base.small, model=shape(4, 192), eval_every=300, prompts=())
 frozen = partial(adamw, frozen=("teacher",))
 plain = replace(teacher, model=shape(2, 96), optimizer=frozen,
+                schedule=replace(teacher.schedule, budget="tokens"),
                 phases=(replace(phase, steps=200), replace(phase, steps=100)))
 
 
