@@ -11,8 +11,8 @@ Here: made-up tables of three columns, four rows and a name for each, written ro
     with the ids of each text in any order, so that no cell has a row. scratch: the questions alone.
     labelled: questions all along. cells: as filled, with questions for values alone, as many. This
     is too short to learn to read a cell: at one seed no arm had over 0.13 of the answers right, a
-    guess of the column alone 0.1. Left out: real tables and their long contexts, SQL, a text model
-    to begin with, sizes of 11 billion.
+    guess among the table's names 0.22. Left out: real tables and their long contexts, SQL, a model
+    of text to begin with, sizes of 11 billion.
 Cost: 15 runs of some 20 seconds, five minutes on two CPU cores.
 Run:
     python train.py study configs/growth/tables.py --jobs 2
@@ -113,8 +113,8 @@ study = Study(
         claim(says="tables teach more than their ids in any order, at equal FLOPs", above=0.0),
         claim(says="and more than questions alone", control="scratch", above=0.0),
         claim(says="as many more questions teach more still", control="labelled", below=0.0),
-        claim(says="one model for three tasks is at most 0.05 behind one for values, on values",
-              control="cells", measure="value", above=-0.05),
-    ),
-    seeds=3,
-)
+        claim(says="one model for three tasks is ahead of one for values alone, on values",
+              control="cells", measure="value", above=0.0),
+        claim(says="it reads: a guess among a table's names is right for 0.22", control=None,
+              above=0.22),
+    ), seeds=3)
