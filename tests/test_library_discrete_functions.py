@@ -16,6 +16,13 @@ SIZES = dict(conjunction=112, disjunction=112, majority=56, parity=28)
 SHARES = dict(conjunction=0.25, disjunction=0.75, majority=0.5, parity=0.5)
 
 
+def asked(share):
+    """How often an input of a label that so many have is drawn, by its share at random."""
+    if share == 0.5:
+        return 1.0
+    return 2 - share if share < 0.5 else share
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_a_class_has_so_many_unlike_functions_true_so_often(name):
     said = discrete.labels(name, EVERY)[0]
@@ -43,10 +50,16 @@ def test_the_exact_predictor_votes_among_those_that_fit(name):
     said = discrete.labels(name, x)
     for n, k in ((0, 0), (1, 3), (2, 15), (30, 8)):
         fit = [each for each in said[n] if np.array_equal(each[:k], y[n, :k])]
-        np.testing.assert_allclose(found[n, k], np.mean([each[k] for each in fit]))
+        true = sum(each[k] > 0 for each in fit) * asked(SHARES[name])
+        false = sum(each[k] < 0 for each in fit) * asked(1 - SHARES[name])
+        np.testing.assert_allclose(found[n, k], (true - false) / (true + false))
     assert np.mean(np.sign(found[:, -1]) == y[:, -1]) > 0.8
-    rarer = -1 if name == "disjunction" else 1
-    assert 0.35 < np.mean(y == rarer) < 0.8
+    x, y = discrete.draw(2_000, name, np.random.default_rng(1))
+    true = SHARES[name] * asked(SHARES[name])
+    assert abs(np.mean(y > 0) - true) < 0.02 and 0.4 < true < 0.6
+    # what comes true as often as the exact predictor says, also where it has seen nothing
+    said = discrete.fitting(name, x, y)[:, :4]
+    assert abs(np.mean(y[:, :4] * np.sign(said)) - np.mean(np.abs(said))) < 0.04
 
 
 def test_the_nearest_example_gives_its_label():

@@ -6,9 +6,10 @@ Method: rows x1 y1 .. xK yK of a Boolean function, bits and labels as ±1. Trans
     conjunctions, disjunctions and majorities in context, sparse parities not; models without
     attention do nearly as well on the simple ones. The other half is in teaching_sequences.py.
 Here: 8 bits and 16 examples (theirs: 28 and 70), of one function of two bits, either of them
-    negated, or of the majority of three. Of two inputs one with the rarer label is taken. accuracy:
-    of the last label. lead: less that of the nearest example's. behind: that of the average over
-    all functions that fit, which is exact, less it. A GRU stands for models without attention.
+    negated, of the parity of two, or the majority of three. Of two inputs one with the rarer label
+    is taken, if one is rarer. accuracy: of the last label; 0.58 without examples (majority 0.71,
+    parity 0.61). lead: less that of the nearest example's. behind: that of all functions that fit,
+    by how often each asks such inputs, which is exact, less it. recurrent: a GRU, no attention.
 Cost: 15 runs of 20 to 30 seconds, eight minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/discrete_functions.py --jobs 2
@@ -25,13 +26,14 @@ from lib.study import Claim, Paper, Study
 from train import Config
 
 BITS, K = 8, 16  # of an input; examples of a row
+RARER = {"conjunction": 1.0, "disjunction": -1.0}  # the label of a quarter of the inputs
 
 
 @cache
 def hypotheses(name: str) -> tuple[np.ndarray, np.ndarray]:
     """(weights [m BITS], threshold) of a class: sign(w x - threshold); parities: of a product."""
     found, size = [], 3 if name == "majority" else 2
-    signs = [(1,) * size] if name in ("majority", "parity") else list(product((1, -1), repeat=size))
+    signs = list(product((1, -1), repeat=size)) if name in RARER else [(1,) * size]
     for bits, sign in product(combinations(range(BITS), size), signs):
         w = np.zeros(BITS)
         w[list(bits)] = sign
@@ -48,21 +50,21 @@ def labels(name: str, x) -> np.ndarray:
 
 
 def draw(n: int, name: str, rng) -> tuple[np.ndarray, np.ndarray]:
-    """x [n K BITS], y [n K]; of two inputs that are drawn one with the rarer label is preferred."""
+    """x [n K BITS], y [n K]; of two inputs one with the rarer label is taken, if there is one."""
     which = rng.integers(len(hypotheses(name)[0]), size=n)
     pairs = rng.choice([-1.0, 1.0], (n, 2 * K, BITS))
     both = labels(name, pairs)[np.arange(n), which].reshape(n, K, 2)
-    rarer = -1.0 if name == "disjunction" else 1.0
-    second = (both[..., 1:] == rarer) & (both[..., :1] != rarer)
-    x = np.where(second, pairs[:, 1::2], pairs[:, ::2])
+    rarer = both == RARER.get(name, 0.0)
+    x = np.where(rarer[..., 1:] & ~rarer[..., :1], pairs[:, 1::2], pairs[:, ::2])
     return x, labels(name, x)[np.arange(n), which]
 
 
 def fitting(name: str, x, y) -> np.ndarray:
-    """[n K] The mean label under all functions that fit the examples before."""
+    """[n K] The mean label under all functions that fit the examples before, as `draw` asks."""
     said, fits = labels(name, x), np.ones((len(x), len(hypotheses(name)[0]), K))
     fits[..., 1:] = np.cumprod(said == y[:, None], 2)[..., :-1]
-    return np.average(said, 1, fits)
+    asked = np.where(said == RARER.get(name, 0.0), 1.75, 0.75)  # by its share at random
+    return np.average(said, 1, fits * asked)
 
 
 def nearest(x, y) -> np.ndarray:
@@ -111,7 +113,7 @@ study = Study(
         *(Claim(says=f"{name}: better than the nearest example", arm=name, control=None,
                 measure="lead", above=0.0) for name in SIMPLE),
         Claim(says="nearly exact", arm="conjunction", control=None, measure="behind", below=0.05),
-        Claim(says="parities are not", arm="parity", control=None, measure="accuracy", below=0.6),
+        Claim(says="parity is not", arm="parity", control=None, measure="lead", below=0.0),
         Claim(says="as well without attention", arm="recurrent", measure="accuracy", above=-0.05),
     ),
     seeds=3,
