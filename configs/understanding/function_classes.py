@@ -9,6 +9,7 @@ Here: 2 dimensions, 10 points. sparse: one of the two matters. quadratic: produc
     fourier: sines and cosines of two frequencies. mixture: linear or quadratic. ratio: squared
     error of the last answer over the exact predictor's. gap: squared distance to that predictor,
     less that to the nearest rival: one family's own ridge, or ridge on x where there is one family.
+    For mixture the average itself has -0.39, and who always says 0 has -0.03: hence its bound.
 Cost: four arms, 12 runs of half a minute, six minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/function_classes.py --jobs 2
@@ -90,7 +91,7 @@ study = Study(
         *(Claim(says=f"{name}: its error is within a fifth of the exact predictor's", arm=name,
                 control=None, measure="ratio", below=1.2) for name in CLASSES),
         Claim(says="of two families it averages, rather than follow one", arm="mixture",
-              control=None, measure="gap", below=0.0),
+              control=None, measure="gap", below=-0.2),
         Claim(says="of one family it goes by its features", arm="quadratic", control=None,
               measure="gap", below=0.0),
     ),
