@@ -64,6 +64,32 @@ def test_a_window_slides_and_is_needed():
     y = values(two, x, NOISE, rng)
     errors = [np.mean((exact(each, x, y, NOISE)[0] - y)[:, -1] ** 2) for each in (one, two)]
     assert errors[1] < 0.75 * errors[0]
+    blind = np.mean((sequential.alone(x, y, 2) - y)[:, -1] ** 2)
+    assert errors[1] < 0.75 * blind and blind < errors[0]
+    np.testing.assert_allclose(sequential.alone(x, y, 1), exact(one, x, y, NOISE)[0])
+
+
+def says_nothing(params, batch):
+    """Answers 0 [n 2k 1]."""
+    return np.zeros((*batch["x"].shape[:2], 1))
+
+
+def knows_the_window(params, batch):
+    """Answers of ridge regression on a window of 2."""
+    said, x, y = says_nothing(params, batch), batch["x"][:, ::2, 1:], batch["x"][:, 1::2, 0]
+    family = [lambda x: sequential.window(x, 2)]
+    said[:, ::2, 0] = exact(family, x.astype(float), y.astype(float), NOISE)[0]
+    return said
+
+
+def test_claims_are_met_by_who_knows_and_not_by_who_says_nothing():
+    found = sequential.compare(None, knows_the_window, 2)
+    assert abs(found["icl/ratio"] - 1) < 1e-5 and abs(found["icl/shuffled"] - 1) < 1e-5
+    assert found["icl/blind"] < 0.5
+    found = sequential.compare(None, says_nothing, 2)
+    assert found["icl/ratio"] > 3 and found["icl/blind"] > 1.4 and found["icl/shuffled"] < 0.8
+    for name, least in {"mixture": -0.05, "quadratic": 0.0}.items():
+        assert classes.compare(None, says_nothing, name)["icl/gap"] > least
 
 
 def test_rows_of_the_three_files_have_their_points_and_arms_are_accepted():

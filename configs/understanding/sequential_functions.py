@@ -6,10 +6,11 @@ Method: rows x1 y1 .. xK yK where y_k is a function of x_k and of those before i
     slides, and a transformer trained on them. It is compared to what can be known, and tested with
     labels that are randomised.
 Here: y_k = a x_k + b x_{k-1} + noise, 2 dimensions, 10 points, windows of 1 and 2; linear ones
-    alone (the paper has recurrent networks besides). ratio: squared error of the last answer over
-    that of ridge regression on the window, which is exact. blind: over that of ridge on x_k alone.
-    shuffled: the ratio where the labels before the last are permuted, which the exact predictor
-    goes by as if they were true.
+    alone (the paper has recurrent networks besides). shallow: one layer, not three. ratio: squared
+    error of the last answer over that of ridge regression on the window, which is exact. blind:
+    over that of ridge on x_k alone, to which b x_{k-1} is noise. shuffled: the ratio where the
+    labels before the last are permuted, which the exact predictor goes by as if they were true. Who
+    always says 0 has a ratio of 3.6, and 0.78 shuffled.
 Cost: three arms, nine runs of half a minute, five minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/sequential_functions.py --jobs 2
@@ -18,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from configs.points import answers, exact, functions_in, in_context, point_row, values
+from configs.points import answers, exact, functions_in, in_context, point_row, regression, values
 from lib.study import Claim, Paper, Study
 from train import Config
 
@@ -32,6 +33,12 @@ def window(x, length: int):
         before = np.concatenate([np.zeros_like(x[:, :1]), found[-1][:, :-1]], 1)
         found.append(before)
     return np.concatenate(found, -1)
+
+
+def alone(x, y, length: int) -> np.ndarray:
+    """Ridge regression on x_k alone [n K]: to it the other points of a window are noise."""
+    noise = np.sqrt(NOISE**2 + (length - 1) / length)
+    return regression(x, y, noise, 1 / (D * length))[0]
 
 
 def sequences(row: dict, rng, length: int) -> tuple[dict, dict]:
@@ -51,12 +58,10 @@ def compare(params, apply, length: int, n: int = 1024) -> dict[str, float]:
     def error(said):
         return np.mean(np.square(said - y)[:, -1])
 
-    def of(family, labels):
-        best, _ = exact([family], x, labels, NOISE)
-        return error(answers(params, apply, x, labels)) / error(best)
-
-    found = {"ratio": of(family, y), "shuffled": of(family, mixed),
-             "blind": of(partial(window, length=1), y)}
+    own, harmed = (error(answers(params, apply, x, labels)) for labels in (y, mixed))
+    best, fooled = (error(exact([family], x, labels, NOISE)[0]) for labels in (y, mixed))
+    found = {"ratio": own / best, "shuffled": harmed / fooled,
+             "blind": own / error(alone(x, y, length))}
     return {f"icl/{name}": float(value) for name, value in found.items()}
 
 
@@ -80,6 +85,8 @@ study = Study(
               measure="blind", below=1.0),
         Claim(says="permuted labels harm it no more than that predictor", arm="window2",
               control=None, measure="shuffled", below=1.2),
+        Claim(says="nor much less: it goes by them too", arm="window2", control=None,
+              measure="shuffled", above=0.85),
         Claim(says="one layer does not find the window", arm="shallow", control="window2",
               measure="ratio", above=0.0),
     ),
