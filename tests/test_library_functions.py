@@ -59,6 +59,10 @@ def test_on_new_tasks_ridge_is_best_and_evidence_tells_which_family_is_true():
     errors = [np.mean((guess - clean) ** 2) for guess in (
         ridge, functions.dmmse(x, y, 4), functions.dmmse(x, y, 1024), regression(x, y, 1.0)[0])]
     assert min(errors) == errors[0] and errors[1] > 2 * errors[0]
+    # far enough from it to be told apart from a model that regresses nearly as well
+    many, near = functions.dmmse(x, y, 1024), regression(x, y, np.sqrt(2) * functions.NOISE)[0]
+    gaps = [np.mean((guess - many) ** 2 - (guess - ridge) ** 2) for guess in (ridge, near, many)]
+    assert gaps[0] > 0.1 and gaps[1] > 0.08 and gaps[2] == -gaps[0]
     wrong, spread = regression(np.square(x), y, functions.NOISE)
     means = np.stack([ridge, wrong])
     logs = np.stack([evidence(y, ridge, variances), evidence(y, wrong, spread)])
