@@ -11,7 +11,7 @@ Here: y_k = a x_k + b x_{k-1} + noise, 2 dimensions, 10 points, windows of 1 and
     over that of ridge on x_k alone, to which b x_{k-1} is noise. shuffled: the ratio where the
     labels before the last are permuted, which the exact predictor goes by as if they were true. Who
     always says 0 has a ratio of 3.6, and 0.78 shuffled.
-Cost: three arms, nine runs of half a minute, five minutes on two CPU cores.
+Cost: three arms, nine runs of up to 90 seconds, eleven minutes on a CPU core.
 Run:
     python train.py study configs/understanding/sequential_functions.py --jobs 2
 """
@@ -68,7 +68,7 @@ def compare(params, apply, length: int, n: int = 1024) -> dict[str, float]:
 def arm(length: int, layers: int = 3) -> Config:
     """A window of so many points."""
     given = partial(sequences, length=length), partial(compare, length=length)
-    return in_context(*given, D + 1, 2 * K, layers)
+    return in_context(*given, D + 1, 2 * K, layers, 2_500)
 
 
 study = Study(
