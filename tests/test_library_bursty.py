@@ -56,6 +56,13 @@ def test_what_is_asked_can_be_answered_in_one_way(kind):
         assert np.mean([set(row) == {a, b} for row, a, b in zip(labels, right, own, strict=True)]) > 0.9
 
 
+def test_what_one_answer_to_all_is_right_on():
+    """The shares in the study's header."""
+    for known, zipf, share in ((2048, 0.0, 0.08), (2048, 1.0, 0.11), (32, 0.0, 0.16)):
+        _, right = bursty.rows_of("weights", known, zipf, 1024, np.random.default_rng(3))
+        assert np.bincount(right).max() / len(right) == pytest.approx(share, abs=0.005)
+
+
 def test_a_row_of_training_is_one_of_these_with_loss_on_the_query():
     row = {"tokens": np.zeros(2 * LENGTH, np.int32)}
     made, mask = bursty.burstiness(row, np.random.default_rng(4), 64, 0.0, 3, 1.0)

@@ -10,7 +10,8 @@ Method: a row is 8 pairs of an item and its label, and a query. Items are noisy 
 Here: a class is a point of 32 dimensions, an item that and noise, a label one of 16. Two layers of
     64 units. context: accuracy on new classes, two in a row, with labels drawn for the row: a half
     is chance for who copies a label. swapped: two known classes have each other's label. weights:
-    known classes, as frequent as in training, the query's not in the context.
+    known classes, drawn as in training, the query's not in the context: one answer to all is right
+    on .11 of zipf's, .16 of few_classes' and .08 of the others'. All rows are bursty but uniform's.
 Cost: five arms, 15 runs of half a minute, eight minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/bursty.py --jobs 2
@@ -78,11 +79,15 @@ study = Study(
               above=0.9),
         Claim(says="uniform ones do not", arm="uniform", control=None, measure="context",
               below=0.5),
-        Claim(says="few classes are learnt by heart", arm="few_classes", control="bursty",
+        Claim(says="they are learnt by heart", arm="uniform", control=None, measure="weights",
+              above=0.5),
+        Claim(says="so are few classes", arm="few_classes", control="bursty", measure="weights",
+              above=0.5),
+        Claim(says="which it then reads less", arm="few_classes", control="bursty",
               measure="context", below=0.0),
         Claim(says="a Zipfian law leaves both: it reads", arm="zipf", measure="context", above=0.2),
         Claim(says="and knows more than of equal classes", arm="zipf", control="bursty",
-              measure="weights", above=0.0),
+              measure="weights", above=0.1),
         Claim(says="a recurrent model reads less", arm="recurrent", control="bursty",
               measure="context", below=0.0),
     ),
