@@ -7,6 +7,7 @@ query's class comes several times among the pairs, and so does another one. The 
 off the context, or known by heart.
 """
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,21 @@ def courses(points: int) -> np.ndarray:
 
 
 def distance(measured: np.ndarray) -> float:
-    """The least root mean square distance of a measured course [points] to one of these."""
-    squares = np.square(courses(len(measured)) - measured)
-    return float(np.sqrt(np.mean(squares, 1).min()))
+    """The least root mean square distance of a measured course [points] to one of these.
+
+    Only of those that end above a half: flat ones would be near a model that learns nothing.
+    """
+    found = courses(len(measured))
+    rising = found[found[:, -1] > 0.5]
+    return float(np.sqrt(np.mean(np.square(rising - measured), 1).min()))
+
+
+def crossing(course: list[float], level: float) -> float:
+    """The share of a course from chance after which it is above a level; 1 if it never is.
+
+    It is linear between its points.
+    """
+    for i, (before, after) in enumerate(pairwise([1 / LABELS, *course])):
+        if after > level:
+            return (i + (level - before) / (after - before)) / len(course)
+    return 1.0

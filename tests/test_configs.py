@@ -83,6 +83,7 @@ BORROWS = {
         f"configs.understanding.discrete_functions.{name}"
         for name in ("K", "arm", "draw", "hypotheses", "labels")},
     "understanding/bursty": {f"configs.understanding.mixers.{name}" for name in ("gru", "gru_rows")},
+    "understanding/induction": {"configs.understanding.bursty.accuracies"},
     "understanding/mixers": {f"configs.understanding.s4d.{name}" for name in ("arm", "flops", "mixed")},
     "understanding/word_classes": {
         f"configs.understanding.probes.{name}" for name in ("trained", "untrained")},

@@ -81,12 +81,25 @@ def test_three_nested_logits_wait_and_then_rise_at_once():
     measured = whole_way[0] + 0.05
     assert nested_logits.distance(measured) <= 0.05 + 1e-6
     assert nested_logits.distance(np.linspace(0, 1, 60)) > 0.05
+    assert nested_logits.distance(np.full(60, chance)) > 0.1  # what learns nothing has no such course
+
+
+def test_who_copies_any_label_is_below_the_levels():
+    """Half of the labels are the query's where 4 of 8 items are of its class."""
+    x, right, _ = new_rows(4_000, 4, np.random.default_rng(1))
+    labels = x[:, 1::2, 32:].argmax(-1)
+    expected = 0.5 + 0.5 * (1 / 64 + 63 / 64 / 16)
+    assert np.mean(labels == right[:, None]) == pytest.approx(expected, abs=0.01)
+    assert expected < 0.6  # where `rise` begins
 
 
 def test_onset_and_rise_are_shares_of_the_run():
+    """Linear between evaluations, and from chance before the first."""
     rows = [{"icl/new": value} for value in (0.1, 0.1, 0.2, 0.35, 0.6, 0.95, 1.0, 1.0, 1.0, 1.0)]
     rows.insert(3, {"train/loss": 1.0})
-    assert induction.onset(rows) == 0.4 and induction.rise(rows) == pytest.approx(0.2)
+    assert induction.onset(rows) == pytest.approx(0.5 + 0.1 * 0.15 / 0.35)
+    assert induction.rise(rows) == pytest.approx(0.1 * 0.3 / 0.35)
+    assert induction.onset([{"icl/new": 1.0}]) == pytest.approx((0.75 - 1 / 16) / (1 - 1 / 16))
     flat = [{"icl/new": 0.2}] * 5
     assert induction.onset(flat) == 1 and induction.rise(flat) == 1
     for arm in induction.study.arms.values():
