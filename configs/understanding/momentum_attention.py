@@ -8,8 +8,9 @@ Method: linear attention adds to a linear map what one step of gradient descent 
     added to what attention gives.
 Here: bytes of Python's library at equal steps. momentum: softmax attention and that sum, eta 0.5
     and, as slow, 0.9; it is not normalised, as in the paper, and does not leave its segment.
-    linear: the mean of values times (query x key), which is a step of rate 1/t from a map of zeros.
-    The identity is a test. The paper's gains are of 350M models; its eta is not known to us.
+    linear: the mean of values times (query x key) / sqrt(width), a step of rate 1 / (t sqrt(width))
+    from a map of zeros. The identity is a test. The paper's gains are of 350M models; its eta is
+    not known to us.
 Cost: 12 runs, 6 minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/momentum_attention.py --jobs 2
@@ -63,7 +64,7 @@ def with_momentum(params, batch, mask, config: ModelConfig, eta: float = 0.5):
 
 
 def with_linear(params, batch, mask, config: ModelConfig):
-    """A `forward` with linear attention, divided by how many keys a query sees and by its width."""
+    """A `forward` with linear attention, a mean over keys, divided by the root of their width."""
     segments, t = batch["segments"], jnp.arange(batch["segments"].shape[1])
     seen = allowed(mask, t, t, segments, segments, batch.get("prefix")).astype(config.dtype)
     seen /= seen.sum(-1, keepdims=True) * config.head_dim**0.5
