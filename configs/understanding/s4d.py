@@ -116,5 +116,5 @@ study = Study(
     claims=(Claim(says="lin beats random imaginary parts", arm="lin", below=0.0),
             Claim(says="inv beats them", arm="inv", below=0.0),
             Claim(says="legs beats them", arm="legs", below=0.0),
-            Claim(says="lin is within 0.01 of legs", arm="lin", control="legs", below=0.01)),
+            Claim(says="lin is less than 0.01 behind legs", arm="lin", control="legs", below=0.01)),
     seeds=3)
