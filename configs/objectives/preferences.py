@@ -8,7 +8,8 @@ Method: a reward R for each segment of a text, and objectives besides likelihood
     likelihood times exp(R / beta). awr, the fifth: awr.py beside this file.
 Here: the reward is a rule. R of a line is -1 if it has a double quote, else 0: a ninth of the lines
     of Python's library. Each line of a sample is made after its token, as the paper forbids a model
-    to write these. beta is 0.5; the paper has 10 for rewards of another size.
+    to write these. beta is 0.5; the paper has 10 for rewards of another size. Bits a byte are of
+    text without tokens: conditional, which waits for one at each line, is not judged by them.
 Cost: 15 runs of half a minute, 7 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/preferences.py --jobs 2
@@ -114,7 +115,6 @@ study = Study(
         fewer(says="so it is without bad documents", arm="filtering"),
         fewer(says="and with unlikelihood", arm="unlikelihood"),
         fewer(says="and with weights by reward", arm="rwr"),
-        fewer(says="of these conditional is ahead of filtering", arm="conditional",
-              control="filtering"),
-        Claim(says="and costs less than 0.1 bits a byte", arm="conditional", below=0.1),
+        fewer(says="conditional is ahead of filtering", arm="conditional", control="filtering"),
+        Claim(says="leaving bad documents out costs bits a byte", arm="filtering", above=0.0),
     ), seeds=3)
