@@ -32,6 +32,24 @@ def test_a_generation_that_replaces_reads_the_last_one_alone():
     assert sources_of(collapse.generation("replace", 2)) == REAL | {"made1": "needs:first"}
 
 
+def test_each_generation_is_sampled_by_draws_of_its_own_and_has_the_first_one_s_tokenizer():
+    for way in ("replace", "accumulate"):
+        for number in collapse.GENERATIONS:
+            data = collapse.generation(way, number).data
+            seeds = {name: source.documents.keywords["seed"]
+                     for name, source in data.sources.items() if name != "real"}
+            assert seeds == {name: int(name.removeprefix("made")) for name in seeds} != {}
+            assert data.tokenizer == "needs:first/tokenizer.model"
+    assert collapse.first.data.tokenizer == "bpe"
+
+
+def test_speeches_are_the_first_short_documents(tmp_path):
+    path = tmp_path / "plays.txt"
+    path.write_text("\n\n".join(["short", "l" * 300, "also short", "third"]))
+    found = collapse.speeches(str(path), number=2, longest=200)
+    assert [one.text for one in found] == ["short\n\n", "also short\n\n"]
+
+
 def test_a_generation_that_accumulates_reads_all_before_it_by_size():
     config = collapse.generation("accumulate", 4)
     assert sources_of(config) == REAL | {"made1": "needs:first", "made2": "needs:accumulate2_before",
@@ -51,10 +69,11 @@ def test_a_run_s_samples_are_documents_for_training_by_its_own_draws(tiny, monke
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.device_put(strong(tiny), NamedSharding(mesh, PartitionSpec()))
     config = train.Config(model=replace(tiny, vocab=Bytes().vocab))
-    monkeypatch.setattr(collapse, "load", lambda run: (params, config, Bytes(), None))
+    runs = {"it": config, "other": replace(config, seed=1)}
+    monkeypatch.setattr(collapse, "load", lambda run: (params, runs[run], Bytes(), None))
 
-    def texts(**how):
-        made = list(collapse.sampled("it", number=5, tokens=6, **how))
+    def texts(run="it", **how):
+        made = list(collapse.sampled(run, number=5, tokens=6, **how))
         assert [d.path for d in made] == [f"sampled/{i}" for i in range(5)]
         assert {d.split for d in made} == {"train"} and all(len(d.text) <= 6 for d in made)
         return [d.text for d in made]
@@ -62,6 +81,7 @@ def test_a_run_s_samples_are_documents_for_training_by_its_own_draws(tiny, monke
     first = texts(batch=5)
     assert first == texts(batch=2)  # whatever the batch
     assert first != texts(batch=5, seed=1) and len({*first}) > 1
+    assert first != texts("other", batch=5)  # of another seed
 
 
 def test_the_slope_is_that_of_a_line_through_the_generations():
