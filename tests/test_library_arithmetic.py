@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from configs.understanding import arithmetic, number_pieces, task_hinting
+from lib.tokenizers import Numbers
 
 pytestmark = pytest.mark.library
 
@@ -50,6 +51,35 @@ def test_lists_and_their_hints():
         assert answer == max(ask[1:-1])
     lengths = {len(document.text.split()) for document in task_hinting.lists("sort", count=300)}
     assert lengths == set(range(2, 11))
+
+
+def test_no_list_is_cut():
+    """Else a row would begin with an answer whose list stands in another one."""
+    for task in task_hinting.tasks:
+        documents = task_hinting.lists(task, count=300)
+        sizes = np.array([len(f"{d.prefix} {d.text}".split()) + 1 for d in documents])
+        for arm in task_hinting.study.arms.values():
+            [phase] = arm.phases
+            _, _, document, start, length, _ = phase.packing(sizes, phase.seq).T
+            assert sorted(document) == list(range(300)) and not start.any()
+            np.testing.assert_array_equal(length, sizes[document])
+
+
+def test_lists_are_judged_whole_and_with_their_end():
+    """By a model that sorts lists of up to 15 numbers and goes on after the 15 least."""
+    def apply(params, ids):
+        logits = np.zeros((*ids.shape, task_hinting.END + 3))
+        for row, said in zip(ids, logits, strict=True):
+            ask = int(np.argmax(row == task_hinting.END))
+            rising = sorted(row[2:ask].tolist())[:15]
+            for i, piece in enumerate([*rising, tokenizer.eos]):
+                said[ask + i, piece] = 1
+        return logits
+
+    [arm, *_] = task_hinting.study.arms.values()
+    tokenizer = Numbers(task_hinting.END + 1)
+    found = task_hinting.sorts(None, apply, tokenizer, arm)
+    assert found == {"own/sorted_10": 1, "own/sorted_15": 1, "own/sorted_20": 0}
 
 
 def test_numbers_are_cut_from_either_side():

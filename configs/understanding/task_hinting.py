@@ -6,9 +6,10 @@ Method: train on a task and, in part of the rows, on a simpler one that a soluti
     sorting the hint is the successor: given a list and one of its numbers, the next larger one.
     The paper trains on lists of up to 20 numbers and goes, at 100, from less than 1 % to 92 %.
 Here: lists of 2 to 10 different numbers below 64, asked at 10, 15 and 20; the list carries no loss
-    (`Document.prefix`). none: sorting alone, the control. hint: half of the rows are successors.
-    other: half are the largest number of the list, a task that is less of a hint. Figures are the
-    shares of lists whose whole answer is the likeliest at each number.
+    (`Document.prefix`), and none is cut at the end of a row. none: sorting alone, the control.
+    hint: half of the rows are successors. other: half are the largest number of the list, a task
+    that is less of a hint. Figures are the shares of lists whose whole answer is the likeliest at
+    each number, its end included.
 Cost: three arms, nine runs of a minute, five minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/task_hinting.py --jobs 2
@@ -22,6 +23,7 @@ import numpy as np
 
 from configs import base as shared
 from data import DataConfig, Document, Source
+from lib.packing import best_fit
 from lib.study import Claim, Paper, Study
 from lib.tasks import judged
 
@@ -77,7 +79,8 @@ def arm(**mixture: float):
     return replace(
         shared.small, model=shared.shape(3, 64, vocab=0), evals=(sorts,), eval_every=500,
         data=DataConfig(sources=tasks, tokenizer=f"numbers:{END + 1}", dev=0.0, test=0.0),
-        phases=(replace(phase, steps=1_500, batch=32, seq=64, mixture=mixture),),
+        phases=(replace(phase, steps=1_500, batch=32, seq=64, mixture=mixture,
+                        packing=best_fit),),
         prompts=(spelt([SORT, 5, 3, 9, END]),), sample_tokens=8)
 
 
