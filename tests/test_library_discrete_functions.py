@@ -82,6 +82,23 @@ def test_a_teaching_sequence_leaves_one_function():
     assert abs(np.mean(right.all(1)) - 0.5) < 0.06
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_other_examples_are_drawn_as_for_the_function_of_the_row(share):
+    """So 1 - 0.75^2 of them have the rarer label."""
+    _, y = taught.taught_rows(4000, share, np.random.default_rng(4))
+    np.testing.assert_allclose(np.mean(y[:, 2:] > 0), 0.4375, atol=0.01)
+
+
+def test_figures_are_of_the_third_and_the_last_example(monkeypatch):
+    """By the exact predictor, in the place of a model."""
+    monkeypatch.setattr(taught, "answers", lambda params, apply, x, y: np.round(
+        discrete.fitting("conjunction", x, y), 9))
+    found = taught.compare(None, None, "conjunction")
+    assert found["icl/third"] == 1
+    assert found["icl/third_random"] == pytest.approx(0.65, abs=0.02)
+    assert found["icl/last_random"] == pytest.approx(0.99, abs=0.01)
+
+
 def test_the_arms_are_accepted():
     for file in (discrete, taught):
         for arm in file.study.arms.values():

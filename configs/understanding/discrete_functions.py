@@ -49,9 +49,10 @@ def labels(name: str, x) -> np.ndarray:
     return np.sign(np.einsum("nkd,md->nmk", x, w) - threshold)
 
 
-def draw(n: int, name: str, rng) -> tuple[np.ndarray, np.ndarray]:
-    """x [n K BITS], y [n K]; of two inputs one with the rarer label is taken, if there is one."""
-    which = rng.integers(len(hypotheses(name)[0]), size=n)
+def draw(n: int, name: str, rng, which=None) -> tuple[np.ndarray, np.ndarray]:
+    """x [n K BITS], y [n K] of functions `which`; of two inputs a rarer label's is preferred."""
+    if which is None:
+        which = rng.integers(len(hypotheses(name)[0]), size=n)
     pairs = rng.choice([-1.0, 1.0], (n, 2 * K, BITS))
     both = labels(name, pairs)[np.arange(n), which].reshape(n, K, 2)
     rarer = both == RARER.get(name, 0.0)

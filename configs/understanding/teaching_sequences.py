@@ -6,9 +6,10 @@ Method: a teaching sequence is a few examples after which one function of the cl
     A transformer that is trained on rows that begin with one answers at once. On other examples it
     does as one that was never taught: it learns two algorithms and tells which is due.
 Here: conjunctions as in discrete_functions.py. Two positive examples that differ in all other bits
-    leave one of them. half: such a beginning in every second row; taught: in all; plain: in none.
+    leave one of them. half: each row begins so or not, by a coin; taught: all do; plain: none does.
     third: accuracy on the example after these two. third_random: where two random ones stand
-    there. A tie counts half. The exact predictor has 1 on the former.
+    there. last_random: on the last example of such a row. A tie counts half. The exact predictor
+    has 1, 0.65 and 0.99 of these. To say no always has 0.56.
 Cost: three arms, nine runs of half a minute, five minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/teaching_sequences.py --jobs 2
@@ -33,7 +34,8 @@ def teaching(w, rng) -> np.ndarray:
 def taught_rows(n: int, share: float, rng) -> tuple[np.ndarray, np.ndarray]:
     """x [n K BITS] and y [n K], of which a share begins with a teaching sequence."""
     w, _ = hypotheses(NAME)
-    which, (x, _) = rng.integers(len(w), size=n), draw(n, NAME, rng)
+    which = rng.integers(len(w), size=n)
+    x, _ = draw(n, NAME, rng, which)
     mine = rng.random(n) < share
     x[mine, :2] = teaching(w[which], rng)[mine]
     return x, labels(NAME, x)[np.arange(n), which]
@@ -45,12 +47,13 @@ def rows(row: dict, rng, name: str, share: float = 0.0) -> tuple[dict, dict]:
 
 
 def compare(params, apply, name: str, n: int = 2048) -> dict[str, float]:
-    """third and third_random, as above."""
+    """third, third_random and last_random, as above."""
     found = {}
-    for figure, share in {"third": 1.0, "third_random": 0.0}.items():
+    for share, places in {1.0: {"third": 2}, 0.0: {"third_random": 2, "last_random": -1}}.items():
         x, y = taught_rows(n, share, np.random.default_rng(2))
-        said = answers(params, apply, x, y)[:, 2]
-        found[f"icl/{figure}"] = float(np.mean(0.5 + 0.5 * np.sign(said) * y[:, 2]))
+        said = answers(params, apply, x, y)
+        for figure, k in places.items():
+            found[f"icl/{figure}"] = float(np.mean(0.5 + 0.5 * np.sign(said[:, k]) * y[:, k]))
     return found
 
 
@@ -65,7 +68,7 @@ study = Study(
                 "Learn Discrete Functions", authors="Bhattamishra et al.", year=2024,
                 seeds=("001:141",)),
     arms={"plain": of(0.0), "taught": of(1.0), "half": of(0.5)},
-    measures={name: f"icl/{name}" for name in ("third", "third_random")},
+    measures={name: f"icl/{name}" for name in ("third", "third_random", "last_random")},
     quick={"phases.*.steps": 4, "model.embed": 16, "model.mlp": 16, "eval_every": 4},
     claims=(
         Claim(says="after a teaching sequence it answers", arm="taught", control=None,
@@ -73,8 +76,8 @@ study = Study(
         Claim(says="which it has to be taught to do", arm="taught", measure="third", above=0.05),
         Claim(says="one that sees both kinds answers too", arm="half", control="taught",
               measure="third", above=-0.05),
-        Claim(says="and loses nothing on random examples", arm="half", measure="third_random",
-              above=-0.02),
+        Claim(says="and loses nothing on random examples", arm="half", measure="last_random",
+              above=-0.05),
     ),
     seeds=3,
 )
