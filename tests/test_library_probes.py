@@ -1,6 +1,7 @@
 """configs/understanding/probes.py and word_classes.py, lib/probe.py: trees, distances, classes, maps."""
 import ast
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,31 @@ def test_the_discrimination_value_is_the_closed_formula():
     expected = (np.mean(inner) - np.mean(outer)) / 5**0.5
     assert classes.discrimination(x, kinds) == pytest.approx(expected, rel=1e-9)
     assert abs(classes.discrimination(rng.normal(size=(600, 5)), np.arange(600) % 3)) < 0.01
+
+
+def test_six_classes_of_a_point_each_have_about_minus_four_fifths():
+    """Squared distances of two points are D / 2 on average, those between classes 6 / 5 of that."""
+    x = np.eye(6)[np.arange(600) % 6]
+    assert classes.discrimination(x, np.arange(600) % 6) == pytest.approx(-0.6**0.5)
+
+
+def test_a_token_has_the_state_that_is_read_before_it(monkeypatch):
+    """States say which byte stands where; that of bos, which all rows have, is left out."""
+    text, kept = b"if a:\n    return 12\n", []
+    monkeypatch.setattr(classes, "states", lambda params, ids, config: np.eye(257)[[ids, ids]])
+    monkeypatch.setattr(classes, "discrimination", lambda x, kinds: 0.0)
+    monkeypatch.setattr(classes, "accuracy", lambda *given: kept.append(given) or 0.0)
+    held_out = SimpleNamespace(texts=lambda: iter([text, text]))
+    config = classes.study.arms["trained"]
+    found = classes.by_block(None, None, config, lambda source, split: held_out)
+    assert found["gdv/deeper"] == 0 and {"gdv/1", "probe/last", "gdv/shuffled"} < set(found)
+    (x, kinds, seen), _ = kept
+    names = [classes.CLASSES[kind] for kind in kinds]
+    half = [(" ", "name"), ("a", "operator"), (":", "newline"), (" ", "keyword"), (" ", "number"),
+            ("2", "newline")]
+    said = [chr(i) for i in x.argmax(1)]
+    assert list(zip(said, names, strict=True)) == half * 2
+    assert seen.tolist() == [True] * 6 + [False] * 6
 
 
 def test_accuracy_of_separable_classes_is_one():

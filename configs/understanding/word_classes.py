@@ -5,13 +5,14 @@ Paper: Word class representations spontaneously emerge in a deep neural network 
 Method: a network learns to predict the next word. States from which it does so cluster by that
     word's class, which it was never told, and deeper layers more: the generalised discrimination
     value (GDV) falls. It is the mean distance within classes less that between them, over the root
-    of the dimensions, of points scaled to half a deviation: -1 for points that are their classes, 0
-    for classes that do not differ (Schilling et al. 2021).
+    of the dimensions, of points scaled to half a deviation: -1 where two equal classes are a point
+    each (about -0.8 for six), 0 for classes that do not differ (Schilling et al. 2021).
 Here: functions of Python's library in bytes; the paper has LSTMs on nine words of English. Classes
     are those of Python's tokenizer: keyword, name, number, string, operator, newline. A state is
-    that at the byte before a token, in a row of 128 held-out functions; at most 100 of each class
-    give the GDV. probe: accuracy of a linear map to the class, on the other half of the functions.
-    shuffled: the GDV after the last block of shuffled classes.
+    that at the byte before a token, in a row of 128 held-out functions; a row's first token has
+    none. At most 100 of each class give the GDV. probe: accuracy of a linear map to the class, fit
+    on half of the functions, on the others. shuffled: the GDV after the last block of shuffled
+    classes.
 Cost: 6 runs, 7 minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/word_classes.py --jobs 2
@@ -75,7 +76,7 @@ def by_block(params, apply, config: Config, held_out, n: int = 128, most: int = 
     """GDV and accuracy of the class of the token that comes, by block."""
     seq, ids, places = config.phases[0].seq, [], []
     for row, text in enumerate(itertools.islice(held_out("stdlib", "test").texts(), n)):
-        places += [(row, begin, kind) for begin, kind in tokens(text) if begin < seq]
+        places += [(row, begin, kind) for begin, kind in tokens(text) if 0 < begin < seq]
         ids.append([256, *text[:seq - 1], *[0] * (seq - 1 - len(text))])
     row, begin, classes = np.array(places).T
     x = np.asarray(states(params, np.array(ids, np.int32), config.model), np.float64)
@@ -97,6 +98,7 @@ study = Study(
                 seeds=("003:34",)),
     arms={"untrained": replace(untrained, evals=(by_block,)),
           "trained": replace(trained, evals=(by_block,))},
+    measures={"gdv": "gdv/last", "shuffled": "gdv/shuffled", "probe": "probe/last"},
     quick=base.quick(),
     claims=(
         Claim(says="more than without training", arm="trained", measure="gdv/last", below=-0.05),
