@@ -6,10 +6,12 @@ Method: go on training a model of N parameters on D tokens, a share r of them fr
     loss is L, with L = E + A / N^a + B r^n / D^b + C / (r + e)^c. Fit the law on a few mixtures; it
     then gives the share that a domain wants at any size and budget. The general text has a law of
     its own, with 1 - r.
-Here: three sizes that have read Python's library go on with a share of simplified wiki text, at a
-    constant rate, so that each evaluation is a point. Shares of 0.1, 0.4, 0.6, 0.9 are fitted, 0.25
-    and 0.75 foretold. Against: no dependence on r, and straight lines between neighbours. The fit
-    is least squares (the paper: a Huber loss by L-BFGS). Left out: the law across domains.
+Here: three sizes that have read Python's library for 120 steps go on for as many with a share of
+    simplified wiki text. The rest is the library, from its beginning again. Both rates are warmed
+    up and stay constant, so that each evaluation is a point. Shares of 0.1, 0.4, 0.6, 0.9 are
+    fitted, 0.25 and 0.75 foretold. Against: no dependence on r, and straight lines between
+    neighbours. The fit is least squares (the paper: a Huber loss by L-BFGS). L is on dev, in nats
+    a token, and N has the embeddings too. Left out: the law across domains.
 Cost: 18 runs of 6 seconds a seed and three that they start from, eight minutes for three seeds.
 Run: in the directory of train.py,
     python train.py study configs/selection/d_cpt.py --jobs 2
