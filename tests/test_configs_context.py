@@ -19,6 +19,7 @@ from lib.cache import Shard
 from lib.config import ROOT, load_file
 from lib.objectives import one_segment
 from lib.packing import DOCUMENT, LENGTH, QUIET, ROW, SEGMENT, START, one_per_row
+from lib.tokenizers import Bytes
 
 pytestmark = pytest.mark.library
 
@@ -507,3 +508,34 @@ def test_related_rows_hold_every_document_whole_in_the_path_s_order():
         again = same.batch(step).arrays
         assert all(np.array_equal(batch[name], again[name]) for name in batch)
         assert set(np.unique(batch["segments"])) <= {0, 1}
+
+
+def uniform(params, ids) -> np.ndarray:
+    """An `apply` that knows nothing."""
+    return np.zeros((*ids.shape, 258), np.float32)
+
+
+def test_a_dev_document_is_asked_for_alone_after_another_and_after_its_nearest(monkeypatch):
+    texts = [document.text[:64] for document in topics(8, 4)]
+    monkeypatch.setattr(in_context, "held_out", lambda dev, test: [*texts, "too short"])
+    asked = partial(in_context.in_context, None, tokenizer=Bytes(), config=in_context.chance, n=20)
+    seen = []
+
+    def knows_what_follows(params, ids):
+        seen.append(ids)
+        logits = uniform(params, ids)
+        following = np.roll(ids, -1, axis=1)
+        np.put_along_axis(logits, following[..., None], 100, 2)
+        return logits
+
+    names = ["in_context/alone", "in_context/other", "in_context/related"]
+    assert asked(knows_what_follows) == pytest.approx(dict.fromkeys(names, 0.0), abs=1e-6)
+    assert asked(uniform) == pytest.approx(dict.fromkeys(names, np.log(258)), rel=1e-4)
+
+    ids = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    near = in_context.neighbours(in_context.tf_idf(ids), 1)[:, 0]
+    alone, other, related = ([bytes((row % 256).tolist()).decode() for row in rows] for rows in seen)
+    for i in range(20):  # bos is 256
+        assert alone[i] == "\0" + texts[i]
+        assert other[i] == "\0" + texts[(i + 16) % 32] + alone[i]
+        assert related[i] == "\0" + texts[near[i]] + alone[i]
