@@ -4,9 +4,10 @@ Paper: none; nanoGPT's README (Karpathy 2022) has 1.88 nats a character on valid
     steps of 12 rows of 64 characters, for 4 layers of width 128
 Method: its steps, rows and split (the first 90 % are trained on); 800,128 parameters, where it has
     804,096 with its positions.
-Here: arms differ in the optimiser alone. plain: nanoGPT's: AdamW, 1e-3, 100 steps of warm-up, a
-    cosine to a tenth. adamw: a higher rate, that falls in a line to nothing. muon: Muon for the
-    matrices, at a higher rate still. What all three have beyond GPT-2: SwiGLU, RoPE, RMSNorm,
+Here: arms differ in the optimiser alone. plain: nanoGPT's: AdamW, 1e-3 for all, 100 steps of
+    warm-up, a cosine to a tenth; it decays embeddings too, which this does not. adamw: a higher
+    rate, less for matrices by width, that falls in a line to nothing. muon: Muon for the matrices,
+    at a higher rate still. What all three have beyond GPT-2: SwiGLU, RoPE, RMSNorm,
     smaller initial outputs, and rows end to end, so that 1.5 passes leave no character out, where
     random starts miss a fifth. The last tenth is held out as one document, so a run ends with bits
     per byte of all of it too. Characters are bytes: 258 pieces, of which the text has 65. The text
@@ -86,12 +87,13 @@ config = Config(
     prompts=("ROMEO:\n",),
     sample_tokens=300,
 )
-adam = replace(config, optimizer=partial(adamw, b2=0.99))
+adam = partial(adamw, b2=0.99)
 slow = Schedule(shape="cosine", peak=1e-3, warmup=100, final=0.1)
 study = Study(
     question="How far below nanoGPT's loss do its steps and parameters lead?",
-    arms={"plain": replace(adam, schedule=slow),
-          "adamw": replace(adam, schedule=replace(config.schedule, peak=3e-3)), "muon": config},
+    arms={"plain": replace(config, optimizer=partial(adam, base_width=0), schedule=slow),
+          "adamw": replace(config, optimizer=adam, schedule=replace(config.schedule, peak=3e-3)),
+          "muon": config},
     measures={"validation": last},
     quick={"phases.*.steps": 4, "model.embed": 32, "model.mlp": 32, "evals.0.windows": 20,
            "eval_every": 4, "sample_tokens": 4},
