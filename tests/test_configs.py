@@ -99,15 +99,14 @@ BORROWS = {
                                  "configs.objectives.preferences.is_bad",
                                  "configs.objectives.preferences.write_lines",
                                  "configs.objectives.preferences.study"},
-    "objectives/bidirectional": {f"configs.objectives.packages.{name}" for name in (
+    "objectives/bidirectional": {f"configs.objectives.prose.{name}" for name in (
         "MEASURES", "fine", "config", "pre")},
-    "objectives/drbert": {f"configs.objectives.packages.{name}" for name in (
+    "objectives/drbert": {f"configs.objectives.prose.{name}" for name in (
         "MEASURES", "fine", "config", "pre")},
-    "objectives/lexicon_masking": {f"configs.objectives.packages.{name}" for name in (
-        "MEASURES", "PACKAGES", "fine", "over_sources", "package", "pre", "config")},
-    "objectives/structural": {f"configs.objectives.packages.{name}" for name in (
+    "objectives/lexicon_masking": {f"configs.objectives.prose.{name}" for name in (
+        "MEASURES", "fine", "pre", "config")},
+    "objectives/structural": {f"configs.objectives.prose.{name}" for name in (
         "MEASURES", "config", "fine", "pre")},
-    "objectives/hidden_distillation": {"configs.objectives.packages.package"},
     "objectives/birdie": {f"configs.objectives.codegen2.{name}" for name in (
         "PREFIX", "SENTINELS", "asked", "infill", "prefix")},
     "selection/d4": {"configs.selection.qurating.best", "configs.selection.qurating.pack"},

@@ -17,8 +17,8 @@ from lib.packing import fill
 from lib.tokenizers import Bytes
 
 pytestmark = pytest.mark.library
-bidirectional, packages, structural = (load_file(ROOT / f"configs/objectives/{name}.py") for name in (
-    "bidirectional", "packages", "structural"))
+bidirectional, prose, structural = (load_file(ROOT / f"configs/objectives/{name}.py") for name in (
+    "bidirectional", "prose", "structural"))
 MASK = Mask("bidirectional", 0)
 
 
@@ -66,11 +66,14 @@ def test_replaced_tokens_are_others_of_their_own_cluster():
     predicted, _ = bidirectional.slm(before, np.random.default_rng(0), Bytes())
     np.testing.assert_array_equal(predicted["tokens"], made["tokens"])
     np.testing.assert_array_equal(predicted["weights"], made["replaced"])
+    few = before | {"targets": before["targets"] % 16}
     clusters = np.arange(258) // 2  # pairs; 7 is alone
     clusters[6:8] = 1_000, 1_001
-    made, changed = bidirectional.replaced(before, np.random.default_rng(1), 258, 0.15, clusters)
-    np.testing.assert_array_equal(made["tokens"][changed], before["targets"][changed] ^ 1)
-    assert not changed[before["targets"] // 2 == 3].any() and changed.sum() > 100
+    made, changed = bidirectional.replaced(few, np.random.default_rng(1), 258, 0.15, clusters)
+    np.testing.assert_array_equal(made["tokens"][changed], few["targets"][changed] ^ 1)
+    assert not changed[few["targets"] // 2 == 3].any() and changed.sum() > 100
+    made, changed = bidirectional.replaced(few, np.random.default_rng(1), 258, 0.15)
+    assert changed.sum() == 135 and set(made["tokens"].tolist()) <= set(range(16))  # of the row
 
 
 def test_the_head_learns_a_planted_corruption_without_a_vocabulary_s_logits(tiny):
@@ -98,18 +101,27 @@ def test_the_head_learns_a_planted_corruption_without_a_vocabulary_s_logits(tiny
     np.testing.assert_allclose(bidirectional.told(None, batch, {"replaced": given}), want, atol=1e-4)
 
 
-def test_the_task_is_told_at_the_first_position_of_a_segment():
-    before = row(20)
-    before["segments"] = np.repeat([1, 2, 0], [8, 8, 4]).astype(np.int32)
-    before["positions"] = np.array([*range(8), *range(8), 0, 0, 0, 0], np.int32)
-    made, mask = packages.name_source(before, None)
-    assert mask == BIDIRECTIONAL and np.flatnonzero(made["weights"]).tolist() == [0, 8]
-    assert (made["targets"] == 3).all() and (made["tokens"] == before["targets"]).all()
+def test_prose_is_what_comments_and_strings_hold():
+    """Spans of characters, whatever a character's bytes and a line's end are."""
+    code = 'def é(x):\r\n    """Twö\n    lines."""\n    return "ü" + x  # añd\n'
+    assert [code[begin:end] for begin, end in prose.prose(code)] == [
+        '"""Twö\n    lines."""', '"ü"', "# añd"]
+    assert prose.prose("x = 1\n") == ()
+    found = prose.prose("x = f'a{y}b'\n")  # one span until Python 3.12, which leaves y out
+    assert found[0][0] == 4 and found[-1][1] == 12
+
+
+def test_the_task_asks_of_each_byte_whether_it_is_prose():
+    before = row(20) | {"marks": np.arange(20, dtype=np.int32) % 3 // 2}
+    made, mask = prose.tell_prose(before, None)
+    assert mask == BIDIRECTIONAL and made["targets"].tolist() == before["marks"].tolist()
+    np.testing.assert_array_equal(made["tokens"], before["targets"])
+    np.testing.assert_array_equal(made["weights"], before["weights"])
     weights = jnp.array([[1.0, 1.0, 0.0, 1.0]])
-    (total, count), metrics = packages.sure(jnp.array([[0.1, 0.6, 0.1, 0.8]]), {"weights": weights})
-    assert (float(total), float(count)) == (1.5, 3.0) and float(metrics["sure"]) == pytest.approx(2 / 3)
-    figures = {f"eval/{name}/own": float(i) for i, name in enumerate(packages.PACKAGES)}
-    assert packages.over_sources([figures, {"step": 1}], "own") == 3.5
+    (total, count), metrics = prose.right(jnp.array([[0.1, 0.6, 0.1, 0.8]]), {"weights": weights})
+    assert (float(total), float(count)) == (1.5, 3.0) and float(metrics["right"]) == pytest.approx(2 / 3)
+    measured = [{"eval/code/own": 6.0}, {"eval/code/own": 0.5, "eval/code/right": 0.75}, {"step": 1}]
+    assert (prose.nats(measured), prose.share(measured)) == (0.5, 0.75)
 
 
 def test_what_telling_costs():
@@ -134,8 +146,8 @@ def test_pairs_of_spans_and_what_they_tell():
     for number in range(4):
         one = {name: x[number] for name, x in arrays.items() if name != "document"}
         made, mask = structural.same(one, None)
-        assert mask == BIDIRECTIONAL and np.flatnonzero(made["weights"]).tolist() == [0]
-        assert made["targets"][0] == (number + 1) % 2 and (made["segments"] == 1).all()
+        assert mask == BIDIRECTIONAL and (made["weights"] == one["weights"]).all()
+        assert (made["targets"] == (number + 1) % 2).all() and (made["segments"] == 1).all()
         inside = made["tokens"][made["tokens"] < 256]
         assert (len(np.unique(inside)) == 1) == (number % 2 == 0)
         assert made["positions"].tolist() == list(range(128))

@@ -22,24 +22,25 @@ MASK = Mask("bidirectional", 0)
 
 
 def test_the_words_of_a_lexicon_are_hidden_before_others():
-    n = 100
-    row = dict(tokens=np.full(n, 65, np.int32), targets=np.full(n, 66, np.int32),
-               weights=np.ones(n, np.float32), marks=(np.arange(n) % 10 == 0).astype(np.int32))
+    text = "if ink: return in_x; " * 4 + "is"  # 86 bytes; the words are four of if, of return, one of is
+    ids = np.array([*text.encode(), Bytes.eos, *b"island of or not", Bytes.bos], np.int32)
+    words = np.array([*[*[1] * 2, *[0] * 6, *[1] * 6, *[0] * 7] * 4, 1, 1, *[0] * 11, 1, 1, 0, 1, 1, 1, 0])
+    np.testing.assert_array_equal(lexicon.of_lexicon(ids), words > 0)
+    n, number = len(ids), words.sum()
+    row = dict(tokens=np.full(n, 65, np.int32), targets=ids, weights=np.ones(n, np.float32))
     for seed in range(5):
-        made, mask = lexicon.lexicon_masked(row, np.random.default_rng(seed), Bytes())
+        made, mask = lexicon.lexicon_masked(row, np.random.default_rng(seed), Bytes(), share=0.4)
         hidden = made["weights"] > 0
-        assert mask == BIDIRECTIONAL and hidden.sum() == 20 and hidden[::10].all()
+        assert mask == BIDIRECTIONAL and hidden.sum() == round(0.4 * n) and hidden[words > 0].all()
+        np.testing.assert_array_equal(made["lexicon"], words)
         few, _ = lexicon.lexicon_masked(row, np.random.default_rng(seed), Bytes(), share=0.05)
-        assert few["weights"].sum() == 5 and not few["weights"][row["marks"] == 0].any()
+        assert few["weights"].sum() == round(0.05 * n) and not few["weights"][words == 0].any()
     counts = []
     for seed in range(50):
         made, _ = lexicon.lexicon_masked(row, np.random.default_rng(seed), Bytes(), guided=False)
-        counts.append(made["weights"][::10].sum())
-    assert np.mean(counts) == pytest.approx(2, abs=0.9)  # a fifth of ten, within 5 deviations
-    document = next(lexicon.with_lexicon("asyncio"))
-    words = [document.text[begin:end] for begin, end in document.marks]
-    assert words and all(lexicon.LEXICON.fullmatch(word) for word in words)
-    batch = {"weights": jnp.array([[1.0, 1.0, 0.0]]), "marks": jnp.array([[1, 0, 1]])}
+        counts.append(made["weights"][words > 0].sum())
+    assert np.mean(counts) == pytest.approx(0.2 * number, abs=5 * (0.16 * number / 50) ** 0.5)
+    batch = {"weights": jnp.array([[1.0, 1.0, 0.0]]), "lexicon": jnp.array([[1, 0, 1]])}
     (total, count), metrics = lexicon.on_lexicon(jnp.array([[2.0, 4.0, 8.0]]), batch)
     assert (float(total), float(count), float(metrics["lexicon"])) == (6.0, 2.0, 2.0)
 

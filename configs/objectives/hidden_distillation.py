@@ -13,6 +13,7 @@ Cost: 12 runs, of which 6 are made first, 6 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/hidden_distillation.py --jobs 2
 """
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -20,13 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from configs.objectives.packages import package
-from data import Source
+from data import Document, Skipped, Source, stdlib
 from lib.optim import adamw
+from lib.sources import definitions
 from lib.study import Claim, Paper, Study
 from lib.teacher import adopt
 from model import cross_entropy, llama, weighted_mean
 from train import Schedule
+
+
+def package(name: str) -> Iterator[Document | Skipped]:
+    """The functions and classes of a package."""
+    for module in stdlib():
+        if isinstance(module, Document) and module.meta["domain"] == name:
+            yield from definitions(module)
 
 
 def distance(extras):
