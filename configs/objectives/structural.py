@@ -5,11 +5,12 @@ Method: an encoder of masked tokens is trained a little longer to tell whether t
     paragraph (SSP). Negatives are spans of other paragraphs. No labels are needed, and the task is
     like those of pairs of sentences, such as answer selection.
 Here: a paragraph is a function or class of Python's library. Rows are two spans of 64 bytes that
-    follow one another in one, or whose second is of another one. Each position tells it, as 1,600
-    labels of rows would be few. Then 200 steps of prose.py. masked: 400 steps of masked bytes.
-    same: 300, then 100 of pairs. both: 300, then 100 in which rows of the one and of the other come
-    in turn. Left out: spans of one document against those of others, and tasks of pairs.
-Cost: 9 runs of half a minute, 5 minutes on two CPU cores.
+    follow one another in one, or whose second is of another one. Each position tells it, as a label
+    a row would be few. Then 200 steps of prose.py. masked: 700 steps of masked bytes. same: 300,
+    then 400 of pairs, as a fourth of that leaves them at chance. both: 300, then 400 in which rows
+    of the one and of the other come in turn. Left out: spans of one document against those of
+    others, and tasks of pairs.
+Cost: 9 runs of a minute, 9 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/structural.py --jobs 2
 """
@@ -64,8 +65,8 @@ def either(row: dict, rng, tokenizer):
 
 same.masks = either.masks = (BIDIRECTIONAL,)
 first = replace(pre, objective=masked)
-rate = replace(pre.schedule, peak=2e-3)
-later = replace(pre, steps=100, packing=pairs, schedule=rate)
+rate = replace(pre.schedule, peak=4e-3)
+later = replace(pre, steps=400, packing=pairs, schedule=rate)
 second = {"masked": replace(later, packing=pre.packing, objective=masked),
           "same": replace(later, objective=same), "both": replace(later, objective=either)}
 nats = partial(Claim, measure="nats", below=0.0)

@@ -51,8 +51,7 @@ def labels(name: str, x) -> np.ndarray:
 
 def draw(n: int, name: str, rng, which=None) -> tuple[np.ndarray, np.ndarray]:
     """x [n K BITS], y [n K] of functions `which`; of two inputs a rarer label's is preferred."""
-    if which is None:
-        which = rng.integers(len(hypotheses(name)[0]), size=n)
+    which = rng.integers(len(hypotheses(name)[0]), size=n) if which is None else which
     pairs = rng.choice([-1.0, 1.0], (n, 2 * K, BITS))
     both = labels(name, pairs)[np.arange(n), which].reshape(n, K, 2)
     rarer = both == RARER.get(name, 0.0)
