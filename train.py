@@ -37,7 +37,7 @@ from lib.banner import banner
 from lib.bind import bind
 from lib.cache import Cache
 from lib.checkpoint import Checkpoints, Damaged, Loan, borrow, find_checkpoint, unchanged
-from lib.config import ROOT, from_json, load_file, to_json
+from lib.config import ROOT, from_json, load_file, refuse_while_loading, to_json
 from lib.continuations import continuations
 from lib.corpus import assemble, open_held_out
 from lib.curves import draw
@@ -1144,6 +1144,7 @@ def train(config: Config, file: str = "") -> dict[str, Any] | None:
 
     Gives what summary.json holds. file: where the config comes from, to be kept with the run.
     """
+    refuse_while_loading()
     listening = Stop(config.save_minutes, config.stop_code)
     with forgiving(), listening as stop, opened(prepare(config, file)) as run:
         state, step = resume(run)  # from its own checkpoint, another run, a directory, or a draw

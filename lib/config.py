@@ -39,6 +39,8 @@ HOUSE = "lib", "tools", "configs"  # whose files import one another by dotted na
 
 # -------------------------------------------------------------------------------- files of Python
 
+LOADING: list[Path] = []  # the files that `load_file` is running
+
 def load_file(path: str | Path) -> ModuleType:
     """Run a Python file as a module, once per process, by the name that an import gives it."""
     path = Path(path).resolve()
@@ -49,12 +51,22 @@ def load_file(path: str | Path) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
+        LOADING.append(path)
         try:
             spec.loader.exec_module(sys.modules[name])
         except BaseException:  # of the file, whatever it raises: half a module must not stay
             del sys.modules[name]
             raise
+        finally:
+            LOADING.pop()
     return sys.modules[name]
+
+
+def refuse_while_loading():
+    """A file that trained as it is loaded would train again when its run loads the file's copy."""
+    if LOADING:
+        raise InputError(f"train() is called while {LOADING[-1].name} is loaded, as a run loads "
+                         'what defines its functions; put the call under if __name__ == "__main__"')
 
 
 def load_module(path: str) -> ModuleType:

@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -799,3 +801,32 @@ def test_help_of_every_config(capsys, file):
 def test_help_of_a_file_with_a_function_config(capsys, tmp_path):
     said = help_of(capsys, written(tmp_path, FUNCTION))
     assert "--path VALUE, str, needed" in said and "--depth VALUE, int, 4 without it" in said
+
+
+UNGUARDED = '''
+from dataclasses import replace
+
+from configs import base
+from data import DataConfig, Document, Source
+from train import train
+
+
+def letters():
+    for i in range(100):
+        yield Document(str(i), 99 * chr(97 + i % 26))
+
+
+data = DataConfig(sources={"letters": Source(letters)}, tokenizer="bytes", dev=0.1, test=0.1)
+train(replace(base.small, model=base.shape(1, 32, 258), data=data, runs="RUNS", name="own"))
+'''
+
+
+def test_a_script_that_trains_while_it_is_loaded_is_told_how_not_to(tmp_path):
+    """Its run loads it for its objective: without the refusal it would train again, without an end."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED.replace("RUNS", str(tmp_path)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = f"config file {script}, line 15: train() is called while unguarded.py is loaded"
+    assert said in done.stderr and 'if __name__ == "__main__"' in done.stderr
