@@ -90,7 +90,7 @@ def told(logits, batch, extras):
     return jax.nn.softplus(sign * extras["replaced"])
 
 
-shape = replace(base.shape(3, 96), rows=rows, forward=forward)
+shape = replace(scratch.model, rows=rows, forward=forward)
 pre = replace(plain, objective=masked)
 mlm = replace(scratch, model=shape, phases=(pre, fine))
 headless = 1 - 6 * shape.vocab * shape.embed / shape.flops(shape, pre.seq)  # of the FLOPs

@@ -66,7 +66,7 @@ def drop_decoder(model: Model, context: Context, decoder: int = 1) -> Edited:
 
 pre = replace(first, objective=masked_here)
 plain = replace(config, phases=(pre, fine))
-deep = base.shape(4, 96)
+deep = replace(config.model, layers=4)
 decoder = replace(plain, model=replace(deep, forward=with_decoder),
                   phases=(pre, replace(fine, edits=(drop_decoder,))))
 study = Study(

@@ -7,8 +7,8 @@ Method: an encoder tells of each byte whether it is prose, a part of a comment o
 Here: the functions and classes of eight packages of Python's library, a fifth of their modules held
     out; 200 steps of 16 rows. The answer is a piece, byte 1 or 0, which the text never has. To say
     how much is prose at all costs some 0.67 nats and is right for three fifths of the bytes.
-    Without training before, an encoder learns little beyond that; 300 steps of masked bytes before
-    it bring the nats down to a third.
+    Without training before, two seeds of three learn no more than that in time; after 300 steps of
+    masked bytes all do, and end near 0.3 nats.
 Cost: 200 steps, 15 seconds on two CPU cores.
 Run:
     python train.py configs/objectives/prose.py
