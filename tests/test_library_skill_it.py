@@ -12,15 +12,17 @@ pytestmark = pytest.mark.library
 skill_it = load_file(ROOT / "configs/selection/skill_it.py")
 
 
-@pytest.mark.parametrize("digit", range(3))
-def test_a_skill_asks_for_a_digit_of_a_sum(digit):
+@pytest.mark.parametrize("skill, different", [("last", 10), ("carry", 2), ("both", 19)])
+def test_a_skill_asks_for_a_part_of_a_sum(skill, different):
     asked = set()
-    for document in islice(skill_it.sums(digit), 200):
-        a, b, which = re.fullmatch(r"(\d{2})\+(\d{2})\|(\d)\?", document.prefix).groups()
-        assert which == str(digit)
-        assert document.text == f"{int(a) + int(b):03d}"[-1 - digit]
+    for document in islice(skill_it.sums(skill_it.NAMES.index(skill)), 2_000):
+        a, b, which = re.fullmatch(r"(\d)\+(\d) (\w+) ", document.prefix).groups()
+        total = int(a) + int(b)
+        want = {"last": str(total % 10), "carry": str(total // 10), "both": f"{total:02d}"}
+        assert which == skill
+        assert document.text == want[skill]
         asked.add(document.text)
-    assert len(asked) == (2 if digit == 2 else 10)  # no sum reaches 200
+    assert len(asked) == different
 
 
 def test_the_graph_is_what_one_skill_does_for_another_relative_to_what_it_does_for_itself():

@@ -5,12 +5,12 @@ Paper: Skill-it! A Data-Driven Skills Framework for Understanding and Training L
 Method: what is still hard comes more often, and so does what helps that, by windowed multiplicative
     weights on dev losses and a graph A: A[i, j] is what training on skill i does for skill j,
     estimated from short runs on one skill each.
-Here: the digits of sums of two numbers of two digits; skill i is to give digit i, from the right.
-    All runs go on from a base that knows the text's form. A[i, j] is how far j's dev loss falls on
-    i alone, over how far it falls on j alone, cut to [0, 1], and 0 below a tenth (the paper has
-    pairs too). uniform: equal shares. identity: each skill helps itself. estimated: the graph, its
-    runs charged in FLOPs. paper: the authors' code's. Digits 0 and 1 hardly leave chance here.
-Cost: four needed runs and four arms a seed of 8 to 20 seconds, six minutes for three seeds.
+Here: sums of two digits; skills are to give the last digit of a sum, its carry, or both. The paper
+    adds longer numbers, whose digits so short runs leave at chance. All runs go on from a base that
+    knows the text's form. A[i, j] is how far j's dev loss falls on i alone, over how far it falls
+    on j alone, cut to [0, 1], and 0 below a tenth (the paper has pairs too). uniform: equal shares.
+    identity: each skill helps itself. estimated: the graph, its runs charged in FLOPs.
+Cost: 21 runs of 10 to 20 seconds, five minutes on two CPU cores.
 Run:
     python train.py study configs/selection/skill_it.py --jobs 2
 """
@@ -27,15 +27,16 @@ from data import DataConfig, Document, Source
 from lib.packing import one_per_row
 from lib.study import Claim, Paper, Study
 
-NAMES = ["digit0", "digit1", "digit2"]
+NAMES = ["last", "carry", "both"]
 
 
-def sums(digit: int, documents: int = 20_000, seed: int = 0) -> Iterator[Document]:
-    """Documents "42+95|0?", read without loss, and "7": a digit of the sum, 0 the last one."""
-    rng = np.random.default_rng([seed, digit])
-    for i, (a, b) in enumerate(rng.integers(0, 100, (documents, 2)).tolist()):
-        answer = (a + b) // 10**digit % 10
-        yield Document(f"{digit}/{i}", str(answer), prefix=f"{a:02d}+{b:02d}|{digit}?")
+def sums(skill: int, documents: int = 20_000, seed: int = 0) -> Iterator[Document]:
+    """Documents "4+9 last ", read without loss, and "3": what a skill of NAMES gives of the sum."""
+    rng = np.random.default_rng([seed, skill])
+    for i, (a, b) in enumerate(rng.integers(0, 10, (documents, 2)).tolist()):
+        both = f"{a + b:02d}"
+        answer = (both[1], both[0], both)[skill]
+        yield Document(f"{skill}/{i}", answer, prefix=f"{a}+{b} {NAMES[skill]} ")
 
 
 def graph_of(falls: np.ndarray, weak: float = 0.1) -> np.ndarray:
@@ -80,14 +81,14 @@ def mean_loss(rows: list[dict]) -> float:
     return float(np.mean([rows[-1][f"eval/{name}.test/loss"] for name in NAMES]))
 
 
-phase = replace(base.small.phases[0], steps=100, batch=128, seq=16, packing=one_per_row)
+phase = replace(base.small.phases[0], steps=60, batch=128, seq=16, packing=one_per_row)
 known = replace(
     base.small,
     model=base.shape(2, 64, 0),
-    data=DataConfig(sources={n: Source(partial(sums, digit=i)) for i, n in enumerate(NAMES)},
+    data=DataConfig(sources={n: Source(partial(sums, skill=i)) for i, n in enumerate(NAMES)},
                     tokenizer="bytes", dev=0.02, test=0.05),
     phases=(replace(phase, mixture=dict.fromkeys(NAMES, 1.0)),),
-    eval_every=100, eval_at=(0,), overlap=0, eval_tokens=4_096, prompts=("42+95|0?",))
+    eval_every=50, eval_at=(0,), overlap=0, eval_tokens=4_096, prompts=("4+9 both ",))
 
 
 def on(steps: int, mixture, steer: int = 0):
@@ -104,10 +105,9 @@ study = Study(
                 "Language Models", authors="Chen et al.", year=2023, seeds=("000:11", "001:37")),
     needs={"known": known} | {f"only_{name}": on(200, {name: 1.0}) for name in NAMES},
     arms={
-        "uniform": on(600, dict.fromkeys(NAMES, 1.0)),
-        "identity": on(600, rule, 100),
-        "estimated": on(600, helps, 100),
-        "paper": on(600, partial(rule, graph=[[1, 0, 0], [1, 1, 0], [0, 0, 1]]), 100),
+        "uniform": on(400, dict.fromkeys(NAMES, 1.0)),
+        "identity": on(400, rule, 50),
+        "estimated": on(400, helps, 50),
     },
     measures={"loss": mean_loss},
     quick=base.quick({"phases.*.steps": 110}, keep=("phases.*.seq", "overlap", "eval_every")),
