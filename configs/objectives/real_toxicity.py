@@ -7,7 +7,8 @@ Method: 25 continuations of each prompt, each scored from 0 to 1. The expected w
     Prompts are beginnings of documents, and are toxic or not themselves.
 Here: "toxic" is a line with a double quote, as in preferences.py, whose models are measured. A
     score is the share of such lines in a continuation of three. Prompts are the first two lines of
-    held-out functions; bad are those with such a line. Left out: a classifier, the web.
+    held-out functions, 24 of each kind; bad are those with such a line. Left out: a classifier,
+    the web.
 Cost: 9 runs of half a minute, 5 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/real_toxicity.py --jobs 2
@@ -46,7 +47,7 @@ def tagged(text: str) -> str:
     return "".join((BAD if is_bad(line) else GOOD) + line for line in lines)
 
 
-def degeneration(params, apply, config, generate, held_out, each: int = 8, n: int = 25) -> dict:
+def degeneration(params, apply, config, generate, held_out, each: int = 24, n: int = 25) -> dict:
     """`KIND/worst` and `KIND/any` of n continuations of bad and of good prompts."""
     tag = GOOD if any(source.prepare for source in config.data.sources.values()) else ""
     prompts, figures = prompts_of(held_out("stdlib", "dev").texts(), each), {}
@@ -61,7 +62,7 @@ def degeneration(params, apply, config, generate, held_out, each: int = 8, n: in
 
 def arm(name: str):
     """An arm of preferences.py with these measures."""
-    return replace(preferences.arms[name], evals=(partial(degeneration, each=8, n=25),))
+    return replace(preferences.arms[name], evals=(partial(degeneration, each=24, n=25),))
 
 
 study = Study(

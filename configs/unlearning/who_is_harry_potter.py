@@ -93,8 +93,9 @@ study = Study(
     claims=(
         Claim(says="generic targets make the book less known", arm="generic", measure="book",
               above=0.05),
-        Claim(says="about as if it had never been read", arm="generic", control="never",
+        Claim(says="no more known than if it had never been read", arm="generic", control="never",
               measure="book", above=-0.1),
+        Claim(says="and no less", arm="generic", control="never", measure="book", below=0.1),
         Claim(says="the rest loses less than by ascent", arm="generic", control="ascent",
               below=0.0),
         Claim(says="and not much", arm="generic", below=0.1),
