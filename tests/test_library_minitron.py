@@ -55,8 +55,8 @@ def test_a_teacher_s_forward_pass_is_in_the_budget_of_kl_flops():
 def test_scratch_e_has_the_steps_of_both_phases_and_scratch_b_their_flops():
     arms = value.study.arms
     steps = {name: arm.phases[0].steps for name, arm in arms.items()}
-    assert steps["scratch_e"] == steps["ticket"] == minitron.wide.phases[0].steps + steps["pruned"]
-    spent = course_of(minitron.wide, given()).flops[-1] + course_of(arms["pruned"], given()).flops[-1]
+    assert steps["scratch_e"] == steps["ticket"] == value.short.phases[0].steps + steps["pruned"]
+    spent = course_of(value.short, given()).flops[-1] + course_of(arms["pruned"], given()).flops[-1]
     assert course_of(arms["scratch_b"], given()).flops[-1] == pytest.approx(spent, rel=2e-3)
 
 

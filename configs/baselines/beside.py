@@ -12,9 +12,8 @@ Here: best_fit.py's packing under a mask, meco.py's run with a cooldown, minitro
     teacher and skill_it.py's estimated graph. A strong model is cut by the size of its weights or
     blindly, since scoring by activations reads the plain forward pass. Its tables of values are cut
     with the heads, those of pairs with the stream, and its gates along the stream are scaled where
-    a plain model's gains would be. It was recorded with skill_it.py's former skills, the digits of
-    sums of longer numbers. g_stack_beside.py and active_forgetting_beside.py do the same
-    for growth and forgetting. As in minitron.py the teacher ends behind who learns from text.
+    a plain model's gains would be. g_stack_beside.py and active_forgetting_beside.py do the same
+    for growth and forgetting.
 Cost: some 40 runs, about a quarter of an hour on two CPU cores, an estimate.
 Run:
     python train.py study configs/baselines/beside.py --jobs 2

@@ -5,11 +5,12 @@ Method: set the smallest weights to zero, and retrain gains and biases alone, or
     head, or adapters of low rank. The paper regains with 0.3 % of the parameters of a language
     model what retraining all of them does.
 Here: nine tenths of the weights of each layer's matrix go, by magnitude, in a trained model, as
-    half of them cost 0.01 bits here. A tenth of its steps follow. none: nothing trains. gains, embeddings, head, all: only these. biases: gains,
-    and biases that the model did not have. lora: gains, and adapters of rank 4 to each matrix,
-    whose product is masked as the weights are (MaskLoRA), so that they can be merged. In each arm
-    what is zero stays zero. recovered: the share of what pruning lost, in bits, that an arm
-    regains of what all of them regain. Each arm has its own best rate of three.
+    half of them cost 0.01 bits here. A tenth of its steps follow. none: nothing trains. gains,
+    embeddings, head, all: only these. biases: gains, and biases that the model did not have. lora:
+    gains, and adapters of rank 4 to each matrix, whose product is masked as the weights are
+    (MaskLoRA), so that they can be merged. In each arm what is zero stays zero. recovered: the
+    share of what pruning lost, in bits, that an arm regains of what all of them regain. Each arm
+    has its own best rate of three.
 Cost: seven arms and the trained model, 46 runs, most of 5 seconds, nine minutes on two CPU cores.
 Run:
     python train.py study configs/growth/perp.py --jobs 2
