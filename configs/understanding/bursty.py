@@ -9,10 +9,11 @@ Method: a row is 8 pairs of an item and its label, and a query. Items are noisy 
     model does not.
 Here: a class is a point of 32 dimensions, an item that and noise, a label one of 16. Two layers of
     64 units. context: accuracy on new classes, two in a row, with labels drawn for the row: a half
-    is chance for who copies a label. swapped: two known classes have each other's label. weights:
-    known classes, drawn as in training, the query's not in the context: one answer to all is right
-    on .11 of zipf's, .16 of few_classes' and .08 of the others'. All rows are bursty but uniform's.
-Cost: five arms, 15 runs of half a minute, eight minutes on two CPU cores.
+    is chance for who copies a label, and what recurrent has. swapped: two known classes have each
+    other's label. weights: known classes, drawn as in training, the query's not in the context: one
+    answer to all is right on .11 of zipf's, .16 of few_classes' and .08 of the others'. All rows
+    are bursty but uniform's.
+Cost: five arms, 15 runs of half a minute, seven minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/bursty.py --jobs 2
 """

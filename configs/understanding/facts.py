@@ -4,15 +4,15 @@ Paper: How Do Large Language Models Acquire Factual Knowledge During Pretraining
     (000:57)
 Method: tell made-up facts in the midst of pre-training, and follow the log-probability of what they
     say, in the words told (memory) and in words never told (sense). Each time it rises, and then
-    falls again, as a power of the steps since: what is kept of the gain is a - b log t. The paper
-    finds that facts told again in the same words are learnt and lost faster than paraphrased ones,
-    and that large batches lose less.
+    falls: of the gain, a - b log t is kept after t steps. The paper finds that facts told again in
+    the same words are learnt and lost faster than paraphrased ones, and large batches lose less.
 Here: functions of Python's library; 16 people are born in made-up towns. In 80 of 480 steps half
     the rows tell of them. same: in one sentence. paraphrased: in five. large: in one, by batches of
     four times the rows, of which as many tell. "other" is of people never told of; that falls too,
     as made-up names are alike. So memory and sense are nats a character less those of others.
     "gain" is from before to the best after, "kept" its share at the end, "decay" is b, "r2" how
-    well the line fits. The rate is constant.
+    well the line fits. The rate is constant. large reads four times the library besides. In decay,
+    kept and sense, seeds differ by as much as arms do.
 Cost: three arms, nine runs of a minute, five minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/facts.py --jobs 2

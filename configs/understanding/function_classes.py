@@ -9,6 +9,7 @@ Here: 2 dimensions, 10 points. sparse: one of the two matters. quadratic: produc
     fourier: sines and cosines of two frequencies. mixture: linear or quadratic. ratio: squared
     error of the last answer over the exact predictor's. gap: squared distance to that predictor,
     less that to the nearest rival: one family's own ridge, or ridge on x where there is one family.
+    Who always says 0 has ratios of 2.4 (mixture) to 4.0 (sparse).
     For mixture the average itself has -0.39, and who always says 0 has -0.03: hence its bound.
 Cost: four arms, 12 runs of half a minute, six minutes on two CPU cores.
 Run:

@@ -4,13 +4,13 @@ Paper: The mechanistic basis of data dependence and abrupt learning in an in-con
     task, Reddy 2024 (003:25)
 Method: bursty rows, and the least network that can do both: two layers of attention alone, one head
     each, and a classifier. Reading forms abruptly, as an induction head: labels attend to the item
-    before them, the query to labels whose item is like it. Three nested logits have that course.
-    More classes and more burstiness make it come earlier.
+    before them, the query to labels of items like it, in the course of three nested logits. It
+    comes earlier by more classes and more burstiness.
 Here: as in bursty.py, with 1, 2 or 4 items of the query's class. new: accuracy on new classes with
     new labels in such rows; who copies any label has .54 in b4. onset: the share of the run after
-    which it is above .75. rise: that in which it goes from .6 to .9, 1 if it does not. induction:
-    the query's attention to labels of its class in the second layer. nested: the least distance of
-    the course of `new` to one of three numbers that rises.
+    which it is above .75, 1 if never, as in b1. rise: that from .6 to .9, 1 if it does not come.
+    induction: the query's attention to labels of its class in the second layer; .51 in b4 if to all
+    labels alike. nested: the least distance of `new`'s course to one of three numbers that rises.
 Cost: 12 runs of half a minute, seven minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/induction.py --jobs 2

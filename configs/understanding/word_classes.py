@@ -11,9 +11,10 @@ Here: functions of Python's library in bytes; the paper has LSTMs on nine words 
     are those of Python's tokenizer: keyword, name, number, string, operator, newline. A state is
     that at the byte before a token, in a row of 128 held-out functions; a row's first token has
     none. At most 100 of each class give the GDV. probe: accuracy of a linear map to the class, fit
-    on half of the functions, on the others. shuffled: the GDV after the last block of shuffled
-    classes.
-Cost: 6 runs, 7 minutes on two CPU cores.
+    on half of the functions, on the others. The commonest class is about .4 of the tokens. The byte
+    before a token alone gives about .74, and a network without training has .76. shuffled: the GDV
+    after the last block of shuffled classes.
+Cost: 6 runs, 3 minutes on two CPU cores.
 Run:
     python train.py study configs/understanding/word_classes.py --jobs 2
 """
