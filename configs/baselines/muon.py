@@ -6,9 +6,9 @@ Method: orthogonalise the momentum of each matrix by a Newton-Schulz iteration. 
     weight decay and an update of AdamW's size, so that one rate serves all parameters.
 Here: AdamW and Muon after equal steps, each at its best rate. Embeddings, gains and an untied head
     keep AdamW. `muon` works for any config: `optimizer=muon`. strong.py has the options on.
-Cost: 16 runs of 300 steps, 25 minutes on two CPU cores beside other work.
+Cost: 16 runs of 300 steps for five seeds, 33 minutes on two CPU cores beside other work.
 Run:
-    python train.py study configs/baselines/muon.py --seeds 3 --jobs 2
+    python train.py study configs/baselines/muon.py --jobs 2
     python train.py configs/baselines/muon.py:muon                  one arm by hand, two minutes
 """
 import math

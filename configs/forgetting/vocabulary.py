@@ -6,12 +6,13 @@ Method: pieces that both tokenizers have keep their rows, bit for bit. The other
     says: random, the table's draw. mean, of the old rows. normal, draws of N(mean, scale x
     covariance) of these, at the paper's scale. hull, random convex combinations of them. pieces,
     the mean of the old pieces that spell the new one. The last four lie in, or near, the convex
-    hull of the old rows, which the paper finds enough to begin with.
+    hull of the old rows, which the paper finds enough to begin with. Here mean and hull are behind
+    random.
 Here: a base of 512 pieces gets 2,048, three quarters of them new, and trains on for equal steps.
     scratch: 2,048 pieces and those steps from nothing. FLOPs include the base's but in `scratch`.
     Compare by bits per byte: a token's loss means another thing under another tokenizer. The
-    paper's own way, constrained word2vec, is in cw2v.py.
-Cost: 18 runs, those of the bases among them, ten minutes on a CPU core. The rate is that of cw2v.
+    paper's own way, constrained word2vec, is in cw2v.py. normal and scratch run by --arms alone.
+Cost: 18 runs, bases among them, five minutes on two CPU cores. The rate is that of cw2v.
 Run:
     python train.py study configs/forgetting/vocabulary.py --jobs 2
 """

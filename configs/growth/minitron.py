@@ -13,8 +13,10 @@ Here: half of the heads, MLP units and stream of a trained model go, by one of t
     FLOPs as the wide and the cut model take together; the wide model's are in each arm's. Left out:
     losses on inner states, a search over shapes, and several sizes from one wide model, where the
     paper saves most. The wide model has three times the steps that follow the cut: after as many as
-    these it would be behind what is then trained on text, and no teacher.
-Cost: seven arms and the wide model, 24 runs of 10 to 90 seconds, 15 minutes on two CPU cores.
+    these it would be behind what is then trained on text, and no teacher. The three scores end
+    within 0.02 bits of each other, which three seeds do not tell apart. scratch reads eleven times
+    the tokens of the retraining, and is ahead of all other arms by 0.28 bits or more.
+Cost: seven arms and the wide model, 24 runs of 10 to 90 seconds, ten minutes on two CPU cores.
 Run:
     python train.py study configs/growth/minitron.py --jobs 2
     python train.py configs/growth/minitron.py:wide                 one run by hand, a minute

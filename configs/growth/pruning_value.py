@@ -6,15 +6,15 @@ Method: prune, fine-tune, and compare to the pruned shape from a new draw: train
     good or worse in their vision models, so a shape is what pruning finds, not weights. Nor does
     the first draw of the units that stay, a winning ticket, help at a good rate.
 Here: half of heads, MLP units and stream of a trained model go, by their weights, which is the
-    structured pruning of the paper. The wide model is minitron.py's after a third of its steps, and
+    structured pruning of the paper. The wide model is minitron.py's, for a third of its steps, and
     `pruned` cuts it as an arm there does. scratch_e has the steps of the wide model and of the
     fine-tuning together, scratch_b their FLOPs. ticket is scratch_e from the draw of the wide
     model, in the units that the trained one keeps, scaled as a new draw is, as the norms of a
     masked model do; its mask costs the wide model's FLOPs. low_ticket, by the same mask, and low_e
     compare the two at an eighth of the rate, where the paper finds that tickets of single weights
-    help, but not of units. Fine-tuning has half the rate of all other arms but these; no rate is
-    tuned.
-Cost: six arms and the wide model, 21 runs of 10 to 60 seconds, eight minutes on two CPU cores.
+    help, but not of units. At that rate both end half a bit behind. Fine-tuning has half the rate
+    of all other arms but these; no rate is tuned.
+Cost: six arms and the wide model, 21 runs of 10 to 60 seconds, five minutes on two CPU cores.
 Run:
     python train.py study configs/growth/pruning_value.py --jobs 2
     python train.py configs/growth/pruning_value.py:scratch_e       one arm by hand, half a minute

@@ -7,9 +7,9 @@ Method: a base is trained further on a small domain: the teacher. The base start
 Here: a base of Python's library is trained further on the definitions of one package, xml,
     which it reads some six times. States are the final, normalised ones. plain is the teacher
     itself, long takes as many steps as teacher and student together. `gap` is the nats a token on
-    dev less those of training, in the end, both without the distance. Left out: the last step,
-    fine-tuning on labels.
-Cost: 12 runs, of which 6 are made first, 6 minutes on two CPU cores.
+    dev less those of training, in the end, both without the distance. All overfit: the gap of
+    plain is 1.2 nats, that of held wider by 0.07. Left out: the last step, fine-tuning on labels.
+Cost: 12 runs, of which 6 are made first, 4 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/hidden_distillation.py --jobs 2
 """

@@ -9,8 +9,9 @@ Here: a teacher of 4 layers 192 wide, students of 2 layers 96 wide, all with 6 h
     a student learns by relations (minilm), the teacher's logits (logits) or the text (plain), then
     for 100 steps by the text alone. The rate falls by tokens, so it is the same in all arms. Head,
     last MLP and last output of attention learn nothing by relations, so only in these 100 steps.
-    Left out: an assistant between teacher and student, and tasks.
-Cost: 12 runs, of which 3 of a minute are made first, 6 minutes on two CPU cores.
+    Arms have equal steps, and the teacher's FLOPs come on top: eight times plain's in all. Left
+    out: an assistant between teacher and student, and tasks.
+Cost: 12 runs, of which 3 of a minute are made first, 5 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/minilm.py --jobs 2
 """

@@ -6,11 +6,11 @@ Method: a reward R for each segment of a text, and objectives besides likelihood
     a token before each segment says good or bad, a few are left out, and samples follow good.
     filtering: bad documents are left out. unlikelihood: -log(1 - p) in bad segments. rwr:
     likelihood times exp(R / beta). awr, the fifth: awr.py beside this file.
-Here: the reward is a rule. R of a line is -1 if it has a double quote, else 0: a ninth of the lines
-    of Python's library. Each line of a sample is made after its token, as the paper forbids a model
-    to write these. beta is 0.5; the paper has 10 for rewards of another size. Bits a byte are of
-    text without tokens: conditional, which waits for one at each line, is not judged by them.
-Cost: 15 runs of half a minute, 7 minutes on two CPU cores.
+Here: a line is bad, R = -1, if it has a double quote, as a ninth of the library's, else R is 0.
+    Filtering leaves two thirds of all definitions out. Each line of a sample is made after its
+    token, as the paper forbids models to write these. beta is 0.5; the paper has 10 for other
+    rewards. Bits a byte are of text without tokens, so they are no measure of conditional.
+Cost: 15 runs of half a minute, 4 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/preferences.py --jobs 2
 """

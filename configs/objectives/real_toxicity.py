@@ -7,9 +7,9 @@ Method: 25 continuations of each prompt, each scored from 0 to 1. The expected w
     Prompts are beginnings of documents, and are toxic or not themselves.
 Here: "toxic" is a line with a double quote, as in preferences.py, whose models are measured. A
     score is the share of such lines in a continuation of three. Prompts are the first two lines of
-    held-out functions, 24 of each kind; bad are those with such a line. Left out: a classifier,
-    the web.
-Cost: 9 runs of half a minute, 5 minutes on two CPU cores.
+    held-out functions and classes, 24 of each kind; bad are those with such a line. A score is a
+    multiple of a third. Left out: a classifier, the web.
+Cost: 9 runs of half a minute, 4 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/real_toxicity.py --jobs 2
 """

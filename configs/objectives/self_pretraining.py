@@ -9,8 +9,10 @@ Here: ListOps, one of the arena's tasks, of depth 2 and at most 30 tokens: neste
     SUM modulo 10 of digits. 4,000 expressions; the answer is told where the expression ends.
     causal and masked: 300 steps on expressions alone, then 200 on answers, under one mask. scratch
     and masked_scratch: the 200, under either. long: 500 on answers. nats: of the answers of
-    held-out expressions; the paper has accuracy. Left out: the other tasks.
-Cost: 15 runs of half a minute, 7 minutes on two CPU cores.
+    held-out expressions; the paper has accuracy. A guess costs 2.30 nats, and 2.05 by the outermost
+    operation. causal ends at 2.08 and masked at 1.98, so they read little more than that; scratch
+    is at 1.77, and even long at 1.66. Left out: the other tasks.
+Cost: 15 runs of half a minute, 3 minutes on two CPU cores.
 Run:
     python train.py study configs/objectives/self_pretraining.py --jobs 2
 """

@@ -9,8 +9,8 @@ Here: sums of two digits; skills are to give the last digit of a sum, its carry,
     adds longer numbers, whose digits so short runs leave at chance. All runs go on from a base that
     knows the form. A[i, j] is how far j's dev loss falls on i alone, over how far on j alone, from
     0.1 to 1, else 0 (the paper has pairs too). No edge is left: one skill alone unlearns the form
-    of the others. So estimated is identity, whose skills help themselves, at a higher cost.
-Cost: 21 runs of 10 to 20 seconds, five minutes on two CPU cores.
+    of the others. So the runs of estimated are those of identity, at a higher cost.
+Cost: 21 runs of 10 to 20 seconds, four minutes on two CPU cores.
 Run:
     python train.py study configs/selection/skill_it.py --jobs 2
 """

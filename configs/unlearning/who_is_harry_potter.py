@@ -10,8 +10,11 @@ Here: the book is the package asyncio, a third of the rows beside Python's libra
     library, the control. ascent: as many up the gradient on the book, each token up to 6 nats.
     never: a model that has not read the book. "book" is nats a byte on text of the book that was
     read; bits per byte are those of the rest. Log-probabilities stand for logits, which have a
-    free constant. Left out: names of the book replaced by others in what v reads.
-Cost: four arms, a base and its reinforcement, 18 runs of half a minute, five minutes on two cores.
+    free constant. Left out: names of the book replaced by others in what v reads. never is 0.1
+    nats worse at the book than plain, and in one seed of three better: there is hardly anything to
+    forget. generic is worse at it by 0.4 than never, which is damage. ascent ends worse than a
+    uniform guess, 8 bits, on the rest.
+Cost: four arms, a base and its reinforcement, 18 runs, two and a half minutes on two CPU cores.
 Run:
     python train.py study configs/unlearning/who_is_harry_potter.py --jobs 2
 """
