@@ -41,6 +41,7 @@ HOUSE = "lib", "tools", "configs"  # whose files import one another by dotted na
 
 LOADING: list[Path] = []  # the files that `load_file` is running
 
+
 def load_file(path: str | Path) -> ModuleType:
     """Run a Python file as a module, once per process, by the name that an import gives it."""
     path = Path(path).resolve()
