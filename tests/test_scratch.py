@@ -1,6 +1,7 @@
 """On a CPU a step is not dispatched while the one before it runs: each would have its own scratch."""
 from concurrent.futures import Future
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,12 @@ import pytest
 import train
 from lib.hardware import wait_on_cpu
 from lib.timing import time_steps
+
+
+class State(NamedTuple):
+    """What a step here changes."""
+
+    step: jax.Array
 
 
 @jax.jit
@@ -24,12 +31,12 @@ def x():
 
 @pytest.fixture
 def step(x):
-    """A step of a state (x,), which must be there when the next is dispatched; `step.ready`."""
+    """A step of a `State`, which must be there when the next is dispatched; `step.ready`."""
 
     def step(state, batch, lr):
         step.ready.append(state[0].is_ready())
         made = slow(state[0])
-        return (made,), {"train/loss": made[0, 0]}
+        return State(made), {"train/loss": made[0, 0]}
 
     step.ready = []
     jax.block_until_ready(slow(x))  # compiled
@@ -46,8 +53,15 @@ def test_a_cpu_is_waited_for_and_no_other_device(x, monkeypatch):
     assert [id(one) for one in waited] == [id(x)]
 
 
+def test_what_a_program_makes_is_all_there_at_once(x):
+    several = jax.jit(lambda x: (slow(x), [x + 1, jnp.sin(x)], x[0, 0] > 0))
+    made = several(x)
+    made[2].block_until_ready()
+    assert all(one.is_ready() for one in jax.tree.leaves(made))
+
+
 def test_the_benchmark_waits_for_each_step(step, x):
-    time_steps(step, (x,), [None], None, 0.0)
+    time_steps(step, State(x), [None], None, 0.0)
     assert len(step.ready) >= 8
     assert all(step.ready)
 
@@ -58,7 +72,7 @@ def test_the_loop_waits_for_each_step(step, x, monkeypatch):
     monkeypatch.setattr(train, "compiled", lambda *_: found)
     plan = SimpleNamespace(phase_of=lambda step: 0, models=[None], edits={})
     run = SimpleNamespace(plan=plan, begun={0})
-    state, batch = (x,), SimpleNamespace(arrays=None, mask=None, lr=None)
+    state, batch = State(x), SimpleNamespace(arrays=None, mask=None, lr=None)
     for number in range(1, 5):
         state, _ = train.train_step(run, state, batch, number)
     assert len(step.ready) == 4
