@@ -2,11 +2,12 @@
 
 Paper: none; nanochat (Karpathy 2025) and records of modded-nanogpt (Jordan et al. 2024)
 Method: Muon by Polar Express with equal outputs; embeddings at twice the plain Llama's rate; norms
-    without gains, of embeddings, queries and keys too; squared ReLU; gates of heads. Tables of
-    values in each layer, gated, and of pairs of tokens cost memory and no FLOPs. Half of a key is
-    that of the token before, and its embedding is mixed in by a gate (smear). Logits are capped.
+    of embeddings, queries and keys too; squared ReLU; gates of heads. Tables of values in each
+    layer, gated, and of pairs of tokens cost memory and no FLOPs. Half of a key is that of the
+    token before, and its embedding is mixed in by a gate (smear). Logits are capped.
 Here: each part is an argument; strong_parts.py measures what each is worth. By its tables it is
-    four times as large as the plain Llama. With nanochat's residual scalars it was behind.
+    four times as large as the plain Llama. With nanochat's residual scalars it was behind, and so
+    it was with norms without gains, as nanochat has them.
 Cost: about three minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py configs/baselines/strong.py
@@ -27,7 +28,7 @@ from train import Config
 GROUP_RATES = {"embed": 2.0, "head": 2.0}  # of groups, times the plain Llama's
 
 
-def parts(config: ModelConfig, rows: dict, gains: bool = False, gated: bool = False,
+def parts(config: ModelConfig, rows: dict, gains: bool = True, gated: bool = False,
           values: bool = True, gates: bool = True, smear: bool = True, pairs: int = 16_384) -> dict:
     """`rows`. gated: a SwiGLU."""
     rows = {name: row for name, row in rows.items()
@@ -53,12 +54,10 @@ def past(x, segments):
     return jnp.concatenate([jnp.zeros_like(x[:, :1]), kept], 1)
 
 
-def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift: bool = True,
-           largest: float = 16.0):
-    """`forward`, with the parts whose rows are there. largest: the most of attention scores."""
+def strong(params, batch, mask, config: ModelConfig, normed: bool = True, shift: bool = True):
+    """`forward`, with the parts whose rows are there; a gain without a row is 1."""
     ids, before = batch["tokens"], partial(past, segments=batch["segments"])
-    sizes = dict.fromkeys(("q_norm", "k_norm"), largest**0.5 / config.head_dim**0.25)
-    ones = {name: jnp.full(row.shape, sizes.get(name, 1.0), config.dtype)
+    ones = {name: jnp.ones(row.shape, config.dtype)
             for name, row in model.plain_table(config).items() if row.init is None}
     params = ones | params
     x = model.embedded(params, batch, config)

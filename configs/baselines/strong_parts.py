@@ -5,9 +5,6 @@ Paper: Value Residual Learning For Alleviating Attention Concentration In Transf
 Method: the strong baseline, and it without each of its parts.
 Here: at equal rows, steps and rate, and FLOPs within 0.5 %; half as wide as strong.py. What is in
     it was chosen by looks at one seed, at its own width. all_parts is the plain Llama with AdamW.
-    In plain_norms gains of queries and keys begin at 1, so that attention scores begin at a third
-    of the others'. By looks at one seed that alone is worth 0.015 bits, and the gains 0.10; at the
-    size and length of strong.py both are worth 0.026: its norms should have gains.
 Cost: 42 runs of 150 steps, about ten minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/strong_parts.py --jobs 2
@@ -39,7 +36,7 @@ arms = {  # by what is left out
     "muon": replace(whole, optimizer=adamw),
     "polar_express": replace(whole, optimizer=muon),
     "group_rates": replace(whole, phases=plain.phases),
-    "plain_norms": lacks(gains=True),
+    "gains": lacks(gains=False),
     "values": lacks(values=False),
     "pairs": lacks(pairs=0),
     "head_gates": lacks(gates=False),
