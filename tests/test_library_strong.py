@@ -38,7 +38,7 @@ def whole(tiny):
 def bare(tiny):
     """The same with all parts off."""
     return replace(tiny, rows=partial(own.parts, **OFF), flops=own.flops, unroll=1,
-                   forward=partial(own.strong, normed=False, shift=False),
+                   forward=partial(own.strong, shift=False),
                    outputs=partial(own.capped, cap=0.0))
 
 
