@@ -224,10 +224,10 @@ def smaller(config: ModelConfig, asked: dict[str, int]) -> ModelConfig:
 
 
 def with_gains(params: Params, rows: dict[str, Param], factor) -> Params:
-    """Parameters with the gains along the stream multiplied by a factor."""
+    """Parameters with the gains along the stream, which begin as 1, multiplied by a factor."""
     out = dict(params)
     for name, row in rows.items():
-        if row.group == "vector" and "embed" in row.axes:
+        if row.init is None and "embed" in row.axes:
             x = out[name]
             out[name] = (x * factor).astype(x.dtype)
     return out

@@ -16,7 +16,9 @@ from lib.config import ROOT, load_file
 from lib.edits import stack
 from lib.kernels import Mask
 from lib.optim import State, first_state, places, state_like
+from lib.prune import prune
 from lib.sharding import MeshConfig, make_mesh
+from model import Model
 
 pytestmark = pytest.mark.library
 own = load_file(ROOT / "configs/baselines/strong.py")
@@ -204,6 +206,17 @@ def test_eight_devices_compute_what_one_does(whole):
     eight = losses_on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), whole)
     np.testing.assert_allclose(eight, one, rtol=1e-4)
     assert len(set(one)) == 3
+
+
+def test_channels_in_which_nothing_is_written_can_be_cut(whole):
+    """Logits stay: gains take up that the root mean square changes, and gates read what these made."""
+    params, half = dict(strong(whole)), whole.embed // 2
+    for name in ("embed", "pairs", "o", "down", "smear"):
+        params[name] = params[name].at[..., half:].set(0)
+    edited = prune(Model(whole, params), context(), embed=half)
+    assert edited.model.config.embed == half
+    found = model.apply(edited.model.params, batch_of(), edited.model.config)
+    np.testing.assert_allclose(found, model.apply(params, batch_of(), whole), atol=2e-5)
 
 
 @pytest.mark.parametrize("moments", ["reset", "map"])

@@ -11,10 +11,8 @@ Method: arms of these four studies, with strong.py's model, optimiser and rates 
 Here: best_fit.py's packing under a mask, meco.py's run with a cooldown, minitron.py's cut with a
     teacher and skill_it.py's estimated graph. A strong model is cut by the size of its weights or
     blindly, since scoring by activations reads the plain forward pass. Its tables of values are cut
-    with the heads, those of pairs with the stream, and its gates along the stream are scaled as its
-    gains are. g_stack_beside.py and active_forgetting_beside.py do the same
-    for growth and forgetting. This model learns the skills to 0.0003 nats a token under equal
-    shares, so nothing is left for a graph to help.
+    with the heads, those of pairs with the stream. g_stack_beside.py and
+    active_forgetting_beside.py do the same for growth and forgetting.
 Cost: 42 runs, 16 minutes on two CPU cores.
 Run:
     python train.py study configs/baselines/beside.py --jobs 2
