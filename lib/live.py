@@ -18,6 +18,7 @@ from typing import Any
 from lib.errors import InputError
 
 LIVE = "COPPICE_LIVE"
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX is to leave room on a GPU for the other
 
 
 def serve(ready: dict, measure: Callable[[float], dict]):
@@ -42,10 +43,15 @@ class Bench:
         return self
 
     def __exit__(self, *_):
+        self.end()
+        self.errors.close()
+
+    def end(self):
+        """Stop the process, if there is one."""
         if self.process:
             self.process.kill()
             self.process.communicate()
-        self.errors.close()
+            self.process = None
 
     def start(self):
         """Start the process, if it is to be alive and is not yet; wait until it is ready."""
@@ -57,7 +63,7 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | {LIVE: "1"},
+            env=SHARED | os.environ | {LIVE: "1"},
         )
         self.ready = self.answer()
         self.alive = "tokens_per_s" not in self.ready

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +57,9 @@ def test_a_tiny_suite_measures_all_stages_and_records_what_it_measured(tmp_path)
     assert len(rows("peer")) == len(rows("trace")) == 2
     assert all(row["top_ms"] for row in rows("trace"))
     assert rows("together")[0]["gain"] > 0
+    (again,) = rows("again")
+    assert again["same_bytes"] and again["largest_difference"] == 0.0
+    assert again["resumed_at"] in (10, 20)
 
 
 @pytest.mark.parametrize("row, said", [
@@ -94,11 +98,13 @@ def test_a_suite_that_misses_a_target_or_breaks_ends_with_1(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("thread, found", [
-    ("Stream #14", {"gemm": 3.0}),
-    ("python", {"gemm": 3.0, "wait": 5.0}),
+    ("Stream #14", {"gemm": 1.5}),
+    ("python", {"gemm": 1.5, "wait": 2.5}),
 ])
 def test_a_trace_tells_of_what_the_device_did(thread, found):
-    """Of a GPU's streams where there are any, and never of Python's functions."""
+    """A step, of the two that were traced; of a GPU's streams where there are any, and never of Python's
+    functions.
+    """
     names = [(1, thread), (2, "python")]
     events = [
         {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}}
@@ -106,7 +112,65 @@ def test_a_trace_tells_of_what_the_device_did(thread, found):
     ]
     for tid, name, dur in ((1, "gemm", 1e3), (1, "gemm", 2e3), (1, "$train.py:1 f", 9e3), (2, "wait", 5e3)):
         events.append({"ph": "X", "name": name, "pid": 0, "tid": tid, "dur": dur})
-    assert suite.longest(events) == found
+    said = suite.spent(events, 2)
+    assert said["top_ms"] == found
+    assert said["busy_ms"] == sum(found.values())
+    assert said["kinds"]["product"] == 1.5
+    assert said["launches"] == (1 if thread == "Stream #14" else 2)  # rounded from 1 and 1.5
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+    ("nvjet_hsh_128x256_64x4", "product"),
+    ("MemcpyD2D", "copy"),
+    ("loop_add_fusion_3", "fusion"),
+    ("ncclDevKernel_AllReduce", "other"),
+])
+def test_kernels_are_told_apart_by_their_names(name, kind):
+    assert suite.kind_of(name) == kind
+
+
+def test_a_peer_is_started_once_for_each_config_with_its_shape(monkeypatch):
+    started = []
+
+    class Peer:
+        def __init__(self, line):
+            self.line = line
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def start(self):
+            started.append(self.line)
+
+    monkeypatch.setattr(suite, "Bench", Peer)
+    it = suite.Suite(None, 1.0, False, "peer --compile")
+    suite.begin_peers(it, suite.TRIALS)
+    for _, start in it.peers.values():
+        start.result(timeout=20)
+    assert it.peers.keys() == {"124m", "350m", "1_3b"}
+    assert len(started) == 3
+    line = " ".join(it.peers["1_3b"][0].line)
+    assert line.startswith("peer --compile --layers 24 --dim 2048 --heads 16 ")
+    assert "--seq 1024 --batch 6 --dtype bfloat16" in line
+
+
+def test_memory_of_a_step_that_fails_is_given_back():
+    class Step:
+        def memory_analysis(self):
+            return SimpleNamespace(argument_size_in_bytes=0, temp_size_in_bytes=0)
+
+    def measure(seconds):
+        raise RuntimeError("out of memory")
+
+    forgotten = []
+    program = SimpleNamespace(step=Step(), measure=measure, forget=lambda: forgotten.append(1))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        suite.measured(program, 0.0)
+    assert forgotten == [1]
 
 
 def test_documents_are_of_about_the_length_that_is_asked_for():

@@ -55,7 +55,7 @@ from lib.optim import first_state
 from lib.sharding import make_mesh, put
 from lib.timing import WARM_UP, Times, median_ms, peak_gib, time_steps
 from model import ModelConfig, count, groups, init, losses, table
-from train import ROOT, Config, check, compile_step, load, make_step, parse, verb
+from train import ROOT, Config, bounded, check, compile_step, load, make_step, parse, verb
 
 SHORT = {f.name: f"model.{f.name}" for f in dataclasses.fields(ModelConfig)}
 SHORT |= {"batch": "phases.0.batch", "seq": "phases.0.seq"}
@@ -68,7 +68,7 @@ PROFILED = 5  # steps in a trace
 
 def program(config: Config, mesh, state, batch, lr, together: int, vary: str):
     """(the step compiled, the state it begins with), for one run or for several as one program."""
-    mask = Mask("causal", 0)
+    mask = mask_of_rows(config.model)
     if together == 1:
         return compile_step(config, config.model, mesh, state, batch, lr, mask), state
     one = make_step(config, config.model)
@@ -80,6 +80,11 @@ def program(config: Config, mesh, state, batch, lr, together: int, vary: str):
     state = jax.tree.map(lambda x: jnp.stack([x] * together), state)
     step = jax.jit(jax.vmap(masked, in_axes=(0, rows, 0)), donate_argnums=0)
     return step.lower(state, batch, lr).compile(), state
+
+
+def mask_of_rows(model: ModelConfig) -> Mask:
+    """The mask of rows that are one segment each, as a run has it."""
+    return bounded(Mask("causal", 0), 1, model)
 
 
 def random_batches(config: Config, mesh, together: int, vary: str) -> list[dict]:
@@ -245,7 +250,7 @@ def apart(config: Config, mesh, state, batch, step_ms: float, seconds: float) ->
 
     def loss(params, batch):
         extras = {"step": 0}
-        each = losses(params, batch, Mask("causal", 0), shape, config.token_loss, extras)
+        each = losses(params, batch, mask_of_rows(shape), shape, config.token_loss, extras)
         return jnp.mean(each)
 
     with jax.set_mesh(mesh):

@@ -298,8 +298,9 @@ def wanted_devices(topology: str | None, devices: int) -> list:
 
 def memory_limit(kind: str) -> int:
     """Bytes of a device that a run may take; 0 where its kind is not known."""
-    gib = hardware(kind).memory_gib
-    if kind.startswith("NVIDIA"):
+    known = hardware(kind)
+    gib = known.memory_gib
+    if known.capability > (0, 0):  # a GPU, of which JAX takes a share
         gib *= float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     return round(gib * 2**30)
 

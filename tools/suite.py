@@ -1,23 +1,25 @@
 """A GPU in some minutes: attention kernels, steps of the ready configs, a peer, one table.
 
     python train.py bench --suite gpu [--peer "python tests/peer_train.py FILE --compile"]
-        [--minutes 8] [--out suite.json] [--tiny]
+        [--minutes 8] [--out suite.json] [--stages kernels,steps] [--tiny]
 
 1 kernels: outputs and gradients of each attention that can be had here against float32 at the
 highest precision, for rows of documents, and how long they take. 2 steps: those of 124M, 350M and
 1.3B by attention, remat, layers unrolled and room for logits, compiled in threads, then timed.
 3 peer: the fastest of each in turn with a peer of the same shape, which is alive as lib/live.py
-says. 4 trace: what the fastest step of each spends its time on. 5 together: eight small runs as one
-program (`jax.vmap`) against one.
+says; peers start, and compile, while our steps do. 4 trace: what the fastest step of each spends
+its time on. 5 together: eight small runs as one program (`jax.vmap`) against one. 6 again: a small
+run that is killed and goes on, against one that is not: are their parameters the same bytes?
 
 Each result is written to --out as it comes, with device, versions, rows, documents and remat. The
 table is printed at the end whatever happened, and the last line is the whole as one JSON object.
+JAX takes memory as it is asked for here, and 60 % of the device at most, for peers live beside us.
 Exit code 1: a kernel is off by 2e-2 or more, a step is below its target (40, 50 and 55 % MFU), the
 peer is faster, or something failed. --tiny tries all of it out on a CPU, where there is no target.
 It needs neither tyro, typeguard, tensorflow-datasets nor array_record.
 """
 import collections
-import concurrent.futures
+import contextlib
 import glob
 import gzip
 import importlib.metadata
@@ -26,9 +28,12 @@ import os
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,11 +43,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data import DataConfig, Source, text
 from lib import hardware
 from lib.arguments import Arguments
+from lib.config import ROOT, to_json
 from lib.disk import write
 from lib.errors import InputError
-from lib.kernels import attention, choose
+from lib.kernels import ATTENTION, attention, choose
 from lib.live import Bench, compared, in_turn
 from lib.masks import Mask
 from lib.optim import first_state, state_like
@@ -50,16 +57,26 @@ from lib.packing import bound_on_segments
 from lib.sharding import MeshConfig, by_row, make_mesh, put
 from lib.timing import median_ms, peak_gib, time_steps
 from model import ModelConfig, count, groups
-from train import Config, Phase, compile_step, load_config, make_step
+from train import Config, Phase, compile_step, load, load_config, make_step, train
 
 TARGETS = {"124m": 0.40, "350m": 0.50, "1_3b": 0.55}  # model FLOPs of the peak
 WRONG = 2e-2  # relative error of a kernel in bfloat16 that is too much
 DOCUMENTS = 300  # tokens of one on average
-NAMES = "jax", "jaxlib", "flax", "optax"
-ATTENTIONS = "cudnn_packed", "cudnn_causal", "cudnn", "xla"
+NAMES = "jax", "jaxlib", "flax", "optax", "torch", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"
+MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".60"}
+NO_TIME = "no time was left"
+ATTENTIONS = [name for name in ATTENTION if name not in ("splash", "reference")]
 THREADS = 6  # compile at once
+TRACED = 3  # steps
+KINDS = {  # by parts of names
+    "attention": ("fmha", "sdpa", "flash", "attention"),
+    "product": ("gemm", "nvjet", "cutlass", "cublas", "wgmma", "xmma", "dot"),
+    "copy": ("memcpy", "memset", "copy"),
+    "fusion": ("fusion",),
+}
 # What a compiler, a kernel or a peer raises; the others are measured all the same.
-FAILURES = InputError, MemoryError, OSError, RuntimeError, TypeError, ValueError, KeyError
+FAILURES = (InputError, MemoryError, OSError, RuntimeError, TypeError, ValueError, KeyError,
+            AssertionError, AttributeError)
 
 
 class Rows(NamedTuple):
@@ -107,7 +124,8 @@ TRIALS = (
 )
 TINY_KERNELS = (Rows(2, 128, 2, 2, 8, 20),)
 TINY_TRIALS = (Trial("124m", "xla", "none", 2), Trial("1_3b", "reference", "all", 2, unroll=1))
-TINY = {"layers": 1, "embed": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp": 64, "vocab": 128}
+TINY = {"layers": 1, "embed": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp": 64,
+        "vocab": 128}
 
 
 class Suite:
@@ -120,6 +138,8 @@ class Suite:
         self.seconds = 0.0 if tiny else 1.5  # of a measurement
         self.rows: list[dict] = []
         self.fastest: dict[str, tuple] = {}  # by config: (tokens/s, trial, its program)
+        self.open = contextlib.ExitStack()  # what ends with the suite
+        self.peers: dict[str, tuple[Bench, Future]] = {}  # by config, with its start
 
     @property
     def left(self) -> float:
@@ -134,9 +154,13 @@ class Suite:
 
     def result(self) -> dict:
         """All that is known."""
-        versions = {name: importlib.metadata.version(name) for name in NAMES}
+        device = jax.devices()[0]
+        there = {each.metadata["Name"].lower(): each.version
+                 for each in importlib.metadata.distributions()}
+        versions = {name: there[name] for name in NAMES if name in there}
         return {
-            "device": jax.devices()[0].device_kind,
+            "device": device.device_kind,
+            "platform": device.client.platform_version.splitlines(),
             "versions": {"python": sys.version.split()[0], **versions},
             "load": [round(load, 2) for load in os.getloadavg()],
             "minutes": round((time.monotonic() - self.begun) / 60, 2),
@@ -238,17 +262,21 @@ def relative(found, exact) -> float:
 # ------------------------------------------------------------------------------------------- steps
 
 
+def config_of(trial: Trial, tiny: bool) -> Config:
+    """The ready config with what a trial changes."""
+    config = load_config(f"configs/baselines/llama_{trial.config}.py")
+    shape = replace(config.model, attention=trial.attention, remat=trial.remat,
+                    unroll=trial.unroll, logits_mib=trial.logits_mib, **(TINY if tiny else {}))
+    phase = replace(config.phases[0], batch=trial.rows, seq=32 if tiny else 1024, accumulate=1)
+    return replace(config, model=shape, phases=(phase,), mesh=MeshConfig())
+
+
 class Program:
     """The step of a trial, compiled; state and batch are made when it is timed, and not kept."""
 
     def __init__(self, trial: Trial, tiny: bool):
-        config = load_config(f"configs/baselines/llama_{trial.config}.py")
-        shape = replace(config.model, attention=trial.attention, remat=trial.remat,
-                        unroll=trial.unroll, logits_mib=trial.logits_mib, **(TINY if tiny else {}))
-        self.length = 32 if tiny else 1024
-        phase = replace(config.phases[0], batch=trial.rows, seq=self.length, accumulate=1)
-        self.trial, self.rows = trial, trial.rows
-        self.config = replace(config, model=shape, phases=(phase,), mesh=MeshConfig())
+        self.trial, self.rows, self.config = trial, trial.rows, config_of(trial, tiny)
+        shape, self.length = self.config.model, self.config.phases[0].seq
         self.mesh = make_mesh(self.config.mesh, jax.devices()[:1])
         self.lr = {group: np.float32(1e-4) for group in groups(shape)}
         batch = self.batch()
@@ -279,12 +307,24 @@ class Program:
             "source": np.zeros_like(segments),
         }
 
+    def begin(self):
+        """Make a state and a batch, unless they are there."""
+        if self.state is None:
+            optimizer, key = self.config.optimizer, jax.random.key(0)
+            self.state = first_state(self.config.model, optimizer, self.mesh, key)
+            self.arrays = put(self.batch(), self.mesh)
+
+    def run(self, steps: int):
+        """Take so many steps, and wait for them."""
+        self.begin()
+        for _ in range(steps):
+            self.state, _ = self.step(self.state, self.arrays, self.lr)
+        jax.block_until_ready(self.state)
+
     def measure(self, seconds: float) -> dict:
         """Time steps for so long, going on from the last ones."""
+        self.begin()
         shape = self.config.model
-        if self.state is None:
-            self.state = first_state(shape, self.config.optimizer, self.mesh, jax.random.key(0))
-            self.arrays = put(self.batch(), self.mesh)
         given = self.step, self.state, [self.arrays], self.lr
         self.state, times = time_steps(*given, seconds, 1)
         ms = 1e3 * statistics.median(times.steps)
@@ -302,20 +342,21 @@ class Program:
 def steps(suite: Suite):
     """Stage 2."""
     trials = TINY_TRIALS if suite.tiny else TRIALS
-    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    pool = ThreadPoolExecutor(THREADS)
+    begin_peers(suite, trials)
     jobs = {trial: pool.submit(Program, trial, suite.tiny) for trial in trials}
+    starts = [start for _, start in suite.peers.values()]
     half = max(1.0, suite.left / 2)
-    concurrent.futures.wait(jobs.values(), timeout=half)  # nothing is timed while one compiles
+    wait([*jobs.values(), *starts], timeout=half)  # nothing is timed while something compiles
     for trial, job in jobs.items():
         kept = trial._asdict() | {"what": f"{trial.config} {trial.attention} {trial.remat}"}
+        if suite.left < 0:
+            suite.add("steps", **kept, failed=NO_TIME)
+            continue
         try:
             program = job.result(timeout=0)
-            memory = program.step.memory_analysis()
-            held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-            found = program.measure(suite.seconds)
-            program.forget()
-            suite.add("steps", **kept, **found, compile_s=program.compile_s,
-                      memory_gib=round(held / 2**30, 2), params=count(program.config.model))
+            found = measured(program, suite.seconds)
+            suite.add("steps", **kept, **found)
         except FAILURES as error:  # out of memory, or not compiled in time: others are measured
             suite.add("steps", **kept, failed=repr(error)[:200])
             continue
@@ -325,64 +366,123 @@ def steps(suite: Suite):
     pool.shutdown(wait=False, cancel_futures=True)
 
 
+def measured(program: Program, seconds: float) -> dict:
+    """What is known of a trial's step in the end; its memory is given back, also where it fails."""
+    memory = program.step.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    try:
+        found = program.measure(seconds)
+    finally:
+        program.forget()
+    params = count(program.config.model)
+    return found | {"compile_s": program.compile_s, "memory_gib": round(held / 2**30, 2),
+                    "params": params}
+
+
 # -------------------------------------------------------------------------------- peer, trace, vmap
+
+
+def begin_peers(suite: Suite, trials: Sequence[Trial]):
+    """Start a peer of each config's shape and rows; it compiles while our steps do."""
+    pool = ThreadPoolExecutor(len(TARGETS))
+    for trial in trials:
+        if suite.peer and trial.config not in suite.peers:
+            other = suite.open.enter_context(Bench(peer_line(suite.peer, trial, suite.tiny)))
+            suite.peers[trial.config] = other, pool.submit(other.start)
+    pool.shutdown(wait=False)
+
+
+def peer_line(command: str, trial: Trial, tiny: bool) -> list[str]:
+    """A peer's command with the shape and the rows of a trial."""
+    config = config_of(trial, tiny)
+    shape = config.model
+    given = {"layers": shape.layers, "dim": shape.embed, "heads": shape.heads,
+             "kv-heads": shape.kv_heads, "mlp": shape.mlp, "vocab": shape.vocab,
+             "seq": config.phases[0].seq, "batch": trial.rows, "dtype": shape.dtype}
+    line = shlex.split(command)
+    for flag, value in given.items():
+        line += [f"--{flag}", str(value)]
+    return [*line, "--tied"] if shape.tied else line
 
 
 def peer(suite: Suite):
     """Stage 3."""
-    if not suite.peer:
-        return
     for name, (_, trial, program) in suite.fastest.items():
-        shape = program.config.model
-        given = {"layers": shape.layers, "dim": shape.embed, "heads": shape.heads,
-                 "kv-heads": shape.kv_heads, "mlp": shape.mlp, "vocab": shape.vocab,
-                 "seq": program.length, "batch": trial.rows, "dtype": shape.dtype}
-        line = shlex.split(suite.peer)
-        for flag, value in given.items():
-            line += [f"--{flag}", str(value)]
-        if shape.tied:
-            line.append("--tied")
+        if name not in suite.peers:  # none was asked for
+            continue
         what = {"what": f"{name} against a peer", "attention": trial.attention,
                 "remat": trial.remat, "batch": trial.rows, "documents": trial.documents}
+        other, start = suite.peers[name]
+        if suite.left < 0 or not start.done():
+            suite.add("peer", **what, failed=NO_TIME)
+            continue
         try:
-            with Bench(line) as other:
-                other.start()
-                rounds = in_turn(program.measure, other.measure, 3, suite.seconds)
-                suite.add("peer", **what, **compared(rounds),
-                          against_compile_s=other.ready.get("compile_s"))
+            start.result()
+            rounds = in_turn(program.measure, other.measure, 3, suite.seconds)
+            suite.add("peer", **what, **compared(rounds),
+                      against_compile_s=other.ready.get("compile_s"))
         except FAILURES as error:  # a peer that dies leaves the other stages
             suite.add("peer", **what, failed=repr(error)[:300])
-        program.forget()
+        finally:
+            program.forget()
+            other.end()
 
 
 def trace(suite: Suite):
     """Stage 4."""
     for name, (_, _, program) in suite.fastest.items():
-        program.measure(0.0)
+        if suite.left < 0:
+            suite.add("trace", what=name, failed=NO_TIME)
+            continue
+        program.run(2)
         with tempfile.TemporaryDirectory() as place:
             with jax.profiler.trace(place, create_perfetto_trace=True):
-                program.measure(0.0)
+                program.run(TRACED)
             program.forget()
             (file,) = glob.glob(f"{place}/**/perfetto_trace.json.gz", recursive=True)
             events = json.loads(gzip.open(file).read())["traceEvents"]
-        suite.add("trace", what=name, top_ms=longest(events))
+        suite.add("trace", what=name, **spent(events, TRACED))
 
 
-def longest(events: list[dict], most: int = 15) -> dict[str, float]:
-    """{name: milliseconds} of what took longest in a trace, Python's functions not among it.
+def spent(events: list[dict], steps: int) -> dict:
+    """What a step of a trace of so many spends its time on, in milliseconds; see `on_device`.
 
-    On a GPU it is of the streams alone.
+    busy_ms: all together. launches: how many. kinds: by what they seem to be. top_ms: what took
+    longest, by name.
     """
+    names, kinds, launches = collections.Counter(), collections.Counter(), 0
+    for event in on_device(events):
+        ms = event["dur"] / 1e3 / steps
+        names[event["name"][:80]] += ms
+        kinds[kind_of(event["name"])] += ms
+        launches += 1 / steps
+    return {"busy_ms": round(names.total(), 3), "launches": round(launches),
+            "kinds": rounded(kinds.most_common()), "top_ms": rounded(names.most_common(15))}
+
+
+def rounded(pairs: list[tuple[str, float]]) -> dict[str, float]:
+    """Milliseconds by name."""
+    return {name: round(ms, 3) for name, ms in pairs}
+
+
+def kind_of(name: str) -> str:
+    """What a kernel of this name does, as far as the name tells."""
+    for kind, words in KINDS.items():
+        if any(word in name.lower() for word in words):
+            return kind
+    return "other"
+
+
+def on_device(events: list[dict]) -> Iterator[dict]:
+    """What took time in a trace, Python's functions not among it; on a GPU of the streams alone."""
     names = {(e["pid"], e.get("tid")): e["args"].get("name", "")
              for e in events if e.get("name") == "thread_name"}
-    total = collections.Counter()
     on_gpu = any(name.startswith("Stream") for name in names.values())
     for event in events:
         thread = names.get((event.get("pid"), event.get("tid")), "")
         timed = event.get("ph") == "X" and not event["name"].startswith("$")
         if timed and (not on_gpu or thread.startswith("Stream")):
-            total[event["name"][:80]] += event["dur"] / 1e3
-    return {name: round(ms, 3) for name, ms in total.most_common(most)}
+            yield event
 
 
 def together(suite: Suite):
@@ -401,7 +501,7 @@ def together(suite: Suite):
 def of_runs(config: Config, runs: int, seconds: float) -> float:
     """Tokens a second of so many runs as one program."""
     shape, phase = config.model, config.phases[0]
-    one = partial(make_step(config, shape), mask=Mask("causal", 0))
+    one = partial(make_step(config, shape), mask=Mask("causal", 0, 1))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state = first_state(shape, config.optimizer, mesh, jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -417,10 +517,72 @@ def of_runs(config: Config, runs: int, seconds: float) -> float:
     return runs * phase.batch * phase.seq / statistics.median(times.steps)
 
 
+# --------------------------------------------------------------------------- the same bytes again
+
+
+def dying(run, start: int, at: int = 0) -> Callable[[dict], None]:
+    """A tracker under which a run is killed after the row of a step, unless it was resumed."""
+
+    def send(row: dict):
+        if row["step"] == at and not start:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return send
+
+
+def small_run(place: Path, at: int, tiny: bool) -> Config:
+    """A run of seconds, that is killed after so many steps; 0: that is not."""
+    words = place / "words.txt"
+    words.write_text("".join(f"{i} {i * i}\n" for i in range(20_000)))
+    width = 32 if tiny else 256
+    shape = ModelConfig(layers=2, embed=width, heads=2, kv_heads=2, head_dim=width // 4, mlp=width,
+                        dtype="float32" if tiny else "bfloat16")
+    data = DataConfig(sources={"words": Source(partial(text, path=str(words), separator="\n"))},
+                      tokenizer="bytes", dev=0.01, test=0.01)
+    return Config(name=f"killed_at_{at}", runs=str(place), model=shape, data=data,
+                  phases=(Phase(steps=40, batch=8, seq=64 if tiny else 256),), save_every=10,
+                  eval_every=40, eval_tokens=500, overlap=0, prompts=(),
+                  tracker=partial(dying, at=at))
+
+
+def again(suite: Suite):
+    """Stage 6."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        whole, killed = (small_run(place, at, suite.tiny) for at in (0, 25))
+        train(whole)
+        file = place / "killed.json"
+        write(file, json.dumps(to_json(killed)))
+        subprocess.run([sys.executable, "train.py", str(file), "--trust"], cwd=ROOT, timeout=300)
+        resumed_at = max(map(int, checkpoints_of(place / killed.name)))
+        train(killed)
+        one, other = (load(str(place / run.name))[0] for run in (whole, killed))
+        differ = {name: float(jnp.max(jnp.abs(one[name] - other[name]))) for name in one}
+    suite.add("again", what="a run that was killed, against one that was not",
+              resumed_at=resumed_at, same_bytes=not any(differ.values()),
+              largest_difference=max(differ.values()))
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    """The steps of the checkpoints that a run has."""
+    return [each.name for each in (run / "checkpoints").iterdir() if each.name.isdigit()]
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
-STAGES = {each.__name__: each for each in (kernels, steps, peer, trace, together)}
+STAGES = {each.__name__: each for each in (kernels, steps, peer, trace, together, again)}
+
+
+def attempt(suite: Suite, name: str):
+    """A stage, where there is time; the table comes whatever happened."""
+    if suite.left < 0:
+        suite.add(name, what="a stage", failed=NO_TIME)
+        return
+    try:
+        STAGES[name](suite)
+    except FAILURES as error:
+        suite.add(name, what="a stage", failed=repr(error)[:300])
 
 
 def main(arguments: list[str]) -> int:
@@ -437,20 +599,17 @@ def main(arguments: list[str]) -> int:
     unknown = [name for name in wanted if name not in STAGES]
     if unknown:
         parser.error(f"--stages has {', '.join(unknown)}; allowed are {', '.join(STAGES)}")
+    for name, value in MEMORY.items():
+        os.environ.setdefault(name, value)
     platform = jax.devices()[0].platform
     if platform != "gpu" and not a.tiny:
         raise InputError(f"bench: --suite gpu on a {platform}; allowed is a GPU, or --tiny")
     suite = Suite(a.out, a.minutes, a.tiny, a.peer)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so the table is printed
     try:
-        for name in wanted:
-            if suite.left < 0:
-                suite.add(name, what="a stage", failed="no time was left")
-                continue
-            try:
-                STAGES[name](suite)
-            except FAILURES as error:  # the table comes whatever happened
-                suite.add(name, what="a stage", failed=repr(error)[:300])
+        with suite.open:
+            for name in wanted:
+                attempt(suite, name)
     finally:
         found = suite.result()
         write(a.out, json.dumps(found, indent=1))
