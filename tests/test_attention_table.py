@@ -1,6 +1,8 @@
 """Which attention is chosen where, and the offsets that cuDNN's packed layout is told of."""
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import model
 import train
 from data import Batch
 from lib import flash, kernels
+from lib.config import ROOT, load_file
 from lib.hardware import capability, hardware
 from lib.kernels import ATTENTION, choose, counts_segments, settled
 from lib.masks import Mask
 from lib.packing import BOUNDS, bound_on_segments
-from model import rematerialised
+from model import ModelConfig, rematerialised
 
 CAUSAL, PREFIX, BOTH = (Mask(kind, 0) for kind in ("causal", "prefix", "bidirectional"))
 CPU, TPU = ("cpu", (0, 0)), ("tpu", (0, 0))
@@ -49,6 +53,26 @@ def causal(segments: int) -> Mask:
 ])
 def test_auto_takes_the_fastest_that_honours_the_mask(mask, device, dtype, head_dim, chosen):
     assert choose("auto", mask, 256, head_dim, dtype, device) == chosen
+
+
+def test_a_config_may_ask_for_each_of_them_by_name():
+    asked = get_type_hints(ModelConfig)["attention"]
+    assert set(get_args(asked)) == {"auto", *ATTENTION}
+
+
+def test_bench_attends_as_a_run_of_rows_without_documents_does(tiny):
+    """Else it would time the kernel that reads a mask."""
+    bench = load_file(ROOT / "tools/bench.py")
+    assert bench.mask_of_rows(tiny) == causal(1)
+    assert bench.mask_of_rows(replace(tiny, forward=partial(model.llama))) == causal(0)
+
+
+def test_jax_has_what_fit_puts_another_in_the_place_of():
+    """Without one of them, `fit` would compile for no GPU, or ask this machine's devices."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    for name in "check_compute_capability", "is_cuda_compute_capability_equal", "check_cudnn_version":
+        assert callable(getattr(cudnn, name))
 
 
 def test_rows_of_odd_length_are_not_cudnn_s():

@@ -519,6 +519,14 @@ def test_fit_s_mistakes_are_one_sentence(place, monkeypatch, tmp_path, arguments
         train.verb("fit", [str(place.config), *arguments.split()])
 
 
+@pytest.mark.parametrize("kind, gib", [
+    ("NVIDIA H100 80GB HBM3", 60), ("Tesla T4", 12), ("TPU v5 lite", 16), ("TPU v9", 0),
+])
+def test_jax_takes_three_quarters_of_a_gpu_and_all_of_a_tpu(kind, gib, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert fit.memory_limit(kind) == gib * 2**30
+
+
 CACHE = Path.home() / ".cache/coppice"
 LIBTPU = Path(os.environ.get("TPU_LIBRARY_PATH") or CACHE / "libtpu/libtpu/libtpu.so")
 PLUGIN = Path(os.environ.get("CUDA_PLUGIN_PATH") or CACHE / "cuda")
