@@ -91,7 +91,13 @@ def here() -> tuple[str, tuple[int, int]]:
     return device.platform, capability(device.device_kind)
 
 
-def settled(implementation: str, mask: Mask, length: int, head_dim: int, dtype) -> Mask:
+def settled(
+    implementation: str,
+    mask: Mask,
+    length: int,
+    head_dim: int,
+    dtype,
+) -> Mask:
     """The mask, with its bound on segments only where what is chosen depends on it.
 
     A step is compiled once for each mask.
