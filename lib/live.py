@@ -75,8 +75,7 @@ class Bench:
             self.process.stdin.write(f"{seconds}\n")
             self.process.stdin.flush()
             return self.answer()
-        self.process.communicate()
-        self.process = None
+        self.end()
         return self.ready
 
     def answer(self) -> dict:

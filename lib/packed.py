@@ -37,4 +37,7 @@ def figures(metrics: Packed | Mapping) -> dict[str, float]:
         found = jax.device_get(metrics.values)
         return dict(zip(metrics.names, found.tolist(), strict=True))
     found = jax.device_get(dict(metrics))
-    return {name: float(value) for name, value in found.items()}
+    return {
+        name: float(value)
+        for name, value in found.items()
+    }

@@ -38,10 +38,8 @@ def time_steps(
         state, _ = step(state, batches[0], lr)
         wait_on_cpu(state)
     jax.block_until_ready(state)
-    times = []
-    count = 0
-    busy = 0.0
-    last = None
+    times, last = [], None
+    count, busy = 0, 0.0
     begun = now = time.perf_counter()
     while now - begun < seconds or len(times) < 5:
         wait_on_cpu(state)
