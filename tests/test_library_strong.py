@@ -127,8 +127,37 @@ def test_all_off_is_the_plain_llama(tiny, bare):
     assert own.flops(bare, 24) == model.flops_per_token(tiny, 24)
 
 
+def test_without_gains_they_are_one(whole):
+    without = replace(whole, rows=partial(own.parts, pairs=64, gains=False))
+    params, batch = strong(whole), batch_of()
+    gains = {name for name, row in model.table(whole).items() if row.init is None}
+    assert gains == {"attn_norm", "mlp_norm", "norm", "q_norm", "k_norm"}
+    assert gains == params.keys() - model.table(without).keys()
+    ones = params | {name: jnp.ones_like(params[name]) for name in gains}
+    fewer = {name: x for name, x in params.items() if name not in gains}
+    equal(model.apply(fewer, batch, without), model.apply(ones, batch, whole))
+
+
+def test_without_a_gate_the_mlp_is_squared_relu(whole):
+    """One layer whose attention writes nothing: down(relu(up(x))²) of the normed stream is added."""
+    config = replace(whole, layers=1, rows=partial(own.parts, pairs=0, smear=False, gated=False))
+    params, batch = dict(strong(config)), batch_of()
+    assert "gate" not in params
+    params["o"] = 0 * params["o"]
+    states, _ = model.forward(params, batch, CAUSAL, config)
+    given = {name: np.asarray(x, np.float64) for name, x in params.items()}
+
+    def normed(x, gain):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * gain
+
+    x = given["embed"][np.asarray(batch["tokens"])]
+    up = normed(x, given["mlp_norm"][0]) @ given["up"][0]
+    x = x + np.maximum(up, 0) ** 2 @ given["down"][0]
+    np.testing.assert_allclose(states, normed(x, given["norm"]), rtol=1e-4, atol=1e-4)
+
+
 def test_parts_at_zero_leave_it_as_it_was(whole):
-    """Gates, scalars and tables that are drawn as zero, or whose table is zero, change nothing."""
+    """Gates and tables that are drawn as zero, or whose table is zero, change nothing."""
     off = dict.fromkeys(("values", "smear", "pairs", "gates"), False)
     without = replace(whole, rows=partial(own.parts, **off))
     params = strong(without)

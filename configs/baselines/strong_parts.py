@@ -1,7 +1,7 @@
 """Parts of strong: what is each part of the strong baseline worth?
 
 Paper: Value Residual Learning For Alleviating Attention Concentration In Transformers, Zhou et al.
-    2024 (arXiv 2410.17897), of the values; where the others are from is said in strong.py
+    2024 (arXiv 2410.17897), of the values; the others are nanochat's and modded-nanogpt's
 Method: the strong baseline, and it without each of its parts.
 Here: at equal rows, steps and rate, and FLOPs within 0.5 %; half as wide as strong.py. What is in
     it was chosen by looks at one seed or two, at its own width. all_parts is the plain Llama with
