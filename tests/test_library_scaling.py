@@ -26,13 +26,13 @@ def figures_of(law: Law, seeds: int = 3) -> dict:
 # ----------------------------------------------------------------------------------------- scaling
 
 
-def test_the_law_that_runs_follow_is_found_and_foretells_d5():
+def test_the_law_that_runs_follow_is_found_and_foretells_d8():
     found = scaling.foretold(figures_of(LAW))
     for name, value in LAW._asdict().items():
         assert found[name] == pytest.approx(value, rel=1e-5)
     assert found["exponent of the best size"] == pytest.approx(0.38 / 0.73)
-    best, each = found["best size at d5's FLOPs"], found["tokens a parameter there"]
-    flops = base.flops(scaling.study.arms["d5_720k"].model, scaling.study.arms["d5_720k"].phases[0])
+    best, each = found["best size at d8's FLOPs"], found["tokens a parameter there"]
+    flops = base.flops(scaling.study.arms["d8_720k"].model, scaling.study.arms["d8_720k"].phases[0])
     assert best == pytest.approx(LAW.best_size(flops), rel=1e-5)
     assert 6 * best * (each * best) == pytest.approx(flops)
     assert found["missed"] == pytest.approx(0, abs=1e-8)
@@ -40,9 +40,9 @@ def test_the_law_that_runs_follow_is_found_and_foretells_d5():
     assert found["less a line's"] < -0.005  # a line over FLOPs has no room for the size
 
 
-def test_d5_is_not_fitted():
+def test_d8_is_not_fitted():
     figures = figures_of(LAW)
-    figures["d5_720k"]["bpb"] *= 1.1
+    figures["d8_720k"]["bpb"] *= 1.1
     found = scaling.foretold(figures)
     assert found["a"] == pytest.approx(LAW.a, rel=1e-5)
     assert found["missed"] == pytest.approx(1 - 1 / 1.1)
@@ -61,31 +61,31 @@ def test_a_ready_config_is_measured_by_the_best_size_of_its_flops():
 def test_the_curve_of_the_best_size_is_below_every_run_and_is_the_law():
     figures = figures_of(LAW)
     found = scaling.curves(figures)
-    assert [*found] == ["d2", "d3", "d4", "d5", "d5, foretold", "best size, foretold"]
-    assert [len(x) for x, _ in found.values()] == [3, 2, 2, 1, 1, 50]
-    (flops,), (loss,) = found["d5, foretold"]
-    assert flops == figures["d5_720k"]["flops"][0]
-    assert loss == pytest.approx(figures["d5_720k"]["bpb"][0])
+    assert [*found] == ["d2", "d3", "d4", "d5", "d6", "d8", "d8, foretold", "best size, foretold"]
+    assert [len(x) for x, _ in found.values()] == [3, 2, 2, 1, 1, 1, 1, 50]
+    (flops,), (loss,) = found["d8, foretold"]
+    assert flops == figures["d8_720k"]["flops"][0]
+    assert loss == pytest.approx(figures["d8_720k"]["bpb"][0])
     across, best = found["best size, foretold"]
     size = LAW.best_size(across)
     assert best == pytest.approx(LAW.loss(size, across / 6 / size), rel=1e-6)
-    for name in ("d2", "d3", "d4", "d5"):
+    for name in ("d2", "d3", "d4", "d5", "d6", "d8"):
         x, y = found[name]
         lowest = np.interp(x, across, best)
         assert np.all(np.mean(y, 1) > lowest - 0.01)
 
 
-def test_the_arms_are_rungs_of_one_vocabulary_and_d5_is_the_largest():
+def test_the_arms_are_rungs_of_one_vocabulary_and_d8_is_the_largest():
     arms = scaling.study.arms
     assert all(config.model.vocab == 512 for config in arms.values())
     for arm, (depth, tokens) in scaling.RUNS.items():
         assert arms[arm] == base.ladder(depth, tokens, 512)
     sizes = {arm: count(config.model) for arm, config in arms.items()}
     lengths = {base.budget(config) for arm, config in arms.items() if arm.endswith("_720k")}
-    assert sizes["d5_720k"] > 1.7 * max(sizes[arm] for arm in scaling.FITTED)
+    assert sizes["d8_720k"] > 2 * max(sizes[arm] for arm in scaling.FITTED)
     assert max(lengths) < 1.01 * min(lengths)
     spent = sum(base.flops(config.model, config.phases[0]) for config in arms.values())
-    assert 3 * spent == pytest.approx(2.9e13, rel=0.03)
+    assert 3 * spent == pytest.approx(6.5e13, rel=0.03)
 
 
 # ------------------------------------------------------------------------------------------- rates
