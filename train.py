@@ -1000,7 +1000,7 @@ def train_step(run: Run, state: State, batch: Given, step: int) -> tuple[State, 
         compile_next(run, phase, shapes_of(arrays), mask)
     edited = any(step - n in run.plan.edits for n in range(1, 6))  # in the last five steps
     before = jax.tree.map(jnp.copy, state.params) if edited else None
-    wait_on_cpu(state.step)  # which is there when all that the step before made is
+    wait_on_cpu(state.step)  # which is there when all that the step before made is there
     state, metrics = update(state, arrays, batch.lr)
     if edited:
         metrics = dict(metrics) | update_ratios(before, state.params, model)

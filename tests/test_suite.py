@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import train
 from lib.config import ROOT, load_file
 from lib.errors import InputError
+from lib.masks import Mask
 
 suite = load_file(ROOT / "tools/suite.py")
 LACKED = "tyro", "typeguard", "tensorflow_datasets", "array_record"
@@ -89,6 +92,8 @@ def test_a_suite_that_misses_a_target_or_breaks_ends_with_1(tmp_path, monkeypatc
         raise ValueError("no such kernel")
 
     monkeypatch.setitem(suite.STAGES, "kernels", breaks)
+    monkeypatch.setattr(suite, "MEMORY", {})  # nor the signals of this process
+    monkeypatch.setattr(suite.signal, "signal", lambda *_: None)
     out = tmp_path / "suite.json"
     assert suite.main(["--tiny", "--stages", "kernels", "--out", str(out)]) == 1
     assert "no such kernel" in json.loads(out.read_text())["misses"][0]
@@ -158,16 +163,25 @@ def test_a_peer_is_started_once_for_each_config_with_its_shape(monkeypatch):
     assert "--seq 1024 --batch 6 --dtype bfloat16" in line
 
 
-def test_memory_of_a_step_that_fails_is_given_back():
-    class Step:
-        def memory_analysis(self):
-            return SimpleNamespace(argument_size_in_bytes=0, temp_size_in_bytes=0)
+def test_all_peers_end_with_their_stage_those_of_no_step_too():
+    ended = []
+    it = suite.Suite(None, 1.0, True, "peer")
+    for name in "124m", "350m":
+        it.peers[name] = SimpleNamespace(end=partial(ended.append, name)), Future()
+    program = SimpleNamespace(forget=lambda: None, memory_gib=lambda: 0.0)
+    it.fastest["124m"] = 1.0, suite.TINY_TRIALS[0], program
+    it.add = lambda stage, **found: it.rows.append(found)
+    suite.peer(it)
+    assert ended == ["124m", "350m"]
+    assert "not compiled in time" in it.rows[0]["failed"]
 
+
+def test_memory_of_a_step_that_fails_is_given_back():
     def measure(seconds):
         raise RuntimeError("out of memory")
 
     forgotten = []
-    program = SimpleNamespace(step=Step(), measure=measure, forget=lambda: forgotten.append(1))
+    program = SimpleNamespace(measure=measure, forget=lambda: forgotten.append(1))
     with pytest.raises(RuntimeError, match="out of memory"):
         suite.measured(program, 0.0)
     assert forgotten == [1]
@@ -178,11 +192,15 @@ def test_documents_are_of_about_the_length_that_is_asked_for():
     segments = suite.documents(64, 1024, 100)
     assert np.all(np.diff(segments, axis=1) >= 0)
     assert 80 < segments.size / np.sum(segments.max(axis=1)) < 120
+    assert segments.max() <= 20
+    assert suite.segments_of(suite.KERNELS[0])[1] == Mask("causal", 0, 8)
+    assert suite.segments_of(suite.KERNELS[-1])[1] == Mask("causal", 0, 32)
 
 
 @pytest.mark.parametrize("words, said", [
     ([], "--suite gpu on a cpu; allowed is a GPU, or --tiny"),
     (["--tiny", "--stages", "kernels,all"], "--stages has all; allowed are kernels, steps"),
+    (["--tiny", "--stages", "peer"], "--stages is peer; allowed are peer and trace with steps before"),
 ])
 def test_what_cannot_be_measured_is_refused_in_one_sentence(words, said):
     with pytest.raises(InputError, match=said):

@@ -13,7 +13,7 @@ run that is killed and goes on, against one that is not: are their parameters th
 
 Each result is written to --out as it comes, with device, versions, rows, documents and remat. The
 table is printed at the end whatever happened, and the last line is the whole as one JSON object.
-JAX takes memory as it is asked for here, and 60 % of the device at most, for peers live beside us.
+JAX takes memory as it is asked for here, 60 % of the device at most: peers live beside us.
 Exit code 1: a kernel is off by 2e-2 or more, a step is below its target (40, 50 and 55 % MFU), the
 peer is faster, or something failed. --tiny tries all of it out on a CPU, where there is no target.
 It needs neither tyro, typeguard, tensorflow-datasets nor array_record.
@@ -22,7 +22,6 @@ import collections
 import contextlib
 import glob
 import gzip
-import importlib.metadata
 import json
 import os
 import shlex
@@ -36,7 +35,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import NamedTuple
 
 import jax
@@ -55,7 +56,7 @@ from lib.masks import Mask
 from lib.optim import first_state, state_like
 from lib.packing import bound_on_segments
 from lib.sharding import MeshConfig, by_row, make_mesh, put
-from lib.timing import median_ms, peak_gib, time_steps
+from lib.timing import median_ms, time_steps
 from model import ModelConfig, count, groups
 from train import Config, Phase, compile_step, load, load_config, make_step, train
 
@@ -69,14 +70,14 @@ ATTENTIONS = [name for name in ATTENTION if name not in ("splash", "reference")]
 THREADS = 6  # compile at once
 TRACED = 3  # steps
 KINDS = {  # by parts of names
-    "attention": ("fmha", "sdpa", "flash", "attention"),
+    "attention": ("fmha", "sdpa", "flash", "attention", "dot_do_o", "convert_dq"),
     "product": ("gemm", "nvjet", "cutlass", "cublas", "wgmma", "xmma", "dot"),
     "copy": ("memcpy", "memset", "copy"),
     "fusion": ("fusion",),
 }
 # What a compiler, a kernel or a peer raises; the others are measured all the same.
-FAILURES = (InputError, MemoryError, OSError, RuntimeError, TypeError, ValueError, KeyError,
-            AssertionError, AttributeError)
+FAILURES = (InputError, MemoryError, OSError, RuntimeError, TypeError, ValueError, LookupError,
+            ArithmeticError, AssertionError, AttributeError, ImportError, SubprocessError)
 
 
 class Rows(NamedTuple):
@@ -114,6 +115,7 @@ TRIALS = (
     *(Trial("124m", kind, remat, 32)
       for kind in ("cudnn_packed", "cudnn", "xla") for remat in ("none", "elementwise")),
     Trial("124m", "cudnn_causal", "none", 32, documents=0),
+    Trial("124m", "cudnn_packed", "none", 32, documents=100),
     Trial("124m", "cudnn_packed", "none", 32, unroll=1),
     Trial("124m", "cudnn_packed", "none", 32, logits_mib=256),
     Trial("124m", "cudnn_packed", "none", 32, logits_mib=4096),
@@ -133,6 +135,10 @@ class Suite:
 
     def __init__(self, out: Path, minutes: float, tiny: bool, peer: str):
         self.out, self.tiny, self.peer = out, tiny, peer
+        self.versions = {"python": sys.version.split()[0]}
+        for name in NAMES:
+            with contextlib.suppress(PackageNotFoundError):
+                self.versions[name] = version(name)
         self.begun = time.monotonic()
         self.end = self.begun + 60 * minutes
         self.seconds = 0.0 if tiny else 1.5  # of a measurement
@@ -155,13 +161,10 @@ class Suite:
     def result(self) -> dict:
         """All that is known."""
         device = jax.devices()[0]
-        there = {each.metadata["Name"].lower(): each.version
-                 for each in importlib.metadata.distributions()}
-        versions = {name: there[name] for name in NAMES if name in there}
         return {
             "device": device.device_kind,
             "platform": device.client.platform_version.splitlines(),
-            "versions": {"python": sys.version.split()[0], **versions},
+            "versions": self.versions,
             "load": [round(load, 2) for load in os.getloadavg()],
             "minutes": round((time.monotonic() - self.begun) / 60, 2),
             "tiny": self.tiny,
@@ -195,12 +198,16 @@ def line_of(row: dict) -> str:
 
 
 def documents(rows: int, length: int, mean: int, seed: int = 0) -> np.ndarray:
-    """Segments [rows, length] of documents of so many tokens on average; 0: of one a row."""
+    """Segments [rows, length] of documents of so many tokens on average; 0: of one a row.
+
+    A row has at most twice as many as rows have on average.
+    """
     if not mean:
         return np.ones((rows, length), np.int32)
     rng = np.random.default_rng(seed)
     begins = rng.random((rows, length)) < 1 / mean
-    return 1 + np.cumsum(begins, axis=1, dtype=np.int32)
+    segments = 1 + np.cumsum(begins, axis=1, dtype=np.int32)
+    return np.minimum(segments, max(1, 2 * length // mean))
 
 
 # ----------------------------------------------------------------------------------------- kernels
@@ -216,41 +223,86 @@ def both(name: str, mask: Mask, segments, q, k, v, d_out):
     return out, *back(d_out)
 
 
+def sizes_of(shape: Rows) -> list[tuple[int, ...]]:
+    """The shapes of q, k, v and the gradient of the output."""
+    b, t, kv, g, h, _ = shape
+    return [(b, t, kv, g, h), (b, t, kv, h), (b, t, kv, h), (b, t, kv, g, h)]
+
+
 def drawn(shape: Rows) -> list[jax.Array]:
     """Random q, k, v and gradient of the output, rounded to bfloat16."""
-    b, t, kv, g, h, _ = shape
-    sizes = (b, t, kv, g, h), (b, t, kv, h), (b, t, kv, h), (b, t, kv, g, h)
-    keys = jax.random.split(jax.random.key(b + h), 4)
+    keys = jax.random.split(jax.random.key(shape.rows + shape.head_dim), 4)
     return [jax.random.normal(key, size, jnp.bfloat16)
-            for key, size in zip(keys, sizes, strict=True)]
+            for key, size in zip(keys, sizes_of(shape), strict=True)]
+
+
+def segments_of(shape: Rows) -> tuple[np.ndarray, Mask]:
+    """(segments [rows, length], the mask with its bound on them)."""
+    segments = documents(shape.rows, shape.length, shape.documents)
+    return segments, Mask("causal", 0, bound_on_segments(segments))
+
+
+class Kernel(NamedTuple):
+    """An attention of some rows, compiled."""
+
+    forward: Callable
+    both: Callable  # with gradients
+
+
+def compiled_kernel(name: str, shape: Rows) -> Kernel:
+    """The programs of an attention in ATTENTION; in bfloat16."""
+    segments, mask = segments_of(shape)
+    given = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes_of(shape)]
+    forward = jax.jit(partial(attention, mask=mask, segments=segments, implementation=name))
+    run = jax.jit(partial(both, name, mask, segments))
+    return Kernel(forward.lower(*given[:3]).compile(), run.lower(*given).compile())
 
 
 def kernels(suite: Suite):
     """Stage 1."""
+    pool = ThreadPoolExecutor(THREADS)
+    jobs = {}
     for shape in TINY_KERNELS if suite.tiny else KERNELS:
-        segments = documents(*shape[:2], shape.documents)
-        mask = Mask("causal", 0, bound_on_segments(segments))
-        given = drawn(shape)
-        few = slice(0, 2)  # rows that are compared
-        with jax.default_matmul_precision("highest"):
-            exact = jax.jit(partial(both, "reference", mask, segments[few]))(
-                *[x[few].astype(jnp.float32) for x in given])
+        mask = segments_of(shape)[1]
         for name in ("xla",) if suite.tiny else ATTENTIONS:
-            what = f"{name} {'x'.join(map(str, shape[:5]))}"
-            found = {"what": what, "rows": shape.rows, "documents": shape.documents}
-            try:
-                if name != choose(name, mask, shape.length, shape.head_dim, "bfloat16"):
-                    continue  # it cannot honour the mask here
-                run = jax.jit(partial(both, name, mask, segments))
-                errors = [relative(x[few], y) for x, y in zip(run(*given), exact, strict=True)]
-                forward = jax.jit(partial(attention, mask=mask, segments=segments,
-                                          implementation=name))
-                suite.add("kernels", **found,
-                          errors=dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)),
-                          forward_ms=round(median_ms(suite.seconds, forward, *given[:3]), 3),
-                          both_ms=round(median_ms(suite.seconds, run, *given), 3))
-            except FAILURES as error:  # whatever a kernel raises, the others are to be measured
-                suite.add("kernels", **found, failed=repr(error)[:200])
+            if able(name, mask, shape):
+                jobs[shape, name] = pool.submit(compiled_kernel, name, shape)
+    wait(jobs.values(), timeout=suite.left / 4)  # nothing is timed while something compiles
+    for (shape, name), job in jobs.items():
+        found = {"what": f"{name} {'x'.join(map(str, shape[:5]))}", "rows": shape.rows,
+                 "documents": shape.documents}
+        try:
+            suite.add("kernels", **found, **measured_kernel(finished(job), shape, suite.seconds))
+        except FAILURES as error:  # whatever a kernel raises, the others are to be measured
+            suite.add("kernels", **found, failed=repr(error)[:200])
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def able(name: str, mask: Mask, shape: Rows) -> bool:
+    """Whether an attention honours the mask here, and no other is taken in its place."""
+    with contextlib.suppress(ValueError):  # nothing is able
+        return name == choose(name, mask, shape.length, shape.head_dim, "bfloat16")
+    return False
+
+
+def finished(job: Future):
+    """What a thread has made. Raises InputError where it is not done."""
+    if not job.done():
+        raise InputError("it was not compiled in time")
+    return job.result()
+
+
+def measured_kernel(kernel: Kernel, shape: Rows, seconds: float) -> dict:
+    """The errors of an attention, of two rows, and its milliseconds."""
+    given, few = drawn(shape), slice(0, 2)
+    segments, mask = segments_of(shape)
+    with jax.default_matmul_precision("highest"):
+        reference = jax.jit(partial(both, "reference", mask, segments[few]))
+        exact = reference(*[x[few].astype(jnp.float32) for x in given])
+    errors = [relative(x[few], y) for x, y in zip(kernel.both(*given), exact, strict=True)]
+    return {"errors": dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)),
+            "forward_ms": round(median_ms(seconds, kernel.forward, *given[:3]), 3),
+            "both_ms": round(median_ms(seconds, kernel.both, *given), 3)}
 
 
 def relative(found, exact) -> float:
@@ -332,7 +384,13 @@ class Program:
         peak = hardware.hardware(jax.devices()[0].device_kind).peak
         used = speed * shape.flops(shape, self.length) / peak if peak else None
         return {"tokens_per_s": round(speed), "step_ms": round(ms, 2), "loss": round(times.loss, 3),
-                "mfu": used and round(used, 4), "peak_gib": peak_gib()}
+                "mfu": used and round(used, 4)}
+
+    def memory_gib(self) -> float:
+        """What it holds of the device, by its compiler."""
+        memory = self.step.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        return round(held / 2**30, 2)
 
     def forget(self):
         """Give state and batch back to the device."""
@@ -354,7 +412,7 @@ def steps(suite: Suite):
             suite.add("steps", **kept, failed=NO_TIME)
             continue
         try:
-            program = job.result(timeout=0)
+            program = finished(job)
             found = measured(program, suite.seconds)
             suite.add("steps", **kept, **found)
         except FAILURES as error:  # out of memory, or not compiled in time: others are measured
@@ -368,14 +426,12 @@ def steps(suite: Suite):
 
 def measured(program: Program, seconds: float) -> dict:
     """What is known of a trial's step in the end; its memory is given back, also where it fails."""
-    memory = program.step.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     try:
         found = program.measure(seconds)
     finally:
         program.forget()
     params = count(program.config.model)
-    return found | {"compile_s": program.compile_s, "memory_gib": round(held / 2**30, 2),
+    return found | {"compile_s": program.compile_s, "memory_gib": program.memory_gib(),
                     "params": params}
 
 
@@ -411,37 +467,43 @@ def peer(suite: Suite):
         if name not in suite.peers:  # none was asked for
             continue
         what = {"what": f"{name} against a peer", "attention": trial.attention,
-                "remat": trial.remat, "batch": trial.rows, "documents": trial.documents}
+                "remat": trial.remat, "batch": trial.rows, "documents": trial.documents,
+                "memory_gib": program.memory_gib()}
         other, start = suite.peers[name]
-        if suite.left < 0 or not start.done():
-            suite.add("peer", **what, failed=NO_TIME)
-            continue
         try:
-            start.result()
+            if suite.left < 0:
+                raise InputError(NO_TIME)
+            finished(start)
             rounds = in_turn(program.measure, other.measure, 3, suite.seconds)
             suite.add("peer", **what, **compared(rounds),
                       against_compile_s=other.ready.get("compile_s"))
         except FAILURES as error:  # a peer that dies leaves the other stages
             suite.add("peer", **what, failed=repr(error)[:300])
-        finally:
-            program.forget()
-            other.end()
+        program.forget()
+    for other, _ in suite.peers.values():  # those of no step too: they hold memory
+        other.end()
 
 
 def trace(suite: Suite):
     """Stage 4."""
     for name, (_, _, program) in suite.fastest.items():
-        if suite.left < 0:
-            suite.add("trace", what=name, failed=NO_TIME)
-            continue
-        program.run(2)
-        with tempfile.TemporaryDirectory() as place:
-            with jax.profiler.trace(place, create_perfetto_trace=True):
-                program.run(TRACED)
-            program.forget()
-            (file,) = glob.glob(f"{place}/**/perfetto_trace.json.gz", recursive=True)
-            events = json.loads(gzip.open(file).read())["traceEvents"]
-        suite.add("trace", what=name, **spent(events, TRACED))
+        try:
+            if suite.left < 0:
+                raise InputError(NO_TIME)
+            suite.add("trace", what=name, **spent(traced(program), TRACED))
+        except FAILURES as error:
+            suite.add("trace", what=name, failed=repr(error)[:200])
+        program.forget()
+
+
+def traced(program: Program) -> list[dict]:
+    """The events of some steps."""
+    program.run(2)
+    with tempfile.TemporaryDirectory() as place:
+        with jax.profiler.trace(place, create_perfetto_trace=True):
+            program.run(TRACED)
+        (file,) = glob.glob(f"{place}/**/perfetto_trace.json.gz", recursive=True)
+        return json.loads(gzip.open(file).read())["traceEvents"]
 
 
 def spent(events: list[dict], steps: int) -> dict:
@@ -531,7 +593,7 @@ def dying(run, start: int, at: int = 0) -> Callable[[dict], None]:
 
 
 def small_run(place: Path, at: int, tiny: bool) -> Config:
-    """A run of seconds, that is killed after so many steps; 0: that is not."""
+    """A run of seconds. It is killed after step `at`; 0: never."""
     words = place / "words.txt"
     words.write_text("".join(f"{i} {i * i}\n" for i in range(20_000)))
     width = 32 if tiny else 256
@@ -553,7 +615,10 @@ def again(suite: Suite):
         train(whole)
         file = place / "killed.json"
         write(file, json.dumps(to_json(killed)))
-        subprocess.run([sys.executable, "train.py", str(file), "--trust"], cwd=ROOT, timeout=300)
+        line = [sys.executable, "train.py", str(file), "--trust"]
+        done = subprocess.run(line, cwd=ROOT, timeout=max(60, suite.left))
+        if done.returncode != -signal.SIGKILL:
+            raise InputError(f"a run that was to be killed ended with {done.returncode}")
         resumed_at = max(map(int, checkpoints_of(place / killed.name)))
         train(killed)
         one, other = (load(str(place / run.name))[0] for run in (whole, killed))
@@ -590,7 +655,7 @@ def main(arguments: list[str]) -> int:
     parser = Arguments("suite", __doc__)
     add = parser.add_argument
     add("--peer", default="", help="the command of a peer that is alive between rounds")
-    add("--minutes", type=float, default=8.0, help="after which no stage begins")
+    add("--minutes", type=float, default=8.0, help="after which nothing new begins")
     add("--out", type=Path, default=Path("suite.json"), help="where results are written")
     add("--stages", default=",".join(STAGES), help="some of them")
     add("--tiny", action="store_true", help="try it out on a CPU")
@@ -599,6 +664,8 @@ def main(arguments: list[str]) -> int:
     unknown = [name for name in wanted if name not in STAGES]
     if unknown:
         parser.error(f"--stages has {', '.join(unknown)}; allowed are {', '.join(STAGES)}")
+    if {"peer", "trace"} & {*wanted} and "steps" not in wanted:
+        parser.error(f"--stages is {a.stages}; allowed are peer and trace with steps before them")
     for name, value in MEMORY.items():
         os.environ.setdefault(name, value)
     platform = jax.devices()[0].platform

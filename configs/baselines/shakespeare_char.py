@@ -16,7 +16,7 @@ Cost: nine runs of 2,000 steps, a quarter of an hour on two CPU cores, an estima
 Run:
     python train.py configs/baselines/shakespeare_char.py
     ... --data.sources.shakespeare.documents.path input.txt
-    python train.py study configs/baselines/shakespeare_char.py
+    python train.py study configs/baselines/shakespeare_char.py --jobs 2
 """
 from collections.abc import Iterator
 from dataclasses import replace
