@@ -4,12 +4,12 @@ Paper: Muon: An optimizer for hidden layers in neural networks, Jordan et al. 20
     Karpathy 2025, whose recipe with its own rates had 1.579 bits per byte on such rows
 Method: from the defaults of before, AdamW and a tied table, one change after another: Muon, a head
     of its own drawn small, embeddings drawn large or learnt faster, both; then AdamW with these,
-    the plain Llama as it is now; and strong.py.
+    and with outputs of blocks that begin as 0; the plain Llama as it is now; and strong.py.
 Here: 4 layers of 128 over 1,024 pieces, 500 steps of 8 x 256, equal rows and seeds, equal FLOPs
-    within 0.5 %. The peak rate is 8e-3, half of that for the defaults of before. The plain Llama
-    has outputs drawn as 0 and rates by width besides. strong.py warms up for 40 steps, the others
-    for 100.
-Cost: 24 runs, about half an hour on two CPU cores, an estimate.
+    within 0.5 %. The peak rate is 8e-3, for the defaults of before 4e-3, and for adamw_zero_4 and
+    adamw_zero_2 what their names say, in thousandths. The plain Llama has rates by width besides.
+    strong.py warms up for 40 steps, the others for 100.
+Cost: 33 runs, 35 minutes on two CPU cores, an estimate.
 Run:
     python train.py study configs/baselines/steps_500.py --jobs 2
     python train.py study configs/baselines/steps_500.py --arms strong
@@ -21,6 +21,7 @@ from configs import base
 from configs.baselines.muon import muon
 from configs.baselines.recipe import as_before, old, redrawn
 from configs.baselines.strong import config as strong
+from lib.optim import adamw
 from lib.study import Claim, Paper, Study
 from train import Config
 
@@ -41,6 +42,12 @@ def by_muon(embed: float = read, **how) -> Config:
     return replace(plain, model=model, optimizer=partial(muon, base_width=0, **how))
 
 
+def by_adamw(peak: float) -> Config:
+    """AdamW with outputs that begin as 0, one rate for all matrices, and this peak rate."""
+    return replace(plain, optimizer=partial(adamw, base_width=0),
+                   schedule=replace(plain.schedule, peak=peak))
+
+
 before = old(replace(plain, schedule=replace(plain.schedule, peak=4e-3)))
 arms = {
     "before": before,
@@ -49,6 +56,9 @@ arms = {
     "fast_embeddings": by_muon(),
     "large_embeddings": by_muon(embed=0.8, embed_lr=1.0),
     "fast_and_large": by_muon(embed=0.8),
+    "adamw": replace(by_adamw(8e-3), model=by_muon(embed=0.8).model),
+    "adamw_zero_4": by_adamw(4e-3),
+    "adamw_zero_2": by_adamw(2e-3),
     "plain": plain,
     "strong": strong,
 }
@@ -67,6 +77,10 @@ study = Study(
         Claim(says="so are larger ones", arm="large_embeddings", control="small_head", below=-0.1),
         Claim(says="both are better than either", arm="fast_and_large", control="fast_embeddings",
               below=0.0),
+        Claim(says="AdamW with both is 0.1 and more behind Muon", arm="adamw",
+              control="fast_and_large", above=0.1),
+        Claim(says="outputs that begin as 0 bring it closer by as much", arm="adamw_zero_4",
+              control="adamw", below=-0.1),
         Claim(says="the plain Llama is 0.1 and more ahead of what it was", arm="plain", below=-0.1),
         Claim(says="Muon adds to it", arm="fast_and_large", control="plain", below=0.0),
         Claim(says="the strong model is below 1.55", arm="strong", control=None, below=1.55),
