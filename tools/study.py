@@ -42,6 +42,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from lib import equal, results
 from lib.arguments import Arguments
@@ -990,7 +991,10 @@ def draw_chart(panel, chart: dict):
     panel.set(title=chart["title"], xlabel=chart["across"], ylabel=chart["up"], xscale="log")
     if len(places) <= MARKED:
         panel.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
-        panel.minorticks_off()
+    else:
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+    panel.minorticks_off()
     finish_panel(panel)
 
 
