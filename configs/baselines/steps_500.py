@@ -42,25 +42,22 @@ def by_muon(embed: float = read, **how) -> Config:
     return replace(plain, model=model, optimizer=partial(muon, base_width=0, **how))
 
 
-def by_adamw(peak: float) -> Config:
-    """AdamW with outputs that begin as 0, one rate for all matrices, and this peak rate."""
-    return replace(plain, optimizer=partial(adamw, base_width=0),
-                   schedule=replace(plain.schedule, peak=peak))
+def at(peak: float, **changes) -> Config:
+    """The plain run with this peak rate."""
+    return replace(plain, schedule=replace(plain.schedule, peak=peak), **changes)
 
 
-before = old(replace(plain, schedule=replace(plain.schedule, peak=4e-3)))
+by_adamw = partial(at, optimizer=partial(adamw, base_width=0))  # one rate for all matrices
 arms = {
-    "before": before,
+    "before": old(at(4e-3)),
     "muon": replace(old(plain), optimizer=partial(muon, base_width=0)),
     "small_head": by_muon(embed_lr=1.0),
     "fast_embeddings": by_muon(),
     "large_embeddings": by_muon(embed=0.8, embed_lr=1.0),
     "fast_and_large": by_muon(embed=0.8),
-    "adamw": replace(by_adamw(8e-3), model=by_muon(embed=0.8).model),
-    "adamw_zero_4": by_adamw(4e-3),
-    "adamw_zero_2": by_adamw(2e-3),
-    "plain": plain,
-    "strong": strong,
+    "adamw": by_adamw(8e-3, model=by_muon(embed=0.8).model),
+    "adamw_zero_4": by_adamw(4e-3), "adamw_zero_2": by_adamw(2e-3),
+    "plain": plain, "strong": strong,
 }
 study = Study(
     question="What do the plain Llama, Muon and the strong model reach on the same rows?",
