@@ -51,8 +51,7 @@ by_adamw = partial(at, optimizer=partial(adamw, base_width=0))  # one rate for a
 arms = {
     "before": old(at(4e-3)),
     "muon": replace(old(plain), optimizer=partial(muon, base_width=0)),
-    "small_head": by_muon(embed_lr=1.0),
-    "fast_embeddings": by_muon(),
+    "small_head": by_muon(embed_lr=1.0), "fast_embeddings": by_muon(),
     "large_embeddings": by_muon(embed=0.8, embed_lr=1.0),
     "fast_and_large": by_muon(embed=0.8),
     "adamw": by_adamw(8e-3, model=by_muon(embed=0.8).model),

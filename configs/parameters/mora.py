@@ -7,9 +7,8 @@ Method: in place of LoRA's A [n r] and B [r m] a square M of side sqrt(r (n + m)
     together (eq. 9). All of it is linear, so it merges. The paper's own task is to memorise pairs
     of UUIDs: MoRA is near full training, LoRA far behind.
 Here: a model of bytes that knows such pairs from others learns 96 pairs of 8 hexadecimal digits
-    each, at rank 2; with neither it does: a guess misses .94. Accuracy is that of a value's digits,
-    each after the true ones before it. As in the paper's code the last group is filled up with the
-    first inputs, a short output repeated.
+    each, at rank 2. Of a value's digits, each after the true ones, a guess misses .94, and so do
+    both. As in the paper's code the last group is filled up with the first inputs.
 Cost: three bases of 150 steps, some fifteen runs of 200: five minutes on two CPU cores.
 Run:
     python train.py study configs/parameters/mora.py --jobs 2
