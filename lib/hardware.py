@@ -87,7 +87,7 @@ def tune_for_cpu():
       for garbage. Python is told to look less often.
     """
     gc.set_threshold(ALLOCATIONS)
-    if sys.platform == "linux" and not os.path.exists("/dev/nvidiactl"):  # whose scratch it is not
+    if sys.platform == "linux" and not os.path.exists("/dev/nvidiactl"):  # scratch is the GPU's
         tune_malloc()
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_extra_options" not in flags:

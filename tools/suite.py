@@ -47,11 +47,12 @@ import numpy as np
 from data import DataConfig, Source, text
 from lib import hardware
 from lib.arguments import Arguments
+from lib.checkpoint import find_checkpoint
 from lib.config import ROOT, to_json
 from lib.disk import write
 from lib.errors import InputError
 from lib.kernels import ATTENTION, attention, choose
-from lib.live import Bench, compared, in_turn
+from lib.live import SHARED, Bench, compared, in_turn
 from lib.masks import Mask
 from lib.optim import first_state, state_like
 from lib.packing import bound_on_segments
@@ -64,7 +65,7 @@ TARGETS = {"124m": 0.40, "350m": 0.50, "1_3b": 0.55}  # model FLOPs of the peak
 WRONG = 2e-2  # relative error of a kernel in bfloat16 that is too much
 DOCUMENTS = 300  # tokens of one on average
 NAMES = "jax", "jaxlib", "flax", "optax", "torch", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"
-MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".60"}
+MEMORY = SHARED | {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".60"}
 NO_TIME = "no time was left"
 ATTENTIONS = [name for name in ATTENTION if name not in ("splash", "reference")]
 THREADS = 6  # compile at once
@@ -512,13 +513,13 @@ def spent(events: list[dict], steps: int) -> dict:
     busy_ms: all together. launches: how many. kinds: by what they seem to be. top_ms: what took
     longest, by name.
     """
-    names, kinds, launches = collections.Counter(), collections.Counter(), 0
-    for event in on_device(events):
+    names, kinds = collections.Counter(), collections.Counter()
+    launched = [*on_device(events)]
+    for event in launched:
         ms = event["dur"] / 1e3 / steps
         names[event["name"][:80]] += ms
         kinds[kind_of(event["name"])] += ms
-        launches += 1 / steps
-    return {"busy_ms": round(names.total(), 3), "launches": round(launches),
+    return {"busy_ms": round(names.total(), 3), "launches": round(len(launched) / steps),
             "kinds": rounded(kinds.most_common()), "top_ms": rounded(names.most_common(15))}
 
 
@@ -619,18 +620,13 @@ def again(suite: Suite):
         done = subprocess.run(line, cwd=ROOT, timeout=max(60, suite.left))
         if done.returncode != -signal.SIGKILL:
             raise InputError(f"a run that was to be killed ended with {done.returncode}")
-        resumed_at = max(map(int, checkpoints_of(place / killed.name)))
+        resumed_at = find_checkpoint(str(place / killed.name))[1]
         train(killed)
         one, other = (load(str(place / run.name))[0] for run in (whole, killed))
         differ = {name: float(jnp.max(jnp.abs(one[name] - other[name]))) for name in one}
     suite.add("again", what="a run that was killed, against one that was not",
               resumed_at=resumed_at, same_bytes=not any(differ.values()),
               largest_difference=max(differ.values()))
-
-
-def checkpoints_of(run: Path) -> list[str]:
-    """The steps of the checkpoints that a run has."""
-    return [each.name for each in (run / "checkpoints").iterdir() if each.name.isdigit()]
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -1,4 +1,4 @@
-"""Scaling: do small rungs of the ladder foretell the next one, and which size is best for a budget?
+"""Scaling: do small rungs of the ladder foretell a larger one, and which size is best for a budget?
 
 Paper: Training Compute-Optimal Large Language Models, Hoffmann et al. 2022
 Method: approach 3. The law L = E + A / N^a + B / D^b of N parameters and D tokens is fitted to runs
@@ -76,7 +76,7 @@ def curves(figures: dict) -> dict:
 
 
 study = Study(
-    question="Do small rungs of the ladder foretell the next one, and which size is best?",
+    question="Do small rungs of the ladder foretell a larger one, and which size is best?",
     paper=Paper(title="Training Compute-Optimal Large Language Models", authors="Hoffmann et al.",
                 year=2022),
     arms={arm: base.ladder(depth, tokens, 512) for arm, (depth, tokens) in RUNS.items()},
