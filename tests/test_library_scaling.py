@@ -101,7 +101,7 @@ def test_rates_are_drawn_by_what_they_lose_to_the_best_one():
     """What a seed adds to every rate is no part of it."""
     figures = {}
     for size in transfer.SIZES:
-        for rate in base.RATES:
+        for rate in transfer.RATES:
             own = [bits(size, rate, seed) for seed in range(3)]
             figures[transfer.arm(size, rate)] = {"bpb": np.array(own)}
     charts = transfer.study.charts
@@ -110,8 +110,8 @@ def test_rates_are_drawn_by_what_they_lose_to_the_best_one():
         found = chart.curves(figures)
         assert [name.split(",")[0] for name in found] == [*sizes]
         for x, y in found.values():
-            assert tuple(x) == base.RATES
-            expected = np.tile([[0.03], [0.0], [0.03]], 3)
-            assert y == pytest.approx(expected, abs=1e-9)
+            assert tuple(x) == transfer.RATES
+            expected = 0.03 * np.log2(np.array(transfer.RATES) / 8e-3) ** 2
+            assert y == pytest.approx(np.tile(expected[:, None], 3), abs=1e-9)
     assert transfer.moves(figures) == pytest.approx(dict(width=1, depth=1, length=1))
     assert transfer.worst(figures) == pytest.approx(0, abs=1e-9)

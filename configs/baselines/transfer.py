@@ -1,12 +1,12 @@
 """Transfer: is one learning rate near the best at every width, depth and length of a run?
 
 Paper: Tensor Programs V, Yang et al. 2022
-Method: the plain Llama by default, over three rates: a quarter to the whole of a width of 128, two
-    to eight layers, 75 to 600 steps. The best rate of a size is that of a parabola through the
-    three losses over the logarithm of the rate.
+Method: the plain Llama by default, over five rates: a quarter to the whole of a width of 128, two
+    to eight layers, 75 to 600 steps. The best rate of a size is that of a parabola, by least
+    squares, through the five losses over the logarithm of the rate.
 Here: one length for all widths and depths, so larger models see fewer tokens a parameter. A best
-    rate outside of the three is counted as the nearest of them. study.png has the losses by rate.
-Cost: 63 runs, about twelve minutes on two CPU cores that do nothing else, an estimate.
+    rate outside of the five is counted as the nearest of them. study.png has the losses by rate.
+Cost: 105 runs, about ten minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/transfer.py --jobs 2
     python train.py study configs/baselines/transfer.py --seeds 1
@@ -20,6 +20,7 @@ from configs import base
 from lib.study import Chart, Claim, Paper, Study
 from train import Config
 
+RATES = 4e-3, 5.7e-3, 8e-3, 1.13e-2, 1.6e-2
 SIZES = {  # embed, layers, steps
     "width_32": (32, 4, 200),
     "width_64": (64, 4, 200),
@@ -38,10 +39,9 @@ GROUPS = {
 
 def run(embed: int, layers: int, steps: int, rate: float) -> Config:
     """The plain Llama of a size, for so many steps at a peak rate."""
-    phase = replace(base.small.phases[0], steps=steps, seq=256)
-    return replace(base.small, model=base.shape(layers, embed), phases=(phase,), overlap=32,
-                   schedule=replace(base.small.schedule, peak=rate, warmup=steps // 5),
-                   eval_every=steps)
+    config = replace(base.scaled(base.small, steps), model=base.shape(layers, embed),
+                     eval_every=steps)
+    return replace(config, schedule=replace(config.schedule, peak=rate))
 
 
 def arm(size: str, rate: float) -> str:
@@ -51,16 +51,16 @@ def arm(size: str, rate: float) -> str:
 
 def losses(figures: dict, size: str) -> np.ndarray:
     """Bits per byte [rates] of a size, the mean over seeds."""
-    found = [figures[arm(size, rate)]["bpb"] for rate in base.RATES]
+    found = [figures[arm(size, rate)]["bpb"] for rate in RATES]
     return np.mean(found, axis=1)
 
 
 def best_rate(losses: np.ndarray) -> float:
-    """The rate at which a parabola through the losses over log(rate) is lowest."""
-    at = np.log(base.RATES)
+    """The rate at which a parabola nearest to the losses over log(rate) is lowest."""
+    at = np.log(RATES)
     curve, slope, _ = np.polyfit(at, losses, 2)
     if curve <= 0:
-        return base.RATES[int(np.argmin(losses))]
+        return RATES[int(np.argmin(losses))]
     return float(np.exp(np.clip(-slope / (2 * curve), at[0], at[-1])))
 
 
@@ -74,11 +74,11 @@ def moves(figures: dict) -> dict[str, float]:
 
 
 def worst(figures: dict) -> float:
-    """Bits per byte that 8e-3 loses to the best of the three rates, at the size that loses most."""
+    """Bits per byte that 8e-3 loses to the best of the five rates, at the size that loses most."""
     lost = []
     for size in SIZES:
         found = losses(figures, size)
-        lost.append(found[base.RATES.index(8e-3)] - found.min())
+        lost.append(found[RATES.index(8e-3)] - found.min())
     return max(lost)
 
 
@@ -86,9 +86,9 @@ def above_best(figures: dict, sizes: tuple[str, ...]) -> dict:
     """A chart's curves: losses less the least of each size, without what a seed adds to all."""
     found = {}
     for size in sizes:
-        bits = np.array([figures[arm(size, rate)]["bpb"] for rate in base.RATES])
+        bits = np.array([figures[arm(size, rate)]["bpb"] for rate in RATES])
         least = losses(figures, size).min()
-        found[f"{size}, best {least:.3f}"] = base.RATES, bits - bits.mean(0) + bits.mean() - least
+        found[f"{size}, best {least:.3f}"] = RATES, bits - bits.mean(0) + bits.mean() - least
     return found
 
 
@@ -96,7 +96,7 @@ study = Study(
     question="Is one learning rate near the best at every width, depth and length?",
     paper=Paper(title="Tensor Programs V: Tuning Large Neural Networks via Zero-Shot "
                       "Hyperparameter Transfer", authors="Yang et al.", year=2022),
-    arms={arm(size, rate): run(*SIZES[size], rate) for size in SIZES for rate in base.RATES},
+    arms={arm(size, rate): run(*SIZES[size], rate) for size in SIZES for rate in RATES},
     control=arm("width_64", 8e-3),
     quick=base.quick({"phases.*.steps": 2}),
     conclusions={"moves": moves, "worst": worst},
