@@ -315,6 +315,7 @@ def test_a_quick_study_gives_every_arm_s_figures(path, tmp_path):
     said = go("study", str(path), "--quick", "--jobs", str(min(2, os.cpu_count())))
     result = json.loads((here / f"runs/{path.stem}-quick/study.json").read_text())
     assert [*result["arms"]] == asked(path, "--quick").arms and not result["failed"]
+    assert result["cost"]["processor_seconds"] > 1
     for name, arm in result["arms"].items():
         assert [*arm["runs"]] == ["1", "2"] and arm["flops"] > 0, name
         assert f"| {name} |" in said

@@ -185,6 +185,7 @@ def test_a_record_says_what_it_cost_and_what_made_it(record):
     assert cost["tuning_tokens"] == 8 * 400
     assert cost["flops"] == 5 * 4e6 + 3e6
     assert cost["seconds"] > 0
+    assert cost["processor_seconds"] == 0  # no process was made
     assert set(record["made_by"][0]) == {"commit", "versions", "device", "devices"}
 
 
@@ -263,7 +264,7 @@ def test_the_index_shows_a_record_s_verdicts_and_cost(recorded):
     tuning = 8 * 4e6
     teacher = 7e6  # of each run of grown
     row = f"| 1 confirmed, 1 reversed, 1 not run | {compared + tuning + teacher:.2g} FLOPs, "
-    assert f"{row}0 min, None |" in recorded.page("configs/README.md")
+    assert f"{row}0 min (0 of processors), None |" in recorded.page("configs/README.md")
 
 
 def test_the_index_has_the_chapters_in_order_and_files_that_are_no_studies(house):

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
@@ -140,10 +141,11 @@ def test_a_pipe_in_a_hugging_face_directory_is_not_waited_for(file, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', "[" * 100_000])
 def test_what_a_study_keeps_beside_its_runs_is_one_sentence_where_it_is_damaged(content, tmp_path):
     study = load_file(ROOT / "tools/study.py")
-    assert study.add_seconds(tmp_path, 2.0) == 2.0 and study.add_seconds(tmp_path, 1.0) == 3.0
-    (tmp_path / "seconds.json").write_text(content)
-    with pytest.raises(InputError, match="seconds.json is damaged .*; delete it, and the same command"):
-        study.add_seconds(tmp_path, 1.0)
+    assert study.add_spent(tmp_path, np.array([2.0, 3.0])) == [2.0, 3.0]
+    assert study.add_spent(tmp_path, np.array([1.0, 0.5])) == [3.0, 3.5]
+    (tmp_path / "spent.json").write_text(content)
+    with pytest.raises(InputError, match="spent.json is damaged .*; delete it, and the same command"):
+        study.add_spent(tmp_path, 1.0)
 
 
 # ------------------------------------------------------------------------------ Hugging Face directories

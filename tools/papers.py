@@ -223,7 +223,10 @@ def cost(record: dict | None) -> str:
     spent = record["cost"]
     devices = dict.fromkeys(by["device"] for by in record["made_by"])
     flops = spent["flops"] + spent["tuning_flops"]
-    return f"{flops:.2g} FLOPs, {spent['seconds'] / 60:.0f} min, {', '.join(map(str, devices))}"
+    took = f"{spent['seconds'] / 60:.0f} min"
+    if "processor_seconds" in spent:  # of records since December 2026
+        took += f" ({spent['processor_seconds'] / 60:.0f} of processors)"
+    return f"{flops:.2g} FLOPs, {took}, {', '.join(map(str, devices))}"
 
 
 def cell(text: str) -> str:

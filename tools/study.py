@@ -34,7 +34,6 @@ import queue
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -376,12 +375,12 @@ class Runner:
         """The figures of runs of which none is equal to another; those that fail are left out."""
         signals = signal.SIGTERM, signal.SIGINT
         before = {number: signal.signal(number, self.stop) for number in signals}
-        begun = time.monotonic()
+        begun = clock()
         try:
             with ThreadPoolExecutor(len(self.devices)) as pool:
                 found = dict(zip(jobs, pool.map(self.one, jobs), strict=True))
         finally:
-            add_seconds(self.request.directory, time.monotonic() - begun)
+            add_spent(self.request.directory, clock() - begun)
             for number, handler in before.items():
                 signal.signal(number, handler)
         return {job: figures for job, figures in found.items() if figures}
@@ -503,12 +502,25 @@ def check_claimed(request: Request, job: Job, last: dict):
                              f"{allowed_names(claim.measure, last)}")
 
 
-def add_seconds(directory: Path, seconds: float) -> float:
-    """Add to the wall time that a study's runs have taken so far, all commands together."""
-    place = directory / "seconds.json"
-    before = read_kept(place, float) if place.is_file() else 0.0
-    write(place, json.dumps(before + seconds))
-    return before + seconds
+def clock() -> np.ndarray:
+    """Seconds that have passed, and those of all processors in processes that have ended."""
+    now = os.times()
+    return np.array([now.elapsed, now.children_user + now.children_system])
+
+
+def two_numbers(found: list) -> np.ndarray:
+    """What is kept of `clock`. Raises TypeError or ValueError for anything else."""
+    passed, processors = found
+    return np.array([float(passed), float(processors)])
+
+
+def add_spent(directory: Path, seconds: np.ndarray | float) -> list[float]:
+    """Add to the seconds, see `clock`, that a study's runs took so far, all commands together."""
+    place = directory / "spent.json"
+    before = read_kept(place, two_numbers) if place.is_file() else np.zeros(2)
+    spent = list(before + seconds)
+    write(place, json.dumps(spent))
+    return spent
 
 
 def loss_of(request: Request, found: dict | None) -> float:
@@ -722,7 +734,8 @@ def cost_of(request: Request, tuned: list[dict], compared: list[dict]) -> dict[s
 
     Runs that are needed are among them, and count once here.
     """
-    cost = {"seconds": add_seconds(request.directory, 0.0)}
+    passed, processors = add_spent(request.directory, 0.0)
+    cost = {"seconds": passed, "processor_seconds": processors}
     for kind, runs in {"": compared, "tuning_": tuned}.items():
         cost[f"{kind}tokens"] = sum(run["tokens"] for run in runs)
         cost[f"{kind}flops"] = sum(run["flops"] - run["needs_flops"] for run in runs)

@@ -1,0 +1,218 @@
+"""configs/baselines/nanochat.py and nanochat_muon.py: against references written for their orientation."""
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import rows, strong
+
+import model
+import train
+from configs.baselines import nanochat_muon
+from configs.baselines.muon import COEFFICIENTS
+from lib.config import ROOT, load_file
+from lib.matrices import flat
+from lib.optim import first_state, places, state_like
+from lib.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.library
+own = load_file(ROOT / "configs/baselines/nanochat.py")
+OPTIMIZER = partial(nanochat_muon.nanochat_muon, steps=500)
+
+
+@pytest.fixture
+def whole(tiny):
+    """All parts, on the shape of `tiny`, with three layers."""
+    config = own.by_nanochat(train.Config(model=replace(tiny, tied=False, layers=3)), 1e-2)
+    return replace(config.model, unroll=1)
+
+
+def batch_of(seed=0):
+    return {name: jnp.asarray(x) for name, x in rows(seed).items()}
+
+
+# ------------------------------------------------------------------------------------------- the model
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def normed(x):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def turned(x, theta):
+    """x [t h d], rotated by position."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None, None] * theta ** (-np.arange(half) / half)
+    one, two = x[..., :half], x[..., half:]
+    return np.concatenate([one * np.cos(angle) - two * np.sin(angle),
+                           two * np.cos(angle) + one * np.sin(angle)], -1)
+
+
+def reference(params, ids, config):
+    """Final states [t d] of one row, layer by layer and head by head."""
+    p = {name: np.asarray(x, np.float64) for name, x in params.items()}
+    x = normed(p["embed"][ids])
+    gate = sigmoid(x[1:, :24] @ p["smear_gate"])[:, None]
+    x = np.concatenate([x[:1], x[1:] + p["smear"] * gate * x[:-1]])
+    first, each = x, config.heads // config.kv_heads
+    for layer in range(config.layers):
+        x = p["residual"][layer] * x + p["again"][layer] * first
+        n = normed(x)
+        q = np.einsum("td,dkgh->tkgh", n, p["q"][layer]).reshape(len(ids), config.heads, -1)
+        k, v = (np.einsum("td,dkh->tkh", n, p[name][layer]) for name in "kv")
+        if layer in (0, 2):  # every other one, so that the last has one
+            gate = 3 * sigmoid(n[:, :12] @ p["value_gates"][layer])
+            v = v + gate[..., None] * p["values"][layer // 2][ids]
+        q, k = (1.2 * normed(turned(x, 1e5)) for x in (q, k))
+        heads = []
+        for head in range(config.heads):
+            scores = q[:, head] @ k[:, head // each].T / np.sqrt(config.head_dim)
+            scores = np.where(np.tri(len(ids)), np.exp(scores), 0)
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, head // each])
+        x = x + np.concatenate(heads, -1) @ p["o"][layer].reshape(-1, config.embed)
+        x = x + np.maximum(normed(x) @ p["up"][layer], 0) ** 2 @ p["down"][layer]
+        if layer == 1:
+            middle = x
+    return normed(x - p["backout"] * middle)
+
+
+def test_it_is_what_a_loop_over_layers_and_heads_gives(whole):
+    params, ids = strong(whole), np.random.default_rng(0).integers(0, 258, 24)
+    states, _ = model.forward(params, model.whole(jnp.asarray(ids)[None]), model.CAUSAL, whole)
+    np.testing.assert_allclose(states[0], reference(params, ids, whole), rtol=1e-3, atol=1e-3)
+
+
+def test_it_begins_as_it_is_published(whole):
+    params = model.init(whole, jax.random.key(0))
+    np.testing.assert_allclose(params["residual"], [1.15, 1.10, 1.05], rtol=1e-6)
+    np.testing.assert_allclose(params["again"], [0.2, 0.125, 0.05], rtol=1e-6)
+    high = (3 / whole.embed) ** 0.5
+    for name, most in dict(q=high, v=high, values=high, up=0.4 * high).items():
+        assert 0.95 * most < np.abs(params[name]).max() < most
+        assert params[name].std() == pytest.approx(most / 3**0.5, rel=0.1)
+    for name in ("o", "down", "smear"):
+        assert not params[name].any()
+    for name in ("value_gates", "smear_gate"):
+        assert 0 <= params[name].min() < 0.01 < params[name].max() < 0.02
+    assert params["backout"] == pytest.approx(0.2)
+    assert params["embed"].std() == pytest.approx(0.8, rel=0.1)
+    assert params["head"].std() == pytest.approx(1e-3, rel=0.1)
+
+
+def test_parts_that_are_off_have_no_rows(whole):
+    more = {"residual", "again", "smear", "smear_gate", "backout"}
+    values = {"values", "value_gates"}
+    full = {*model.table(whole)}
+    assert {"gate", "norm", "q_norm"}.isdisjoint(full) and more | values < full
+    bare = replace(whole, rows=partial(own.parts, scalars=False, values=False))
+    assert {*model.table(bare)} == full - more - values
+    assert model.apply(strong(bare), batch_of(), bare).shape[-1] == bare.vocab
+
+
+def test_nothing_looks_ahead_and_segments_are_apart(whole):
+    params, batch = strong(whole), batch_of()
+    packed = model.apply(params, batch, whole)
+    for segment in (1, 2, 3):
+        where = np.flatnonzero(np.asarray(batch["segments"])[0] == segment)
+        alone = model.apply(params, batch["tokens"][:, where], whole)
+        np.testing.assert_allclose(packed[:, where], alone, atol=2e-4)
+    ids = batch["tokens"]
+    one, other = (model.apply(params, x, whole) for x in (ids, ids.at[:, 9].add(1) % 258))
+    np.testing.assert_array_equal(one[:, :9], other[:, :9])
+    assert np.all(np.abs(one - other).max(-1)[:, 9:] > 0)
+
+
+# ------------------------------------------------------------------------------------------- the optimiser
+
+
+def stepped(param, grads, decay=0.28, steps=500):
+    """Descent directions of a matrix [outputs inputs], step by step, as nanochat's optim.py says."""
+    mean = np.zeros_like(param)
+    tall = param.shape[0] >= param.shape[1]
+    size = np.zeros((len(param), 1) if tall else (1, param.shape[1]))
+    for step, grad in enumerate(grads):
+        cool = steps - round(0.65 * steps)
+        beta = 0.97 - 0.07 * (step - cool) / (steps - cool) if step >= cool else 0.97
+        beta = 0.85 + 0.12 * step / 400 if step < 400 else beta
+        mean = beta * mean + (1 - beta) * grad
+        x = (1 - beta) * grad + beta * mean
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        x = x / np.linalg.norm(x) / 1.02
+        for a, b, c in COEFFICIENTS["polar_express"]:
+            square = x @ x.T
+            x = a * x + (b * square + c * square @ square) @ x
+        x = x * min(x.shape) ** 0.5 / np.linalg.norm(x)
+        size = 0.9 * size + 0.1 * np.mean(x * x, 1 if tall else 0, keepdims=True)
+        scaled = x / np.sqrt(np.maximum(size, 1e-10))
+        x = scaled * np.linalg.norm(x) / np.linalg.norm(scaled)
+        x = x * max(1, x.shape[0] / x.shape[1]) ** 0.5
+        left = decay * (1 + np.cos(np.pi * step / steps)) / 2
+        yield x + left * param * (x * param >= 0)
+
+
+def test_matrices_move_as_its_reference_says(whole):
+    """At the first steps, in the rise of the momentum, and in its fall; `up` is taller, `down` wider."""
+    table = model.table(whole)
+    transform = jax.jit(OPTIMIZER(table)["matrix"].update)
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=row.shape), jnp.float32)
+              for name, row in table.items() if row.group == "matrix"}
+    grads = [{n: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for n, x in params.items()}
+             for _ in range(4)]
+    expected = {}
+    for name in params:
+        matrix, *slopes = (np.float64(flat(x[name], table[name])[1]).T for x in (params, *grads))
+        expected[name] = list(stepped(matrix, slopes))
+    state = OPTIMIZER(table)["matrix"].init(params)
+    for step, grad in enumerate(grads):
+        updates, state = transform(grad, state, params)
+        for name, x in updates.items():
+            found = flat(x, table[name])[1].T
+            np.testing.assert_allclose(found, expected[name][step], atol=3e-4, err_msg=name)
+    assert {"up", "down", "value_gates"} < params.keys()
+
+
+@pytest.mark.parametrize("step, expected", [(0, 0.85), (200, 0.91), (400, 0.92154), (500, 0.9)])
+def test_momentum_rises_over_400_steps_and_ends_at_0_9(step, expected):
+    assert float(nanochat_muon.momentum(step, 500)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_other_groups_have_rates_of_their_own(whole):
+    """Adam's first direction is a sign, so that an update shows its group's rate, and its decay."""
+    table, wide = model.table(whole), (whole.embed / 768) ** -0.5
+    rates = {"embed": 15 * wide, "values": 7.5 * wide, "head": 0.4 * wide, "residual": 0.25,
+             "again": 25.0, "smear": 10.0, "smear_gate": 10.0, "backout": 10.0}
+    decays = {"embed": 0.001, "values": 0.01, "head": 0.01, "residual": 0.05}
+    for name, rate in rates.items():
+        transform = OPTIMIZER(table)[table[name].group]
+        one = {name: jnp.full(table[name].shape, 2.0)}
+        update, _ = transform.update(one, transform.init(one), one)
+        np.testing.assert_allclose(update[name], rate * (1 + 2 * decays.get(name, 0.0)), rtol=1e-5)
+
+
+def losses_on(mesh, config):
+    """Losses of three steps, from parameters in which everything matters."""
+    run = train.Config(model=config, optimizer=OPTIMIZER)
+    state, found = first_state(config, OPTIMIZER, mesh, jax.random.key(0)), []
+    params = jax.device_put(strong(config), places(state_like(config, OPTIMIZER, mesh)).params)
+    state = state.replace(params=params)
+    lr = dict.fromkeys(model.groups(config), jnp.float32(1e-3))
+    batch = train.put(rows(batch=8), mesh, 8)
+    with jax.set_mesh(mesh):
+        step = jax.jit(train.make_step(run, config), static_argnames="mask")
+        for _ in range(3):
+            state, metrics = step(state, batch, lr, mask=model.CAUSAL)
+            found.append(float(metrics["train/loss"]))
+    return found
+
+
+def test_eight_devices_compute_what_one_does(whole):
+    one = losses_on(make_mesh(MeshConfig(), jax.devices()[:1]), whole)
+    eight = losses_on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), whole)
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    assert len(set(one)) == 3
