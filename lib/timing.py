@@ -1,4 +1,5 @@
 """Time steps, and what a process holds at most."""
+import itertools
 import resource
 import statistics
 import sys
@@ -38,20 +39,22 @@ def time_steps(
         state, _ = step(state, batches[0], lr)
         wait_on_cpu(state)
     jax.block_until_ready(state)
-    times, last = [], None
-    count, busy = 0, 0.0
+    times = []
+    last = None
+    busy = 0.0
     begun = now = time.perf_counter()
-    while now - begun < seconds or len(times) < 5:
+    for batch in itertools.cycle(batches):
+        if now - begun >= seconds and len(times) >= 5:
+            break
         wait_on_cpu(state)
         called = time.perf_counter()
-        state, metrics = step(state, batches[count % len(batches)], lr)
+        state, metrics = step(state, batch, lr)
         busy += time.perf_counter() - called
         if last is not None:
             jax.block_until_ready(last)
             then, now = now, time.perf_counter()
             times.append(now - then)
         last = metrics
-        count += 1
     loss = float(jnp.mean(last["train/loss"]))
     return state, Times(times, busy / (now - begun), loss)
 
