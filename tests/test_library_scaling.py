@@ -114,4 +114,9 @@ def test_rates_are_drawn_by_what_they_lose_to_the_best_one():
             expected = 0.03 * np.log2(np.array(transfer.RATES) / 8e-3) ** 2
             assert y == pytest.approx(np.tile(expected[:, None], 3), abs=1e-9)
     assert transfer.moves(figures) == pytest.approx(dict(width=1, depth=1, length=1))
-    assert transfer.worst(figures) == pytest.approx(0, abs=1e-9)
+    assert transfer.lost(figures) == pytest.approx(dict(most=0, short=0), abs=1e-9)
+    rate = transfer.RATES.index(8e-3)
+    figures[transfer.arm("short", transfer.RATES[rate])]["bpb"] += 0.2
+    figures[transfer.arm("layers_8", transfer.RATES[rate])]["bpb"] += 0.1
+    least = 0.03 * np.log2(5.7 / 8) ** 2
+    assert transfer.lost(figures) == pytest.approx(dict(most=0.1 - least, short=0.2 - least))

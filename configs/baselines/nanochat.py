@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import model
 from configs import base
 from configs.baselines.nanochat_muon import COOL, nanochat_muon
-from configs.baselines.strong import capped, flops, on, past
+from configs.baselines.strong import capped, flops, past
 from lib.kernels import lookup
-from lib.study import Claim, Study
 from model import ModelConfig, Param, plain_attend, rms_norm
 from train import Config
 

@@ -2,11 +2,13 @@
 
 Paper: Tensor Programs V, Yang et al. 2022
 Method: the plain Llama by default, over five rates: a quarter to the whole of a width of 128, two
-    to eight layers, 75 to 600 steps. The best rate of a size is that of a parabola, by least
+    to eight layers, 150 to 600 steps. The best rate of a size is that of a parabola, by least
     squares, through the five losses over the logarithm of the rate.
 Here: one length for all widths and depths, so larger models see fewer tokens a parameter. A best
-    rate outside of the five is counted as the nearest of them. study.png has the losses by rate.
-Cost: 105 runs, about ten minutes on two CPU cores that do nothing else, an estimate.
+    rate outside of the five is counted as the nearest of them. Until blocks begin to help, a run
+    knows how often pieces come, and no more; eight layers at a high rate stay there longest.
+    short: a run that ends soon after. study.png has the losses by rate.
+Cost: 120 runs, about 25 minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/transfer.py --jobs 2
     python train.py study configs/baselines/transfer.py --seeds 1
@@ -22,18 +24,19 @@ from train import Config
 
 RATES = 4e-3, 5.7e-3, 8e-3, 1.13e-2, 1.6e-2
 SIZES = {  # embed, layers, steps
-    "width_32": (32, 4, 200),
-    "width_64": (64, 4, 200),
-    "width_128": (128, 4, 200),
-    "layers_2": (64, 2, 200),
-    "layers_8": (64, 8, 200),
-    "steps_75": (64, 4, 75),
-    "steps_600": (64, 4, 600),
+    "width_32": (32, 4, 600),
+    "width_64": (64, 4, 600),
+    "width_128": (128, 4, 600),
+    "layers_2": (64, 2, 600),
+    "layers_8": (64, 8, 600),
+    "steps_150": (64, 4, 150),
+    "steps_300": (64, 4, 300),
+    "short": (64, 8, 200),
 }
 GROUPS = {
     "width": ("width_32", "width_64", "width_128"),
     "depth": ("layers_2", "width_64", "layers_8"),
-    "length": ("steps_75", "width_64", "steps_600"),
+    "length": ("steps_150", "steps_300", "width_64"),
 }
 
 
@@ -73,13 +76,12 @@ def moves(figures: dict) -> dict[str, float]:
     return found
 
 
-def worst(figures: dict) -> float:
-    """Bits per byte that 8e-3 loses to the best of the five rates, at the size that loses most."""
-    lost = []
-    for size in SIZES:
-        found = losses(figures, size)
-        lost.append(found[RATES.index(8e-3)] - found.min())
-    return max(lost)
+def lost(figures: dict) -> dict[str, float]:
+    """Bits per byte that 8e-3 loses to the best of the five rates: the most, and in a short run."""
+    found = {size: losses(figures, size) for size in SIZES}
+    lost = {size: bits[RATES.index(8e-3)] - bits.min() for size, bits in found.items()}
+    short = lost.pop("short")
+    return {"most": max(lost.values()), "short": short}
 
 
 def above_best(figures: dict, sizes: tuple[str, ...]) -> dict:
@@ -99,7 +101,7 @@ study = Study(
     arms={arm(size, rate): run(*SIZES[size], rate) for size in SIZES for rate in RATES},
     control=arm("width_64", 8e-3),
     quick=base.quick({"phases.*.steps": 2}),
-    conclusions={"moves": moves, "worst": worst},
+    conclusions={"moves": moves, "lost": lost},
     charts=[Chart(title=f"by {name}", curves=partial(above_best, sizes=sizes), across="peak rate",
                   up="bits per byte above the best rate's") for name, sizes in GROUPS.items()],
     claims=(
@@ -107,9 +109,12 @@ study = Study(
               measure="moves: width", below=2.0),
         Claim(says="over four times the depth it moves by less than 2",
               measure="moves: depth", below=2.0),
-        Claim(says="over eight times the length it moves by less than 2",
+        Claim(says="over four times the length it moves by less than 2",
               measure="moves: length", below=2.0),
-        Claim(says="8e-3 costs at most 0.02 bits per byte anywhere", measure="worst", below=0.02),
+        Claim(says="8e-3 costs at most 0.02 bits per byte at any of these sizes",
+              measure="lost: most", below=0.02),
+        Claim(says="in a short run of eight layers it costs 0.1 and more",
+              measure="lost: short", above=0.1),
     ),
     seeds=3,
 )
