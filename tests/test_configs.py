@@ -44,6 +44,11 @@ BORROWS = {
     "baselines/scaling": {"configs.baselines.llama_1_3b.config",
                           "configs.baselines.llama_350m.config"},
     "baselines/shakespeare_char": {"configs.baselines.muon.muon"},
+    "baselines/nanochat": {"configs.baselines.nanochat_muon.COOL",
+                           "configs.baselines.nanochat_muon.nanochat_muon"} | {
+        f"configs.baselines.strong.{name}" for name in ("capped", "flops", "on", "past")},
+    "baselines/nanochat_muon": {
+        f"configs.baselines.muon.{name}" for name in ("COEFFICIENTS", "orthogonal", "rms_of")},
     "baselines/strong": {"configs.baselines.muon.muon"},
     "baselines/steps_500": {"configs.baselines.muon.muon", "configs.baselines.recipe.as_before",
                             "configs.baselines.recipe.old", "configs.baselines.recipe.redrawn",

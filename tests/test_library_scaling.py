@@ -1,9 +1,11 @@
 """The studies of rates and of scaling: what they conclude and draw of figures that are made up."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from configs import base
-from configs.baselines import scaling, transfer
+from configs.baselines import decay_warmup_clip, scaling, transfer
 from lib.laws import Law
 from model import count
 
@@ -120,3 +122,23 @@ def test_rates_are_drawn_by_what_they_lose_to_the_best_one():
     figures[transfer.arm("layers_8", transfer.RATES[rate])]["bpb"] += 0.1
     least = 0.03 * np.log2(5.7 / 8) ** 2
     assert transfer.lost(figures) == pytest.approx(dict(most=0.1 - least, short=0.2 - least))
+
+
+# ------------------------------------------------------------------------------- decay, warm-up, clip
+
+
+def test_each_run_has_less_or_more_of_one_thing():
+    """Of decay, warm-up and clip, as its name says; all else is its control's."""
+    arms = decay_warmup_clip.study.arms
+    assert len(arms) == 3 * 7
+    for name, config in arms.items():
+        size, _, what = name.partition("_")
+        given = dict(no_decay=dict(optimizer=config.optimizer), more_decay=dict(optimizer=config.optimizer),
+                     short_warmup=dict(schedule=config.schedule), long_warmup=dict(schedule=config.schedule),
+                     low_clip=dict(clip=0.25), no_clip=dict(clip=0.0))
+        assert config == replace(arms[size], **given.get(what, {}))
+        assert not what or config != arms[size]
+    keywords = [arms[f"wide_{name}_decay"].optimizer.keywords for name in ("no", "more")]
+    assert keywords == [dict(weight_decay=0.0), dict(weight_decay=0.3)]
+    warmups = [arms[f"deep_{name}_warmup"].schedule.warmup for name in ("short", "long")]
+    assert warmups == [13, 80]

@@ -85,8 +85,8 @@ def matrices(
 
 
 def sizes(x):
-    """Mean squares of matrices [layers inputs outputs] along their shorter side; outputs' if square."""
-    return rms_of(x, 1 if x.shape[2] >= x.shape[1] else 2) ** 2
+    """Mean squares [l i 1] of matrices [l i o] with more inputs than outputs, of others [l 1 o]."""
+    return rms_of(x, 2 if x.shape[1] > x.shape[2] else 1) ** 2
 
 
 config = replace(base.small, optimizer=partial(nanochat_muon, steps=base.small.phases[0].steps),

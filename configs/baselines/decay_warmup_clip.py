@@ -1,0 +1,49 @@
+"""Decay, warm-up, clip: are the default values near the best at two widths and two depths?
+
+Paper: Decoupled Weight Decay Regularization, Loshchilov & Hutter 2019
+Method: the plain Llama by default, and with less or more of one thing: no weight decay or thrice as
+    much; a third of the warm-up or twice as much; gradients clipped at a quarter or not at all.
+Here: four layers of 64 and of 128, and eight of 64, in base.small's own steps. The defaults are
+    0.1, 40 of 300 steps, and a norm of 1. All arms have the default rate.
+Cost: 63 runs, about ten minutes on two CPU cores that do nothing else, an estimate.
+Run:
+    python train.py study configs/baselines/decay_warmup_clip.py --jobs 2
+    python train.py study configs/baselines/decay_warmup_clip.py --seeds 1
+"""
+from dataclasses import replace
+from functools import partial
+
+from configs import base
+from lib.optim import adamw
+from lib.study import Claim, Paper, Study
+from train import Config
+
+SIZES = {"narrow": (4, 64), "wide": (4, 128), "deep": (8, 64)}  # layers, embed
+
+
+def changed(config: Config) -> dict[str, Config]:
+    """The runs that have less or more of one thing."""
+    warmup = config.schedule.warmup
+    return {
+        "no_decay": replace(config, optimizer=partial(adamw, weight_decay=0.0)),
+        "more_decay": replace(config, optimizer=partial(adamw, weight_decay=0.3)),
+        "short_warmup": replace(config, schedule=replace(config.schedule, warmup=warmup // 3)),
+        "long_warmup": replace(config, schedule=replace(config.schedule, warmup=2 * warmup)),
+        "low_clip": replace(config, clip=0.25),
+        "no_clip": replace(config, clip=0.0),
+    }
+
+
+runs = {size: replace(base.small, model=base.shape(*shape)) for size, shape in SIZES.items()}
+arms = {f"{size}_{name}": run for size, config in runs.items()
+        for name, run in changed(config).items()}
+study = Study(
+    question="Are the default decay, warm-up and clip near the best at two widths and two depths?",
+    paper=Paper(title="Decoupled Weight Decay Regularization", authors="Loshchilov & Hutter",
+                year=2019),
+    arms=runs | arms,
+    quick=base.quick({"model.layers": 2}),
+    claims=[Claim(says=f"{name.replace('_', ' ')} wins less than 0.02", arm=name,
+                  control=name.partition("_")[0], above=-0.02) for name in arms],
+    seeds=3,
+)
