@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import model
 from configs import base
 from configs.baselines.nanochat_muon import COOL, nanochat_muon
-from configs.baselines.strong import capped, flops, past
+from configs.baselines.strong import capped, flops, on, past
 from lib.kernels import lookup
+from lib.study import Claim, Study
 from model import ModelConfig, Param, plain_attend, rms_norm
 from train import Config
 
@@ -106,7 +107,23 @@ def by_nanochat(config: Config, peak: float, decay: float = 0.28, **off: bool) -
                    optimizer=partial(nanochat_muon, steps=config.phases[0].steps, decay=decay))
 
 
+PEAK = 0.02
 phase = replace(base.small.phases[0], steps=500, seq=256)
 plain = replace(base.small, phases=(phase,), eval_tokens=32_768, overlap=64, eval_every=100)
 wide = replace(base.scaled(plain, 250), model=base.shape(8, 256))
-config = by_nanochat(plain, 5e-3)
+fewer = partial(by_nanochat, scalars=False)
+study = Study(
+    question="Is the strong baseline ahead of nanochat's recipe, at two sizes?",
+    arms={"nanochat": by_nanochat(plain, PEAK), "fewer": fewer(plain, PEAK), "strong": on(plain),
+          "wide_nanochat": by_nanochat(wide, PEAK), "wide_strong": on(wide)},
+    quick=base.quick({"model.layers": 2}),
+    claims=(
+        Claim(says="the strong model is 0.1 and more ahead", arm="strong", below=-0.1),
+        Claim(says="also without residual scalars, smear and backout", arm="strong",
+              control="fewer", below=-0.1),
+        Claim(says="the scalars, smear and backout cost something here", arm="fewer", below=0.0),
+        Claim(says="twice as wide and as deep it is 0.1 and more ahead", arm="wide_strong",
+              control="wide_nanochat", below=-0.1),
+    ),
+    seeds=3,
+)
