@@ -1,13 +1,15 @@
-"""nanochat's optimiser: Muon and AdamW as nanochat has them, for any model.
+"""nanochat's optimiser: Muon for matrices and AdamW for the rest, as nanochat has them.
 
-Paper: none; nanochat (Karpathy 2025), its optim.py and base_train.py as of 2026; parts of it are
-    Polar Express (Amsel et al. 2025), MuonEq (arXiv 2603.28254) and NorMuon (Li et al. 2025)
-Method: matrices: a momentum that rises and falls; outputs of equal norms; orthogonalised, with the
-    norm of an orthogonal matrix; each output divided by its size over past steps, each input where
-    there are more of them; decay where the update agrees, less and less. All else: AdamW, with a
-    rate and betas for each group.
-Here: the peak rate is that of matrices. Nanochat divides its rates by 16 for batches of 2,048
-    tokens, and raises the decay for short runs; a config says both by its peak rate and `decay`.
+Paper: none; nanochat (Karpathy 2025), optim.py and base_train.py of commit 0e4b3fa; its parts are
+    from Polar Express (Amsel et al. 2025), MuonEq (arXiv 2603.28254), Muon+ (arXiv 2602.21545) and
+    NorMuon (Li et al. 2025)
+Method: A matrix moves along its momentum. Its outputs get equal norms, it is orthogonalised, and it
+    gets the norm of an orthogonal matrix. Each output is then divided by its root mean square over
+    past steps; if there are more inputs than outputs, each input is. A weight decays where the
+    update makes it smaller, too; this ends at 0. Each other group has a rate and betas of its own.
+Here: The peak rate is that of matrices. All others have the ratio to it of nanochat's command line.
+    Nanochat also sets rates by the batch, and the decay by batch and size; we do not. Gains, which
+    it has not, learn as its residual scalars do.
 Cost: about a minute on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py configs/baselines/nanochat_muon.py
@@ -37,9 +39,13 @@ def nanochat_muon(
         table: dict[str, Param], steps: int, decay: float = 0.28
         ) -> dict[str, optax.GradientTransformation]:
     """Muon for matrices, over a run of so many steps, and AdamW for the rest."""
+    groups = dict.fromkeys(row.group for row in table.values() if row.group != "matrix")
+    if groups.keys() - ADAM.keys():
+        raise ValueError(f"nanochat_muon: the groups of the model are {', '.join(groups)}; allowed "
+                         f"are matrix, {', '.join(ADAM)}")
     shrink = (table["embed"].shape[1] / 768) ** -0.5
     found = {}
-    for group in {row.group for row in table.values()} - {"matrix"}:
+    for group in groups:
         rate, by_width, b1, b2, own_decay = ADAM[group]
         found[group] = optax.chain(optax.scale_by_adam(b1, b2, 1e-10),
                                    optax.add_decayed_weights(own_decay),
@@ -49,9 +55,9 @@ def nanochat_muon(
 
 
 def momentum(step, steps: int):
-    """0.85 to 0.97 over the first 400 steps; from then on it falls to 0.9 as the rate does."""
+    """It rises from 0.85 for 400 steps, is 0.97, and falls to 0.9 in the last steps of a run."""
     fall = round(COOL * steps)
-    down = 0.97 - 0.07 * jnp.maximum(step - (steps - fall), 0) / fall
+    down = 0.97 - 0.07 * jnp.clip((step - (steps - fall)) / fall, 0, 1)
     return jnp.where(step < 400, 0.85 + 0.12 * step / 400, down)
 
 
@@ -66,7 +72,8 @@ def matrices(
 
     def update(grads, state, params):
         step, mean, size = state
-        beta, shrinks = momentum(step, steps), decay * (1 + jnp.cos(math.pi * step / steps)) / 2
+        beta, through = momentum(step, steps), jnp.minimum(step / steps, 1)
+        shrinks = decay * (1 + jnp.cos(math.pi * through)) / 2
         mean = {name: beta * mean[name] + (1 - beta) * x for name, x in grads.items()}
         found, now = {}, {}
         for name, param in params.items():
@@ -76,9 +83,9 @@ def matrices(
             now[name] = beta2 * size[name] + (1 - beta2) * sizes(x)
             even = x / jnp.sqrt(jnp.maximum(now[name], 1e-10))
             x = even * rms_of(x, (1, 2)) / rms_of(even, (1, 2))
-            x = x * math.sqrt(max(1, x.shape[2] / x.shape[1]))
+            rate = math.sqrt(max(1, x.shape[2] / x.shape[1]))
             x = x.reshape(param.shape)
-            found[name] = x + shrinks * param * (x * param >= 0)
+            found[name] = rate * (x + shrinks * param * (x * param >= 0))
         return found, (step + 1, mean, now)
 
     return optax.GradientTransformation(begin, update)
@@ -90,4 +97,4 @@ def sizes(x):
 
 
 config = replace(base.small, optimizer=partial(nanochat_muon, steps=base.small.phases[0].steps),
-                 schedule=replace(base.small.schedule, peak=0.02, decay=COOL))
+                 schedule=replace(base.small.schedule, peak=0.02, decay=COOL), clip=0.0)
