@@ -11,8 +11,8 @@ Method: pieces that both tokenizers have keep their rows, bit for bit. The other
 Here: a base of 512 pieces gets 2,048, three quarters of them new, and trains on for equal steps.
     scratch: 2,048 pieces and those steps from nothing. FLOPs include the base's but in `scratch`.
     Compare by bits per byte: a token's loss means another thing under another tokenizer. The
-    paper's own way, constrained word2vec, is in cw2v.py. normal and scratch run by --arms alone.
-Cost: 18 runs, bases among them, five minutes on two CPU cores. The rate is that of cw2v.
+    paper's own way, constrained word2vec, is in cw2v.py. The rate is that of cw2v.
+Cost: 24 runs, bases among them, about five minutes on two CPU cores, an estimate.
 Run:
     python train.py study configs/forgetting/vocabulary.py --jobs 2
 """
@@ -104,7 +104,6 @@ study = Study(
                 seeds=("003:2",)),
     needs={"base": base, "larger": larger},
     arms=swaps | {"scratch": scratch},
-    default_arms=("random", "mean", "hull", "pieces"),
     measures={"dev/first": early},
     quick=shared.quick(keep=("model.vocab", "data.tokenizer")),
     claims=(

@@ -10,11 +10,11 @@ Here: 64 wide, then 128 wide, with one budget of model FLOPs, the narrow phase i
     uneven: what reads a copy is split unevenly, so that copies part under AdamW. two_stage: as
     advanced, then sub-models for an eighth of the wide steps. Each of these is charged as a whole
     step, though it costs less; bert2BERT charges what it computes.
-Cost: some 20 runs of 200 steps and fewer, each under half a minute: some six minutes on two CPU
-    cores. corner, uneven and two_stage are behind --arms.
+Cost: 36 runs of 200 steps and fewer, half of them to tune the rates, about eight minutes on two CPU
+    cores that do nothing else, an estimate.
 Run:
     python train.py study configs/growth/bert2bert.py --jobs 2
-    python train.py study configs/growth/bert2bert.py --arms preserving,uneven,advanced,two_stage
+    python train.py study configs/growth/bert2bert.py --arms preserving,advanced
     python train.py configs/growth/bert2bert.py:preserving          one arm by hand, half a minute
 """
 from dataclasses import replace
@@ -89,7 +89,6 @@ study = Study(
         "uneven": arm(split="uneven"),
         "two_stage": replace(advanced, optimizer=asleep, reparam=first_stage),
     },
-    default_arms=("scratch", "preserving", "advanced"),
     peak_lrs=base.RATES,
     quick=base.quick(keep=("model.embed", "model.mlp")),
     claims=(
