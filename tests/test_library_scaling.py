@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from configs.baselines import decay_warmup_clip, scaling, transfer
+from configs.baselines import scaling, schedule_and_decay, transfer
 from lib.laws import Law
 from model import count
 
@@ -124,17 +124,18 @@ def test_rates_are_drawn_by_what_they_lose_to_the_best_one():
     assert transfer.lost(figures) == pytest.approx(dict(most=0.1 - least, short=0.2 - least))
 
 
-# ------------------------------------------------------------------------------- decay, warm-up, clip
+# ---------------------------------------------------------------------------- schedule, decay, clip
 
 
 def test_each_run_has_less_or_more_of_one_thing():
-    """Of decay, warm-up and clip, as its name says; all else is its control's."""
-    arms = decay_warmup_clip.study.arms
-    assert len(arms) == 3 * 7
+    """As its name says; all else is its control's."""
+    arms = schedule_and_decay.study.arms
+    assert len(arms) == 3 * 9
     for name, config in arms.items():
         size, _, what = name.partition("_")
         given = dict(no_decay=dict(optimizer=config.optimizer), more_decay=dict(optimizer=config.optimizer),
                      short_warmup=dict(schedule=config.schedule), long_warmup=dict(schedule=config.schedule),
+                     short_fall=dict(schedule=config.schedule), long_fall=dict(schedule=config.schedule),
                      low_clip=dict(clip=0.25), no_clip=dict(clip=0.0))
         assert config == replace(arms[size], **given.get(what, {}))
         assert not what or config != arms[size]
@@ -142,3 +143,5 @@ def test_each_run_has_less_or_more_of_one_thing():
     assert keywords == [dict(weight_decay=0.0), dict(weight_decay=0.3)]
     warmups = [arms[f"deep_{name}_warmup"].schedule.warmup for name in ("short", "long")]
     assert warmups == [13, 80]
+    falls = [arms[f"narrow_{name}_fall"].schedule.decay for name in ("short", "long")]
+    assert falls == [0.2, 0.65]
