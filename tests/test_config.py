@@ -259,9 +259,9 @@ def test_json_names_functions_by_file_and_arguments():
 
 
 def shipped(*arguments: str) -> Config:
-    """The quickstart under some overrides."""
-    config, file = parse([str(ROOT / "configs/quickstart.py"), *arguments])
-    assert file.endswith("quickstart.py") and config.name
+    """The plain quickstart under some overrides."""
+    config, file = parse([str(ROOT / "configs/quickstart.py:plain"), *arguments])
+    assert file.endswith("quickstart.py:plain") and config.name
     return config
 
 
@@ -287,7 +287,7 @@ def test_overrides_reach_every_kind_of_field():
         shipped("--data.sources.stdlib.documents", "x").data.sources["stdlib"].documents == "x"
     )  # for check to refuse
     assert shipped("--name", "7").name == "7"
-    assert shipped().name == "quickstart"
+    assert shipped().name == "quickstart-plain"
     train.check(changed)
 
 
@@ -770,7 +770,7 @@ def help_of(capsys, *arguments: str) -> str:
 
 def test_help_lists_verbs_fields_and_functions(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    said = help_of(capsys)
+    said = help_of(capsys, str(ROOT / "configs/quickstart.py:plain"))
     for verb in verbs():
         assert f"\n  {verb} " in said
     for words in (

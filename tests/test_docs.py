@@ -26,7 +26,7 @@ EXAMPLES = dict(re.findall(r"(?ms)^### (.*?)$.*?^```python\n(.*?)^```", GUIDE))
 # What studies share, no configs.
 ROWS = {ROOT / f"configs/{name}.py" for name in ("bursty", "parts_of_speech", "points")}
 CONFIGS = sorted({*(ROOT / "configs").rglob("*.py")} - ROWS)
-BASE = load_file(ROOT / "configs/quickstart.py").config
+BASE = load_file(ROOT / "configs/quickstart.py").plain
 
 
 def points(text: str) -> list[str]:

@@ -157,6 +157,6 @@ def test_every_extension_point_that_a_config_holds_is_one_of_the_list():
     ("--prompts \udc80", "prompts.0 is '\\udc80'; allowed are integers of 64 bits, and texts of whole"),
 ])
 def test_the_command_line_says_so_in_one_sentence(flags, said, capsys):
-    assert train.main(["configs/quickstart.py", *flags.split(" ")]) == 2
+    assert train.main(["configs/quickstart.py:plain", *flags.split(" ")]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {said}") and err.count("\n") == 1
