@@ -50,7 +50,10 @@ def quick(changes: dict | None = None, keep: tuple[str, ...] = ()) -> dict:
 def shape(
     layers: int = 4, embed: int = 128, vocab: int = 1024, head_dim: int = 32
 ) -> ModelConfig:
-    """A Llama with an MLP 8/3 as wide as the stream, in fours, or in 128s with heads above 32."""
+    """A Llama whose MLP is 8/3 as wide as the stream, rounded up to a multiple of 4.
+
+    With heads wider than 32 it is rounded up to a multiple of 128.
+    """
     heads = embed // head_dim
     step = 128 if head_dim > 32 else 4
     mlp = step * math.ceil(8 * embed / (3 * step))
@@ -130,8 +133,8 @@ def rung(depth: int, vocab: int = 0) -> ModelConfig:
 
     A layer adds 16 to the width up to d8 and 64 from d12 on, as in nanochat (Karpathy 2025), and
     12 more with each layer between them: so a CPU has rungs whose cost is some times that of the
-    one before. Heads have 64 from d9 and 128 from d24 on; below that the most, up to 32, that
-    divides the width. The vocabulary is 16 times the width, near the law by Tao et al. (2024,
+    one before. Heads are 64 wide from d9 and 128 from d24 on; below that the most, up to 32,
+    that divides the width. The vocabulary is 16 times the width, near the law by Tao et al. (2024,
     "Scaling Laws with Vocabulary"). vocab: another one.
     """
     width = depth * min(max(12 * depth - 80, 16), 64)
@@ -150,7 +153,7 @@ def ladder(depth: int, tokens: float = 0.0, vocab: int = 0) -> Config:
 
     A batch grows with the length, tokens^0.47, whatever the size, as the critical batch does (Zhang
     et al. 2024, "How Does Critical Batch Size Scale in Pre-training?"). It has 2,048 tokens where
-    the run has 2^20: so the peak rate was chosen, which is the same for all, see lib/optim.py. An
+    the run has 2^20, as `deep` has. The peak rate is the same for all, see lib/optim.py. An
     eighth of the steps warm up. Text is Python's standard library, of which large rungs read too
     little.
     """

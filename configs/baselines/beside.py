@@ -11,9 +11,10 @@ Method: arms of these four studies, with strong.py's model, optimiser and rates 
 Here: best_fit.py's packing under a mask, meco.py's run with a cooldown, minitron.py's cut with a
     teacher and skill_it.py's estimated graph. A strong model is cut by the size of its weights or
     blindly, since scoring by activations reads the plain forward pass. Its tables of values are cut
-    with the heads, those of pairs with the stream. g_stack_beside.py and
-    active_forgetting_beside.py do the same for growth and forgetting.
-Cost: 42 runs, 16 minutes on two CPU cores.
+    with the heads, those of pairs with the stream. The strong model learns skill_it.py's process to
+    the end, so that its two arms end equal. g_stack_beside.py and active_forgetting_beside.py do
+    the same for growth and forgetting.
+Cost: 42 runs, 16 minutes on two CPU cores beside other work.
 Run:
     python train.py study configs/baselines/beside.py --jobs 2
 """

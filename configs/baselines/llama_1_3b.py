@@ -2,7 +2,7 @@
 
 Paper: none
 Method: plain next-token prediction; parameters and optimiser are split over all devices
-    (`mesh.fsdp`), as 16 bytes a parameter are 20 GB.
+    (`mesh.fsdp`), as 16 bytes a parameter are 22 GB.
 Here: 26 billion tokens of JSON Lines of yours.
 Cost: 2.1e20 FLOPs; three hours of 256 TPU v5e at 40 % MFU.
 Run:

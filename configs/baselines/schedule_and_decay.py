@@ -4,8 +4,9 @@ Paper: Decoupled Weight Decay Regularization, Loshchilov & Hutter 2019
 Method: the plain Llama by default, and with less or more of one thing: a third of the warm-up or
     twice as much; a rate that falls over the last 20 % of the steps or 65 %; no weight decay or
     thrice as much; gradients clipped at a quarter or not at all.
-Here: four layers of 64 and of 128, and eight of 64, in base.small's own steps. The defaults are 40
-    of 300 steps, the last 40 %, 0.1, and a norm of 1. All arms have the default rate.
+Here: four layers of 64 and of 128, and eight of 64, in base.small's own steps, whose schedule most
+    studies have: 40 of 300 steps, and the last 40 %. The defaults of decay and clip are 0.1 and a
+    norm of 1. All arms have the default rate.
 Cost: 81 runs, about twelve minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/schedule_and_decay.py --jobs 2

@@ -4,11 +4,11 @@ Paper: none; nanoGPT's README (Karpathy 2022) has 1.88 nats a character on valid
     steps of 12 rows of 64 characters, for 4 layers of width 128
 Method: its steps, rows and split (the first 90 % are trained on); 800,128 parameters, where it has
     804,096 with its positions.
-Here: arms differ in the optimiser alone. plain: nanoGPT's: AdamW, 1e-3 for all, 100 steps of
-    warm-up, a cosine to a tenth; it decays embeddings too, which this does not. adamw: a higher
-    rate, less for matrices by width, that falls in a line to nothing. muon: Muon for the matrices,
-    at a higher rate still. What all three have beyond GPT-2: SwiGLU, RoPE, RMSNorm,
-    smaller initial outputs, and rows end to end, so that 1.5 passes leave no character out, where
+Here: arms differ in the optimiser and its schedule. plain: nanoGPT's: AdamW, 1e-3 for all, 100
+    steps of warm-up, a cosine to a tenth; it decays embeddings too, which this does not. adamw: a
+    higher rate, less for matrices by width, that falls in a line to nothing. muon: Muon for the
+    matrices, at a higher rate still. What all three have beyond GPT-2: SwiGLU, RoPE, RMSNorm,
+    blocks that begin as 0, and rows end to end, so that 1.5 passes leave no character out, where
     random starts miss a fifth. The last tenth is held out as one document, so a run ends with bits
     per byte of all of it too. Characters are bytes: 258 pieces, of which the text has 65. The text
     is that of karpathy/char-rnn, looked for in ../shared/data.

@@ -1,12 +1,12 @@
 """500 steps: what do the plain Llama, Muon and the strong model reach on the same rows?
 
 Paper: Muon: An optimizer for hidden layers in neural networks, Jordan et al. 2024; nanochat,
-    Karpathy 2025, whose recipe with its own rates had 1.579 bits per byte on such rows
-Method: from the defaults of before, AdamW and a tied table, one change after another: Muon, a head
+    Karpathy 2025, whose recipe is in nanochat.py
+Method: from the old defaults, AdamW and a tied table, one change after another: Muon, a head
     of its own drawn small, embeddings drawn large or learnt faster, both; then AdamW with these,
     and with outputs of blocks that begin as 0; the plain Llama as it is now; and strong.py.
 Here: 4 layers of 128 over 1,024 pieces, 500 steps of 8 x 256, equal rows and seeds, equal FLOPs
-    within 0.5 %. The peak rate is 8e-3, for the defaults of before 4e-3, and for adamw_zero_4 and
+    within 0.5 %. The peak rate is 8e-3, for the old defaults 4e-3, and for adamw_zero_4 and
     adamw_zero_2 what their names say, in thousandths. The plain Llama has rates by width besides.
     strong.py warms up for 40 steps, the others for 100.
 Cost: 33 runs, 35 minutes on two CPU cores, an estimate.

@@ -6,7 +6,7 @@ Method: the strong baseline, and it without each of its parts.
 Here: at equal rows, steps and rate, and FLOPs within 0.5 %; half as wide as strong.py. What is in
     it was chosen by looks at one seed or two, at its own width. all_parts is the plain Llama with
     AdamW. Without SwiGLU it has squared ReLU, and an MLP that is half as wide again.
-Cost: 39 runs of 150 steps, about ten minutes on two CPU cores that do nothing else, an estimate.
+Cost: 45 runs of 150 steps, about ten minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/strong_parts.py --jobs 2
     python train.py study configs/baselines/strong_parts.py --arms values,pairs --seeds 1
@@ -35,7 +35,9 @@ plain = replace(whole, model=narrow, optimizer=adamw, phases=(replace(phase, lr=
 arms = {  # by what is left out
     "all_parts": plain,
     "muon": replace(whole, optimizer=adamw),
-    "polar_express": replace(whole, optimizer=muon),
+    "polar_express": replace(whole, optimizer=partial(muon, outputs="equal")),
+    "equal_outputs": replace(whole, optimizer=partial(muon, iteration="polar_express")),
+    "qk_norm": replace(whole, model=replace(model, qk_norm=False)),
     "group_rates": replace(whole, phases=plain.phases),
     "gains": lacks(gains=False),
     "values": lacks(values=False),
