@@ -8,7 +8,7 @@ Here: one length for all widths and depths, so larger models see fewer tokens a 
     rate outside of the five is counted as the nearest of them. Until blocks begin to help, a run
     knows how often pieces come, and no more; eight layers at a high rate stay there longest.
     short: a run that ends soon after. study.png has the losses by rate.
-Cost: 120 runs, about 25 minutes on two CPU cores that do nothing else, an estimate.
+Cost: 200 runs, 26 minutes on two CPU cores that do nothing else, by the time of processors.
 Run:
     python train.py study configs/baselines/transfer.py --jobs 2
     python train.py study configs/baselines/transfer.py --seeds 1
@@ -116,5 +116,5 @@ study = Study(
         Claim(says="in a short run of eight layers it costs 0.1 and more",
               measure="lost: short", above=0.1),
     ),
-    seeds=3,
+    seeds=5,
 )
