@@ -1,10 +1,12 @@
-"""Quickstart: a small model of the source of Python's standard library, shallow, then twice as deep.
+"""Quickstart: a small model of Python's standard library, shallow at first, then twice as deep.
 
-Shows growth by stacking within one run. About a minute on two CPU cores: python train.py
+Shows growth by stacking within one run. On two CPU cores it trains for about a minute, after a
+tokenizer was made and programs compiled: python train.py
 
 It is the strongest model here, a Llama with the parts of configs/baselines/strong.py. On 22
 held-out modules it has 1.52 bits per byte. The arm `plain` is the Llama of model.py, which can be
-exported: 340 steps take it about as long, to 1.80: python train.py configs/quickstart.py:plain
+exported. Its 340 steps take about as long and reach 1.80:
+python train.py configs/quickstart.py:plain
 """
 from dataclasses import replace
 from functools import partial

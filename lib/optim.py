@@ -35,7 +35,6 @@ def adamw(
 
     One learning rate serves all widths by the factors of maximal update parametrisation (Yang et
     al. 2022, table 8), see `lr_factors`. configs/baselines/transfer.py asks whether it does.
-    embed_lr counts for embeddings that are no head.
     """
     decay = {"matrix": weight_decay, "head": weight_decay}
     factors = lr_factors(table, embed_lr, base_width)

@@ -30,6 +30,7 @@ from train_cases import (
     verses,
 )
 
+import model
 import train
 from data import DataConfig, InputError, Source, stdlib
 from lib import command
@@ -766,6 +767,13 @@ def help_of(capsys, *arguments: str) -> str:
         parse([*arguments, "--help"])
     assert ended.value.code in (0, None)
     return capsys.readouterr().out
+
+
+def test_without_a_file_it_is_the_quickstart(capsys):
+    config, file = parse([])
+    assert (config.name, file) == ("quickstart", str(ROOT / "configs/quickstart.py"))
+    assert config.model.forward is not model.llama
+    assert "configs/baselines/strong.py: strong(" in help_of(capsys)
 
 
 def test_help_lists_verbs_fields_and_functions(capsys, monkeypatch):

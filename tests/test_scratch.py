@@ -66,6 +66,18 @@ def test_the_benchmark_waits_for_each_step(step, x):
     assert all(step.ready)
 
 
+def test_the_benchmark_takes_batches_in_turn(x):
+    taken = []
+
+    def step(state, batch, lr):
+        taken.append(batch)
+        return state, {"train/loss": jnp.float32(2.0)}
+
+    _, times = time_steps(step, State(x), ["a", "b", "c"], None, 0.0, warm_up=1)
+    assert taken == ["a", *"abcabc"]
+    assert (len(times.steps), times.loss) == (5, 2.0)
+
+
 def test_the_loop_waits_for_each_step(step, x, monkeypatch):
     found = Future()
     found.set_result(step)

@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,15 @@ def test_what_a_study_keeps_beside_its_runs_is_one_sentence_where_it_is_damaged(
     (tmp_path / "spent.json").write_text(content)
     with pytest.raises(InputError, match="spent.json is damaged .*; delete it, and the same command"):
         study.add_spent(tmp_path, 1.0)
+
+
+def test_a_study_counts_what_its_processes_computed():
+    clock = load_file(ROOT / "tools/study.py").clock
+    begun = clock()
+    work = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
+    passed, processors = clock() - begun
+    assert passed >= 0.3 and processors >= 0.29
 
 
 # ------------------------------------------------------------------------------ Hugging Face directories

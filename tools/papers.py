@@ -224,8 +224,8 @@ def cost(record: dict | None) -> str:
     devices = dict.fromkeys(by["device"] for by in record["made_by"])
     flops = spent["flops"] + spent["tuning_flops"]
     took = f"{spent['seconds'] / 60:.0f} min"
-    if "processor_seconds" in spent:  # of records since December 2026
-        took += f" ({spent['processor_seconds'] / 60:.0f} of processors)"
+    if "processor_seconds" in spent:  # older records do not say
+        took += f" ({spent['processor_seconds'] / 60:.0f} of CPUs)"
     return f"{flops:.2g} FLOPs, {took}, {', '.join(map(str, devices))}"
 
 

@@ -34,6 +34,7 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -503,15 +504,17 @@ def check_claimed(request: Request, job: Job, last: dict):
 
 
 def clock() -> np.ndarray:
-    """Seconds that have passed, and those of all processors in processes that have ended."""
-    now = os.times()
-    return np.array([now.elapsed, now.children_user + now.children_system])
+    """Seconds that have passed, and CPU seconds of the processes that this one saw end."""
+    spent = os.times()
+    return np.array([time.monotonic(), spent.children_user + spent.children_system])
 
 
-def two_numbers(found: list) -> np.ndarray:
+def two_numbers(found) -> np.ndarray:
     """What is kept of `clock`. Raises TypeError or ValueError for anything else."""
-    passed, processors = found
-    return np.array([float(passed), float(processors)])
+    kept = np.array(found, np.float64)
+    if kept.shape != (2,) or not np.isfinite(kept).all():
+        raise ValueError(f"{found!r} is not two numbers")
+    return kept
 
 
 def add_spent(directory: Path, seconds: np.ndarray | float) -> list[float]:

@@ -1,10 +1,10 @@
 """nanochat: is the strong baseline ahead of nanochat's recipe, at two sizes?
 
 Paper: none; nanochat, Karpathy 2025, gpt.py of commit 0e4b3fa
-Method: Norms have no gains; queries and keys are 1.2 times normed. The MLP is squared ReLU. Every
-    other layer, the last too, adds a gated table of values. Each layer weighs the stream and its
-    beginning. An embedding has some of the one before (smear), the last state less of a middle one
-    (backout). Logits stay within 15. Initial values are nanochat's.
+Method: Norms have no gains. Queries and keys are normed, then 1.2 times that. The MLP is squared
+    ReLU. Every other layer, the last too, has a gated table of values. Each layer adds the first
+    state to the stream, both with a weight. Each embedding gets a share of the one before (smear).
+    The last state loses a share of a middle one (backout). Logits stay within 15.
 Here: Equal rows and steps, FLOPs within 1 %; strong.py's tables are larger. A document sees all of
     itself and no other. Rates are its command line's: 2e-2 was the best of four (one seed).
 Cost: 15 runs, about half an hour on two CPU cores that do nothing else, an estimate.

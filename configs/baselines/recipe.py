@@ -5,9 +5,8 @@ Method: embeddings drawn with 0.8, the head with 0.001, outputs of blocks with 0
     times the rate, what touches the residual stream at 64 / its inputs; a head of its own.
 Here: the plain Llama as it is by default, without each of these, and without all of them, as it was
     by default before. 0.8 million tokens, four layers of 64, where rates by inputs are 1 but for
-    one matrix; transfer.py asks what they are for: whether one rate is good at other sizes. A tied
-    table has draws of its own, see `model.plain_table`. steps_500.py has large embeddings and fast
-    ones apart and together.
+    one matrix; transfer.py asks whether one rate is good at other sizes. A tied table has draws of
+    its own, see `model.plain_table`. steps_500.py has large and fast embeddings apart and together.
 Cost: about nine minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/recipe.py --jobs 2

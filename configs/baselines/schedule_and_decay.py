@@ -50,7 +50,7 @@ study = Study(
                 year=2019),
     arms=runs | arms,
     quick=base.quick({"model.layers": 2}),
-    claims=[Claim(says=f"{name.replace('_', ' ')} wins less than 0.02", arm=name,
+    claims=[Claim(says=f"{name.replace('_', ' ')} wins less than 0.02 bits per byte", arm=name,
                   control=name.partition("_")[0], above=-0.02) for name in arms],
     seeds=3,
 )

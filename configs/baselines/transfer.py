@@ -5,10 +5,10 @@ Method: the plain Llama by default, over five rates: a quarter to the whole of a
     to eight layers, 150 to 600 steps. The best rate of a size is that of a parabola, by least
     squares, through the five losses over the logarithm of the rate.
 Here: one length for all widths and depths, so larger models see fewer tokens a parameter. A best
-    rate outside of the five is counted as the nearest of them. Until blocks begin to help, a run
-    knows how often pieces come, and no more; eight layers at a high rate stay there longest.
-    short: a run that ends soon after. study.png has the losses by rate.
-Cost: 200 runs, 26 minutes on two CPU cores that do nothing else, by the time of processors.
+    rate outside of the five is counted as the nearest of them. At first a run
+    learns only how frequent pieces are; eight layers at a high rate stay there longest. short: a
+    run that ends soon after that. study.png has the losses by rate.
+Cost: 200 runs, 26 minutes on two CPU cores that do nothing else, by their CPU time.
 Run:
     python train.py study configs/baselines/transfer.py --jobs 2
     python train.py study configs/baselines/transfer.py --seeds 1
