@@ -133,7 +133,7 @@ class Log:
         row = {
             "step": step,
             **metrics,
-            "train/lr": float(max(lr[step] for lr in self.plan.lr.values())),
+            "train/lr": self.plan.shown_lr(step),
             **self.plan.spent(step),
             **of_batch,
             "model/params": self.parameters[phase],

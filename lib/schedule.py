@@ -153,6 +153,11 @@ class Plan:
         rates = [self.lr[name][step] for name in names]
         return np.array(rates, np.float32)
 
+    def shown_lr(self, step: int) -> float:
+        """The learning rate that a row shows: of the matrices, or the highest where that is 0."""
+        rates = {group: float(lr[step]) for group, lr in self.lr.items()}
+        return rates.get("matrix") or max(rates.values())
+
     def spent(self, step: int) -> dict[str, float]:
         """What every row of metrics.jsonl says of the budget."""
         return {

@@ -201,6 +201,10 @@ def test_rows_follow_the_plan(plain):
     plan = plan_of(grown(plain.directory.parent))
     rates = [row["train/lr"] for row in rows]
     np.testing.assert_allclose(rates, plan.lr["matrix"][1:], rtol=1e-6)
+    fast = replace(plan, lr=plan.lr | {"embed": 2 * plan.lr["matrix"]})
+    assert fast.shown_lr(3) == pytest.approx(rates[2])
+    resting = replace(fast, lr=fast.lr | {"matrix": 0 * plan.lr["matrix"]})
+    assert resting.shown_lr(3) == pytest.approx(2 * rates[2])
     flops = [row["train/flops"] for row in rows]
     np.testing.assert_allclose(flops, plan.flops[1:], rtol=1e-12)
     assert [row["train/tokens"] for row in rows] == plan.tokens[1:].tolist()
