@@ -155,8 +155,11 @@ class Plan:
 
     def shown_lr(self, step: int) -> float:
         """The learning rate that a row shows: of the matrices, or the highest where that is 0."""
-        rates = {group: float(lr[step]) for group, lr in self.lr.items()}
-        return rates.get("matrix") or max(rates.values())
+        rates = {}
+        for group, lr in self.lr.items():
+            rates[group] = float(lr[step])
+        highest = max(rates.values())
+        return rates.get("matrix") or highest
 
     def spent(self, step: int) -> dict[str, float]:
         """What every row of metrics.jsonl says of the budget."""
