@@ -20,7 +20,7 @@ FILES = [*CORE, *TOOLS, *CONFIGS]
 
 # Lines of the core. The design asks for 6,000, and the core is beyond that: this number says by how
 # much. Whoever raises it says in the commit what for.
-LINES = 18_420
+LINES = 18_430
 PATH = 700  # lines of the reading path
 COLUMNS = 100
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
