@@ -489,8 +489,9 @@ def test_what_others_call_a_field_is_answered_with_the_field(flag, value):
         shipped(f"--{flag}", *value)
 
 
-def test_every_field_that_another_name_is_answered_with_is_there():
-    paths = [path for path, _, _ in command.walk(shipped())]
+@pytest.mark.parametrize("config", [shipped(), parse([])[0]], ids=["plain", "quickstart"])
+def test_every_field_that_another_name_is_answered_with_is_there(config):
+    paths = [path for path, _, _ in command.walk(config)]
     for ending in command.OTHER_NAMES:
         assert any(f".{path}".endswith(f".{ending}") for path in paths), ending
     words = [*command.FIELD_OF, *command.ANSWER_OF]

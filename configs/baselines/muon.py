@@ -9,7 +9,6 @@ Here: AdamW and Muon after equal steps, each at its best rate. Embeddings, gains
 Cost: 16 runs of 300 steps for five seeds, 33 minutes on two CPU cores beside other work.
 Run:
     python train.py study configs/baselines/muon.py --jobs 2
-    python train.py configs/baselines/muon.py:muon                  one arm by hand, two minutes
 """
 import math
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import optax
 
 from configs import base
 from lib.edits import check_options
+from lib.fields import Decay, NotNegative, Positive, Whole
 from lib.matrices import flat
 from lib.optim import adamw
 from lib.study import Claim, Paper, Study
@@ -39,11 +39,12 @@ COEFFICIENTS = dict(newton_schulz=((3.4445, -4.7750, 2.0315),) * 5, polar_expres
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)))
 
 
-def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_decay: float = 0.1,
+def muon(table: dict[str, Param], beta: Decay = 0.95, rms: Positive = 0.2,
          iteration: Literal["newton_schulz", "polar_express"] = "newton_schulz",
-         outputs: Literal["plain", "equal", "normal"] = "plain", beta2: float = 0.95,
-         **adam) -> dict[str, optax.GradientTransformation]:
-    """Muon (Jordan et al. 2024) for the matrices, AdamW for the rest.
+         outputs: Literal["plain", "equal", "normal"] = "plain", beta2: Decay = 0.95,
+         weight_decay: NotNegative = 0.1, b1: Decay = 0.9, b2: Decay = 0.95, eps: Positive = 1e-8,
+         frozen: tuple[str, ...] = (), embed_lr: Positive = 10.0, base_width: Whole = 64) -> dict:
+    """{group: transformation}: Muon (Jordan et al. 2024) for matrices, `adamw` for the rest.
 
     Each layer's matrix is orthogonalised, with the input and output axes that the table names. The
     update has the root mean square `rms`, about that of AdamW, so that one rate serves all (Liu et
@@ -65,7 +66,8 @@ def muon(table: dict[str, Param], beta: float = 0.95, rms: float = 0.2, weight_d
     more = [normal_outputs(rows, beta2)] if outputs == "normal" else []
     matrices = optax.chain(optax.trace(beta, nesterov=True), each(rows, directed), *more,
                            optax.scale(rms), optax.add_decayed_weights(weight_decay))
-    return adamw(table, weight_decay=weight_decay, **adam) | {"matrix": matrices}
+    rest = adamw(table, b1, b2, eps, weight_decay, frozen, embed_lr, base_width)
+    return rest | {"matrix": matrices}
 
 
 def each(rows: dict[str, Param], change: Callable) -> optax.GradientTransformation:
