@@ -7,7 +7,7 @@ Method: Norms have no gains. Queries and keys are normed, then 1.2 times that. T
     The last state loses a share of a middle one (backout). Logits stay within 15.
 Here: Equal rows and steps, FLOPs within 1 %; strong.py's tables are larger. A document sees all of
     itself and no other. Rates are its command line's: 2e-2 was the best of four (one seed).
-Cost: 15 runs, about half an hour on two CPU cores that do nothing else, an estimate.
+Cost: 15 runs, 18 minutes on two CPU cores that do nothing else, by their CPU time.
 Run:
     python train.py study configs/baselines/nanochat.py --jobs 2
     python train.py configs/baselines/nanochat.py:nanochat --phases.0.steps 99 --optimizer.steps 99

@@ -7,7 +7,7 @@ Method: the plain Llama by default, and with less or more of one thing: a third 
 Here: four layers of 64 and of 128, and eight of 64, in base.small's own steps, whose schedule most
     studies have: 40 of 300 steps, and the last 40 %. The defaults of decay and clip are 0.1 and a
     norm of 1. All arms have the default rate.
-Cost: 81 runs, about twelve minutes on two CPU cores that do nothing else, an estimate.
+Cost: 81 runs, ten minutes on two CPU cores that do nothing else, by their CPU time.
 Run:
     python train.py study configs/baselines/schedule_and_decay.py --jobs 2
     python train.py study configs/baselines/schedule_and_decay.py --seeds 1

@@ -8,7 +8,7 @@ Here: at equal rows, steps and rate, and FLOPs within 0.5 %; half as wide as str
     AdamW. Without SwiGLU it has squared ReLU, and an MLP that is half as wide again. At its own
     size strong.py has 1.361 at seed 1, 1.369 without the cap, 1.370 without gates of heads, and
     1.380 with the head at twice that rate. nanochat.py has residual scalars and backout.
-Cost: 45 runs of 150 steps, about ten minutes on two CPU cores that do nothing else, an estimate.
+Cost: 45 runs of 150 steps, about six minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/strong_parts.py --jobs 2
     python train.py study configs/baselines/strong_parts.py --arms values,pairs --seeds 1
