@@ -10,7 +10,7 @@ Here: 64 wide, then 128 wide, with one budget of model FLOPs, the narrow phase i
     uneven: what reads a copy is split unevenly, so that copies part under AdamW. two_stage: as
     advanced, then sub-models for an eighth of the wide steps. Each of these is charged as a whole
     step, though it costs less; bert2BERT charges what it computes.
-Cost: 36 runs of 200 steps and fewer, half of them to tune the rates, about eight minutes on two CPU
+Cost: 36 runs of 200 steps and fewer, half of them to tune the rates, about five minutes on two CPU
     cores that do nothing else, an estimate.
 Run:
     python train.py study configs/growth/bert2bert.py --jobs 2
