@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows, strong
+from train_cases import same_on_eight_devices
 
 import model
 import train
@@ -14,8 +15,6 @@ from configs.baselines import nanochat_muon
 from configs.baselines.muon import COEFFICIENTS
 from lib.config import ROOT, load_file
 from lib.matrices import flat
-from lib.optim import first_state, places, state_like
-from lib.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.library
 own = load_file(ROOT / "configs/baselines/nanochat.py")
@@ -237,24 +236,5 @@ def test_its_schedule_is_nanochat_s_and_nothing_is_clipped():
         assert max(costs) < 1.01 * min(costs)
 
 
-def losses_on(mesh, config):
-    """Losses of three steps, from parameters in which everything matters."""
-    run = train.Config(model=config, optimizer=OPTIMIZER)
-    state, found = first_state(config, OPTIMIZER, mesh, jax.random.key(0)), []
-    params = jax.device_put(strong(config), places(state_like(config, OPTIMIZER, mesh)).params)
-    state = state.replace(params=params)
-    lr = dict.fromkeys(model.groups(config), jnp.float32(1e-3))
-    batch = train.put(rows(batch=8), mesh, 8)
-    with jax.set_mesh(mesh):
-        step = jax.jit(train.make_step(run, config), static_argnames="mask")
-        for _ in range(3):
-            state, metrics = step(state, batch, lr, mask=model.CAUSAL)
-            found.append(float(metrics["train/loss"]))
-    return found
-
-
 def test_eight_devices_compute_what_one_does(whole):
-    one = losses_on(make_mesh(MeshConfig(), jax.devices()[:1]), whole)
-    eight = losses_on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), whole)
-    np.testing.assert_allclose(eight, one, rtol=1e-4)
-    assert len(set(one)) == 3
+    same_on_eight_devices(train.Config(model=whole, optimizer=OPTIMIZER))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import rows, strong
 from edit_cases import context
+from train_cases import same_on_eight_devices
 
 import model
 import train
@@ -15,7 +16,7 @@ from configs.baselines import muon
 from lib.config import ROOT, load_file
 from lib.edits import stack
 from lib.kernels import Mask
-from lib.optim import State, first_state, places, state_like
+from lib.optim import State, first_state
 from lib.prune import prune
 from lib.sharding import MeshConfig, make_mesh
 from model import Model
@@ -214,27 +215,8 @@ def a_run(config):
     return train.Config(model=config, optimizer=OPTIMIZER)
 
 
-def losses_on(mesh, config, steps=3):
-    """Losses of steps on a mesh, from parameters in which everything matters."""
-    run = a_run(config)
-    state = first_state(config, OPTIMIZER, mesh, jax.random.key(0))
-    params = jax.device_put(strong(config), places(state_like(config, OPTIMIZER, mesh)).params)
-    state, found = state.replace(params=params), []
-    lr = dict.fromkeys(model.groups(config), jnp.float32(1e-3))
-    batch = train.put(rows(batch=8), mesh, 8)
-    with jax.set_mesh(mesh):
-        step = jax.jit(train.make_step(run, config), static_argnames="mask")
-        for _ in range(steps):
-            state, metrics = step(state, batch, lr, mask=CAUSAL)
-            found.append(float(metrics["train/loss"]))
-    return found
-
-
 def test_eight_devices_compute_what_one_does(whole):
-    one = losses_on(make_mesh(MeshConfig(), jax.devices()[:1]), whole)
-    eight = losses_on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), whole)
-    np.testing.assert_allclose(eight, one, rtol=1e-4)
-    assert len(set(one)) == 3
+    same_on_eight_devices(a_run(whole))
 
 
 def test_channels_in_which_nothing_is_written_can_be_cut(whole):

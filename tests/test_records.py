@@ -264,7 +264,7 @@ def test_the_index_shows_a_record_s_verdicts_and_cost(recorded):
     tuning = 8 * 4e6
     teacher = 7e6  # of each run of grown
     row = f"| 1 confirmed, 1 reversed, 1 not run | {compared + tuning + teacher:.2g} FLOPs, "
-    assert f"{row}0 min (0 of CPUs), None |" in recorded.page("configs/README.md")
+    assert f"{row}0 min (0 min of CPU time), None |" in recorded.page("configs/README.md")
 
 
 def test_the_index_has_the_chapters_in_order_and_files_that_are_no_studies(house):

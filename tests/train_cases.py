@@ -18,7 +18,7 @@ from lib.edits import stack
 from lib.kernels import Mask
 from lib.optim import State
 from lib.schedule import Plan, Schedule
-from lib.sharding import MeshConfig
+from lib.sharding import MeshConfig, make_mesh
 from model import Context, Edited, Model, ModelConfig
 from train import Config, Phase
 
@@ -253,3 +253,30 @@ def counts(opt) -> set[int]:
         if "count" in jax.tree_util.keystr(path):
             found.add(int(x))
     return found
+
+
+# ------------------------------------------------------------------------------- one device and eight
+
+
+def losses_on(mesh, run: Config) -> list[float]:
+    """Losses of three steps on a mesh, from parameters in which everything matters."""
+    shape, optimizer = run.model, run.optimizer
+    state, found = optim.first_state(shape, optimizer, mesh, jax.random.key(0)), []
+    home = optim.places(optim.state_like(shape, optimizer, mesh)).params
+    state = state.replace(params=jax.device_put(conftest.strong(shape), home))
+    lr = dict.fromkeys(model.groups(shape), jnp.float32(1e-3))
+    batch = train.put(conftest.rows(batch=8), mesh, 8)
+    with jax.set_mesh(mesh):
+        step = jax.jit(train.make_step(run, shape), static_argnames="mask")
+        for _ in range(3):
+            state, metrics = step(state, batch, lr, mask=CAUSAL)
+            found.append(float(metrics["train/loss"]))
+    return found
+
+
+def same_on_eight_devices(run: Config):
+    """Assert that eight devices, split along all axes, compute what one does."""
+    one = losses_on(make_mesh(MeshConfig(), jax.devices()[:1]), run)
+    eight = losses_on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), run)
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    assert len(set(one)) == 3

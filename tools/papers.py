@@ -225,7 +225,7 @@ def cost(record: dict | None) -> str:
     flops = spent["flops"] + spent["tuning_flops"]
     took = f"{spent['seconds'] / 60:.0f} min"
     if "processor_seconds" in spent:  # older records do not say
-        took += f" ({spent['processor_seconds'] / 60:.0f} of CPUs)"
+        took += f" ({spent['processor_seconds'] / 60:.0f} min of CPU time)"
     return f"{flops:.2g} FLOPs, {took}, {', '.join(map(str, devices))}"
 
 

@@ -33,8 +33,8 @@ def between(key, shape, dtype, low: float, high: float):
     return jax.random.uniform(key, shape, dtype, low, high)
 
 
-def falling(key, shape, dtype, first: float, last: float):
-    """A draw, evenly from the first layer to the last."""
+def evenly(key, shape, dtype, first: float, last: float):
+    """A draw, evenly from the first entry to the last."""
     return jnp.linspace(first, last, *shape, dtype=dtype)
 
 
@@ -50,11 +50,11 @@ def parts(config: ModelConfig, rows: dict, scalars: bool = True) -> dict:
     own["value_gates"] = Param(("layers", "in", "kv_heads"), (layers, 12, heads[0]), gate)
     if scalars:
         of_layers = partial(Param, ("layers",), (layers,))
-        own["residual"] = of_layers(partial(falling, first=1.15, last=1.05))
-        own["again"] = of_layers(partial(falling, first=0.2, last=0.05), "again")
+        own["residual"] = of_layers(partial(evenly, first=1.15, last=1.05))
+        own["again"] = of_layers(partial(evenly, first=0.2, last=0.05), "again")
         own["smear_gate"] = Param(("in",), (min(24, config.embed),), gate, "smear")
         own["smear"] = Param(("out",), (1,), 0.0, "smear")
-        own["backout"] = Param(("out",), (1,), partial(between, low=0.2, high=0.2), "smear")
+        own["backout"] = Param(("out",), (1,), partial(evenly, first=0.2, last=0.2), "smear")
     return own
 
 

@@ -5,13 +5,13 @@ Paper: none; nanochat (Karpathy 2025), optim.py and base_train.py of commit 0e4b
     NorMuon (Li et al. 2025)
 Method: A matrix moves along its momentum. Its outputs get equal norms, it is orthogonalised, and it
     gets the norm of an orthogonal matrix. Each output is then divided by its root mean square over
-    past steps; if there are more inputs than outputs, each input is. A weight decays
-    only where the update makes it smaller too. The decay falls to 0. Each other group has a rate
-    and betas of its own.
+    past steps; if there are more inputs than outputs, each input is. A weight decays only where the
+    update makes it smaller too. The decay falls to 0. Each other group has a rate and betas.
 Here: The peak rate is that of matrices. All others have the ratio to it of nanochat's command line.
     Nanochat also sets rates by the batch, and the decay by batch and size; we do not. Gains, which
     it has not, learn as its residual scalars do. Momentum rises for 400 steps, as there: in a
-    short run it does not reach its height.
+    short run it does not reach its height. `steps` has to be the run's: --phases.0.steps N goes
+    with --optimizer.steps N.
 Cost: about a minute on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py configs/baselines/nanochat_muon.py

@@ -9,7 +9,7 @@ Here: 4 layers of 128 over 1,024 pieces, 500 steps of 8 x 256, equal rows and se
     within 0.5 %. The peak rate is 8e-3, for the old defaults 4e-3, and for adamw_zero_4 and
     adamw_zero_2 what their names say, in thousandths. The plain Llama has rates by width besides.
     strong.py warms up for 40 steps, the others for 100.
-Cost: 33 runs, 35 minutes on two CPU cores, an estimate.
+Cost: 33 runs, some twenty minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/steps_500.py --jobs 2
     python train.py study configs/baselines/steps_500.py --arms strong

@@ -5,15 +5,17 @@ Paper: Value Residual Learning For Alleviating Attention Concentration In Transf
 Method: the strong baseline, and it without each of its parts.
 Here: at equal rows, steps and rate, and FLOPs within 0.5 %; half as wide as strong.py. What is in
     it was chosen by looks at one seed or two, at its own width. all_parts is the plain Llama with
-    AdamW. Without SwiGLU it has squared ReLU, and an MLP that is half as wide again. At its own
-    size strong.py has 1.361 at seed 1, 1.369 without the cap, 1.370 without gates of heads, and
-    1.380 with the head at twice that rate. nanochat.py has residual scalars and backout.
+    AdamW. Without SwiGLU it has squared ReLU, and an MLP that is half as wide again. At seed 1
+    strong.py itself has 1.361; the last three commands have 1.369, 1.370 and 1.365. nanochat.py has
+    residual scalars and backout.
 Cost: 45 runs of 150 steps, about six minutes on two CPU cores that do nothing else, an estimate.
 Run:
     python train.py study configs/baselines/strong_parts.py --jobs 2
     python train.py study configs/baselines/strong_parts.py --arms values,pairs --seeds 1
     python train.py configs/baselines/strong_parts.py:values        the run without values
-    python train.py configs/baselines/strong.py --seed 1 --model.outputs.cap 0
+    python train.py configs/baselines/strong.py --seed 1 --name cap --model.outputs.cap 0
+    python train.py configs/baselines/strong.py --seed 1 --name gates --model.rows.gates False
+    python train.py configs/baselines/strong.py --seed 1 --name head --phases.0.lr.head 4
 """
 from dataclasses import replace
 from functools import partial

@@ -78,10 +78,12 @@ def moves(figures: dict) -> dict[str, float]:
 
 def lost(figures: dict) -> dict[str, float]:
     """Bits per byte that 8e-3 loses to the best of the five rates: the most, and in a short run."""
-    found = {size: losses(figures, size) for size in SIZES}
-    lost = {size: bits[RATES.index(8e-3)] - bits.min() for size, bits in found.items()}
-    short = lost.pop("short")
-    return {"most": max(lost.values()), "short": short}
+    by_size = {}
+    for size in SIZES:
+        bits = losses(figures, size)
+        by_size[size] = bits[RATES.index(8e-3)] - bits.min()
+    short = by_size.pop("short")
+    return {"most": max(by_size.values()), "short": short}
 
 
 def above_best(figures: dict, sizes: tuple[str, ...]) -> dict:
