@@ -78,10 +78,8 @@ def moves(figures: dict) -> dict[str, float]:
 
 def lost(figures: dict) -> dict[str, float]:
     """Bits per byte that 8e-3 loses to the best of the five rates: the most, and in a short run."""
-    by_size = {}
-    for size in SIZES:
-        bits = losses(figures, size)
-        by_size[size] = bits[RATES.index(8e-3)] - bits.min()
+    bits = {size: losses(figures, size) for size in SIZES}
+    by_size = {size: found[RATES.index(8e-3)] - found.min() for size, found in bits.items()}
     short = by_size.pop("short")
     return {"most": max(by_size.values()), "short": short}
 
